@@ -1,0 +1,99 @@
+"""The one place that talks to torch.distributed. Every question has an answer in a world of one.
+
+Letters: W the world size, n rows of this rank, N = W*n rows of all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def world() -> World:
+    """The process group if there is one, else what the launcher announced in the environment, else one process."""
+    local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if is_initialized():
+        return World(dist.get_rank(), dist.get_world_size(), *local)
+    return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), *local)
+
+
+def rank() -> int:
+    return dist.get_rank() if is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_initialized() else 1
+
+
+def all_gather_async(x: Tensor) -> Callable[[], Tensor]:
+    """Starts gathering x [n, ...] of every rank; call the result to wait for [W*n, ...], in the order of ranks.
+
+    Carries no gradient: who needs one writes its backward (see loss.py). All ranks must bring the same shape.
+    """
+    if world_size() == 1:
+        return lambda: x
+    x = x.detach().contiguous()
+    gathered = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
+    handle = dist.all_gather_into_tensor(gathered, x, async_op=True)
+
+    def wait() -> Tensor:
+        handle.wait()
+        return gathered
+
+    return wait
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """x [n, ...] of every rank as [W*n, ...]; no gradient."""
+    return all_gather_async(x)()
+
+
+def all_reduce_sum_(x: Tensor) -> Tensor:
+    """Sums x over all ranks, in place; no gradient."""
+    if world_size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.SUM)
+    return x
+
+
+def all_reduce_max_(x: Tensor) -> Tensor:
+    """The elementwise maximum over all ranks, in place; no gradient."""
+    if world_size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        # An all-reduce of one number: unlike dist.barrier() it needs no guess at a device.
+        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        all_reduce_sum_(torch.zeros(1, device=device))
+
+
+def broadcast_from_main_(x: Tensor) -> Tensor:
+    """Overwrites x with rank 0's value, in place."""
+    if world_size() > 1:
+        dist.broadcast(x, src=0)
+    return x

@@ -1,0 +1,27 @@
+"""What tests share: where real images are, and one intra-op thread so that results do not depend on the machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder with real images: $SIMCLR_DATA, or the one beside the checkout."""
+    candidates = [Path(os.environ["SIMCLR_DATA"])] if "SIMCLR_DATA" in os.environ else []
+    candidates.append(REPOSITORY.parent / "shared" / "data")
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    pytest.skip(f"no real images at {', '.join(map(str, candidates))}; set SIMCLR_DATA")
