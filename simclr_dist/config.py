@@ -68,7 +68,7 @@ class AugmentConfig(Section):
 class ModelConfig(Section):
     encoder: str = Field(description="torchvision's resnet18/34/50/101/152, wide_resnet50_2/101_2, or `resnet_small`.")
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="`cifar`: 3x3 convolution, no pooling (B.9).")
-    width: Count = Field(64, description="Channels of the first stage (`resnet_small` and the ResNets).")
+    width: Count = Field(32, description="Channels of `resnet_small`'s first stage.")
     head_layers: Literal[2, 3] = Field(2, description="2: SimCLR v1; 3: SimCLR v2.")
     head_hidden_dim: Count | None = Field(None, description="null: as wide as h.")
     head_out_dim: Count = Field(128, description="K, the width of z.")
@@ -78,7 +78,7 @@ class ModelConfig(Section):
 
 class LossConfig(Section):
     temperature: Positive = 0.1
-    implementation: Literal["auto", "plain", "tiled", "triton"] = "auto"
+    implementation: Literal["auto", "plain", "tiled", "triton"] = Field("auto", description="See docs/loss.md.")
     gather_dtype: Literal["float32", "bfloat16"] = Field("float32", description="What z travels as between ranks.")
 
 
