@@ -1,0 +1,239 @@
+"""Reading .beton files: what is in one, and whether it is whole, with numpy alone.
+
+Layout (ffcv 1.0.2, version 2), all little-endian:
+
+    header 24 B │ field descriptors 1041 B each │ metadata, one row a sample │ pages of data │ allocation table
+                                                                                              (sample, offset, size)
+
+ffcv itself believes whatever a file says: a truncated table gives wrong pictures and an unfinished file ends the
+process. `Beton` checks at opening that every picture lies whole inside the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simclr_dist.data.errors import DataError
+
+VERSION = 2
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ]
+)
+DESCRIPTOR = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "u1", (1024,))])
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+FLOAT_FIELD, INT_FIELD, IMAGE_FIELD = 0, 1, 2
+JPEG, RAW = 0, 1
+
+_BLOB = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+# type id: (metadata of a sample, whether it allocates data)
+_FIELDS: dict[int, tuple[Any, bool]] = {
+    FLOAT_FIELD: ("<f8", False),
+    INT_FIELD: ("<i8", False),
+    IMAGE_FIELD: (IMAGE, True),
+    3: (_BLOB, True),  # bytes
+    4: ("<u8", True),  # array
+    5: (_BLOB, True),  # JSON
+    6: ("<u8", True),  # tensor
+}
+
+
+def sidecar_path(path: Path) -> Path:
+    """The JSON file that lies beside a .beton file and knows its class names."""
+    return path.with_name(path.name + ".json")
+
+
+def metadata_type(type_ids: list[int]) -> np.dtype:
+    return np.dtype([(f"f{i}", _FIELDS[t][0]) for i, t in enumerate(type_ids)], align=True)
+
+
+@dataclass(frozen=True)
+class Beton:
+    """An opened and checked file. Tables are memory-mapped: processes share them, and opening reads little.
+
+    fd: stays open as long as the object lives. labels: int64 [n], -1 without a label field.
+    """
+
+    path: Path
+    fd: int
+    page_size: int
+    images: NDArray[Any]  # IMAGE [n]
+    labels: NDArray[np.int64]
+    offsets: NDArray[np.uint64]  # of all records, ascending
+    sizes: NDArray[np.uint64]  # in the order of offsets
+    max_record_bytes: int
+    max_pixels: int
+    class_names: tuple[str, ...]
+    fingerprint: str
+    sidecar: dict[str, Any]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.images)
+
+    def records(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The records [b, 5] of `ids`: offset, size, mode, height, width. Refuses ids outside of the file."""
+        if len(ids) and not (ids.min() >= 0 and ids.max() < self.num_samples):
+            outside = ids[(ids < 0) | (ids >= self.num_samples)][0]
+            raise DataError(f"{self.path}: there is no sample {outside}; the file holds 0 to {self.num_samples - 1}")
+        image = self.images[ids]
+        size = self.sizes[np.searchsorted(self.offsets, image["data_ptr"])]
+        return np.stack(
+            [image["data_ptr"], size, image["mode"], image["height"], image["width"]],
+            axis=1,
+            dtype=np.int64,
+            casting="unsafe",
+        )
+
+    def pages(self) -> NDArray[np.int64]:
+        """The page in which each sample lies [n]."""
+        return (self.images["data_ptr"] // np.uint64(self.page_size)).astype(np.int64)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def __enter__(self) -> Beton:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_beton(path: str | Path) -> Beton:
+    """Opens and checks a file. Raises DataError when it is no .beton file, or not a whole one."""
+    path = Path(path)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; make it with `simclr-dist prepare SOURCE {path}`") from None
+    try:
+        return _checked(path, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _checked(path: Path, fd: int) -> Beton:
+    def refuse(what: str) -> DataError:
+        return DataError(f"{path}: {what}; make the file again with `simclr-dist prepare`")
+
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, not a .beton file")
+    file_size = os.fstat(fd).st_size
+    if file_size < HEADER.itemsize:
+        raise refuse(f"not a .beton file ({file_size} bytes)")
+    header = np.fromfile(path, HEADER, count=1)[0]
+    if header["version"] != VERSION:
+        raise refuse(f"not a .beton file of version {VERSION} (it says {header['version']})")
+    n, num_fields, table = int(header["num_samples"]), int(header["num_fields"]), int(header["alloc_table_ptr"])
+    page_size = int(header["page_size"])
+    if n == 0 or num_fields == 0 or page_size == 0:
+        raise refuse("holds no samples")
+    if table == 0:
+        raise refuse("unfinished: its writer was interrupted")
+    metadata_start = HEADER.itemsize + num_fields * DESCRIPTOR.itemsize
+    if metadata_start > file_size:
+        raise refuse(f"truncated: {file_size} bytes end within the field descriptors")
+    descriptors = np.fromfile(path, DESCRIPTOR, count=num_fields, offset=HEADER.itemsize)
+    type_ids = [int(t) for t in descriptors["type_id"]]
+    names = [name.decode("ascii", "replace") for name in descriptors["name"]]
+    for type_id, name in zip(type_ids, names, strict=True):
+        if type_id not in _FIELDS:
+            raise DataError(f"{path}: field `{name}` has type {type_id}, which is none of ffcv's own")
+    if IMAGE_FIELD not in type_ids:
+        raise DataError(f"{path}: has no image field; its fields are {', '.join(names)}")
+    row = metadata_type(type_ids)
+    data_start = metadata_start + n * row.itemsize
+    if data_start > file_size or table > file_size or table < data_start:
+        raise refuse(f"truncated: {file_size} bytes, but {n} samples and the table at {table} need more")
+    table_bytes = file_size - table
+    num_records = n * sum(_FIELDS[t][1] for t in type_ids)
+    if table_bytes != num_records * ALLOCATION.itemsize:
+        raise refuse(
+            f"truncated: its allocation table has {table_bytes} bytes, "
+            f"{num_records} records need {num_records * ALLOCATION.itemsize}"
+        )
+    metadata = np.memmap(path, row, "r", offset=metadata_start, shape=(n,))
+    allocations = np.memmap(path, ALLOCATION, "r", offset=table, shape=(num_records,))
+    images = metadata[f"f{type_ids.index(IMAGE_FIELD)}"]
+    offsets, sizes = allocations["ptr"], allocations["size"]
+    if np.any(offsets[1:] < offsets[:-1]):  # ffcv's own writer with several workers
+        turn = np.argsort(offsets)
+        offsets, sizes = offsets[turn], sizes[turn]
+    ends = offsets + sizes
+    if offsets[0] < data_start or np.any(ends < offsets) or ends.max() > table:
+        raise refuse("damaged: its allocation table points outside of the data")
+    if np.any(offsets[1:] < ends[:-1]):
+        raise refuse("damaged: records overlap in its allocation table")
+    place = np.searchsorted(offsets, images["data_ptr"])
+    found = (place < num_records) & (offsets[np.minimum(place, num_records - 1)] == images["data_ptr"])
+    if not found.all():
+        raise refuse(f"damaged: sample {int(np.argmin(found))} is not in the allocation table")
+    pixels = images["width"].astype(np.int64) * images["height"]
+    sound = (pixels > 0) & (images["mode"] <= RAW)
+    sound &= (images["mode"] != RAW) | (sizes[place].astype(np.int64) == 3 * pixels)
+    if not sound.all():
+        bad = int(np.argmin(sound))
+        mode, width, height, _ = images[bad].tolist()
+        raise refuse(f"damaged: sample {bad} is {width} x {height} pixels of mode {mode} in {sizes[place[bad]]} bytes")
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (header, descriptors, metadata, allocations):
+        digest.update(part.tobytes())
+    sidecar = _read_sidecar(path)
+    labels = _labels(metadata, type_ids, names, n)
+    return Beton(
+        path=path,
+        fd=fd,
+        page_size=page_size,
+        images=images,
+        labels=labels,
+        offsets=offsets,
+        sizes=sizes,
+        max_record_bytes=int(sizes[place].max()),
+        max_pixels=int(pixels.max()),
+        class_names=_class_names(sidecar, labels),
+        fingerprint=digest.hexdigest(),
+        sidecar=sidecar,
+    )
+
+
+def _labels(metadata: NDArray[Any], type_ids: list[int], names: list[str], n: int) -> NDArray[np.int64]:
+    integers = [i for i, t in enumerate(type_ids) if t == INT_FIELD]
+    if not integers:
+        return np.full(n, -1, np.int64)
+    chosen = next((i for i in integers if names[i] == "label"), integers[0])
+    return np.array(metadata[f"f{chosen}"], np.int64)
+
+
+def _read_sidecar(path: Path) -> dict[str, Any]:
+    """What `prepare` wrote beside the file; empty for files of ffcv's own writer."""
+    try:
+        content = json.loads(sidecar_path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{sidecar_path(path)}: cannot be read: {error}; delete it to go on without class names"
+        ) from None
+    return content if isinstance(content, dict) else {}
+
+
+def _class_names(sidecar: dict[str, Any], labels: NDArray[np.int64]) -> tuple[str, ...]:
+    names = sidecar.get("class_names")
+    if isinstance(names, list):
+        return tuple(map(str, names))
+    return tuple(str(i) for i in range(int(labels.max()) + 1))

@@ -1,0 +1,61 @@
+"""Pictures of a .beton file, decoded by ffcv's codec inside our kernel."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simclr_dist.data.beton import open_beton
+from simclr_dist.data.errors import DataError
+from simclr_dist.data.loader import CropRule
+
+
+class BetonImages:
+    """Decodes samples of a .beton file; `fill` may be called from several threads at once."""
+
+    def __init__(self, path: str | Path) -> None:
+        from simclr_dist.data import kernel  # compiles, and needs ffcv: only now
+
+        self._kernel = kernel
+        self.beton = open_beton(path)
+        self.class_names = self.beton.class_names
+        self.fingerprint = self.beton.fingerprint
+        self.labels = self.beton.labels
+        self._size_at_opening = os.fstat(self.beton.fd).st_size
+        self._scratch = threading.local()
+
+    def fill(self, ids: NDArray[np.int64], crop: CropRule, out: NDArray[np.uint8]) -> None:
+        """Writes the V crops of each picture to out [V, b, S, S, 3]."""
+        records = self.beton.records(ids)
+        crops = crop(records[:, self._kernel.HEIGHT], records[:, self._kernel.WIDTH])
+        status = np.zeros(len(ids), np.int32)
+        if not hasattr(self._scratch, "pixels"):  # a thread's own, sized for the largest picture
+            self._scratch.encoded = np.empty((1, self.beton.max_record_bytes), np.uint8)
+            self._scratch.pixels = np.empty((1, 3 * self.beton.max_pixels), np.uint8)
+        self._kernel.decode_and_crop(
+            self.beton.fd, records, crops, out, status, self._scratch.encoded, self._scratch.pixels
+        )
+        if status.any():
+            raise self._explain(ids, records, status)
+
+    def _explain(self, ids: NDArray[np.int64], records: NDArray[np.int64], status: NDArray[np.int32]) -> DataError:
+        first = int(np.flatnonzero(status)[0])
+        what = self._kernel.STATUS_TEXT[int(status[first])]
+        try:
+            now = os.fstat(self.beton.fd).st_size
+            if now < self._size_at_opening:
+                what = f"the file shrank from {self._size_at_opening} to {now} bytes since it was opened"
+            os.pread(self.beton.fd, 1, int(records[first, 0]))
+        except OSError as error:
+            what = f"it cannot be read: {error.strerror}"
+        return DataError(
+            f"{self.beton.path}: sample {int(ids[first])}: {what}; "
+            f"`simclr-dist inspect {self.beton.path} --verify` lists all damaged samples"
+        )
+
+    def close(self) -> None:
+        self.beton.close()

@@ -1,0 +1,59 @@
+"""Random numbers without state: every draw of a view is a hash of (seed, epoch, sample id, view, draw number).
+
+A view therefore does not depend on rank, number of threads, order or loader, and a resumed run needs no generator
+state. The hash is SplitMix64's finaliser (Steele, Lea and Flood 2014); all operations are exact, so the numbers are
+the same on every machine and under every version of numpy.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# Fixed draw numbers, one range a purpose: adding an augmentation never shifts the others. Never renumber.
+CROP = 0  # 0..39: ten tries of (area, ratio, top, left)
+FLIP = 64
+JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, JITTER_ORDER = 80, 81, 82, 83, 84, 85
+GRAYSCALE = 96
+BLUR, BLUR_SIGMA = 112, 113
+SOLARIZE = 128
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
+_S30, _S27, _S31, _S11 = (np.uint64(shift) for shift in (30, 27, 31, 11))
+
+
+def mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser: a bijection of 64 bits in which every input bit reaches every output bit."""
+    z = (z ^ (z >> _S30)) * _MULTIPLIER_1
+    z = (z ^ (z >> _S27)) * _MULTIPLIER_2
+    return z ^ (z >> _S31)
+
+
+def keys(seed: int, epoch: ArrayLike, sample_ids: ArrayLike, view: ArrayLike) -> NDArray[np.uint64]:
+    """One key for each view of each sample; the arguments broadcast. At least one-dimensional."""
+    key = mix(_words(seed) + _GOLDEN)
+    for part in (epoch, sample_ids, view):
+        key = mix(key ^ (_words(part) + _GOLDEN))
+    return key
+
+
+def uniform(keys: NDArray[np.uint64], draw: ArrayLike) -> NDArray[np.float64]:
+    """The draw-th number of each key, in [0, 1) with 53 random bits; keys and draw broadcast."""
+    words = mix(keys + (_words(draw) + np.uint64(1)) * _GOLDEN)
+    return (words >> _S11).astype(np.float64) * 2.0**-53
+
+
+def permutation(seed: int, epoch: int, stream: int, n: int) -> NDArray[np.int64]:
+    """A random order of 0..n-1, a function of its arguments alone: the ranks of n hashes."""
+    words = mix(keys(seed, epoch, stream, _PERMUTATION) + np.arange(1, n + 1, dtype=np.uint64) * _GOLDEN)
+    return np.argsort(words, kind="stable")
+
+
+_PERMUTATION = 1 << 32  # stands where a view's number stands, so that orders and views share no key
+
+
+def _words(value: ArrayLike) -> NDArray[np.uint64]:
+    # Arrays of one element rather than scalars: numpy warns when scalars wrap around, and wrapping is meant here.
+    return np.atleast_1d(np.asarray(value)).astype(np.uint64)
