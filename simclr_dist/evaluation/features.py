@@ -1,0 +1,189 @@
+"""What a frozen encoder says about images: h, computed once and shared by every evaluation.
+
+Letters: n images, D width of h, W world size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from simclr_dist import distributed
+from simclr_dist.data.errors import DataError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+ImageBatch = tuple[Tensor, Tensor, Tensor]  # images uint8 [b, H, W, 3], labels int64 [b], sample ids int64 [b]
+Normalize = Callable[[Tensor], Tensor]  # uint8 [b, H, W, 3] -> float [b, 3, H, W]
+
+GATHER_ROWS = 16_384  # rows of a rank on the device at once: 2 GiB over 16 ranks at D = 2048
+
+
+@dataclass(frozen=True)
+class Features:
+    """h float32 [n, D], labels int64 [n] (-1: unlabelled), sample_ids int64 [n]; on the CPU, in the order of ids."""
+
+    h: Tensor
+    labels: Tensor
+    sample_ids: Tensor
+
+    def __post_init__(self) -> None:
+        n = self.h.shape[0]
+        if self.h.ndim != 2 or self.labels.shape != (n,) or self.sample_ids.shape != (n,):
+            shapes = tuple(self.h.shape), tuple(self.labels.shape), tuple(self.sample_ids.shape)
+            raise ValueError(f"h [n, D], labels [n] and sample_ids [n] do not fit together: {shapes}")
+
+    def __len__(self) -> int:
+        return self.h.shape[0]
+
+    def __getitem__(self, rows: Tensor) -> Features:
+        return Features(self.h[rows], self.labels[rows], self.sample_ids[rows])
+
+
+def digest(module: nn.Module) -> str:
+    """A hash of every parameter and buffer with its name, type and shape: equal only if bit-identical."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, tensor in module.state_dict().items():
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        # Bytes, because numpy knows no bfloat16; flat first, because a single number has no last axis to split.
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+@contextmanager
+def frozen(encoder: nn.Module) -> Iterator[nn.Module]:
+    """The encoder in evaluation mode and without gradients; afterwards as it was.
+
+    Frozen is checked, not hoped for: RuntimeError when a parameter or a BatchNorm buffer has changed inside.
+    """
+    modes = {module: module.training for module in encoder.modules()}
+    before = digest(encoder)
+    encoder.eval()
+    try:
+        with torch.no_grad():
+            yield encoder
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if digest(encoder) != before:
+        raise RuntimeError("the encoder changed while it was evaluated: a parameter or BatchNorm buffer was written to")
+
+
+def extract_features(
+    encoder: nn.Module,
+    batches: Iterable[ImageBatch],
+    *,
+    device: torch.device | str,
+    precision: Precision = "fp32",
+    normalize: Normalize,
+) -> Features:
+    """h of all images in `batches`, in their order. The encoder must be on `device` already.
+
+    Raises DataError when there are no images or when h is not finite.
+    """
+    device = torch.device(device)
+    autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    h_parts, label_parts, id_parts = [], [], []
+    with frozen(encoder), torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+        for images, labels, sample_ids in batches:
+            h = encoder(normalize(images.to(device, non_blocking=True)))
+            h_parts.append(h.float().cpu())
+            label_parts.append(labels.cpu())
+            id_parts.append(sample_ids.cpu())
+    if not h_parts:
+        raise DataError("there are no images to compute features of")
+    features = Features(torch.cat(h_parts), torch.cat(label_parts), torch.cat(id_parts))
+    bad_rows = ~torch.isfinite(features.h).all(dim=1)
+    if bad_rows.any():
+        first = int(features.sample_ids[bad_rows][0])
+        raise DataError(
+            f"the encoder gives NaN or infinite features for {int(bad_rows.sum())} of {len(features)} images "
+            f"(first: sample {first}); evaluate with precision fp32, or take an earlier checkpoint"
+        )
+    return features
+
+
+def part_of_rank(num_samples: int, rank: int, world_size: int) -> np.ndarray:
+    """The contiguous ids int64 that a rank computes; all but the last ranks get ceil(n / W)."""
+    share = -(-num_samples // world_size)
+    return np.arange(min(rank * share, num_samples), min((rank + 1) * share, num_samples), dtype=np.int64)
+
+
+def extract_features_distributed(
+    encoder: nn.Module,
+    load: Callable[[np.ndarray], Iterable[ImageBatch]],
+    num_samples: int,
+    *,
+    device: torch.device | str,
+    precision: Precision = "fp32",
+    normalize: Normalize,
+) -> Features:
+    """h of samples 0..num_samples-1 on every rank, each rank having computed its contiguous part.
+
+    `load(ids)` yields the images of these ids in order. A rank that fails raises its error; the others learn of it
+    and raise DataError instead of waiting for ever.
+    """
+    rank, world_size = distributed.rank(), distributed.world_size()
+    ids = part_of_rank(num_samples, rank, world_size)
+    if world_size == 1:
+        return extract_features(encoder, load(ids), device=device, precision=precision, normalize=normalize)
+    own: Features | None = None
+    failure: Exception | None = None
+    try:
+        if len(ids):
+            own = extract_features(encoder, load(ids), device=device, precision=precision, normalize=normalize)
+            if not np.array_equal(own.sample_ids.numpy(), ids):
+                raise DataError(f"asked for samples {ids[0]}..{ids[-1]}, the loader gave {len(own)} others")
+    except Exception as error:
+        failure = error
+    news = torch.tensor([rank + 1 if failure else 0, own.h.shape[1] if own else 0], device=device)
+    failed_rank, width = distributed.all_reduce_max_(news).tolist()
+    if failure:
+        raise failure
+    if failed_rank:
+        raise DataError(f"rank {failed_rank - 1} could not compute its features; its own message says why")
+    if own is None:
+        own = Features(torch.empty(0, width), *torch.empty(2, 0, dtype=torch.int64))
+    share = -(-num_samples // world_size)
+    return Features(
+        _gather_rows(own.h, share, num_samples, device),
+        _gather_rows(own.labels, share, num_samples, device),
+        _gather_rows(own.sample_ids, share, num_samples, device),
+    )
+
+
+def _gather_rows(own: Tensor, share: int, total: int, device: torch.device | str) -> Tensor:
+    """The rows of all ranks on the CPU, [total, ...]; a few at a time, so that the device never holds them all."""
+    world_size = distributed.world_size()
+    everything = own.new_empty((world_size, share, *own.shape[1:]))
+    padded = torch.cat([own, own.new_zeros((share - own.shape[0], *own.shape[1:]))])
+    for start in range(0, share, GATHER_ROWS):
+        part = padded[start : start + GATHER_ROWS].to(device)
+        gathered = distributed.all_gather(part).unflatten(0, (world_size, part.shape[0]))
+        everything[:, start : start + GATHER_ROWS] = gathered.cpu()
+    return everything.flatten(0, 1)[:total]
+
+
+def pixel_features(batches: Iterable[ImageBatch], *, normalize: Normalize, max_side: int = 32) -> Features:
+    """The images themselves as features: the baseline that every encoder has to beat.
+
+    Normalised per channel as the encoder sees them (so that cosine similarity does not only measure brightness),
+    averaged down to `max_side` when larger, flattened to [n, 3 * side * side].
+    """
+    return extract_features(_Pixels(max_side), batches, device="cpu", normalize=normalize)
+
+
+class _Pixels(nn.Module):
+    def __init__(self, max_side: int) -> None:
+        super().__init__()
+        self.max_side = max_side
+
+    def forward(self, images: Tensor) -> Tensor:
+        side = min(self.max_side, *images.shape[-2:])
+        return nn.functional.adaptive_avg_pool2d(images, side).flatten(1)

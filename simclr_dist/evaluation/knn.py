@@ -1,0 +1,93 @@
+"""Weighted k-nearest-neighbour classification of frozen features.
+
+Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", section 3.4: a test image's
+k nearest training images by cosine similarity s vote for their class with weight exp(s / temperature).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from simclr_dist import distributed
+from simclr_dist.data.errors import DataError
+from simclr_dist.evaluation.features import Features, part_of_rank
+from simclr_dist.evaluation.labels import check_labels
+
+BANK_ROWS = 65_536  # training rows compared at once
+
+
+@dataclass(frozen=True)
+class KnnResult:
+    """Shares of the test images between 0 and 1 whose class was first, or among the five first, in the vote."""
+
+    top1: float
+    top5: float
+
+
+def knn_top1(
+    train: Features,
+    test: Features,
+    *,
+    k: int = 200,
+    temperature: float = 0.1,
+    num_classes: int,
+    chunk_size: int = 1024,
+    device: torch.device | str = "cpu",
+) -> KnnResult:
+    """Exact weighted kNN. Memory: `chunk_size` x 65,536 similarities and the normalised bank [n, D] on the device.
+
+    With several ranks each holds all features and classifies its part of the test rows; all return the same result.
+    Raises DataError: fewer training images than k, labels that do not fit, different widths of h.
+    """
+    check_labels(train, test, num_classes)
+    if k < 1 or temperature <= 0:
+        raise ValueError(f"k must be at least 1 and temperature above 0, not {k} and {temperature}")
+    if len(train) < k:
+        raise DataError(f"kNN with k={k} needs at least {k} training images, there are {len(train)}; use a smaller k")
+    bank = F.normalize(train.h.to(device), dim=1)
+    bank_labels = train.labels.to(device)
+    rows = torch.from_numpy(part_of_rank(len(test), distributed.rank(), distributed.world_size()))
+    correct = torch.zeros(2, dtype=torch.int64, device=device)
+    for chunk in rows.split(chunk_size):
+        if len(chunk) == 0:  # more ranks than test rows
+            continue
+        queries = F.normalize(test.h[chunk].to(device), dim=1)
+        similarity, neighbours = nearest(queries, bank, k)
+        votes = _votes(similarity, bank_labels[neighbours], temperature, num_classes)
+        correct += _count_correct(votes, test.labels[chunk].to(device))
+    top1, top5 = (distributed.all_reduce_sum_(correct).double() / len(test)).tolist()
+    return KnnResult(top1, top5)
+
+
+def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k rows of `bank` [n, D] most similar to each row of `queries` [m, D], both L2-normalised.
+
+    Returns similarity [m, k], falling, and rows int64 [m, k].
+    """
+    best = queries.new_empty((len(queries), 0))
+    best_rows = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
+    for start in range(0, len(bank), BANK_ROWS):
+        block = bank[start : start + BANK_ROWS]
+        similarity, block_rows = (queries @ block.T).topk(min(k, len(block)), dim=1)
+        best = torch.cat([best, similarity], dim=1)
+        best_rows = torch.cat([best_rows, block_rows + start], dim=1)
+        best, order = best.topk(min(k, best.shape[1]), dim=1)
+        best_rows = best_rows.gather(1, order)
+    return best, best_rows
+
+
+def _votes(similarity: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
+    """The weight each class gathers, [m, C], up to a factor per row that keeps exp from overflowing."""
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()
+    return weights.new_zeros((len(weights), num_classes)).scatter_add_(1, labels, weights)
+
+
+def _count_correct(votes: Tensor, labels: Tensor) -> Tensor:
+    """How many rows have their label first and among the first five, int64 [2]. A class without a vote is no guess."""
+    best, classes = votes.topk(min(5, votes.shape[1]), dim=1)
+    hits = (classes == labels[:, None]) & (best > 0)
+    return torch.stack([hits[:, 0].sum(), hits.sum()])

@@ -1,0 +1,157 @@
+"""Features: the encoder stays frozen, nothing is lost, ranks share the work. pytest tests/test_features.py"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simclr_dist.data.errors import DataError
+from simclr_dist.evaluation.features import (
+    Features,
+    digest,
+    extract_features,
+    extract_features_distributed,
+    part_of_rank,
+    pixel_features,
+)
+from tests.distributed.spawn import run_ranks
+
+
+def normalize(images: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2).float() / 255 - 0.5
+
+
+def images_of(ids: np.ndarray) -> Tensor:
+    """An image that is a function of its id alone."""
+    return torch.stack(
+        [torch.randint(256, (8, 8, 3), generator=torch.Generator().manual_seed(int(i))) for i in ids]
+    ).byte()
+
+
+def load(ids: np.ndarray, batch_size: int = 4) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for start in range(0, len(ids), batch_size):
+        part = ids[start : start + batch_size]
+        yield images_of(part), torch.from_numpy(part % 3), torch.from_numpy(part)
+
+
+def make_encoder() -> nn.Module:
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder(torch.randn(16, 3, 8, 8))  # running statistics that are not 0 and 1
+    return encoder
+
+
+def test_features_equal_the_encoder_in_eval_mode() -> None:
+    encoder = make_encoder()
+    features = extract_features(encoder, load(np.arange(10)), device="cpu", normalize=normalize)
+    with torch.no_grad():
+        expected = make_encoder().eval()(normalize(images_of(np.arange(10))))
+    torch.testing.assert_close(features.h, expected)
+    assert features.sample_ids.tolist() == list(range(10))
+    assert features.labels.tolist() == [i % 3 for i in range(10)]
+    assert not features.h.requires_grad
+
+
+def test_the_encoder_comes_back_as_it_was() -> None:
+    encoder = make_encoder().train()
+    encoder[1].eval()  # a layer that someone has frozen by hand
+    before = digest(encoder)
+    extract_features(encoder, load(np.arange(5)), device="cpu", normalize=normalize)
+    assert [module.training for module in encoder] == [True, False, True, True, True]
+    assert digest(encoder) == before
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_an_encoder_that_changes_itself_is_caught() -> None:
+    class Drifting(nn.BatchNorm1d):
+        def forward(self, input: Tensor) -> Tensor:
+            self.running_mean.add_(1e-3)  # type: ignore[union-attr]
+            return input
+
+    encoder = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), Drifting(3))
+    with pytest.raises(RuntimeError, match="the encoder changed while it was evaluated"):
+        extract_features(encoder, load(np.arange(5)), device="cpu", normalize=normalize)
+
+
+def test_digest_sees_a_single_bit() -> None:
+    encoder = make_encoder()
+    before = digest(encoder)
+    assert digest(make_encoder()) == before
+    weight = encoder[0].weight.detach().view(torch.int32)
+    weight.view(-1)[7] ^= 1
+    assert digest(encoder) != before
+
+
+def test_bfloat16_autocast_gives_float32_features_close_to_float32() -> None:
+    encoder = make_encoder()
+    exact = extract_features(encoder, load(np.arange(8)), device="cpu", normalize=normalize)
+    quick = extract_features(encoder, load(np.arange(8)), device="cpu", precision="bf16", normalize=normalize)
+    assert quick.h.dtype == torch.float32
+    torch.testing.assert_close(quick.h, exact.h, atol=0.02, rtol=0.02)
+
+
+def test_non_finite_features_name_the_sample() -> None:
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    nn.init.constant_(encoder[1].weight, float("nan"))
+    with pytest.raises(DataError, match=r"5 of 5 images \(first: sample 0\)"):
+        extract_features(encoder, load(np.arange(5)), device="cpu", normalize=normalize)
+
+
+def test_no_images_is_an_error() -> None:
+    with pytest.raises(DataError, match="no images"):
+        extract_features(make_encoder(), iter(()), device="cpu", normalize=normalize)
+
+
+@pytest.mark.parametrize(("n", "world_size"), [(10, 1), (10, 3), (3, 4), (12, 4)])
+def test_parts_cover_every_sample_once_in_order(n: int, world_size: int) -> None:
+    parts = [part_of_rank(n, rank, world_size) for rank in range(world_size)]
+    assert np.array_equal(np.concatenate(parts), np.arange(n))
+
+
+def _extract(rank: int, world_size: int, n: int) -> tuple[np.ndarray, list[int], list[int]]:
+    features = extract_features_distributed(make_encoder(), load, n, device="cpu", normalize=normalize)
+    return features.h.numpy(), features.labels.tolist(), features.sample_ids.tolist()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("n", [11, 4])  # 4 over 3 ranks: the last rank has nothing to do
+def test_ranks_gather_what_one_process_computes(n: int) -> None:
+    expected = extract_features(make_encoder(), load(np.arange(n)), device="cpu", normalize=normalize)
+    for h, labels, sample_ids in run_ranks(3, _extract, n):
+        np.testing.assert_allclose(h, expected.h.numpy(), rtol=1e-5, atol=1e-6)
+        assert labels == expected.labels.tolist()
+        assert sample_ids == list(range(n))
+
+
+def _extract_with_a_bad_file(rank: int, world_size: int) -> str:
+    def load_or_fail(ids: np.ndarray) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        if 9 in ids:
+            raise DataError("sample 9: not an image")
+        yield from load(ids)
+
+    with pytest.raises(DataError) as caught:
+        extract_features_distributed(make_encoder(), load_or_fail, 10, device="cpu", normalize=normalize)
+    return str(caught.value)
+
+
+@pytest.mark.distributed
+def test_a_failing_rank_stops_all_ranks_with_its_name() -> None:
+    assert run_ranks(2, _extract_with_a_bad_file) == [
+        "rank 1 could not compute its features; its own message says why",
+        "sample 9: not an image",
+    ]
+
+
+def test_pixel_features_are_the_normalised_pixels() -> None:
+    features = pixel_features(load(np.arange(6)), normalize=normalize)
+    torch.testing.assert_close(features.h, normalize(images_of(np.arange(6))).flatten(1))
+    assert pixel_features(load(np.arange(6)), normalize=normalize, max_side=4).h.shape == (6, 48)
+
+
+def test_parts_that_do_not_fit_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not fit together"):
+        Features(torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64), torch.arange(3))
