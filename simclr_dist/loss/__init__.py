@@ -1,0 +1,22 @@
+"""NT-Xent, the loss of SimCLR: exact over any number of processes, in tiles, silent in its backward.
+
+    from simclr_dist.loss import NTXentLoss
+
+    nt_xent = NTXentLoss(temperature=0.1)
+    for views in loader:                            # [2, B, 3, H, W], another share of the batch on every rank
+        h, z = model(views.flatten(0, 1))           # z [2B, K]: first all of view 0, then all of view 1
+        loss = nt_xent(z)                           # negatives from every rank; the same value on every rank
+        loss.backward()                             # under DDP: exactly the gradient of the whole global batch
+
+Works in any PyTorch program, with torch.distributed and without. `docs/loss.md` has the formulas and the choices.
+
+    batch.py            what a rank brings: checked, agreed upon, normalised, gathered
+    plain.py            the definitions, by autograd on all N x N similarities
+    tiled.py            the same sums in tiles, each similarity computed once
+    nt_xent.py          NTXentLoss: NT-Xent and its decoupled form
+"""
+
+from simclr_dist.loss.batch import NonFiniteError
+from simclr_dist.loss.nt_xent import NTXentLoss, nt_xent
+
+__all__ = ["NTXentLoss", "NonFiniteError", "nt_xent"]

@@ -1,0 +1,258 @@
+"""The rows of a global batch: checked and agreed upon by all ranks, brought to length one, gathered.
+
+Letters: B images per device, V views, n = V*B rows of this rank, W ranks, N = n*W rows, G = B*W images, K the width
+of z. Rank r holds the global rows r*n .. r*n + n - 1, view after view:
+
+          rank 0            rank 1
+    ┌───────┬───────┬───────┬───────┐
+    │ view 0│ view 1│ view 0│ view 1│       row r*n + v*B + b is view v of image b of rank r;
+    └───────┴───────┴───────┴───────┘       rows whose numbers differ by a multiple of B *inside*
+      B rows  B rows  B rows  B rows        one rank show the same image
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from simclr_dist import distributed
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SHORTEST_ROW = 1e-12  # F.normalize's; a shorter row has no direction
+
+
+class NonFiniteError(ValueError):
+    """Rows of z are NaN or infinite. Raised on every rank, with `bad_rows`: {rank: (how many, the first)}."""
+
+    def __init__(self, message: str, bad_rows: dict[int, tuple[int, int]]) -> None:
+        super().__init__(message)
+        self.bad_rows = bad_rows
+
+
+@dataclass
+class GlobalBatch:
+    """Unit rows of this rank, and the way to those of all."""
+
+    z: Tensor  # [n, K], unit rows of this rank, float32 or float64, differentiable
+    all_rows: Callable[[], Tensor]  # waits for [N, K]
+    ids: Tensor | None  # [G], a number for each image of the global batch
+    duplicates: Tensor  # [], int64: images whose number had occurred before
+    temperature: float
+    num_views: int
+    rank: int
+    world_size: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.z.shape[0]
+
+    @property
+    def num_all_rows(self) -> int:
+        return self.z.shape[0] * self.world_size
+
+    @property
+    def num_images(self) -> int:
+        return self.z.shape[0] // self.num_views
+
+    @property
+    def own(self) -> slice:
+        """Where the rows of this rank are among all."""
+        return slice(self.rank * self.num_rows, (self.rank + 1) * self.num_rows)
+
+    def per_row(self, per_image: Tensor) -> Tensor:
+        """[G] -> [N]: what is known of an image, for each of its rows."""
+        by_rank = per_image.view(self.world_size, 1, self.num_images)
+        return by_rank.expand(-1, self.num_views, -1).reshape(-1)
+
+
+def gather_batch(
+    z: Tensor,
+    temperature: float | Tensor,
+    ids: Tensor | None,
+    *,
+    num_views: int,
+    gather_dtype: torch.dtype,
+    implementation: int,
+) -> GlobalBatch:
+    """Checks z [V*B, K] and ids [B] with all ranks, and starts gathering them.
+
+    One collective of a few numbers comes first, so that every rank learns of a fault on any rank and raises instead
+    of waiting for ever. Its answer is read by the host: the loss's only wait for the device.
+    """
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    sound = z.ndim == 2 and z.dtype in DTYPES
+    lengths = (
+        torch.linalg.vector_norm(z.detach(), dim=1, dtype=dtype) if sound and z.numel() else z.new_zeros(0, dtype=dtype)
+    )
+    headers = distributed.all_gather(_header(z, lengths, temperature, ids, num_views, implementation)[None]).tolist()
+    _raise_faults([Header(*row) for row in headers])
+    own = Header(*headers[distributed.rank()])
+
+    all_ids, duplicates = None, torch.zeros((), dtype=torch.int64, device=z.device)
+    wait_for_ids = None
+    if ids is not None:
+        # Half the bytes for every data set of less than two milliards of images.
+        small = all(Header(*row).ids_fit_int32 for row in headers)
+        wait_for_ids = distributed.all_gather_async(ids.to(torch.int32 if small else torch.int64))
+    travels_short = gather_dtype.itemsize < torch.float32.itemsize and distributed.world_size() > 1
+    rounded = gather_dtype if travels_short else dtype
+    unit: Tensor = _UnitRows.apply(z, lengths[:, None], rounded)  # type: ignore[no-untyped-call]
+    wait_for_rows = distributed.all_gather_async(
+        unit.detach().to(rounded) if rounded.itemsize < dtype.itemsize else unit
+    )
+    if wait_for_ids is not None:
+        all_ids = wait_for_ids()
+        in_order = all_ids.sort().values
+        duplicates = (in_order[1:] == in_order[:-1]).sum()
+    return GlobalBatch(
+        unit,
+        lambda: wait_for_rows().to(dtype),
+        all_ids,
+        duplicates,
+        own.temperature,
+        num_views,
+        distributed.rank(),
+        distributed.world_size(),
+    )
+
+
+class _UnitRows(torch.autograd.Function):
+    """x / |x|, rounded to what travels, so that every rank computes with the same numbers.
+
+    A row of zeros has no direction: it stays zero and receives no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: Tensor, rounded: torch.dtype) -> Tensor:
+        scale = torch.where(lengths > SHORTEST_ROW, 1 / lengths, 0)
+        unit = x * scale
+        unit = unit.to(rounded).to(unit.dtype)
+        ctx.save_for_backward(unit, scale)
+        ctx.dtype = x.dtype
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        unit, scale = ctx.saved_tensors
+        along = torch.einsum("nk,nk->n", unit, grad)[:, None]
+        return torch.addcmul(grad, unit, along, value=-1).mul_(scale).to(ctx.dtype), None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Agreement
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a rank brings, in whole numbers. The first eight must be the same everywhere."""
+
+    ndim: int
+    rows: int
+    width: int
+    dtype: int  # index in DTYPES, -1: another
+    num_views: int
+    num_ids: int  # -1: none; -2: not one int64 or int32 per image; -3: on another device
+    implementation: int
+    temperature_bits: int  # of the float64
+    ids_fit_int32: int
+    num_bad_rows: int
+    first_bad_row: int
+
+    @property
+    def temperature(self) -> float:
+        value: float = struct.unpack("<d", struct.pack("<q", self.temperature_bits))[0]
+        return value
+
+
+def _header(
+    z: Tensor, lengths: Tensor, temperature: float | Tensor, ids: Tensor | None, num_views: int, implementation: int
+) -> Tensor:
+    if ids is None:
+        num_ids = -1
+    elif ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64):
+        num_ids = -2
+    else:
+        num_ids = ids.shape[0] if ids.device == z.device else -3
+    shape = (*z.shape, 0, 0)[:2]
+    dtype = DTYPES.index(z.dtype) if z.dtype in DTYPES else -1
+    known = torch.tensor([z.ndim, *shape, dtype, num_views, num_ids, implementation], device=z.device)
+    tau = torch.as_tensor(temperature, dtype=torch.float64).detach().reshape(1).to(z.device)
+    parts = [known, tau.view(torch.int64)]
+    fit = torch.ones(1, dtype=torch.int64, device=z.device)
+    if ids is not None and num_ids > 0:
+        fit = ids.to(torch.int32).eq(ids).all(0, keepdim=True).long()
+    bad = ~lengths.isfinite()
+    if bad.numel():
+        parts += [fit, bad.sum(0, keepdim=True), bad.long().argmax(0, keepdim=True)]
+    else:
+        parts += [fit, known.new_zeros(2)]
+    return torch.cat(parts)
+
+
+def _raise_faults(headers: list[Header]) -> None:
+    """Raises what is wrong, in the same words on every rank."""
+    faults = [f"rank {r}: {fault}" for r, header in enumerate(headers) if (fault := _own_fault(header))]
+    if faults:
+        raise ValueError("nt_xent cannot use this batch.\n  " + "\n  ".join(faults))
+    first = headers[0]
+    for r, header in enumerate(headers):
+        for name, unit in _MUST_AGREE.items():
+            here, there = getattr(first, name), getattr(header, name)
+            if here != there:
+                if name == "dtype":
+                    here, there = DTYPES[here], DTYPES[there]
+                raise ValueError(
+                    f"nt_xent: the ranks disagree about {unit}: {here} on rank 0, {there} on rank {r}. "
+                    "All ranks must bring batches of one shape and one setting; drop an incomplete last batch."
+                )
+    bad = {r: (h.num_bad_rows, h.first_bad_row) for r, h in enumerate(headers) if h.num_bad_rows}
+    if bad:
+        where = "; ".join(
+            f"rank {r}: {count} of {first.rows} rows, the first is row {row}" for r, (count, row) in bad.items()
+        )
+        raise NonFiniteError(
+            f"nt_xent: z is NaN or infinite ({where}). The network has diverged or a picture is broken: "
+            "lower the learning rate, lengthen the warm-up, or try precision fp32.",
+            bad,
+        )
+
+
+_MUST_AGREE = {
+    "rows": "the rows of z",
+    "width": "the width of z",
+    "dtype": "the dtype of z",
+    "num_views": "num_views",
+    "num_ids": "the number of sample ids (-1: none)",
+    "implementation": "the implementation",
+    "temperature": "the temperature",
+}
+
+
+def _own_fault(header: Header) -> str | None:
+    if header.ndim != 2:
+        return f"z has {header.ndim} dimensions; expected [views * B, K]"
+    if header.dtype < 0:
+        return "z must be float16, bfloat16, float32 or float64"
+    if header.num_views < 2:
+        return f"num_views is {header.num_views}; a positive needs at least 2 views"
+    if header.rows == 0 or header.width == 0 or header.rows % header.num_views:
+        return (
+            f"z has the shape [{header.rows}, {header.width}]; expected [{header.num_views} * B, K]: "
+            f"all rows of view 0, then all of view 1"
+        )
+    if header.num_ids == -3:
+        return "the sample ids are on another device than z"
+    if header.num_ids == -2:
+        return "the sample ids must be int64 or int32 of shape [B]"
+    if header.num_ids not in (-1, header.rows // header.num_views):
+        return f"{header.num_ids} sample ids for {header.rows // header.num_views} images"
+    if not 0 < header.temperature < float("inf"):
+        return f"the temperature is {header.temperature}; it must be a positive number"
+    return None

@@ -1,0 +1,230 @@
+"""NT-Xent (Chen et al. 2020, "A Simple Framework for Contrastive Learning", eq. 1) and its decoupled form.
+
+For unit rows z, s_ij = z_i.z_j / temperature, E_ij = exp(s_ij). Row i has its positives p, the other views of its
+image, and its negatives, all rows of other images. With P_ip = E_ip and Q_i the sum of E_ij over the *negatives*:
+
+    L = mean over (i, p) of log(1 + Q_i / P_ip)                          two views: the paper's loss, mean of 2G rows
+
+Its gradient needs no E of another rank's rows, since E is symmetric; with V - 1 positives per row,
+a_i = mean_p 1 / (Q_i + P_ip) and m_ip = Q_i / (Q_i + P_ip) / (V - 1):
+
+    dL/dz_i = 1 / (N temperature) [ sum_neg j E_ij (a_i + a_j) z_j  -  sum_p (m_ip + m_pi) z_p ]
+    dL/dtemperature = -1 / (2 temperature) sum_i z_i.dL/dz_i             as L depends on z_i.z_j / temperature only
+
+The positive never enters a sum: where it has won, the usual softmax minus one-hot subtracts equals and loses every
+digit, this form none. The decoupled loss (DCL; Yeh et al. 2022, arXiv:2110.06848) leaves P out of the denominator:
+L = mean of log(Q_i) - s_ip, hence a_i = 1 / Q_i and m_ip = 1 / (V - 1).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from simclr_dist.loss import plain
+from simclr_dist.loss.batch import GlobalBatch, gather_batch
+from simclr_dist.loss.tiled import Tiles
+
+Implementation = Literal["auto", "plain", "tiled"]
+IMPLEMENTATIONS = ("plain", "tiled")
+
+
+def nt_xent(
+    z: Tensor,
+    temperature: float | Tensor = 0.1,
+    sample_ids: Tensor | None = None,
+    *,
+    num_views: int = 2,
+    decoupled: bool = False,
+    implementation: Implementation = "auto",
+    gather_dtype: torch.dtype = torch.float32,
+    grad_reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """`NTXentLoss` as a function; the temperature may be a tensor that requires a gradient."""
+    loss, _ = _nt_xent(
+        z,
+        temperature,
+        sample_ids,
+        num_views=num_views,
+        decoupled=decoupled,
+        implementation=implementation,
+        gather_dtype=gather_dtype,
+        grad_reduction=grad_reduction,
+    )
+    return loss
+
+
+class NTXentLoss(nn.Module):
+    """The loss of SimCLR over the global batch.
+
+    temperature: positive. learn_temperature: make its logarithm a parameter, `log_temperature`.
+    implementation: "plain" (autograd on N x N), "tiled" (linear memory) or "auto".
+    gather_dtype: what z travels as between ranks; bfloat16 halves the bytes, and every rank then computes with
+        the rounded z.
+    num_views: V >= 2; every other view of an image is a positive of its own.
+    decoupled: leave the positive out of the denominator (DCL).
+    grad_reduction: what the training loop does with the gradients of the ranks: "mean" (DDP, FSDP) or "sum".
+
+    Call with z [V*B, K], not normalised, all rows of view 0 first, and optionally sample_ids int64 [B]: images with
+    the same number are then no negatives of each other. Returns the mean over the *global* batch, the same number on
+    every rank, in float32 (float64 for float64). The gradient on this rank's z is that of the global mean, times W
+    for "mean": after DDP's averaging, exactly the gradient of one process with the whole batch. So is that of
+    `log_temperature`, if DDP knows this module's parameter.
+
+    Raises ValueError on every rank if any rank's z, ids or settings do not fit; NonFiniteError (a ValueError) if
+    any row anywhere is NaN or infinite. All ranks must call it together.
+    """
+
+    log_temperature: Tensor
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        implementation: Implementation = "auto",
+        gather_dtype: torch.dtype = torch.float32,
+        *,
+        num_views: int = 2,
+        decoupled: bool = False,
+        learn_temperature: bool = False,
+        grad_reduction: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"the temperature must be positive, found {temperature}")
+        self._temperature = temperature
+        if learn_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.learn_temperature = learn_temperature
+        self.implementation = implementation
+        self.gather_dtype = gather_dtype
+        self.num_views = num_views
+        self.decoupled = decoupled
+        self.grad_reduction = grad_reduction
+        self.masked_duplicates = torch.zeros((), dtype=torch.int64)
+        """Images of the last global batch whose sample id had occurred before (int64 tensor, on z's device)."""
+
+    @property
+    def temperature(self) -> float | Tensor:
+        return self.log_temperature.exp() if self.learn_temperature else self._temperature
+
+    def forward(self, z: Tensor, sample_ids: Tensor | None = None) -> Tensor:
+        loss, self.masked_duplicates = _nt_xent(
+            z,
+            self.temperature,
+            sample_ids,
+            num_views=self.num_views,
+            decoupled=self.decoupled,
+            implementation=self.implementation,
+            gather_dtype=self.gather_dtype,
+            grad_reduction=self.grad_reduction,
+        )
+        return loss
+
+    def extra_repr(self) -> str:
+        return f"temperature={float(self.temperature):g}, implementation={self.implementation}"
+
+
+def _nt_xent(
+    z: Tensor,
+    temperature: float | Tensor,
+    sample_ids: Tensor | None,
+    *,
+    num_views: int,
+    decoupled: bool,
+    implementation: str,
+    gather_dtype: torch.dtype,
+    grad_reduction: str,
+) -> tuple[Tensor, Tensor]:
+    chosen = "tiled" if implementation == "auto" else implementation
+    if chosen not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {implementation!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
+    with torch.autocast(z.device.type, enabled=False):
+        batch = gather_batch(
+            z,
+            temperature,
+            sample_ids,
+            num_views=num_views,
+            gather_dtype=gather_dtype,
+            implementation=IMPLEMENTATIONS.index(chosen),
+        )
+        tau = torch.as_tensor(temperature, dtype=batch.z.dtype, device=z.device)
+        grad_scale = float(batch.world_size) if grad_reduction == "mean" else 1.0
+        if chosen == "plain":
+            loss = plain.nt_xent(batch, tau, decoupled=decoupled, grad_scale=grad_scale)
+        else:
+            loss = _tiled_nt_xent(batch, tau, decoupled, grad_scale)
+    return loss, batch.duplicates
+
+
+def _tiled_nt_xent(batch: GlobalBatch, temperature: Tensor, decoupled: bool, grad_scale: float) -> Tensor:
+    needs_gradient = torch.is_grad_enabled() and (batch.z.requires_grad or temperature.requires_grad)
+    with torch.no_grad():
+        tiles = Tiles(batch, hide="image")
+        loss, a, m = _value(batch, tiles.sums(), tiles.all, decoupled)
+        if not needs_gradient:
+            return loss
+        gradient = tiles.pull(a)
+        views = tiles.z.view(batch.num_views, batch.num_images, -1)
+        pulled = gradient.view_as(views)
+        for shift in range(1, batch.num_views):
+            # m_ip of the rows, and m_pi of their positives, which are `shift` views further on.
+            weight = m[shift] + m[-shift].roll(-shift, dims=0)
+            pulled.addcmul_(weight[..., None], views.roll(-shift, dims=0), value=-1)
+        gradient *= grad_scale / (batch.num_all_rows * batch.temperature)
+        along = torch.einsum("nk,nk->", tiles.z, gradient)
+        temperature_gradient = along / (-2 * batch.temperature)
+    return with_gradient(loss.to(batch.z.dtype), (batch.z, gradient), (temperature, temperature_gradient))
+
+
+def _value(batch: GlobalBatch, q: Tensor, z: Tensor, decoupled: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """From the sums q [N] and all rows z [N, K]: the loss, a [N], and m of this rank's rows.
+
+    m[shift] [V, B] belongs to the pairs of a row and the view of its image `shift` further on; m[-shift] leads back
+    (m[0] only holds the place of the row itself).
+    """
+    W, V, B = batch.world_size, batch.num_views, batch.num_images
+    z, q = z.view(W, V, B, -1), q.view(W, V, B)
+    loss, a, m = q.new_zeros(()), torch.zeros_like(q), [q.new_empty(0)]
+    has_negatives = q > 0
+    for shift in range(1, V):
+        s = torch.einsum("wvbk,wvbk->wvb", z, z.roll(-shift, dims=1)) / batch.temperature
+        excess = q.log() - s
+        if decoupled:  # a row without negatives has nothing to be far from
+            loss += excess.where(has_negatives, 0).mean()
+            r = q.where(has_negatives, float("inf"))
+            m.append(has_negatives[batch.rank].to(q.dtype))
+        else:
+            loss += torch.logaddexp(excess, torch.zeros_like(s)).mean()
+            r = q + s.exp()
+            m.append((q / r)[batch.rank])
+        a += r.reciprocal()
+    positives = V - 1
+    return loss / positives, a.flatten() / positives, [m_shift / positives for m_shift in m]
+
+
+def with_gradient(value: Tensor, *inputs_and_gradients: tuple[Tensor, Tensor]) -> Tensor:
+    """`value` as a function of the inputs with the gradients already known."""
+    inputs, gradients = zip(*inputs_and_gradients, strict=True)
+    result: Tensor = _WithGradient.apply(value, gradients, *inputs)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [x.dtype for x in inputs]
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [
+            (g * grad).to(dtype) if needed else None
+            for g, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
+        ]
+        return None, None, *scaled

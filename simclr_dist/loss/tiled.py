@@ -1,0 +1,158 @@
+"""exp(similarity) in tiles: never more than two of them in memory, none computed twice where symmetry can help.
+
+E_ij = exp(z_i.z_j / temperature) is symmetric. One process needs the tiles on and above the diagonal only, each
+serving its rows and, transposed, its columns. Over ranks every pair of blocks is summed by one of the two:
+
+    W = 4         columns of rank                 own      the block of this rank itself: upper triangle
+                   0    1    2    3               ►        summed by this rank, for its rows and for the
+            0   │ own │  ►  │ ► / │     │                  other rank's (its columns)
+    rows    1   │     │ own │  ►  │ ► / │         ► /      opposite ranks of an even W: the lower rank takes
+    of      2   │ / ► │     │ own │  ►  │                  the upper half of its rows, the higher rank the
+    rank    3   │  ►  │ / ► │     │ own │                  right half of its columns: together one block
+
+Sums: 1 matrix product of half the elements and one exp2 each; an all-reduce of N numbers joins them. Gradient: every
+rank takes its rows against all columns, the own block once more by its triangle. No collective.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from simclr_dist import distributed
+from simclr_dist.loss.batch import GlobalBatch
+
+# exp(1/temperature) * N must stay inside the type's range (float32: e^88, float64: e^709).
+LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 700.0}
+
+
+class Tiles:
+    """E of the rows of this rank against all rows, without what `hide` names.
+
+    hide: "image" leaves out all rows of the row's own image (and of its duplicates), "self" the row itself only.
+    """
+
+    def __init__(self, batch: GlobalBatch, hide: str, tile_size: int | None = None) -> None:
+        self.batch = batch
+        exponent = 1 / batch.temperature + math.log(batch.num_all_rows)
+        dtype = batch.z.dtype
+        if exponent > LARGEST_EXPONENT[dtype]:
+            dtype = torch.float64  # the same sums with a larger range: low temperatures need no second algorithm
+        if exponent > LARGEST_EXPONENT[dtype]:
+            raise ValueError(
+                f"nt_xent: temperature {batch.temperature:g} is too low for exp() in float64; "
+                "use at least 0.0015, or implementation='plain'"
+            )
+        self.z = batch.z.detach().to(dtype)
+        self.all = self.z
+        self.exp2_scale = math.log2(math.e) / batch.temperature  # exp2 is several times faster than exp
+        n = batch.num_rows
+        self.size = min(n, tile_size or _tile_size(n, self.z.device))
+        self.keeps_tiles = n * n <= 1 << 20 and self.z.device.type == "cpu"
+        self.kept: list[Tensor] = []
+        self._e, self._w = (self.z.new_empty(self.size**2) for _ in range(2))
+        self.diagonals = range(1) if hide == "self" else range(1 - batch.num_views, batch.num_views)
+        self.keys = None
+        # Looking whether there are duplicates makes a GPU wait; comparing all ids there does not.
+        if hide == "image" and batch.ids is not None and (self.z.device.type != "cpu" or bool(batch.duplicates)):
+            self.keys = batch.per_row(batch.ids)
+
+    def sums(self) -> Tensor:
+        """[N]: for every row of the global batch the sum of its E."""
+        n, W, own = self.batch.num_rows, self.batch.world_size, self.batch.own
+        sums = self.z.new_zeros(n * W)
+        own_sums = sums[own]
+        for i, j in triangle(n, self.size):  # while the rows of the others travel
+            e = self._exp(i, self.z, j, own.start)
+            if self.keeps_tiles:
+                self.kept.append(e.clone())
+            own_sums[i] += e.sum(1)
+            if i != j:
+                own_sums[j] += e.sum(0)
+        if W > 1:
+            self.all = self.batch.all_rows().to(self.z.dtype)
+            for i, j in share_of_pairs(self.batch.rank, W, n, self.size):
+                e = self._exp(i, self.all, j, 0)
+                own_sums[i] += e.sum(1)
+                sums[j] += e.sum(0)
+            distributed.all_reduce_sum_(sums)
+        return sums
+
+    def pull(self, a: Tensor) -> Tensor:
+        """[n, K]: for every row i of this rank the sum over j of E_ij (a_i + a_j) z_j; a [N]. After `sums`."""
+        n, own = self.batch.num_rows, self.batch.own
+        pull = torch.zeros_like(self.z)
+        own_a, own_pull = a[own], pull
+        kept = iter(self.kept)
+        for i, j in triangle(n, self.size):
+            e = next(kept) if self.keeps_tiles else self._exp(i, self.z, j, own.start)
+            w = self._weigh(e, own_a[i], own_a[j])
+            own_pull[i].addmm_(w, self.z[j])
+            if i != j:
+                own_pull[j].addmm_(w.T, self.z[i])
+        self.kept.clear()
+        for j in (*spans(0, own.start, self.size), *spans(own.stop, len(a), self.size)):
+            for i in spans(0, n, self.size):
+                w = self._weigh(self._exp(i, self.all, j, 0), own_a[i], a[j])
+                pull[i].addmm_(w, self.all[j])
+        return pull
+
+    def _exp(self, i: slice, columns: Tensor, j: slice, j_offset: int) -> Tensor:
+        """The tile of own rows i and of `columns[j]`; columns[0] is the global row j_offset."""
+        left, right = self.z[i], columns[j]
+        e = self._e[: len(left) * len(right)].view(len(left), len(right))
+        torch.addmm(e, left, right.T, beta=0, alpha=self.exp2_scale, out=e).exp2_()
+        first = self.batch.own.start
+        i0, j0 = i.start + first, j.start + j_offset
+        if self.keys is not None:
+            e.masked_fill_(self.keys[i0 : i0 + len(left), None] == self.keys[j0 : j0 + len(right)], 0)
+        elif first <= j0 < self.batch.own.stop:
+            for view in self.diagonals:
+                k = i0 - j0 + view * self.batch.num_images
+                if -len(left) < k < len(right):
+                    e.diagonal(k).zero_()
+        return e
+
+    def _weigh(self, e: Tensor, a_i: Tensor, a_j: Tensor) -> Tensor:
+        both = torch.add(a_i[:, None], a_j, out=self._w[: e.numel()].view_as(e))
+        return e.mul_(both)
+
+
+def _tile_size(num_rows: int, device: torch.device) -> int:
+    """A tile that stays in a core's cache; on a GPU one that outweighs the launches."""
+    if device.type != "cpu":
+        return 4096
+    return 256 if num_rows <= 1024 else 512
+
+
+def spans(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+
+
+def triangle(n: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """The tiles of an n x n block on and above its diagonal."""
+    parts = spans(0, n, size)
+    for at, i in enumerate(parts):
+        for j in parts[at:]:
+            yield i, j
+
+
+def share_of_pairs(rank: int, world_size: int, n: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Tiles off the own block that this rank sums: (rows of its own, counted from 0; columns, counted globally).
+
+    Over all ranks they cover each unordered pair of rows of different ranks once.
+    """
+    blocks = [((rank + k) % world_size, slice(0, n), slice(0, n)) for k in range(1, (world_size + 1) // 2)]
+    if world_size % 2 == 0:
+        other, half = (rank + world_size // 2) % world_size, n // 2
+        if rank < other:
+            blocks.append((other, slice(0, half), slice(0, n)))
+        else:
+            blocks.append((other, slice(0, n), slice(half, n)))
+    for other, rows, columns in blocks:
+        for i in spans(rows.start, rows.stop, size):
+            for j in spans(other * n + columns.start, other * n + columns.stop, size):
+                yield i, j
