@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -85,6 +86,33 @@ def all_reduce_max_(x: Tensor) -> Tensor:
     return x
 
 
+def all_reduce_max_async(x: Tensor) -> Callable[[], Tensor]:
+    """Starts the elementwise maximum of x over all ranks; call the result to wait for it."""
+    if world_size() == 1:
+        return lambda: x
+    x = x.clone()
+    handle = dist.all_reduce(x, op=dist.ReduceOp.MAX, async_op=True)
+
+    def wait() -> Tensor:
+        handle.wait()
+        return x
+
+    return wait
+
+
+def first_failing_rank(failed: bool, device: torch.device) -> int | None:
+    """The lowest rank that brought failed=True, the same answer on every rank; None if all is well."""
+    distance = torch.tensor([world_size() - rank() if failed else 0], device=device)
+    worst = int(all_reduce_max_(distance))
+    return world_size() - worst if worst else None
+
+
+def set_timeout(seconds: float) -> None:
+    """From now on a collective that is silent for so long fails. (torch has no public name for this.)"""
+    if world_size() > 1:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+
+
 def barrier() -> None:
     if world_size() > 1:
         # An all-reduce of one number: unlike dist.barrier() it needs no guess at a device.
@@ -97,3 +125,10 @@ def broadcast_from_main_(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.broadcast(x, src=0)
     return x
+
+
+def shut_down() -> None:
+    """Ends the process group after everything went well. Never on an error's path: it waits for the other ranks."""
+    if is_initialized():
+        barrier()
+        dist.destroy_process_group()

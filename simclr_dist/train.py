@@ -1,0 +1,83 @@
+"""Pretrain: `accelerate launch -m simclr_dist.train CONFIG [key=value …]`, or `python -m simclr_dist.train` for one process.
+
+Exit code 0: finished, or stopped on request with everything saved; 2: bad input; 1: anything else. `status.json` in the
+run's directory says which (launchers between us and the caller turn every failure into 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+from simclr_dist.config import Config, ConfigError, load_config
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="simclr_dist.train", description=__doc__.split("\n\n")[0])
+    parser.add_argument("config", help="YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=5")
+    args = parser.parse_args(argv)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        config = load_config(args.config, args.overrides, world_size=world_size)
+    except ConfigError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(error, file=sys.stderr, flush=True)
+        sys.exit(2)
+    train(config)
+
+
+def train(config: Config) -> None:
+    """Runs to the end; on failure prints what the reader needs and leaves at once, with other ranks still waiting."""
+    from simclr_dist.checkpoint import CheckpointError
+    from simclr_dist.data import DataError
+    from simclr_dist.distributed import shut_down
+    from simclr_dist.status import Reason
+    from simclr_dist.trainer import FailedElsewhere, NonFiniteAbort, Trainer
+
+    reasons: dict[type[BaseException], Reason] = {
+        ConfigError: "config_error",
+        DataError: "data_error",
+        CheckpointError: "checkpoint_error",
+        NonFiniteAbort: "nan_abort",
+    }
+    trainer = None
+    try:
+        trainer = Trainer(config)
+        trainer.fit()
+        shut_down()
+    except FailedElsewhere:
+        _leave(2)
+    except tuple(reasons) as error:
+        _report(config, trainer, reasons[type(error)], str(error))
+        _leave(2)
+    except KeyboardInterrupt:
+        _leave(130)
+    except BaseException as error:
+        _report(config, trainer, "crash", "".join(traceback.format_exception(error)))
+        _leave(1)
+
+
+def _report(config: Config, trainer: object, reason: str, message: str) -> None:
+    from simclr_dist.status import write_status
+
+    rank = int(os.environ.get("RANK", 0))
+    where = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    print(f"\n{where}{message}", file=sys.stderr, flush=True)
+    step = getattr(getattr(trainer, "state", None), "step", 0)
+    if config.run_dir.is_dir():
+        write_status(config.run_dir, "failed", step=step, reason=reason, message=message)  # type: ignore[arg-type]
+
+
+def _leave(code: int) -> NoReturn:
+    """Without tearing the process group down: that waits for ranks that may be waiting for us."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

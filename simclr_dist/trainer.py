@@ -1,0 +1,505 @@
+"""The training of one run: a step that reads aloud, and the loop around it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from simclr_dist import checkpoint, distributed
+from simclr_dist.augment import Augment, normalize
+from simclr_dist.batchnorm import convert_to_global_batch_norm
+from simclr_dist.checkpoint import Checkpoint, CheckpointError, TrainState
+from simclr_dist.config import Config, ConfigError, render_config
+from simclr_dist.data import Batch, DataError, build_loader, describe, load_images
+from simclr_dist.evaluation.features import ImageBatch, extract_features_distributed
+from simclr_dist.evaluation.knn import knn_top1
+from simclr_dist.loss import NonFiniteError, NTXentLoss
+
+from simclr_dist.model import build_model
+from simclr_dist.monitor import Monitor, RunMonitor, SilentMonitor, memory_peak_gib
+from simclr_dist.optim import build_optimizer, build_schedule, peak_learning_rate, set_learning_rate
+from simclr_dist.requests import Request, Requests
+from simclr_dist.status import State, attempt_name, write_status
+
+T = TypeVar("T")
+
+MAX_FAILED_SAVES = 3
+
+
+class NonFiniteAbort(Exception):
+    """Training met NaN or infinity and its policy says stop."""
+
+
+class FailedElsewhere(Exception):
+    """Another rank has failed and tells about it; this one only leaves."""
+
+
+class Trainer:
+    """Pretrains as `config` says, on all processes together.
+
+    All of them construct it and call `fit`. Raises ConfigError, DataError or CheckpointError on the first failing
+    rank and FailedElsewhere on the others.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true",
+            mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout.first_step_s)),
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=config.model.batch_norm == "per_device", gradient_as_bucket_view=True
+                ),
+            ],
+        )
+        self.device = self.accelerator.device
+        self.world = distributed.world()
+        self._check_world()
+        self.global_batch_size = config.train.global_batch_size
+        self.batch_size_per_device = self.global_batch_size // self.world.size
+
+        torch.manual_seed(config.seed)  # the same initial weights on every rank
+        self.resumed = self._together(self._choose_checkpoint)
+        self.loader = self._together(
+            lambda: build_loader(
+                config.data,
+                config.augment,
+                seed=config.seed,
+                global_batch_size=self.global_batch_size,
+                world=self.world,
+                device=self.device,
+            )
+        )
+        self.steps_per_epoch = self.loader.order.steps_per_epoch
+        self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
+
+        self.augment = Augment(config.augment, config.seed, config.data.image_size)
+        self.plain_model = build_model(config.model).to(self.device)
+        if config.train.channels_last:
+            self.plain_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.model.batch_norm == "global":
+            self.plain_model = convert_to_global_batch_norm(self.plain_model, self.device)
+        self.plain_optimizer = build_optimizer(self.plain_model, config.optim)
+        self.schedule = build_schedule(
+            config.optim, self.global_batch_size, self.steps_per_epoch * self.global_batch_size, config.train.epochs
+        )
+        self.nt_xent = NTXentLoss(
+            config.loss.temperature,
+            config.loss.implementation,
+            gather_dtype=getattr(torch, config.loss.gather_dtype),
+        )
+        self.state = TrainState()
+        if self.resumed is not None:
+            resumed = self.resumed
+            self.state = self._together(lambda: self._restore(resumed))
+        if config.train.compile:
+            self.plain_model.compile()
+        self.model = self.accelerator.prepare_model(self.plain_model)
+        self.optimizer = self.accelerator.prepare_optimizer(self.plain_optimizer)
+        if self.resumed is not None and self.accelerator.scaler is not None and self.resumed.grad_scaler:
+            self.accelerator.scaler.load_state_dict(dict(self.resumed.grad_scaler))
+
+        self.monitor: Monitor = self._together(self._open_monitor)
+        self._last_save_s = time.monotonic()
+        self._failed_saves = 0
+        self._skipped_steps = 0
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The step
+
+    def train_step(self, batch: Batch) -> Tensor:
+        """One update from this rank's share of a global batch; the loss of the global batch, the same on every rank."""
+        self._seed_step()
+        set_learning_rate(self.optimizer, self.schedule(self.state.samples_seen))
+        views = self.augment(batch)  # [2, B, 3, H, W]
+        loss = self.backward(views, batch.sample_ids)
+        if self.config.optim.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
+        self.optimizer.step()
+        return loss
+
+    def _seed_step(self) -> None:
+        """Dropout and its like draw from a generator that depends on the step alone: a resume finds the same draws."""
+        words = np.random.SeedSequence([self.config.seed, self.state.step, self.world.rank]).generate_state(2, np.uint64)
+        torch.manual_seed(int(words[0] >> np.uint64(1)))
+
+    def backward(self, views: Tensor, sample_ids: Tensor) -> Tensor:
+        """Gradients of the global loss in the parameters; the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.config.train.micro_batch_size is not None:
+            return backward_in_micro_batches(
+                self.model,
+                views,
+                lambda z: self.nt_xent(z, sample_ids),
+                micro_batch_size=self.config.train.micro_batch_size,
+                backward=self.accelerator.backward,
+            )
+        _, z = self.model(views.flatten(0, 1))  # [2B, K]
+        loss = self.nt_xent(z, sample_ids)  # negatives from every rank
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The loop
+
+    def fit(self) -> State:
+        """Trains to the last step or until asked to stop; how it ended: finished, preempted or stopped."""
+        config = self.config
+        with ExitStack() as stack:
+            stack.enter_context(self.loader)
+            stack.enter_context(self.monitor)
+            requests = stack.enter_context(Requests(config.run_dir, self.device))
+            self._set_status("running")
+            self._announce_start()
+            if self.state.step >= self.last_step:
+                return self._end("finished")
+            interval = _Interval(self)
+            for batch in self.loader.batches(self.state.step):
+                if self._save_is_due():
+                    requests.ask(Request.SAVE)
+                requests.announce()
+                if self.state.step % self.steps_per_epoch == 0 or self.state.step == 0:
+                    self._show_pairs(batch)
+                loss = self._guarded_step(batch)
+                if interval.steps == 0:
+                    distributed.set_timeout(config.timeout.step_s)
+                self.state.advance(self.global_batch_size)
+                interval.steps += 1
+                self.monitor.advance(self.state.step)
+                ended = self.state.step >= self.last_step
+                if self.state.step % config.monitor.log_every_steps == 0 or ended:
+                    self._log(interval.measure(loss))
+                if self.state.step % self.steps_per_epoch == 0:
+                    self._end_epoch(self.state.step // self.steps_per_epoch)
+                    interval.restart()
+                request = requests.agreed()
+                if ended or request >= Request.SAVE:
+                    self._save(final=ended or request >= Request.STOP)
+                if ended:
+                    return self._end("finished")
+                if request >= Request.STOP:
+                    if self.world.is_main:
+                        requests.forget_files()
+                    return self._end("preempted" if request == Request.PREEMPT else "stopped")
+        raise AssertionError("the loader ended before the run did")
+
+    def _guarded_step(self, batch: Batch) -> Tensor:
+        """`train_step`, held to the policy for NaN and infinity. The loss itself refuses non-finite z on every rank."""
+        try:
+            loss = self.train_step(batch)
+            self._skipped_steps = 0
+            return loss
+        except NonFiniteError as error:
+            self._skipped_steps += 1
+            record = {
+                "step": self.state.step,
+                "lr": self.schedule(self.state.samples_seen),
+                "error": str(error),
+                "sample_ids": batch.sample_ids.tolist(),
+            }
+            path = self.config.run_dir / f"non_finite_step_{self.state.step:08d}_rank_{self.world.rank}.json"
+            path.write_text(json.dumps(record))
+            train = self.config.train
+            if train.on_non_finite == "skip" and self._skipped_steps <= train.max_skipped_steps:
+                self.monitor.warn(f"step {self.state.step} skipped: {error}")
+                return torch.tensor(math.nan)
+            raise NonFiniteAbort(
+                f"step {self.state.step}, learning rate {record['lr']:g}: {error}\n"
+                f"The batch's sample ids are in {path}. Usual causes: a learning rate or temperature that does not fit "
+                "the batch, fp16 without need (try train.precision=bf16), damaged images."
+            ) from None
+
+    def _end_epoch(self, epoch: int) -> None:
+        every = self.config.evaluation.knn_every_epochs
+        if every and (epoch % every == 0 or self.state.step >= self.last_step):
+            self._log({"eval/knn_top1": self._knn_top1()})
+        if self.config.checkpoint.every_epochs and epoch % self.config.checkpoint.every_epochs == 0:
+            self._save()
+
+    def _knn_top1(self) -> float:
+        """Weighted kNN on h of data.test against data.train: how good is the representation by now?"""
+        evaluation, data = self.config.evaluation, self.config.data
+        assert data.test is not None
+        train, test = describe(data.train), describe(data.test)
+        bank = np.random.Generator(np.random.Philox(self.config.seed)).permutation(train.num_samples)
+        bank = np.sort(bank[: evaluation.knn_max_train])
+
+        def features_of(source: str, ids: np.ndarray):  # type: ignore[no-untyped-def]
+            def load(positions: np.ndarray) -> Iterator[ImageBatch]:
+                start = int(positions[0])
+                for images, labels, sample_ids in load_images(
+                    source, data.image_size, batch_size=evaluation.batch_size, ids=ids[positions], loader=data.loader
+                ):
+                    yield images, labels, torch.arange(start, start + len(sample_ids))
+                    start += len(sample_ids)
+
+            return extract_features_distributed(
+                self.plain_model.encoder,
+                load,
+                len(ids),
+                device=self.device,
+                precision=self.config.train.precision,
+                normalize=normalize,
+            )
+
+        result = knn_top1(
+            features_of(data.train, bank),
+            features_of(data.test, np.arange(test.num_samples)),
+            k=min(evaluation.knn_k, len(bank)),
+            temperature=evaluation.knn_temperature,
+            num_classes=len(train.class_names),
+            device=self.device,
+        )
+        return result.top1
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Saving and resuming
+
+    def _save_is_due(self) -> bool:
+        every_min = self.config.checkpoint.every_min
+        return (
+            self.world.is_main and every_min is not None and time.monotonic() - self._last_save_s >= 60 * every_min
+        )
+
+    def _save(self, final: bool = False) -> None:
+        """A checkpoint by the main process, agreed by all: either every rank counts it as saved or none does."""
+        failure: Exception | None = None
+        started = time.monotonic()
+        if self.world.is_main:
+            try:
+                self._refuse_non_finite()
+                scaler = self.accelerator.scaler
+                checkpoint.write_checkpoint(
+                    self.config.run_dir / "checkpoints",
+                    attempt=attempt_name(),
+                    config=self.config,
+                    state=self.state,
+                    fingerprint=self.loader.fingerprint,
+                    model=self.plain_model,
+                    optimizer=self.plain_optimizer,
+                    grad_scaler=scaler.state_dict() if scaler is not None else {},
+                    versions=versions(),
+                )
+                checkpoint.prune(self.config.run_dir, self.config.checkpoint.keep)
+            except (OSError, NonFiniteAbort) as error:
+                failure = error
+        failed = distributed.first_failing_rank(failure is not None, self.device) is not None
+        self._last_save_s = time.monotonic()
+        if not failed:
+            self._failed_saves = 0
+            self._log({"speed/checkpoint_s": time.monotonic() - started})
+            return
+        self._failed_saves += 1
+        if isinstance(failure, NonFiniteAbort):
+            raise failure
+        if failure is not None:
+            self.monitor.warn(f"checkpoint of step {self.state.step} not saved: {failure}; training goes on")
+        if final or self._failed_saves >= MAX_FAILED_SAVES:
+            if failure is None:
+                raise FailedElsewhere
+            raise CheckpointError(f"{self._failed_saves} save(s) in a row failed, the last with: {failure}")
+
+    def _refuse_non_finite(self) -> None:
+        for name, tensor in self.plain_model.state_dict().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteAbort(f"{name} holds NaN or infinity after step {self.state.step}; nothing was saved")
+
+    def _choose_checkpoint(self) -> Checkpoint | None:
+        run_dir, resume = self.config.run_dir, self.config.resume
+        if resume == "auto":
+            return checkpoint.agree_on_newest(run_dir, self.device, self._warn_on_main)
+        if resume == "none":
+            if checkpoint.list_checkpoints(run_dir):
+                raise ConfigError(
+                    [f"resume=none, but {run_dir} already has checkpoints; choose another name=… or use resume=auto"]
+                )
+            return None
+        return checkpoint.find_checkpoint(resume, self._warn_on_main)
+
+    def _restore(self, found: Checkpoint) -> TrainState:
+        then, now = found.config, self.config
+        changes = [
+            f"{key}: {before} then, {after} now"
+            for key, before, after in (
+                ("seed", then.seed, now.seed),
+                ("train.global_batch_size", then.train.global_batch_size, now.train.global_batch_size),
+                ("optim.optimizer", then.optim.optimizer, now.optim.optimizer),
+                ("the images' fingerprint", found.fingerprint, self.loader.fingerprint),
+            )
+            if before != after
+        ]
+        if changes:
+            raise CheckpointError(
+                f"{found.path} cannot be continued, because these differ: {'; '.join(changes)}. "
+                "Put them back, or choose another name=… to start a new run"
+            )
+        return checkpoint.restore(found, self.plain_model, self.plain_optimizer)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Start and end
+
+    def _check_world(self) -> None:
+        expected = int(os.environ.get("SIMCLR_EXPECTED_WORLD_SIZE", self.world.size))
+        if self.world.size != expected:
+            raise ConfigError(
+                [
+                    f"{expected} processes were asked for, but {self.world.size} run; on a machine without GPUs use "
+                    "`python -m launcher local CONFIG --nproc N` (plain `accelerate launch --cpu` starts a single one)"
+                ]
+            )
+        if self.config.train.global_batch_size % self.world.size:
+            raise ConfigError(
+                [
+                    f"train.global_batch_size: {self.config.train.global_batch_size} does not divide over "
+                    f"{self.world.size} processes"
+                ]
+            )
+
+    def _together(self, build: Callable[[], T]) -> T:
+        """`build()` on every rank; if it fails on any, no rank goes on, and one rank tells why."""
+        result, failure = None, None
+        try:
+            result = build()
+        except (ConfigError, DataError, CheckpointError, OSError) as error:
+            failure = error
+        first = distributed.first_failing_rank(failure is not None, self.device)
+        if first is None:
+            return result  # type: ignore[return-value]
+        if failure is not None and first == self.world.rank:
+            raise failure
+        raise FailedElsewhere
+
+    def _open_monitor(self) -> Monitor:
+        if not self.world.is_main:
+            return SilentMonitor()
+        run_dir = self.config.run_dir
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+        (run_dir / "config.yaml").write_text(render_config(self.config), encoding="utf-8")
+        facts = {"git": git_id(), "versions": versions(), "seed": self.config.seed, "attempt": attempt_name()}
+        with (run_dir / "environment.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}) + "\n")
+        return RunMonitor(
+            run_dir, total_steps=self.last_step, first_step=self.state.step, samples_seen=self.state.samples_seen
+        )
+
+    def _announce_start(self) -> None:
+        config, G = self.config, self.global_batch_size
+        rule = {"linear": f"{config.optim.base_lr:g} x {G}/256", "sqrt": f"{config.optim.base_lr:g} x sqrt({G})"}
+        lr = f"{peak_learning_rate(config.optim, G):.4g}"
+        formula = rule.get(config.optim.lr_scaling)
+        start = f"resumes at step {self.state.step}" if self.state.step else "starts at step 0"
+        self.monitor.say(
+            f"{config.name}: {start} of {self.last_step} ({self.steps_per_epoch} steps an epoch), "
+            f"{self.loader.num_samples:,} images\n"
+            f"global batch {G} = {self.world.size} x {self.batch_size_per_device} on {self.device.type}, "
+            f"{config.train.precision}; {config.optim.optimizer} peak rate {f'{formula} = ' if formula else ''}{lr}\n"
+            f"run directory: {config.run_dir}"
+        )
+        if self.world.size > 1 and config.model.batch_norm == "per_device":
+            self.monitor.warn("model.batch_norm=per_device: statistics, and so results, depend on the number of devices")
+        if config.train.micro_batch_size is not None and any(
+            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.plain_model.modules()
+        ):
+            self.monitor.warn(
+                "train.micro_batch_size with BatchNorm: statistics are those of each micro-batch, so the gradient is "
+                "that of a different (still well-defined) network than without it"
+            )
+
+    def _end(self, state: State) -> State:
+        self._set_status(state)
+        self.monitor.say(f"{state} at step {self.state.step} of {self.last_step}")
+        return state
+
+    def _set_status(self, state: State) -> None:
+        if self.world.is_main:
+            write_status(self.config.run_dir, state, step=self.state.step)
+
+    def _warn_on_main(self, text: str) -> None:
+        if self.world.is_main:
+            print(f"warning: {text}", flush=True)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What is shown
+
+    def _log(self, values: dict[str, float]) -> None:
+        self.monitor.log(values, step=self.state.step, samples_seen=self.state.samples_seen)
+
+    def _show_pairs(self, batch: Batch) -> None:
+        n = min(self.config.monitor.image_pairs, self.batch_size_per_device)
+        if n and self.world.is_main:
+            with torch.no_grad():
+                few = Batch(batch.views[:, :n], batch.sample_ids[:n], batch.labels[:n], batch.epoch)
+                self.monitor.show_pairs(self.augment(few).cpu(), samples_seen=self.state.samples_seen)
+
+    def grad_norm(self) -> Tensor:
+        """The global 2-norm of the gradients as the optimiser saw them (still scaled under fp16)."""
+        grads = [p.grad for p in self.plain_model.parameters() if p.grad is not None]
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+
+
+class _Interval:
+    """Times the steps between two log lines."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.steps = 0
+        self.restart()
+
+    def restart(self) -> None:
+        self._from_step = self.steps
+        self._from_s = time.monotonic()
+        self._from_wait_s = self.trainer.loader.wait_s
+
+    def measure(self, loss: Tensor) -> dict[str, float]:
+        trainer = self.trainer
+        values = {"train/loss": float(loss), "train/grad_norm": float(trainer.grad_norm())}  # waits for the device
+        elapsed_s = max(time.monotonic() - self._from_s, 1e-9)
+        steps = self.steps - self._from_step
+        values |= {
+            "train/lr": trainer.optimizer.param_groups[0]["lr"],
+            "speed/images_per_s": steps * trainer.global_batch_size / elapsed_s,
+            "speed/data_wait_share": (trainer.loader.wait_s - self._from_wait_s) / elapsed_s,
+            "speed/memory_peak_gib": memory_peak_gib(trainer.device),
+            "health/masked_duplicates": float(trainer.nt_xent.masked_duplicates),
+        }
+        self.restart()
+        return values
+
+
+def versions() -> dict[str, str]:
+    """Of everything that can change a result."""
+    names = ("simclr-dist", "torch", "torchvision", "accelerate", "numpy", "ffcv", "numba")
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_id() -> str | None:
+    """The commit of the code, with `-dirty` if files have changed; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
