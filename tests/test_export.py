@@ -1,0 +1,158 @@
+"""Exported files load elsewhere, give the same h, and are never left half-written. pytest tests/test_export.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from simclr_dist import export as export_module
+from simclr_dist.augment import MEAN
+from simclr_dist.checkpoint import CheckpointError, TrainState, write_checkpoint
+from simclr_dist.config import Config
+from simclr_dist.export import check_same_outputs, export
+from simclr_dist.model import SimCLR, build_model
+
+
+def save_run(folder: Path, *, encoder: str, stem: str = "imagenet", image_size: int = 32) -> tuple[Path, SimCLR]:
+    """A run with one checkpoint of a network whose running statistics are not the initial ones."""
+    config = Config.model_validate(
+        {
+            "name": "tiny",
+            "runs_dir": str(folder),
+            "data": {"train": "synthetic", "image_size": image_size},
+            "model": {"encoder": encoder, "stem": stem, "width": 8},
+            "optim": {"warmup_epochs": 0.0},
+            "train": {"global_batch_size": 8, "epochs": 1},
+        }
+    )
+    torch.manual_seed(0)
+    model = build_model(config.model)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.1)  # type: ignore[union-attr]
+                module.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr]
+                module.weight.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+    write_checkpoint(
+        config.run_dir / "checkpoints",
+        attempt="test",
+        config=config,
+        state=TrainState(7, 56),
+        fingerprint="f00d",
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        grad_scaler={},
+        versions={},
+    )
+    return config.run_dir, model.eval()
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "resnet50"])
+def test_torchvision_loads_it_strictly(tmp_path: Path, encoder: str) -> None:
+    run, model = save_run(tmp_path, encoder=encoder)
+    result = export(run, tmp_path / "encoder.pt", format="torchvision")
+    theirs = getattr(torchvision.models, encoder)()
+    theirs.load_state_dict(torch.load(result.path, weights_only=True), strict=True)
+    theirs.eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert theirs(images).abs().max() == 0  # fc is zeros, as the card says
+        theirs.fc = nn.Identity()
+        torch.testing.assert_close(theirs(images), model.encoder(images))
+    assert any("all zeros" in note for note in result.notes)
+    assert "fc was not trained" in result.card.read_text()
+
+
+@pytest.mark.parametrize(
+    ("encoder", "stem", "format"),
+    [
+        ("resnet18", "imagenet", "torchvision"),
+        ("resnet18", "cifar", "torchvision"),
+        ("resnet18", "cifar", "safetensors"),
+        ("resnet_small", "imagenet", "safetensors"),
+    ],
+)
+def test_the_lines_on_the_card_load_it(
+    tmp_path: Path, encoder: str, stem: str, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, model = save_run(tmp_path, encoder=encoder, stem=stem)
+    result = export(run, tmp_path / "the encoder.bin", format=format)
+    code = result.card.read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    loaded = (names["model"] if format == "torchvision" else names["encoder"]).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), model.encoder(images))
+
+
+def test_safetensors_carries_what_a_user_needs(tmp_path: Path) -> None:
+    run, model = save_run(tmp_path, encoder="resnet_small")
+    result = export(run, tmp_path / "out.safetensors", format="safetensors", license="cc-by-4.0")
+    with safe_open(result.path, framework="pt") as file:
+        metadata = file.metadata()
+    assert Config.model_validate(json.loads(metadata["config"])).model.encoder == "resnet_small"
+    assert metadata["step"] == "7"
+    assert metadata["license"] == "cc-by-4.0"
+    assert [float(value) for value in metadata["mean"].split()] == list(MEAN)
+    assert load_file(result.path).keys() == model.encoder.state_dict().keys()
+
+
+def test_card_shows_licence_data_and_accuracy(tmp_path: Path) -> None:
+    run, _ = save_run(tmp_path, encoder="resnet_small")
+    card = export(
+        run, tmp_path / "out", format="safetensors", license="apache-2.0", accuracy={"kNN top-1": 0.4832}
+    ).card.read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n")
+    assert "| kNN top-1 | 48.32 % |" in card
+    assert "f00d" in card
+    assert "global_batch_size: 8" in card
+
+
+def test_an_encoder_unknown_to_torchvision_is_refused(tmp_path: Path) -> None:
+    run, _ = save_run(tmp_path, encoder="resnet_small")
+    with pytest.raises(CheckpointError, match="resnet_small is none of torchvision's; export it as safetensors"):
+        export(run, tmp_path / "out.pt", format="torchvision")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_an_existing_file_stays_unless_overwritten(tmp_path: Path) -> None:
+    run, _ = save_run(tmp_path, encoder="resnet_small")
+    out = tmp_path / "out"
+    out.write_text("precious")
+    with pytest.raises(FileExistsError, match="out exists"):
+        export(run, out, format="safetensors")
+    assert out.read_text() == "precious"
+    export(run, out, format="safetensors", overwrite=True)
+    assert load_file(out)
+
+
+def test_a_failed_self_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = save_run(tmp_path, encoder="resnet_small")
+
+    def save_damaged(state: dict, path: Path, metadata: dict) -> None:
+        state["conv1.weight"] = state["conv1.weight"] * 1.01
+        save_file(state, path, metadata)
+
+    save_file = export_module.save_file
+    monkeypatch.setattr(export_module, "save_file", save_damaged)
+    with pytest.raises(RuntimeError, match="self-check failed"):
+        export(run, tmp_path / "out", format="safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_self_check_refuses_nan_and_other_widths() -> None:
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
+    check_same_outputs(encoder, encoder, 4)
+    with pytest.raises(RuntimeError, match="self-check failed"):
+        check_same_outputs(encoder, lambda images: encoder(images) * float("nan"), 4)
+    with pytest.raises(RuntimeError, match="self-check failed"):
+        check_same_outputs(encoder, lambda images: encoder(images)[:, :3], 4)
