@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from simclr_dist.config import AugmentConfig
 from simclr_dist.data.batch import Batch
+from simclr_dist.data.memory import RecycledMemory
 from simclr_dist.data.randomness import (
     BLUR,
     BLUR_SIGMA,
@@ -107,6 +108,7 @@ class Augment(nn.Module):
         self.recipe = resolve_recipe(config)
         self.seed = seed
         self.image_size = image_size
+        self._memory = RecycledMemory()
 
     def forward(self, batch: Batch) -> Tensor:
         """float32 [2, B, 3, S, S] on the device of batch.views, channels_last, normalised."""
@@ -117,7 +119,10 @@ class Augment(nn.Module):
     def apply_parameters(self, images: Tensor, parameters: Parameters) -> Tensor:
         """Views uint8 [n, S, S, 3] with their parameters, to float32 [n, 3, S, S]."""
         n, S = len(images), images.shape[1]
-        out = torch.empty((n, S, S, 3), device=images.device)
+        if images.is_cuda:
+            out = torch.empty((n, S, S, 3), device=images.device)
+        else:
+            out = self._memory.empty((n, S, S, 3), torch.float32)
         # Views with hue at the same place in their order are worked on together: between the hues, the three other
         # operations are all blends, told apart by their factors alone.
         hue_place = np.where(parameters.jitter, (parameters.order == _HUE).argmax(1), -1)

@@ -1,5 +1,7 @@
 """Images in, batches of two views out.
 
+Importing the package does not import torch: `simclr-dist prepare` and its worker processes start at once.
+
 with build_loader(config.data, config.augment, seed=0, global_batch_size=512, world=world(), device="cpu") as loader:
     for batch in loader.batches(step=0):
         ...
@@ -12,21 +14,22 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from simclr_dist.config import AugmentConfig, DataConfig
-from simclr_dist.data.batch import Batch
-from simclr_dist.data.crops import center_crops
+from simclr_dist.data.batch import Batch, Loader
 from simclr_dist.data.errors import DataError
-from simclr_dist.data.loader import CropRule, DecodePool, Images, Loader, ViewLoader, cancel, default_num_threads
 from simclr_dist.data.order import Order
-from simclr_dist.data.recipe import resolve_recipe
-from simclr_dist.distributed import World
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from simclr_dist.config import AugmentConfig, DataConfig
+    from simclr_dist.data.loader import CropRule, Images
+    from simclr_dist.distributed import World
 
 __all__ = ["Batch", "DataError", "DatasetInfo", "Loader", "Order", "build_loader", "describe", "load_images"]
 
@@ -53,6 +56,9 @@ def build_loader(
     device: torch.device | str,
 ) -> Loader:
     """The loader of a pretraining run; close it, or use it with `with`. Raises DataError."""
+    from simclr_dist.data.loader import ViewLoader
+    from simclr_dist.data.recipe import resolve_recipe
+
     images = _open_images(data.train, data.loader)
     try:
         return ViewLoader(
@@ -86,8 +92,16 @@ def load_images(
     The central 0.875 of the shorter side is resized to S = image_size, as torchvision evaluates on ImageNet;
     pictures of S x S stay as they are.
     """
+    import torch
+
+    from simclr_dist.data.crops import center_crops
+    from simclr_dist.data.loader import DecodePool, cancel
+    from simclr_dist.data.memory import RecycledMemory
+    from simclr_dist.data.threads import default_num_threads
+
     images = _open_images(source, loader)
     pool = DecodePool(images, default_num_threads(num_threads))
+    memory = RecycledMemory()
     everything = np.arange(len(images.labels)) if ids is None else np.asarray(ids, np.int64)
     ahead: deque[tuple[NDArray[np.int64], Tensor, list[Future[None]]]] = deque()
 
@@ -98,7 +112,7 @@ def load_images(
         for start in [*range(0, len(everything), batch_size), None, None]:
             if start is not None:
                 part = everything[start : start + batch_size]
-                out = torch.empty((1, len(part), image_size, image_size, 3), dtype=torch.uint8)
+                out = memory.empty((1, len(part), image_size, image_size, 3), torch.uint8)
                 ahead.append((part, out, pool.start(part, crop, out)))
             if ahead and (start is None or len(ahead) > 2):
                 part, out, futures = ahead.popleft()

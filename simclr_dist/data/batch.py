@@ -1,13 +1,19 @@
-"""What a loader yields."""
+"""What a loader is, and what it yields."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+from simclr_dist.data.order import Order
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -36,3 +42,18 @@ class Batch:
             x.to(device, non_blocking=non_blocking) for x in (self.views, self.sample_ids, self.labels)
         )
         return Batch(views, ids, labels, self.epoch, self.host_ids)
+
+
+class Loader(Protocol):
+    """What the trainer sees of a dataset."""
+
+    num_samples: int
+    class_names: tuple[str, ...]
+    fingerprint: str
+    order: Order
+    wait_s: float
+
+    def batches(self, step: int) -> Iterator[Batch]: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> Loader: ...
+    def __exit__(self, *exc: object) -> None: ...

@@ -15,13 +15,13 @@ from torchvision.transforms.functional import resized_crop
 from simclr_dist.data.beton import RAW, open_beton
 from simclr_dist.data.errors import DataError
 from simclr_dist.data.loader import CropRule
-from simclr_dist.data.sources import UNREADABLE, ImageSource, Picture, decode_image
+from simclr_dist.data.sources import UNREADABLE, Picture, Pictures, decode_image
 
 
 class SourceImages:
     """The same crops as `BetonImages` for the same keys; pixels differ a little, as the resizing does."""
 
-    def __init__(self, source: ImageSource) -> None:
+    def __init__(self, source: Pictures) -> None:
         self.source = source
         self.class_names = source.class_names
         self.labels = source.labels
@@ -62,9 +62,6 @@ class BetonSource:
         self.labels = self._beton.labels
         self.fingerprint = self._beton.fingerprint
 
-    def name(self, index: int) -> str:
-        return f"{self._beton.path}: sample {index}"
-
     def read(self, index: int) -> Picture:
         offset, size, mode, height, width = self._beton.records(np.array([index]))[0].tolist()
         content = os.pread(self._beton.fd, size, offset)
@@ -73,4 +70,4 @@ class BetonSource:
                 return np.frombuffer(content, np.uint8).reshape(height, width, 3)
             return decode_image(io.BytesIO(content))
         except UNREADABLE as error:
-            raise DataError(f"{self.name(index)}: cannot be decoded: {error}") from None
+            raise DataError(f"{self._beton.path}: sample {index}: cannot be decoded: {error}") from None

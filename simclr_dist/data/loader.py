@@ -7,9 +7,7 @@ for, an abandoned iterator leaves nothing behind, and several iterators can live
 
 from __future__ import annotations
 
-import os
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -24,9 +22,11 @@ from torch import Tensor
 from simclr_dist.data.batch import Batch
 from simclr_dist.data.crops import random_crops
 from simclr_dist.data.errors import DataError
+from simclr_dist.data.memory import RecycledMemory
 from simclr_dist.data.order import Order
 from simclr_dist.data.randomness import keys
 from simclr_dist.data.recipe import Recipe
+from simclr_dist.data.threads import default_num_threads
 from simclr_dist.distributed import World
 
 # From heights and widths [b] of pictures to a table [V, b, 5] of (top, left, height, width, flip).
@@ -42,35 +42,6 @@ class Images(Protocol):
 
     def fill(self, ids: NDArray[np.int64], crop: CropRule, out: NDArray[np.uint8]) -> None: ...
     def close(self) -> None: ...
-
-
-class Loader(Protocol):
-    """What the trainer sees of a dataset."""
-
-    num_samples: int
-    class_names: tuple[str, ...]
-    fingerprint: str
-    order: Order
-    wait_s: float
-
-    def batches(self, step: int) -> Iterator[Batch]: ...
-    def close(self) -> None: ...
-    def __enter__(self) -> Loader: ...
-    def __exit__(self, *exc: object) -> None: ...
-
-
-def default_num_threads(asked: int | None, local_size: int = 1) -> int:
-    """Threads for decoding: `asked`, or this process's share of the CPUs that it may use."""
-    available = len(os.sched_getaffinity(0))
-    if asked is None:
-        return max(1, available // local_size)
-    if asked > available:
-        warnings.warn(
-            f"data.num_threads is {asked}, but this process may use {available} CPUs only (affinity, or SLURM's "
-            f"--cpus-per-task); decoding with {available} threads",
-            stacklevel=2,
-        )
-    return min(asked, available)
 
 
 class DecodePool:
@@ -154,12 +125,13 @@ class ViewLoader:
         file and sample, when their batch's turn comes.
         """
         slots = _PinnedSlots(self._device, self._batches_ahead + 1) if self._device.type == "cuda" else None
+        memory = RecycledMemory()
         ahead: deque[_Pending] = deque()
         try:
             while True:
                 begin = time.perf_counter()
                 while len(ahead) <= self._batches_ahead:
-                    ahead.append(self._start(step, slots))
+                    ahead.append(self._start(step, slots.take if slots else memory.empty))
                     step += 1
                 batch = self._finish(ahead.popleft(), slots)
                 self.wait_s += time.perf_counter() - begin
@@ -168,11 +140,11 @@ class ViewLoader:
             for pending in ahead:
                 cancel(pending.parts)
 
-    def _start(self, step: int, slots: _PinnedSlots | None) -> _Pending:
+    def _start(self, step: int, empty: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> _Pending:
         epoch, step_of_epoch = divmod(step, self.order.steps_per_epoch)
         ids = self.order.sample_ids(epoch, step_of_epoch, self._world.rank, self._world.size)
         shape = (2, len(ids), self._image_size, self._image_size, 3)
-        views = torch.empty(shape, dtype=torch.uint8) if slots is None else slots.take(shape)
+        views = empty(shape, torch.uint8)
 
         def crop(part: NDArray[np.int64]) -> CropRule:
             view_keys = keys(self.order.seed, epoch, part[None], np.arange(2)[:, None])
@@ -231,10 +203,10 @@ class _PinnedSlots:
         self._free: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self._made = 0
 
-    def take(self, shape: tuple[int, ...]) -> Tensor:
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self._made < self._count:
             self._made += 1
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
         slot, copied = self._free.popleft()
         if copied is not None:
             copied.synchronize()

@@ -33,7 +33,7 @@ SPLIT_NAMES = frozenset({"train", "training", "test", "testing", "val", "valid",
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
 
 
-class ImageSource(Protocol):
+class Pictures(Protocol):
     """Labelled pictures by number. `read` may be called from several threads."""
 
     @property
@@ -45,12 +45,21 @@ class ImageSource(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+
+    def read(self, index: int) -> Picture:
+        """RGB uint8 [H, W, 3]. Raises DataError, naming the picture, when it cannot be decoded."""
+        ...
+
+
+class ImageSource(Pictures, Protocol):
+    """Pictures that a .beton file can be made of."""
+
     def name(self, index: int) -> str:
         """What to call a picture in a message."""
         ...
 
-    def read(self, index: int) -> Picture:
-        """RGB uint8 [H, W, 3]. Raises DataError, naming the picture, when it cannot be decoded."""
+    def take(self, ids: NDArray[np.int64]) -> ImageSource:
+        """Only these pictures, renumbered from 0: small enough to send to another process."""
         ...
 
 
@@ -86,19 +95,22 @@ class FileImages:
 
     class_names: tuple[str, ...]
     labels: NDArray[np.int64]
-    entries: list[tuple[str, Path, int, int]]
+    entries: list[tuple[str, str, int, int]]
     keep: Any = field(default=None, repr=False)  # a temporary file that must live as long as this
 
     @property
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for (name, path, _, size), label in zip(self.entries, self.labels.tolist(), strict=True):
-            size = size if size >= 0 else path.stat().st_size
+            size = size if size >= 0 else os.path.getsize(path)
             digest.update(f"{name}\0{size}\0{label}\n".encode())
         return digest.hexdigest()
 
     def name(self, index: int) -> str:
         return self.entries[index][0]
+
+    def take(self, ids: NDArray[np.int64]) -> FileImages:
+        return FileImages(self.class_names, self.labels[ids], [self.entries[i] for i in ids])
 
     def read(self, index: int) -> Picture:
         name, path, offset, size = self.entries[index]
@@ -120,6 +132,7 @@ class ArrayImages:
     class_names: tuple[str, ...]
     labels: NDArray[np.int64]
     pictures: NDArray[np.uint8]
+    numbers: NDArray[np.int64] | None = None  # what messages call the pictures; their index by default
 
     @property
     def fingerprint(self) -> str:
@@ -130,7 +143,10 @@ class ArrayImages:
         return digest.hexdigest()
 
     def name(self, index: int) -> str:
-        return f"{self.origin}[{index}]"
+        return f"{self.origin}[{index if self.numbers is None else self.numbers[index]}]"
+
+    def take(self, ids: NDArray[np.int64]) -> ArrayImages:
+        return ArrayImages(self.origin, self.class_names, self.labels[ids], np.array(self.pictures[ids]), ids)
 
     def read(self, index: int) -> Picture:
         picture = np.asarray(self.pictures[index])
@@ -169,7 +185,7 @@ def open_source(source: str | Path, split: str | None = None) -> ImageSource:
 # Folders and archives
 
 
-_Entry = tuple[PurePosixPath, Path, int, int]  # relative path, file, offset, size
+_Entry = tuple[PurePosixPath, str, int, int]  # relative path, file, offset, size
 
 
 def _walk(root: Path) -> Iterator[_Entry]:
@@ -184,7 +200,7 @@ def _walk(root: Path) -> Iterator[_Entry]:
         here = Path(folder)
         for name in files:
             if _is_image(name):
-                yield PurePosixPath((here / name).relative_to(root).as_posix()), here / name, 0, -1
+                yield PurePosixPath((here / name).relative_to(root).as_posix()), str(here / name), 0, -1
 
 
 def _is_image(name: str) -> bool:
@@ -200,7 +216,7 @@ def _open_tar(path: Path, split: str | None) -> FileImages:
         plain = Path(keep.name)
     try:
         with open(plain, "rb") as file:
-            entries = [(name, plain, offset, size) for name, offset, size in _tar_images(file, PurePosixPath())]
+            entries = [(name, str(plain), offset, size) for name, offset, size in _tar_images(file, PurePosixPath())]
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(f"{path}: is no whole tar archive: {error}") from None
     return _arranged(entries, split, str(path), keep)
@@ -266,8 +282,7 @@ def _arranged(entries: Iterable[_Entry], split: str | None, origin: str, keep: A
     number = {name: i for i, name in enumerate(class_names)}
     labels = np.array([number[p[0]] if len(p) > 1 else -1 for p in parts], np.int64)
     named = [
-        (f"{origin}/{relative}" if size >= 0 else str(path), path, offset, size)
-        for relative, path, offset, size in found
+        (f"{origin}/{relative}" if size >= 0 else path, path, offset, size) for relative, path, offset, size in found
     ]
     return FileImages(class_names, labels, named, keep)
 

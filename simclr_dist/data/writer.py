@@ -1,21 +1,24 @@
 """Writing .beton files: any source of pictures in, one whole file out, or none.
 
-ffcv's own writer waits for ever when one of its workers fails, and its bytes depend on which worker was first. Here
-threads decode and encode (Pillow works without the GIL), and one thread lays the records into pages in the order of
-the source, so that the bytes are the same for any number of threads. The file appears under its name only when it is
-complete and on disk.
+ffcv's own writer waits for ever when one of its workers fails, and its bytes depend on which worker was first. Here a
+pool of processes decodes and encodes, and this one lays the records into pages in the order of the source, so that the
+bytes are the same for any number of workers. The file appears under its name only when it is complete and on disk.
 """
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
+import multiprocessing
 import os
+import signal
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +42,8 @@ from simclr_dist.data.beton import (
     sidecar_path,
 )
 from simclr_dist.data.errors import DataError
-from simclr_dist.data.loader import default_num_threads
 from simclr_dist.data.sources import ImageSource, Picture, open_source
+from simclr_dist.data.threads import default_num_threads
 
 Mode = Literal["auto", "jpg", "raw", "smart"]
 OnError = Literal["skip", "refuse"]
@@ -49,6 +52,7 @@ PAGE_BYTES = 8 << 20  # ffcv's default; a record lies within one page
 LARGEST_SIDE = 65535  # metadata keeps 16 bits
 # Below this many pixels decoding a JPEG costs more than reading three bytes a pixel.
 RAW_UP_TO_PIXELS = 96 * 96
+_CHUNK = 32  # pictures a worker takes at once
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def prepare(
     ids = np.arange(len(images.labels))
     if limit is not None and limit < len(ids):
         ids = np.linspace(0, len(ids) - 1, limit).round().astype(np.int64)
-    encoder = _Encoder(images, mode, quality, max_side)
+    encoder = _Encoder(mode, quality, max_side)
     skipped: list[str] = []
     try:
         with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}.", delete=False) as file:
@@ -110,7 +114,7 @@ def prepare(
             try:
                 writer = _PagedWriter(file, len(ids))
                 workers = default_num_threads(num_workers)
-                for done, result in enumerate(_in_order(encoder, ids.tolist(), workers), 1):
+                for done, result in enumerate(_in_order(encoder, images, ids, workers), 1):
                     if isinstance(result, DataError):
                         if on_error == "refuse":
                             raise DataError(f"{result}; leave such pictures out with --on-error skip")
@@ -173,35 +177,38 @@ class _Record:
     height: int
     width: int
     label: int
-    sums: NDArray[np.int64]  # of the values and of their squares, per channel [2, 3]
+    histogram: NDArray[np.int64]  # how often each value is there, per channel [3, 256]
 
 
 @dataclass(frozen=True)
 class _Encoder:
-    images: ImageSource
     mode: Mode
     quality: int
     max_side: int | None
 
-    def __call__(self, index: int) -> _Record | DataError:
+    def __call__(self, images: ImageSource) -> list[_Record | DataError]:
+        return [self._encode(images, index) for index in range(len(images.labels))]
+
+    def _encode(self, images: ImageSource, index: int) -> _Record | DataError:
         """A picture as it goes into the file, or what is wrong with it."""
         try:
-            picture = self.images.read(index)
+            picture = images.read(index)
         except DataError as error:
             return error
         picture = _shrunk(picture, self.max_side)
         height, width, _ = picture.shape
         if max(height, width) > LARGEST_SIDE:
-            return DataError(f"{self.images.name(index)}: {width} x {height} pixels are too many; set --max-side")
+            return DataError(f"{images.name(index)}: {width} x {height} pixels are too many; set --max-side")
         small = height * width <= RAW_UP_TO_PIXELS
         raw = self.mode == "raw" or (self.mode in ("smart", "auto") and small)
         content = picture.tobytes() if raw else _jpeg(picture, self.quality)
         if len(content) > PAGE_BYTES:
             return DataError(
-                f"{self.images.name(index)}: {width} x {height} pixels take {len(content)} bytes, "
+                f"{images.name(index)}: {width} x {height} pixels take {len(content)} bytes, "
                 f"more than a page of {PAGE_BYTES}; set --max-side{' or --mode jpg' if raw else ''}"
             )
-        return _Record(content, RAW if raw else JPEG, height, width, int(self.images.labels[index]), _sums(picture))
+        histogram = np.array(Image.fromarray(picture).histogram()).reshape(3, 256)
+        return _Record(content, RAW if raw else JPEG, height, width, int(images.labels[index]), histogram)
 
 
 def _shrunk(picture: Picture, max_side: int | None) -> Picture:
@@ -219,26 +226,37 @@ def _jpeg(picture: Picture, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _sums(picture: Picture) -> NDArray[np.int64]:
-    counts = np.stack([np.bincount(picture[..., c].reshape(-1), minlength=256) for c in range(3)])
-    values = np.arange(256)
-    return np.stack([counts @ values, counts @ values**2])
-
-
-def _in_order(encoder: _Encoder, ids: list[int], num_threads: int) -> Iterator[_Record | DataError]:
+def _in_order(
+    encoder: _Encoder, images: ImageSource, ids: NDArray[np.int64], num_workers: int
+) -> Iterator[_Record | DataError]:
     """Results in the order of ids, with a bounded number in memory."""
-    with ThreadPoolExecutor(num_threads) as pool:
-        ahead: deque[Future[_Record | DataError]] = deque()
+    chunks = (images.take(ids[start : start + _CHUNK]) for start in range(0, len(ids), _CHUNK))
+    if num_workers == 1 or len(ids) <= _CHUNK:
+        for chunk in chunks:
+            yield from encoder(chunk)
+        return
+    # Spawned, not forked: this process may have threads.
+    context = multiprocessing.get_context("spawn")
+    ahead: deque[Future[list[_Record | DataError]]] = deque()
+    with ProcessPoolExecutor(num_workers, context, _prepare_worker) as pool:
         try:
-            for index in ids:
-                ahead.append(pool.submit(encoder, index))
-                if len(ahead) >= 8 * num_threads:
-                    yield ahead.popleft().result()
+            for chunk in chunks:
+                ahead.append(pool.submit(encoder, chunk))
+                if len(ahead) > 2 * num_workers:
+                    yield from ahead.popleft().result()
             while ahead:
-                yield ahead.popleft().result()
+                yield from ahead.popleft().result()
+        except BrokenProcessPool:
+            raise DataError("a worker died while preparing, perhaps for want of memory; use fewer --workers") from None
         finally:
-            for future in ahead:
-                future.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _prepare_worker() -> None:
+    """A worker leaves the keyboard to its parent, and dies with it even if that is killed outright."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 class _PagedWriter:
@@ -254,7 +272,7 @@ class _PagedWriter:
         self._position = -(-tables // PAGE_BYTES) * PAGE_BYTES
         self._file.seek(self._position)
         self.rows: list[_Row] = []
-        self._sums = np.zeros((2, 3), np.int64)
+        self._histogram = np.zeros((3, 256), np.int64)
 
     def add(self, record: _Record) -> None:
         size = len(record.content)
@@ -265,7 +283,7 @@ class _PagedWriter:
         self._file.write(record.content)
         self.rows.append(_Row(record.mode, record.width, record.height, self._position, size, record.label))
         self._position += size
-        self._sums += record.sums
+        self._histogram += record.histogram
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -273,10 +291,11 @@ class _PagedWriter:
 
     def statistics(self) -> dict[str, list[float]]:
         """Mean and standard deviation per channel, in [0, 1]."""
-        num_pixels = sum(row.height * row.width for row in self.rows)
-        mean, mean_of_squares = self._sums / num_pixels
-        deviation = np.sqrt(np.maximum(mean_of_squares - mean**2, 0))
-        return {"mean": (mean / 255).round(6).tolist(), "std": (deviation / 255).round(6).tolist()}
+        share = self._histogram / self._histogram.sum(1, keepdims=True)
+        value = np.arange(256) / 255
+        mean = share @ value
+        deviation = np.sqrt((share * (value - mean[:, None]) ** 2).sum(1))
+        return {"mean": mean.round(6).tolist(), "std": deviation.round(6).tolist()}
 
     def finish(self) -> None:
         # Whole pages only: ffcv's reader for files larger than memory fetches them one by one.
