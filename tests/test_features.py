@@ -127,6 +127,20 @@ def test_ranks_gather_what_one_process_computes(n: int) -> None:
         assert sample_ids == list(range(n))
 
 
+def _extract_some(rank: int, world_size: int, ids: list[int]) -> tuple[np.ndarray, list[int]]:
+    features = extract_features_distributed(make_encoder(), load, np.array(ids), device="cpu", normalize=normalize)
+    return features.h.numpy(), features.sample_ids.tolist()
+
+
+@pytest.mark.distributed
+def test_ranks_gather_a_chosen_part_in_its_order() -> None:
+    ids = [7, 2, 40, 3, 11]
+    expected = extract_features(make_encoder(), load(np.array(ids)), device="cpu", normalize=normalize)
+    for h, sample_ids in run_ranks(2, _extract_some, ids):
+        np.testing.assert_allclose(h, expected.h.numpy(), rtol=1e-5, atol=1e-6)
+        assert sample_ids == ids
+
+
 def _extract_with_a_bad_file(rank: int, world_size: int) -> str:
     def load_or_fail(ids: np.ndarray) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         if 9 in ids:

@@ -118,19 +118,20 @@ def part_of_rank(num_samples: int, rank: int, world_size: int) -> np.ndarray:
 def extract_features_distributed(
     encoder: nn.Module,
     load: Callable[[np.ndarray], Iterable[ImageBatch]],
-    num_samples: int,
+    samples: int | np.ndarray,
     *,
     device: torch.device | str,
     precision: Precision = "fp32",
     normalize: Normalize,
 ) -> Features:
-    """h of samples 0..num_samples-1 on every rank, each rank having computed its contiguous part.
+    """h of samples 0..samples-1, or of the ids int64 in `samples`, on every rank; each has computed a contiguous part.
 
     `load(ids)` yields the images of these ids in order. A rank that fails raises its error; the others learn of it
     and raise DataError instead of waiting for ever.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
-    ids = part_of_rank(num_samples, rank, world_size)
+    everything = np.arange(samples, dtype=np.int64) if isinstance(samples, int) else samples
+    ids = everything[part_of_rank(len(everything), rank, world_size)]
     if world_size == 1:
         return extract_features(encoder, load(ids), device=device, precision=precision, normalize=normalize)
     own: Features | None = None
@@ -139,7 +140,7 @@ def extract_features_distributed(
         if len(ids):
             own = extract_features(encoder, load(ids), device=device, precision=precision, normalize=normalize)
             if not np.array_equal(own.sample_ids.numpy(), ids):
-                raise DataError(f"asked for samples {ids[0]}..{ids[-1]}, the loader gave {len(own)} others")
+                raise DataError(f"asked for {len(ids)} samples from {ids[0]} on, the loader gave {len(own)} others")
     except Exception as error:
         failure = error
     news = torch.tensor([rank + 1 if failure else 0, own.h.shape[1] if own else 0], device=device)
@@ -150,17 +151,14 @@ def extract_features_distributed(
         raise DataError(f"rank {failed_rank - 1} could not compute its features; its own message says why")
     if own is None:
         own = Features(torch.empty(0, width), *torch.empty(2, 0, dtype=torch.int64))
-    share = -(-num_samples // world_size)
-    return Features(
-        _gather_rows(own.h, share, num_samples, device),
-        _gather_rows(own.labels, share, num_samples, device),
-        _gather_rows(own.sample_ids, share, num_samples, device),
-    )
+    gathered = (_gather_rows(own_rows, len(everything), device) for own_rows in (own.h, own.labels, own.sample_ids))
+    return Features(*gathered)
 
 
-def _gather_rows(own: Tensor, share: int, total: int, device: torch.device | str) -> Tensor:
+def _gather_rows(own: Tensor, total: int, device: torch.device | str) -> Tensor:
     """The rows of all ranks on the CPU, [total, ...]; a few at a time, so that the device never holds them all."""
     world_size = distributed.world_size()
+    share = -(-total // world_size)
     everything = own.new_empty((world_size, share, *own.shape[1:]))
     padded = torch.cat([own, own.new_zeros((share - own.shape[0], *own.shape[1:]))])
     for start in range(0, share, GATHER_ROWS):

@@ -1,0 +1,233 @@
+"""A checkpoint's score on labelled images: load, extract features, kNN or linear probe, write the result down.
+
+On several processes (`accelerate launch -m simclr_dist.cli evaluate …`) the ranks share the work on the features.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from simclr_dist import distributed
+from simclr_dist.augment import normalize
+from simclr_dist.checkpoint import Checkpoint, load_pretrained
+from simclr_dist.config import Config, ConfigError
+from simclr_dist.data import DatasetInfo, describe, load_images
+from simclr_dist.data.errors import DataError
+from simclr_dist.evaluation.cache import cache_key, read_features, write_features
+from simclr_dist.evaluation.features import Features, Precision, digest, extract_features_distributed, pixel_features
+from simclr_dist.evaluation.knn import knn_top1
+from simclr_dist.evaluation.linear import linear_probe
+from simclr_dist.model import build_model
+
+RESULTS = "evaluations.jsonl"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Training and held-out images of the same classes."""
+
+    train: str
+    test: str
+    train_info: DatasetInfo
+    test_info: DatasetInfo
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.train_info.class_names)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Shares of the test images between 0 and 1."""
+
+    name: str
+    top1: float
+    top5: float
+
+
+def open_labelled(config: Config, train: str | None = None, test: str | None = None) -> LabelledImages:
+    """The configuration's data, or others in their place: evaluating on another dataset is a transfer.
+
+    Raises ConfigError without test data, DataError when the two have different classes.
+    """
+    train, test = train or config.data.train, test or config.data.test
+    if test is None:
+        raise ConfigError(["data.test is null, and there is no --test: give held-out images with --test PATH"])
+    train_info, test_info = describe(train), describe(test)
+    if train_info.class_names != test_info.class_names:
+        only_train = sorted(set(train_info.class_names) - set(test_info.class_names))
+        only_test = sorted(set(test_info.class_names) - set(train_info.class_names))
+        difference = f"only in train: {_few(only_train)}; only in test: {_few(only_test)}"
+        if not only_train and not only_test:
+            difference = "the same names in another order"
+        raise DataError(f"{train} and {test} have different classes ({difference})")
+    return LabelledImages(train, test, train_info, test_info)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "-"
+
+
+def features_of(
+    encoder: nn.Module,
+    source: str,
+    info: DatasetInfo,
+    config: Config,
+    *,
+    device: torch.device,
+    precision: Precision,
+    batch_size: int,
+    cache: Path | None,
+    say: Say,
+) -> Features:
+    """h of all images of `source` on every rank, from the cache when it has them. Raises DataError."""
+    key = cache_key(digest(encoder), info.fingerprint, config.data.image_size, precision)
+    found = read_features(cache, key) if cache else None
+    # A cache on a node's own disk may be there for some ranks only; they must all do the same.
+    if not distributed.all_reduce_max_(torch.tensor([found is None], dtype=torch.int32, device=device)).item():
+        assert found is not None
+        say(f"features of {source}: from {cache}")
+        return found
+    begin = time.perf_counter()
+    features = extract_features_distributed(
+        encoder,
+        lambda ids: load_images(
+            source,
+            config.data.image_size,
+            batch_size=batch_size,
+            ids=ids,
+            num_threads=config.data.num_threads,
+        ),
+        info.num_samples,
+        device=device,
+        precision=precision,
+        normalize=normalize,
+    )
+    seconds = time.perf_counter() - begin
+    say(f"features of {source}: {len(features)} images, {len(features) / seconds:.0f} images/s")
+    if cache and distributed.rank() == 0:
+        write_features(cache, key, features)
+    return features
+
+
+def evaluate(
+    source: str | Path,
+    *,
+    method: Literal["knn", "linear"],
+    train: str | None = None,
+    test: str | None = None,
+    k: int | None = None,
+    temperature: float | None = None,
+    solver: Literal["lbfgs", "sgd"] = "lbfgs",
+    seed: int = 0,
+    precision: Precision | None = None,
+    batch_size: int | None = None,
+    baselines: bool = False,
+    cache: Path | Literal["run"] | None = "run",
+    device: torch.device,
+    say: Say,
+) -> tuple[list[Score], dict[str, Any]]:
+    """Scores of the trained encoder, with `baselines` also of raw pixels and of the untrained encoder (first).
+
+    Values left None come from the checkpoint's configuration. cache "run": the folder `features` of the run.
+    Returns the scores and the record that was appended to the run's evaluations.jsonl. Raises CheckpointError,
+    ConfigError, DataError.
+    """
+    model, checkpoint = load_pretrained(source, say)
+    config = checkpoint.config
+    data = open_labelled(config, train, test)
+    run_dir = checkpoint.path.parent.parent
+    settings: dict[str, Any] = {"precision": precision or config.train.precision}
+    if method == "knn":
+        settings["k"] = k or config.evaluation.knn_k
+        settings["temperature"] = temperature or config.evaluation.knn_temperature
+    else:
+        settings |= {"solver": solver, "seed": seed}
+
+    def score(name: str, train: Features, test: Features) -> Score:
+        if method == "knn":
+            knn = knn_top1(
+                train,
+                test,
+                k=settings["k"],
+                temperature=settings["temperature"],
+                num_classes=data.num_classes,
+                device=device,
+            )
+            return Score(name, knn.top1, knn.top5)
+        linear = linear_probe(train, test, num_classes=data.num_classes, method=solver, seed=seed, device=device)
+        if name == "trained encoder":
+            settings["weight_decay"] = linear.weight_decay
+        return Score(name, linear.top1, linear.top5)
+
+    def features(encoder: nn.Module) -> tuple[Features, Features]:
+        train, test = (
+            features_of(
+                encoder.to(device),
+                source,
+                info,
+                config,
+                device=device,
+                precision=settings["precision"],
+                batch_size=batch_size or config.evaluation.batch_size,
+                cache=run_dir / "features" if cache == "run" else cache,
+                say=say,
+            )
+            for source, info in ((data.train, data.train_info), (data.test, data.test_info))
+        )
+        return train, test
+
+    scores = []
+    if baselines:
+        pixels = (
+            pixel_features(load_images(source, config.data.image_size, batch_size=512), normalize=normalize)
+            for source in (data.train, data.test)
+        )
+        scores.append(score("raw pixels", *pixels))
+        scores.append(score("untrained encoder", *features(_untrained(config))))
+    scores.append(score("trained encoder", *features(model.encoder)))
+    record = {
+        "step": checkpoint.step,
+        "method": method,
+        "train": data.train,
+        "test": data.test,
+        "train_fingerprint": data.train_info.fingerprint,
+        "test_fingerprint": data.test_info.fingerprint,
+        **settings,
+        "top1": scores[-1].top1,
+        "top5": scores[-1].top5,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if distributed.rank() == 0:
+        with (run_dir / RESULTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    return scores, record
+
+
+def _untrained(config: Config) -> nn.Module:
+    """The encoder as the run began it: same seed, same initial values."""
+    torch.manual_seed(config.seed)
+    return build_model(config.model).encoder
+
+
+def known_accuracy(checkpoint: Checkpoint) -> Mapping[str, float]:
+    """What `evaluate` has written down for this very checkpoint, newest last, for the model card."""
+    path = checkpoint.path.parent.parent / RESULTS
+    figures: dict[str, float] = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if record["step"] == checkpoint.step:
+                setting = f"k={record['k']}" if record["method"] == "knn" else record["solver"]
+                for share in ("top1", "top5"):
+                    figures[f"{record['method']} ({setting}) {share} on {record['test']}"] = record[share]
+    return figures

@@ -1,0 +1,179 @@
+"""The commands evaluate and export on a small run with real files; the feature cache. pytest tests/test_evaluate.py"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simclr_dist.checkpoint import TrainState, write_checkpoint
+from simclr_dist.config import Config, ConfigError
+from simclr_dist.data.errors import DataError
+from simclr_dist.evaluation import commands
+from simclr_dist.evaluation.cache import cache_key, read_features, write_features
+from simclr_dist.evaluation.features import Features
+from simclr_dist.model import build_model
+
+CLASSES = ("blue", "green", "red")
+
+
+def save_images(folder: Path, per_class: int, seed: int, classes: tuple[str, ...] = CLASSES) -> Path:
+    """Noisy pictures of one colour each."""
+    generator = np.random.default_rng(seed)
+    for i, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for j in range(per_class):
+            pixels = generator.integers(0, 120, (16, 16, 3))
+            pixels[..., i % 3] += 90
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{j:03}.png")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    config = Config.model_validate(
+        {
+            "name": "tiny",
+            "runs_dir": str(tmp_path / "runs"),
+            "data": {
+                "train": str(save_images(tmp_path / "train", 20, seed=0)),
+                "test": str(save_images(tmp_path / "test", 10, seed=1)),
+                "image_size": 16,
+                "num_threads": 1,
+            },
+            "model": {"encoder": "resnet_small", "width": 4},
+            "optim": {"warmup_epochs": 0.0},
+            "train": {"global_batch_size": 8, "epochs": 1, "precision": "fp32"},
+            "evaluation": {"knn_k": 5, "batch_size": 7},
+        }
+    )
+    torch.manual_seed(5)
+    model = build_model(config.model)
+    write_checkpoint(
+        config.run_dir / "checkpoints",
+        attempt="test",
+        config=config,
+        state=TrainState(7, 56),
+        fingerprint="f00d",
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        grad_scaler={},
+        versions={},
+    )
+    return config.run_dir
+
+
+def call(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    commands.register(parser.add_subparsers(required=True))
+    args = parser.parse_args([str(argument) for argument in arguments])
+    return args.run(args)
+
+
+@pytest.mark.parametrize("method", ["knn", "linear"])
+def test_evaluate_scores_trained_untrained_and_pixels(
+    run: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("evaluate", method, run, "--baselines", "--json", "--device", "cpu") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["scores"]) == ["raw pixels", "untrained encoder", "trained encoder"]
+    assert result["scores"]["raw pixels"]["top1"] > 0.9  # the colours are easy
+    assert result["top1"] == result["scores"]["trained encoder"]["top1"]
+    assert result["step"] == 7
+    recorded = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [record["top1"] for record in recorded] == [result["top1"]]
+
+
+def test_second_evaluation_takes_the_features_from_the_cache(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call("evaluate", "knn", run, "--device", "cpu")
+    first = capsys.readouterr()
+    assert "images/s" in first.err
+    call("evaluate", "knn", run, "--device", "cpu")
+    second = capsys.readouterr()
+    assert "images/s" not in second.err
+    assert second.out == first.out
+
+
+def test_a_damaged_cache_is_named(run: Path) -> None:
+    call("evaluate", "knn", run, "--device", "cpu")
+    file = next((run / "features").glob("*/h.npy"))
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=rf"h.npy: its content has changed .*remove {file.parent} and run again"):
+        call("evaluate", "knn", run, "--device", "cpu")
+
+
+def test_transfer_to_other_images_and_classes_that_differ(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = save_images(tmp_path / "other", 6, seed=2, classes=("cyan", "pink"))
+    test = save_images(tmp_path / "other_test", 4, seed=3, classes=("cyan", "pink"))
+    assert call("evaluate", "knn", run, "--train", train, "--test", test, "--k", 3, "--json", "--no-cache") == 0
+    assert json.loads(capsys.readouterr().out)["k"] == 3
+    assert not (run / "features").exists()
+    with pytest.raises(
+        DataError, match=r"different classes .only in train: cyan, pink; only in test: blue, green, red"
+    ):
+        call("evaluate", "knn", run, "--train", train)
+
+
+def test_k_larger_than_the_training_set_is_refused(run: Path) -> None:
+    with pytest.raises(DataError, match="k=61 needs at least 61 training images, there are 60"):
+        call("evaluate", "knn", run, "--k", 61, "--device", "cpu")
+
+
+def test_a_gpu_that_is_not_there_is_said(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"--device cuda: torch .* sees no GPU"):
+        call("evaluate", "knn", run, "--device", "cuda")
+
+
+def test_export_puts_measured_accuracy_on_the_card(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call("evaluate", "knn", run, "--device", "cpu")
+    assert call("export", run, "--format", "safetensors", "--license", "mit") == 0
+    card = (run / "export" / "encoder.safetensors.md").read_text()
+    assert "| knn (k=5) top1 on " in card
+    assert call("export", run, "--format", "safetensors") == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import argparse, sys; from simclr_dist.evaluation import commands;"
+        "commands.register(argparse.ArgumentParser().add_subparsers());"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_cached_features_are_the_same_and_keys_tell_everything_apart(tmp_path: Path) -> None:
+    features = Features(torch.randn(5, 3), torch.arange(5) % 2, torch.arange(5) + 7)
+    write_features(tmp_path / "cache", "key", features)
+    write_features(tmp_path / "cache", "key", features)  # a second writer does no harm
+    found = read_features(tmp_path / "cache", "key")
+    assert found is not None
+    assert torch.equal(found.h, features.h)
+    assert torch.equal(found.labels, features.labels)
+    assert torch.equal(found.sample_ids, features.sample_ids)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["key"]
+    assert read_features(tmp_path / "cache", "other") is None
+    keys = {
+        cache_key(*values)
+        for values in [("a", "b", 32, "fp32"), ("b", "a", 32, "fp32"), ("a", "b", 64, "fp32"), ("a", "b", 32, "bf16")]
+    }
+    assert len(keys) == 4
+
+
+def test_a_cache_without_its_manifest_is_named(tmp_path: Path) -> None:
+    write_features(tmp_path, "key", Features(torch.randn(5, 3), torch.arange(5), torch.arange(5)))
+    (tmp_path / "key" / "MANIFEST.json").write_text("[]")
+    with pytest.raises(DataError, match="the feature cache is damaged; remove"):
+        read_features(tmp_path, "key")
