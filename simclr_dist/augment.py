@@ -140,7 +140,7 @@ class Augment(nn.Module):
         """Works on the views `chosen`, whose hue comes after `hue_place` blends (-1: no jitter)."""
         device = images.device
         index = _to(chosen, device)
-        x = _unit_range(images[index])
+        x = _unit_range(images.index_select(0, index))
         if hue_place >= 0:
             scale, gray, mean = (_to(table, device) for table in _blends(parameters, chosen))
             for k in range(_NUM_BLENDS + 1):
@@ -159,7 +159,7 @@ class Augment(nn.Module):
             elif len(here):
                 part = _to(here, device)
                 x[part] = operation(x[part], parameters, chosen[here])
-        out[index] = torch.stack(_normalize_(x).unbind(1), dim=-1)
+        out.index_copy_(0, index, torch.stack(_normalize_(x).unbind(1), dim=-1))
 
     def _blur(self, x: Tensor, parameters: Parameters, chosen: NDArray[np.int64]) -> Tensor:
         sigma = _to(parameters.sigma[chosen].astype(np.float32), x.device)
