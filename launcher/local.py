@@ -1,0 +1,204 @@
+"""The backend for this machine: one agent, watched until it ends. A signal makes it save and stop; a second Ctrl-C kills."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from launcher import machine, outcome, processes
+from launcher.errors import Exit, LaunchError
+from launcher.outcome import Decision
+from launcher.plan import Plan, new_attempt, prepare_run_dir, write_plan
+
+STOP_FILE, STOP_REQUEST = "STOP", "STOP_REQUEST"
+POLL_S = 0.1
+
+
+def node_command(plan: Plan, node_rank: int | None = None) -> list[str]:
+    rank = [] if node_rank is None else ["--node-rank", str(node_rank)]
+    return [plan.python, "-m", "launcher", "node", "--plan", str(plan.path), *rank]
+
+
+def run(plan: Plan) -> Exit:
+    """Train here, starting again after forgiven failures. Returns the exit code of the last attempt's decision."""
+    run_dir = Path(plan.run_dir)
+    prepare_run_dir(run_dir)
+    processes.adopt_orphans()
+    with only_launcher(run_dir), Requests(plan.stop_signal) as requests:
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
+        restart = 0
+        while True:
+            # Probed anew for each attempt, and each starts elsewhere: see machine.free_port.
+            port = plan.port or machine.free_port(plan.head_addr, os.getpid() * 10 + restart)
+            attempt = replace(
+                plan, port=port, attempt=new_attempt(plan.job, restart), command=continuing(plan.command, restart)
+            )
+            rc = run_attempt(attempt, requests)
+            decision = conclude(attempt, rc, "none")
+            if decision.action != "requeue" or requests.stop:
+                break
+            print(f"launcher: {decision.why}; starting again", file=sys.stderr, flush=True)
+            restart += 1
+    report(plan, decision)
+    return decision.exit_code
+
+
+def run_attempt(plan: Plan, requests: Requests) -> int:
+    run_dir = Path(plan.run_dir)
+    begin(plan)
+    # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which passes on a request to stop.
+    agent = subprocess.Popen(
+        node_command(plan), start_new_session=True, preexec_fn=processes.die_with_parent, env=importable_launcher()
+    )
+    asked = False
+    while agent.poll() is None:
+        time.sleep(POLL_S)
+        if requests.stop and not asked:
+            asked = True
+            ask_to_stop(run_dir, plan)
+            # Only the workers: what they have started need not know the signal. Sent while they import torch it is
+            # lost, as they inherit that it is ignored; so there is the file as well.
+            workers = processes.descendants(agent.pid, recursive=False)
+            processes.send(workers, getattr(signal, f"SIG{plan.stop_signal}"))
+            print("launcher: saving, then stopping; Ctrl-C kills at once", file=sys.stderr, flush=True)
+        if requests.kill:
+            processes.send(processes.descendants(os.getpid()), signal.SIGKILL)
+    left = processes.end_descendants()
+    if left:
+        print(f"launcher: ended {left} processes that outlived their agent", file=sys.stderr, flush=True)
+    return agent.returncode
+
+
+def continuing(command: tuple[str, ...], restart: int) -> tuple[str, ...]:
+    """A restart goes on from its own newest checkpoint, even if the first attempt was told to start from another."""
+    told = restart and any(word.startswith("resume=") for word in command)
+    return (*command, "resume=auto") if told else command
+
+
+def begin(plan: Plan, **values: object) -> None:
+    """Write the plan and the attempt's first record; forget requests that were meant for earlier attempts."""
+    run_dir = Path(plan.run_dir)
+    prepare_run_dir(run_dir)
+    for request in run_dir.glob(f"{STOP_REQUEST}.*"):
+        request.unlink(missing_ok=True)
+    write_plan(plan)
+    outcome.record(
+        run_dir,
+        "start",
+        plan.attempt,
+        step=outcome.newest_step(run_dir),
+        backend=plan.backend,
+        num_nodes=plan.num_nodes,
+        procs_per_node=plan.procs_per_node,
+        **values,
+    )
+
+
+def conclude(plan: Plan, rc: int, job: outcome.JobWord) -> Decision:
+    """Decide what follows from the attempt's end and record it."""
+    run_dir = Path(plan.run_dir)
+    status = outcome.read_status(run_dir)
+    if status is not None and status.attempt != plan.attempt:
+        status = None  # left by an earlier attempt
+    start, end = outcome.start_step(run_dir, plan.attempt), outcome.newest_step(run_dir)
+    evidence = outcome.Evidence(
+        rc=rc,
+        status=status,
+        start_step=start,
+        end_step=end,
+        earlier=tuple(outcome.earlier_attempts(run_dir, plan.attempt)),
+        stop_file=(run_dir / STOP_FILE).exists(),
+        job=job,
+    )
+    decision = outcome.decide(evidence, max_failures=plan.max_failures, requeue=plan.requeue)
+    outcome.record(
+        run_dir,
+        "end",
+        plan.attempt,
+        step=end,
+        rc=rc,
+        state=status.state if status else None,
+        reason=status.reason if status else None,
+        job=job,
+        failed=decision.failed,
+        action=decision.action,
+        why=decision.why,
+    )
+    return decision
+
+
+def ask_to_stop(run_dir: Path, plan: Plan) -> None:
+    (run_dir / f"{STOP_REQUEST}.{plan.attempt}").touch()
+
+
+def report(plan: Plan, decision: Decision) -> None:
+    """The last words on stderr: how it ended, why, and how to go on."""
+    lines = [f"launcher: {plan.run_dir}: {decision.why}"]
+    status = outcome.read_status(Path(plan.run_dir))
+    if decision.failed and status and status.message:
+        lines.append(f"launcher: {status.message.strip().splitlines()[-1]}")
+    if decision.action in ("leave", "fail") and decision.exit_code != Exit.OK:
+        lines.append(f"launcher: continue with: {continue_line(plan)}")
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def continue_line(plan: Plan) -> str:
+    resume = [plan.python, "-m", "launcher", "resume", plan.run_dir]
+    return f"{shlex.join(['cd', plan.workdir])} && {shlex.join(resume)}"
+
+
+def importable_launcher() -> dict[str, str]:
+    """The environment, in which `-m launcher` is found although it may start elsewhere than in the checkout."""
+    here = str(Path(__file__).resolve().parent.parent)
+    before = os.environ.get("PYTHONPATH")
+    return os.environ | {"PYTHONPATH": here + (os.pathsep + before if before else "")}
+
+
+@contextmanager
+def only_launcher(run_dir: Path) -> Iterator[None]:
+    """Two launchers on one run directory would take turns in overwriting each other's plan."""
+    with open(run_dir / ".launcher.lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise LaunchError(
+                f"{run_dir}: already being trained by {file.read().strip() or 'another launcher'}; "
+                "stop it first, or give this run another name=…"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+class Requests:
+    """Signals that ask this launcher to stop, while it is entered. Ctrl-C after any of them asks it to kill."""
+
+    def __init__(self, stop_signal: str) -> None:
+        self.stop = self.kill = False
+        self._signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, getattr(signal, f"SIG{stop_signal}"))
+        self._before: dict[int, object] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.kill |= self.stop and number == signal.SIGINT
+        self.stop = True
+
+    def __enter__(self) -> Requests:
+        for number in self._signals:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]

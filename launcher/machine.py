@@ -1,0 +1,128 @@
+"""What this machine has: GPUs, CPUs, addresses, a free port. Without torch, and without asking the name service."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+from launcher.errors import Exit, LaunchError
+
+FIRST_PORT, NUM_PORTS = 20000, 10000  # below Linux's ephemeral range (32768 and up)
+
+
+def num_gpus() -> int:
+    """GPUs that a process started here would see: those of the machine, as far as CUDA_VISIBLE_DEVICES allows."""
+    present = _num_gpus_present()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or present == 0:
+        return present
+    # CUDA stops reading at the first entry that names no device.
+    count = 0
+    for entry in (part.strip() for part in visible.split(",")):
+        if not entry or entry == "-1":
+            break
+        count += 1
+    return min(count, present) if not re.search("MIG-", visible) else count
+
+
+def _num_gpus_present() -> int:
+    cards = list(Path("/proc/driver/nvidia/gpus").glob("*"))
+    if cards:
+        return len(cards)
+    nvidia_smi = shutil.which("nvidia-smi")
+    if nvidia_smi is None:
+        return 0
+    try:
+        listing = subprocess.run([nvidia_smi, "-L"], capture_output=True, text=True, timeout=30, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return len(re.findall(r"^GPU \d+:", listing, re.MULTILINE))
+
+
+def num_cpus() -> int:
+    """CPUs this process may use (an allocation is often smaller than the machine)."""
+    return len(os.sched_getaffinity(0))
+
+
+def port_is_free(address: str, port: int) -> bool:
+    try:
+        with socket.create_server((address, port), family=_family(address)):
+            return True
+    except OSError:
+        return False
+
+
+def free_port(address: str, start: int) -> int:
+    """The first free port at or after `start` (wrapping inside 20000–29999) on an address of this machine.
+
+    Attempts start from different numbers, so that a process left over from the last one finds nobody to talk to.
+    """
+    for offset in range(100):
+        port = FIRST_PORT + (start + offset) % NUM_PORTS
+        if port_is_free(address, port):
+            return port
+    raise LaunchError(f"no free port among 100 tried on {address}; choose one with --port", Exit.PREFLIGHT)
+
+
+def resolve(name: str) -> str:
+    """`name` as an IP address (IPv4 first). OSError where it cannot be resolved."""
+    if is_ip(name):
+        return name
+    found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
+    return str(found[0][4][0])
+
+
+def is_ip(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(address: str) -> bool:
+    return is_ip(address) and ipaddress.ip_address(address).is_loopback
+
+
+def own_addresses() -> dict[str, str]:
+    """{address: interface} of this machine."""
+    import psutil  # type: ignore[import-untyped]
+
+    return {
+        entry.address.partition("%")[0]: name
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family in (socket.AF_INET, socket.AF_INET6)
+    }
+
+
+def interface_towards(address: str) -> str:
+    """The interface whose address this machine would use to talk to `address`.
+
+    `ip route get` answers `lo` for one's own address, and gloo takes no exclusion list like NCCL's `^lo`: so ask the
+    kernel which source address it would use, and see which interface has it. No packet is sent.
+    """
+    with socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))
+        except OSError as error:
+            raise LaunchError(
+                f"no route from {socket.gethostname()} to the head node {address}: {error.strerror}; "
+                "choose a reachable one with --head-addr",
+                Exit.PREFLIGHT,
+            ) from None
+        source = probe.getsockname()[0]
+    name = own_addresses().get(source.partition("%")[0])
+    if name is None:
+        raise LaunchError(f"no interface has the address {source}; name one with --ifname", Exit.PREFLIGHT)
+    return name
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -1,0 +1,207 @@
+"""The plan of one attempt: everything that the nodes must agree on, in one file that only its owner can write."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import stat
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher.errors import LaunchError
+
+Backend = Literal["local", "slurm", "hosts"]
+Device = Literal["cpu", "cuda"]
+
+STOP_SIGNALS = ("USR1", "USR2")  # NCCL may use USR1 itself on some systems, hence the choice
+
+# What may stand in a field. Nothing here can start a new line, an option or a shell word.
+PATTERNS = {
+    "attempt": r"[A-Za-z0-9_]{1,32}\.\d{1,6}-[0-9a-f]{6}",
+    "job name": r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}",
+    "host": r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}",
+    "address": r"[A-Za-z0-9:][A-Za-z0-9.:%_-]{0,252}",
+    "interface": r"[A-Za-z0-9][A-Za-z0-9._@-]{0,31}",
+    "environment variable": r"[A-Za-z_][A-Za-z0-9_]{0,127}",
+}
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+# The launcher's and torch's own words between processes: setting them from outside would break the rendezvous.
+_RESERVED = re.compile(
+    r"SIMCLR_(EXPECTED_WORLD_SIZE|ATTEMPT|STOP_SIGNAL)|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK"
+    r"|MASTER_(ADDR|PORT)|PET_.*|TORCHELASTIC_.*|ACCELERATE_.*|PMIX?_.*|OMPI_.*|MV2_.*"
+)
+
+
+def checked(kind: str, value: str) -> str:
+    """`value`, if it is a well-formed `kind`; otherwise LaunchError."""
+    if not re.fullmatch(PATTERNS[kind], value):
+        raise LaunchError(f"{kind} {value!r} cannot be used: it must match {PATTERNS[kind]}")
+    return value
+
+
+def one_line(what: str, value: str) -> str:
+    """`value`, if it has no control characters: a newline would end a log line, an escape could act on a terminal."""
+    if not value or not value.isprintable():
+        raise LaunchError(f"{what} {value!r} cannot be used: it is empty or has control characters")
+    return value
+
+
+def is_reserved(name: str) -> bool:
+    return re.fullmatch(_RESERVED, name) is not None
+
+
+def checked_env(settings: list[str]) -> dict[str, str]:
+    """`NAME=value` settings as a dictionary. Secrets are refused: the plan is a file, and gets shown."""
+    env = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        checked("environment variable", name)
+        if not equals:
+            raise LaunchError(f"--env {setting}: expected NAME=value")
+        if is_reserved(name):
+            raise LaunchError(f"--env {name}: the launcher sets this variable itself")
+        if _SECRET.search(name):
+            raise LaunchError(
+                f"--env {name}: looks like a secret, and plans are written to disk; "
+                "keep it in a file that only you can read"
+            )
+        env[name] = one_line(f"--env {name}", value) if value else ""
+    return env
+
+
+def masked(env: Mapping[str, str]) -> dict[str, str]:
+    """For showing: values of names that look like secrets are hidden."""
+    return {name: "***" if _SECRET.search(name) else value for name, value in sorted(env.items())}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All paths absolute. `head_addr` is empty and `port` 0 while they can only be known on the machine itself."""
+
+    backend: Backend
+    attempt: str
+    """JOB.RESTART-NONCE: names this attempt in locks, logs and checkpoints' temporary names."""
+    run_dir: str
+    workdir: str
+    """Relative paths in the configuration start here."""
+    python: str
+    command: tuple[str, ...]
+    """What each process runs, after the interpreter: -m simclr_dist.train CONFIG key=value …"""
+    again: tuple[str, ...]
+    """Arguments of `python -m launcher` that continue this run."""
+    device: Device
+    num_nodes: int
+    procs_per_node: int
+    hosts: tuple[str, ...] = ()
+    """Names of the nodes, by rank, where they are known."""
+    head_addr: str = ""
+    port: int = 0
+    ifname: str = ""
+    """Network interface; empty: the one that leads to head_addr, found on each node."""
+    env: Mapping[str, str] = None  # type: ignore[assignment]
+    stop_signal: str = "USR1"
+    max_failures: int = 3
+    requeue: bool = True
+    save_budget_s: float = 60.0
+    """How long an agent that is told to end waits for its workers before it kills them."""
+    preflight_s: float = 60.0
+    """How long node 0 waits for the others to report."""
+    rendezvous_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "env", dict(self.env or {}))
+        for name in ("command", "again", "hosts"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        checked("attempt", self.attempt)
+        for host in self.hosts:
+            checked("host", host)
+        for name in ("run_dir", "workdir", "python"):
+            path = one_line(name, getattr(self, name))
+            if not Path(path).is_absolute():
+                raise LaunchError(f"plan: {name} {path!r} is not an absolute path")
+        for word in (*self.command, *self.again):
+            one_line("argument", word)
+        if self.head_addr:
+            checked("address", self.head_addr)
+        if self.ifname:
+            checked("interface", self.ifname)
+        if self.stop_signal not in STOP_SIGNALS:
+            raise LaunchError(f"stop signal {self.stop_signal!r}: choose {' or '.join(STOP_SIGNALS)}")
+        if self.num_nodes < 1 or self.procs_per_node < 1:
+            raise LaunchError(f"{self.num_nodes} nodes x {self.procs_per_node} processes: both must be at least 1")
+        if not (self.port == 0 or 1024 <= self.port <= 65535):
+            raise LaunchError(f"port {self.port}: choose one between 1024 and 65535")
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.procs_per_node
+
+    @property
+    def path(self) -> Path:
+        return Path(self.run_dir) / "plan.json"
+
+    @property
+    def job(self) -> str:
+        """What the attempts of one job share: the SLURM job, or one invocation of the launcher."""
+        return self.attempt.rpartition("-")[0].rpartition(".")[0]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"env": masked(self.env)}
+
+
+def new_attempt(job: str, restart: int) -> str:
+    return f"{job}.{restart}-{secrets.token_hex(3)}"
+
+
+def prepare_run_dir(run_dir: Path) -> None:
+    """Make the run directory: readable by the owner's group at most, as its file names tell of the data."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+    except OSError as error:
+        raise LaunchError(f"{run_dir}: the run directory cannot be made: {error.strerror}") from None
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        raise LaunchError(f"{run_dir}: the run directory cannot be written to; choose another: runs_dir=… or name=…")
+
+
+def write_plan(plan: Plan) -> Path:
+    """Write RUN/plan.json whole or not at all."""
+    prepare_run_dir(Path(plan.run_dir))
+    temporary = plan.path.with_name(f".plan-{plan.attempt}.json")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(asdict(plan), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(plan.path)
+    return plan.path
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan at `path`. It holds commands, so one that another user wrote, or could have, is refused."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise LaunchError(f"{path}: the plan cannot be read: {error.strerror}") from None
+    with os.fdopen(descriptor, encoding="utf-8") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise LaunchError(f"{path}: the plan is not a plain file")
+        if status.st_uid != os.geteuid():
+            raise LaunchError(f"{path}: the plan belongs to user {status.st_uid}, not to you ({os.geteuid()}); refused")
+        if status.st_mode & 0o022:
+            raise LaunchError(
+                f"{path}: others may write to the plan (mode {stat.S_IMODE(status.st_mode):o}); refused. "
+                "If you trust its content: chmod go-w on it"
+            )
+        try:
+            values = json.load(file)
+            unknown = set(values) - {field.name for field in fields(Plan)}
+            if unknown:
+                raise ValueError(f"unknown entries {sorted(unknown)}")
+            return Plan(**values)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise LaunchError(f"{path}: not a plan of this version of the launcher: {error}") from None

@@ -1,0 +1,60 @@
+"""Nothing survives: children that die with this process, and descendants that are found and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil  # type: ignore[import-untyped]
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def die_with_parent() -> None:
+    """For `preexec_fn`: the kernel kills this process when its parent ends, however that happens. Survives exec."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:
+        os._exit(1)  # the parent was quicker
+
+
+def adopt_orphans() -> None:
+    """Descendants whose parent is killed become children of this process, and not of init: so they can be found."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(option, ctypes.c_ulong(value), 0, 0, 0)
+
+
+def descendants(pid: int, recursive: bool = True) -> list[psutil.Process]:
+    import psutil  # type: ignore[import-untyped]
+
+    try:
+        return [process for process in psutil.Process(pid).children(recursive=recursive) if process.is_running()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def send(processes: list[psutil.Process], signal_number: int) -> None:
+    import psutil  # type: ignore[import-untyped]
+
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal_number)
+
+
+def end_descendants() -> int:
+    """Kill and reap whatever is left below this process; how many there were."""
+    import psutil  # type: ignore[import-untyped]
+
+    left = descendants(os.getpid())
+    send(left, signal.SIGKILL)
+    psutil.wait_procs(left, timeout=10)
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    return len(left)

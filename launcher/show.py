@@ -1,0 +1,55 @@
+"""What a launch would do, for people and (`--json`) for programs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+from launcher.node import agent_argv, agent_env
+from launcher.plan import Plan, masked
+
+
+def as_dict(plan: Plan, num_cpus: int, start: list[list[str]], files: list[str]) -> dict[str, Any]:
+    """start: the command lines of this backend, one a node or one for all; files: what would be written."""
+    ifname = plan.ifname or "INTERFACE"
+    return {
+        "plan": plan.as_json(),
+        "start": start,
+        "files": files,
+        "agents": [agent_argv(plan, rank) for rank in range(plan.num_nodes)],
+        "environment": masked(agent_env(plan, ifname, num_cpus, {})),
+    }
+
+
+def as_text(shown: dict[str, Any]) -> str:
+    plan = shown["plan"]
+    hosts = plan["hosts"] or [f"node {rank}" for rank in range(plan["num_nodes"])]
+    nodes = f"{plan['num_nodes']} node{'s' if plan['num_nodes'] > 1 else ''}"
+    world = plan["num_nodes"] * plan["procs_per_node"]
+    lines = [
+        f"{plan['backend']}: {nodes} x {plan['procs_per_node']} processes = {world} on {plan['device']}",
+        f"run directory: {plan['run_dir']}",
+        f"started in:    {plan['workdir']}",
+        f"head address:  {plan['head_addr'] or 'found when the job starts'}",
+        f"port:          {plan['port'] or 'a free one, chosen at the start'}",
+        f"stop signal:   {plan['stop_signal']}",
+        f"failures:      {plan['max_failures']} in a row are forgiven while each makes progress",
+        "",
+        "files:",
+        *(f"  {name}" for name in shown["files"]),
+        "",
+        "started here:",
+        *(f"  {shlex.join(argv)}" for argv in shown["start"]),
+        "",
+        "becomes on each node:",
+    ]
+    for host, argv in zip(hosts, shown["agents"], strict=True):
+        lines += [f"  {host}:", f"    {shlex.join(argv)}"]
+    lines += ["", "environment set for the workers:"]
+    lines += [f"  {name}={value}" for name, value in shown["environment"].items()]
+    return "\n".join(lines)
+
+
+def print_shown(shown: dict[str, Any], as_json: bool) -> None:
+    print(json.dumps(shown, indent=1) if as_json else as_text(shown))

@@ -1,0 +1,81 @@
+"""Plays simclr_dist.train for tests of the launcher: same command line, environment, files and manners, without torch.
+
+fake.json in the working directory says how it behaves:
+  steps, step_s          how long it trains
+  every                  a checkpoint each so many steps
+  import_s               how long it takes before it listens to signals
+  end: {restart: [steps, how]}  in that attempt ("*": any other), after so many of its steps:
+                         `raise`, `kill` (its own process, no word) or a reason such as `nan_abort`
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+ATTEMPT = os.environ["SIMCLR_ATTEMPT"]
+
+
+def write_status(run_dir: Path, state: str, step: int, reason: str | None = None, message: str = "") -> None:
+    if RANK:
+        return
+    content = {"state": state, "reason": reason, "step": step, "attempt": ATTEMPT, "message": message, "time": "now"}
+    temporary = run_dir / f".status.{os.getpid()}"
+    temporary.write_text(json.dumps(content))
+    temporary.replace(run_dir / "status.json")
+
+
+def main() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    config, *overrides = sys.argv[1:]
+    behaviour = json.loads(Path("fake.json").read_text()) if Path("fake.json").exists() else {}
+    values = yaml.safe_load(Path(config).read_text()) | dict(word.split("=", 1) for word in overrides)
+    run_dir = Path(values.get("runs_dir", "runs")) / values["name"]
+    assert int(os.environ["SIMCLR_EXPECTED_WORLD_SIZE"]) == WORLD_SIZE
+    (run_dir / "ranks").mkdir(parents=True, exist_ok=True)
+    seen = {"pid": os.getpid(), "argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}
+    (run_dir / "ranks" / f"{ATTEMPT}-{RANK}.json").write_text(json.dumps(seen))
+    checkpoints = run_dir / "checkpoints"
+    step = max((int(path.name[5:]) for path in checkpoints.glob("step_*")), default=0)
+    write_status(run_dir, "running", step)
+    time.sleep(behaviour.get("import_s", 0))
+    asked = []
+    for name in (os.environ["SIMCLR_STOP_SIGNAL"], "TERM"):
+        signal.signal(getattr(signal, f"SIG{name}"), lambda number, frame: asked.append(number))
+
+    def save() -> None:
+        if RANK == 0:
+            (checkpoints / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
+
+    restart = ATTEMPT.rpartition(".")[2].partition("-")[0]
+    endings = behaviour.get("end", {})
+    end_after, how = endings.get(restart, endings.get("*", (0, "")))
+    end_step = step + end_after if how else -1
+    while step < behaviour.get("steps", 5):
+        time.sleep(behaviour.get("step_s", 0.05))
+        step += 1
+        if step == end_step and RANK == 0:
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            write_status(run_dir, "failed", step, "crash" if how == "raise" else how, f"{how} as told")
+            os._exit(1)
+        if step % behaviour.get("every", 1) == 0:
+            save()
+        stopped = (run_dir / "STOP").exists()
+        if asked or stopped or any(run_dir.glob("STOP_REQUEST.*")):
+            save()
+            print(f"rank {RANK} of {WORLD_SIZE}: asked to stop at step {step}", flush=True)
+            return write_status(run_dir, "stopped" if stopped else "preempted", step)
+    save()
+    print(f"rank {RANK} of {WORLD_SIZE}: finished at step {step}", flush=True)
+    return write_status(run_dir, "finished", step)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""A small checkout whose trainer is `fake_trainer.py`: the launcher in it is the real one and needs no door for tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIG = """\
+name: fake
+data: {train: synthetic, image_size: 32}
+model: {encoder: resnet_small}
+train: {global_batch_size: 8, epochs: 20}
+"""
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment, without a surrounding job's words."""
+    foreign = ("SLURM_", "SBATCH_", "SRUN_", "SIMCLR_", "PYTHONPATH", "PYTEST_", "OMP_NUM_THREADS")
+    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+
+
+@dataclass
+class Checkout:
+    root: Path
+    env: dict[str, str]
+
+    @property
+    def run_dir(self) -> Path:
+        return self.root / "runs" / "fake"
+
+    def behave(self, **behaviour: Any) -> None:
+        (self.root / "fake.json").write_text(json.dumps(behaviour))
+
+    def launch(
+        self, *words: str, timeout_s: float = 90, env: Mapping[str, str] = {}
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "launcher", *words],
+            cwd=self.root,
+            env={**self.env, **env},
+            text=True,
+            capture_output=True,
+            timeout=timeout_s,
+        )
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        log = (self.root / "launcher.log").open("w")
+        with log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "launcher", *words],
+                cwd=self.root,
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                text=True,
+            )
+
+    def log(self) -> str:
+        return (self.root / "launcher.log").read_text()
+
+    def ranks(self, run_dir: Path | None = None) -> list[dict[str, Any]]:
+        """What each worker saw, over all attempts."""
+        return [json.loads(path.read_text()) for path in sorted(((run_dir or self.run_dir) / "ranks").glob("*.json"))]
+
+    def status(self) -> dict[str, Any]:
+        path = self.run_dir / "status.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def records(self, event: str, run_dir: Path | None = None) -> list[dict[str, Any]]:
+        path = (run_dir or self.run_dir) / "attempts.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [entry for entry in map(json.loads, lines) if entry["event"] == event]
+
+    def newest_step(self) -> int:
+        return max((int(path.name[5:]) for path in (self.run_dir / "checkpoints").glob("step_*")), default=0)
+
+    def pids_alive(self) -> list[int]:
+        return [rank["pid"] for rank in self.ranks() if is_running(rank["pid"])]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def make_checkout(root: Path) -> Checkout:
+    root.mkdir(parents=True)
+    for name in ("launcher", "slurm"):
+        shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "simclr_dist").mkdir()
+    for name in ("__init__.py", "config.py"):
+        shutil.copy(REPOSITORY / "simclr_dist" / name, root / "simclr_dist" / name)
+    shutil.copy(REPOSITORY / "tests" / "fake_trainer.py", root / "simclr_dist" / "train.py")
+    (root / "fake.yaml").write_text(CONFIG)
+    return Checkout(root, clean_environment())
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not within {timeout_s} s")
+        time.sleep(0.05)
+    return value
