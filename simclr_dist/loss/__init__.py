@@ -12,11 +12,15 @@ Works in any PyTorch program, with torch.distributed and without. `docs/loss.md`
 
     batch.py            what a rank brings: checked, agreed upon, normalised, gathered
     plain.py            the definitions, by autograd on all N x N similarities
-    tiled.py            the same sums in tiles, each similarity computed once
+    tiled.py            sums of exp(similarity) in tiles, each similarity computed once
+    triton_kernels.py   the same sums on a GPU
+    implementations.py  which of these is used
     nt_xent.py          NTXentLoss: NT-Xent and its decoupled form
+    supcon.py           SupConLoss: labels make the positives
 """
 
 from simclr_dist.loss.batch import NonFiniteError
 from simclr_dist.loss.nt_xent import NTXentLoss, nt_xent
+from simclr_dist.loss.supcon import SupConLoss
 
-__all__ = ["NTXentLoss", "NonFiniteError", "nt_xent"]
+__all__ = ["NTXentLoss", "NonFiniteError", "SupConLoss", "nt_xent"]

@@ -47,6 +47,7 @@ class GlobalBatch:
     num_views: int
     rank: int
     world_size: int
+    grad_scale: float = 1.0  # of this rank's gradients: W where the training loop takes their mean over ranks
 
     @property
     def num_rows(self) -> int:
@@ -78,6 +79,7 @@ def gather_batch(
     *,
     num_views: int,
     gather_dtype: torch.dtype,
+    grad_reduction: str,
     implementation: int,
 ) -> GlobalBatch:
     """Checks z [V*B, K] and ids [B] with all ranks, and starts gathering them.
@@ -119,6 +121,7 @@ def gather_batch(
         num_views,
         distributed.rank(),
         distributed.world_size(),
+        grad_scale=distributed.world_size() if grad_reduction == "mean" else 1,
     )
 
 
@@ -200,7 +203,7 @@ def _raise_faults(headers: list[Header]) -> None:
     """Raises what is wrong, in the same words on every rank."""
     faults = [f"rank {r}: {fault}" for r, header in enumerate(headers) if (fault := _own_fault(header))]
     if faults:
-        raise ValueError("nt_xent cannot use this batch.\n  " + "\n  ".join(faults))
+        raise ValueError("the contrastive loss cannot use this batch.\n  " + "\n  ".join(faults))
     first = headers[0]
     for r, header in enumerate(headers):
         for name, unit in _MUST_AGREE.items():
@@ -209,7 +212,7 @@ def _raise_faults(headers: list[Header]) -> None:
                 if name == "dtype":
                     here, there = DTYPES[here], DTYPES[there]
                 raise ValueError(
-                    f"nt_xent: the ranks disagree about {unit}: {here} on rank 0, {there} on rank {r}. "
+                    f"contrastive loss: the ranks disagree about {unit}: {here} on rank 0, {there} on rank {r}. "
                     "All ranks must bring batches of one shape and one setting; drop an incomplete last batch."
                 )
     bad = {r: (h.num_bad_rows, h.first_bad_row) for r, h in enumerate(headers) if h.num_bad_rows}
@@ -218,7 +221,7 @@ def _raise_faults(headers: list[Header]) -> None:
             f"rank {r}: {count} of {first.rows} rows, the first is row {row}" for r, (count, row) in bad.items()
         )
         raise NonFiniteError(
-            f"nt_xent: z is NaN or infinite ({where}). The network has diverged or a picture is broken: "
+            f"contrastive loss: z is NaN or infinite ({where}). The network has diverged or a picture is broken: "
             "lower the learning rate, lengthen the warm-up, or try precision fp32.",
             bad,
         )
@@ -229,7 +232,7 @@ _MUST_AGREE = {
     "width": "the width of z",
     "dtype": "the dtype of z",
     "num_views": "num_views",
-    "num_ids": "the number of sample ids (-1: none)",
+    "num_ids": "the number of sample ids or labels (-1: none)",
     "implementation": "the implementation",
     "temperature": "the temperature",
 }
@@ -248,11 +251,11 @@ def _own_fault(header: Header) -> str | None:
             f"all rows of view 0, then all of view 1"
         )
     if header.num_ids == -3:
-        return "the sample ids are on another device than z"
+        return "the sample ids (or labels) are on another device than z"
     if header.num_ids == -2:
-        return "the sample ids must be int64 or int32 of shape [B]"
+        return "the sample ids (or labels) must be int64 or int32 of shape [B]"
     if header.num_ids not in (-1, header.rows // header.num_views):
-        return f"{header.num_ids} sample ids for {header.rows // header.num_views} images"
+        return f"{header.num_ids} sample ids (or labels) for {header.rows // header.num_views} images"
     if not 0 < header.temperature < float("inf"):
         return f"the temperature is {header.temperature}; it must be a positive number"
     return None

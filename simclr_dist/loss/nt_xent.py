@@ -19,18 +19,15 @@ L = mean of log(Q_i) - s_ip, hence a_i = 1 / Q_i and m_ip = 1 / (V - 1).
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from simclr_dist.loss import plain
 from simclr_dist.loss.batch import GlobalBatch, gather_batch
-from simclr_dist.loss.tiled import Tiles
-
-Implementation = Literal["auto", "plain", "tiled"]
-IMPLEMENTATIONS = ("plain", "tiled")
+from simclr_dist.loss.implementations import IMPLEMENTATIONS, Implementation, choose, exponentials
+from simclr_dist.loss.known_gradient import with_gradient
 
 
 def nt_xent(
@@ -62,7 +59,8 @@ class NTXentLoss(nn.Module):
     """The loss of SimCLR over the global batch.
 
     temperature: positive. learn_temperature: make its logarithm a parameter, `log_temperature`.
-    implementation: "plain" (autograd on N x N), "tiled" (linear memory) or "auto".
+    implementation: "plain" (autograd on N x N), "tiled" (linear memory), "triton" (CUDA kernels), or "auto":
+        the kernels on CUDA where they work, else tiled.
     gather_dtype: what z travels as between ranks; bfloat16 halves the bytes, and every rank then computes with
         the rounded z.
     num_views: V >= 2; every other view of an image is a positive of its own.
@@ -125,7 +123,9 @@ class NTXentLoss(nn.Module):
         return loss
 
     def extra_repr(self) -> str:
-        return f"temperature={float(self.temperature):g}, implementation={self.implementation}"
+        return (
+            f"temperature={float(torch.as_tensor(self.temperature).detach()):g}, implementation={self.implementation}"
+        )
 
 
 def _nt_xent(
@@ -139,9 +139,7 @@ def _nt_xent(
     gather_dtype: torch.dtype,
     grad_reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    chosen = "tiled" if implementation == "auto" else implementation
-    if chosen not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
+    chosen = choose(implementation, z.device)
     with torch.autocast(z.device.type, enabled=False):
         batch = gather_batch(
             z,
@@ -149,35 +147,37 @@ def _nt_xent(
             sample_ids,
             num_views=num_views,
             gather_dtype=gather_dtype,
+            grad_reduction=grad_reduction,
             implementation=IMPLEMENTATIONS.index(chosen),
         )
         tau = torch.as_tensor(temperature, dtype=batch.z.dtype, device=z.device)
-        grad_scale = float(batch.world_size) if grad_reduction == "mean" else 1.0
         if chosen == "plain":
-            loss = plain.nt_xent(batch, tau, decoupled=decoupled, grad_scale=grad_scale)
+            loss = plain.nt_xent(batch, tau, decoupled=decoupled)
         else:
-            loss = _tiled_nt_xent(batch, tau, decoupled, grad_scale)
+            loss = _symmetric(batch, tau, decoupled, chosen)
     return loss, batch.duplicates
 
 
-def _tiled_nt_xent(batch: GlobalBatch, temperature: Tensor, decoupled: bool, grad_scale: float) -> Tensor:
+def _symmetric(batch: GlobalBatch, temperature: Tensor, decoupled: bool, implementation: str) -> Tensor:
+    """The formulas at the top of this file."""
     needs_gradient = torch.is_grad_enabled() and (batch.z.requires_grad or temperature.requires_grad)
     with torch.no_grad():
-        tiles = Tiles(batch, hide="image")
-        loss, a, m = _value(batch, tiles.sums(), tiles.all, decoupled)
+        e = exponentials(batch, "image", implementation)
+        loss, a, m = _value(batch, e.sums(), e.all, decoupled)
+        loss = loss.to(batch.z.dtype)
         if not needs_gradient:
             return loss
-        gradient = tiles.pull(a)
-        views = tiles.z.view(batch.num_views, batch.num_images, -1)
+        gradient = e.pull(a)
+        views = e.z.view(batch.num_views, batch.num_images, -1)
         pulled = gradient.view_as(views)
         for shift in range(1, batch.num_views):
             # m_ip of the rows, and m_pi of their positives, which are `shift` views further on.
             weight = m[shift] + m[-shift].roll(-shift, dims=0)
             pulled.addcmul_(weight[..., None], views.roll(-shift, dims=0), value=-1)
-        gradient *= grad_scale / (batch.num_all_rows * batch.temperature)
-        along = torch.einsum("nk,nk->", tiles.z, gradient)
+        gradient *= batch.grad_scale / (batch.num_all_rows * batch.temperature)
+        along = torch.einsum("nk,nk->", e.z, gradient)
         temperature_gradient = along / (-2 * batch.temperature)
-    return with_gradient(loss.to(batch.z.dtype), (batch.z, gradient), (temperature, temperature_gradient))
+    return with_gradient(loss, (batch.z, gradient), (temperature, temperature_gradient))
 
 
 def _value(batch: GlobalBatch, q: Tensor, z: Tensor, decoupled: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -204,27 +204,3 @@ def _value(batch: GlobalBatch, q: Tensor, z: Tensor, decoupled: bool) -> tuple[T
         a += r.reciprocal()
     positives = V - 1
     return loss / positives, a.flatten() / positives, [m_shift / positives for m_shift in m]
-
-
-def with_gradient(value: Tensor, *inputs_and_gradients: tuple[Tensor, Tensor]) -> Tensor:
-    """`value` as a function of the inputs with the gradients already known."""
-    inputs, gradients = zip(*inputs_and_gradients, strict=True)
-    result: Tensor = _WithGradient.apply(value, gradients, *inputs)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _WithGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = [x.dtype for x in inputs]
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [
-            (g * grad).to(dtype) if needed else None
-            for g, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
-        ]
-        return None, None, *scaled

@@ -5,20 +5,20 @@ Every rank computes the whole matrix, so this costs W times what it must, and 4 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from simclr_dist.loss.batch import GlobalBatch
+from simclr_dist.loss.known_gradient import scale_gradient
 
 
-def nt_xent(batch: GlobalBatch, temperature: Tensor, *, decoupled: bool, grad_scale: float) -> Tensor:
+def nt_xent(batch: GlobalBatch, temperature: Tensor, *, decoupled: bool) -> Tensor:
     """The mean over all pairs (row i, other view p of its image) of log(1 + Q_i / P_ip).
 
     P_ip = exp(s_ip), Q_i the sum of exp(s_ij) over the negatives j: all rows of other images.
     """
-    similarity, image = _similarities(batch, temperature, grad_scale)
+    similarity = _similarities(batch, temperature)
+    image = batch.per_row(torch.arange(batch.num_images * batch.world_size, device=similarity.device))
     same_image = image[:, None] == image
     hidden = same_image
     if batch.ids is not None:
@@ -35,20 +35,17 @@ def nt_xent(batch: GlobalBatch, temperature: Tensor, *, decoupled: bool, grad_sc
     return torch.logaddexp(excess, torch.zeros_like(excess)).mean()
 
 
-def _similarities(batch: GlobalBatch, temperature: Tensor, grad_scale: float) -> tuple[Tensor, Tensor]:
-    """s [N, N], and for every row the number of its image [N]."""
+def sup_con(batch: GlobalBatch, classes: Tensor) -> Tensor:
+    """The mean over rows i, and over the other rows p of i's class, of -log(exp(s_ip) / sum_j!=i exp(s_ij))."""
+    s = _similarities(batch, batch.temperature)
+    self_ = torch.eye(len(s), dtype=torch.bool, device=s.device)
+    positive = (classes[:, None] == classes) & ~self_
+    log_r = s.masked_fill(self_, float("-inf")).logsumexp(1)
+    return (log_r - s.where(positive, 0).sum(1) / positive.sum(1)).mean()
+
+
+def _similarities(batch: GlobalBatch, temperature: float | Tensor) -> Tensor:
+    """s [N, N], differentiable in the rows of this rank."""
     z = batch.all_rows().clone()
-    z[batch.own] = _ScaleGradient.apply(batch.z, grad_scale)  # type: ignore[no-untyped-call]
-    image = batch.per_row(torch.arange(batch.num_images * batch.world_size, device=z.device))
-    return z @ z.T / temperature.to(z), image
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.scale, None
+    z[batch.own] = scale_gradient(batch.z, batch.grad_scale)
+    return z @ z.T / temperature

@@ -43,7 +43,7 @@ class Tiles:
             dtype = torch.float64  # the same sums with a larger range: low temperatures need no second algorithm
         if exponent > LARGEST_EXPONENT[dtype]:
             raise ValueError(
-                f"nt_xent: temperature {batch.temperature:g} is too low for exp() in float64; "
+                f"contrastive loss: temperature {batch.temperature:g} is too low for exp() in float64; "
                 "use at least 0.0015, or implementation='plain'"
             )
         self.z = batch.z.detach().to(dtype)

@@ -1,0 +1,81 @@
+"""Supervised contrastive learning (Khosla et al. 2020, arXiv:2004.11362, eq. 2, "L_out"), on the tiles of NT-Xent.
+
+All rows of the same class are positives, and every other row stands in the denominator. With R_i the sum of E_ij over
+all j != i, c_i the rows of i's class, S_c the sum of their z:
+
+    L = mean over i of log R_i - z_i.(S_c - z_i) / (temperature (c_i - 1))
+    dL/dz_i = 1 / (N temperature) [ sum_j!=i E_ij (1/R_i + 1/R_j) z_j  -  2 / (c_i - 1) (S_c - z_i) ]
+
+so the positives cost two passes over z, not an N x N mask. With one image per class and two views it is NT-Xent.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from simclr_dist.loss import plain
+from simclr_dist.loss.batch import GlobalBatch, gather_batch
+from simclr_dist.loss.implementations import IMPLEMENTATIONS, Implementation, choose, exponentials
+from simclr_dist.loss.known_gradient import with_gradient
+
+
+class SupConLoss(nn.Module):
+    """Supervised contrastive loss over the global batch.
+
+    Call with z [V*B, K], not normalised, view after view, and labels int64 [B]. A negative label means "unknown":
+    such an image has only its own views as positives, which serves half-labelled data. Arguments, value, gradient
+    and errors as for NTXentLoss.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        implementation: Implementation = "auto",
+        gather_dtype: torch.dtype = torch.float32,
+        *,
+        num_views: int = 2,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.implementation = implementation
+        self.gather_dtype = gather_dtype
+        self.num_views = num_views
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            chosen = choose(self.implementation, z.device)
+            batch = gather_batch(
+                z,
+                self.temperature,
+                labels,
+                num_views=self.num_views,
+                gather_dtype=self.gather_dtype,
+                grad_reduction="mean",
+                implementation=IMPLEMENTATIONS.index(chosen),
+            )
+            assert batch.ids is not None
+            unknown = -1 - torch.arange(len(batch.ids), device=z.device)
+            classes = batch.per_row(torch.where(batch.ids < 0, unknown, batch.ids))
+            if chosen == "plain":
+                return plain.sup_con(batch, classes)
+            return _symmetric(batch, classes, chosen)
+
+
+def _symmetric(batch: GlobalBatch, classes: Tensor, implementation: str) -> Tensor:
+    needs_gradient = torch.is_grad_enabled() and batch.z.requires_grad
+    with torch.no_grad():
+        e = exponentials(batch, "self", implementation)
+        r = e.sums()
+        _, index, size = classes.unique(return_inverse=True, return_counts=True)
+        class_sums = e.z.new_zeros(len(size), e.z.shape[1]).index_add_(0, index, e.all)
+        others = class_sums[index] - e.all
+        num_positives = (size[index] - 1).to(r.dtype)
+        s = torch.einsum("nk,nk->n", e.all, others) / num_positives / batch.temperature
+        loss = (r.log() - s).mean().to(batch.z.dtype)
+        if not needs_gradient:
+            return loss
+        gradient = e.pull(r.reciprocal())
+        gradient -= 2 * others[batch.own] / num_positives[batch.own, None]
+        gradient *= batch.grad_scale / (batch.num_all_rows * batch.temperature)
+    return with_gradient(loss, (batch.z, gradient))
