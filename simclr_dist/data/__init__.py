@@ -54,8 +54,12 @@ def build_loader(
     global_batch_size: int,
     world: World,
     device: torch.device | str,
+    page_local: bool = False,
 ) -> Loader:
-    """The loader of a pretraining run; close it, or use it with `with`. Raises DataError."""
+    """The loader of a pretraining run; close it, or use it with `with`. Raises DataError.
+
+    page_local: visit a .beton file page by page, for files larger than memory on slow disks (see `Order`).
+    """
     from simclr_dist.data.loader import ViewLoader
     from simclr_dist.data.recipe import resolve_recipe
 
@@ -71,6 +75,7 @@ def build_loader(
             device=device,
             num_threads=data.num_threads,
             batches_ahead=data.batches_ahead,
+            pages=images.pages() if page_local else None,
         )
     except BaseException:
         images.close()

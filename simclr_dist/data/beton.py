@@ -73,9 +73,7 @@ class Beton:
     page_size: int
     images: NDArray[Any]  # IMAGE [n]
     labels: NDArray[np.int64]
-    offsets: NDArray[np.uint64]  # of all records, ascending
-    sizes: NDArray[np.uint64]  # in the order of offsets
-    max_record_bytes: int
+    record_bytes: NDArray[np.int64]  # [n]
     max_pixels: int
     class_names: tuple[str, ...]
     fingerprint: str
@@ -91,13 +89,8 @@ class Beton:
             outside = ids[(ids < 0) | (ids >= self.num_samples)][0]
             raise DataError(f"{self.path}: there is no sample {outside}; the file holds 0 to {self.num_samples - 1}")
         image = self.images[ids]
-        size = self.sizes[np.searchsorted(self.offsets, image["data_ptr"])]
-        return np.stack(
-            [image["data_ptr"], size, image["mode"], image["height"], image["width"]],
-            axis=1,
-            dtype=np.int64,
-            casting="unsafe",
-        )
+        columns = [image["data_ptr"], self.record_bytes[ids], image["mode"], image["height"], image["width"]]
+        return np.stack(columns, axis=1, dtype=np.int64, casting="unsafe")
 
     def pages(self) -> NDArray[np.int64]:
         """The page in which each sample lies [n]."""
@@ -170,7 +163,7 @@ def _checked(path: Path, fd: int) -> Beton:
     metadata = np.memmap(path, row, "r", offset=metadata_start, shape=(n,))
     allocations = np.memmap(path, ALLOCATION, "r", offset=table, shape=(num_records,))
     images = metadata[f"f{type_ids.index(IMAGE_FIELD)}"]
-    offsets, sizes = allocations["ptr"], allocations["size"]
+    offsets, sizes = (np.ascontiguousarray(allocations[name]) for name in ("ptr", "size"))
     if np.any(offsets[1:] < offsets[:-1]):  # ffcv's own writer with several workers
         turn = np.argsort(offsets)
         offsets, sizes = offsets[turn], sizes[turn]
@@ -183,13 +176,14 @@ def _checked(path: Path, fd: int) -> Beton:
     found = (place < num_records) & (offsets[np.minimum(place, num_records - 1)] == images["data_ptr"])
     if not found.all():
         raise refuse(f"damaged: sample {int(np.argmin(found))} is not in the allocation table")
+    record_bytes = sizes[place].astype(np.int64)
     pixels = images["width"].astype(np.int64) * images["height"]
     sound = (pixels > 0) & (images["mode"] <= RAW)
-    sound &= (images["mode"] != RAW) | (sizes[place].astype(np.int64) == 3 * pixels)
+    sound &= (images["mode"] != RAW) | (record_bytes == 3 * pixels)
     if not sound.all():
         bad = int(np.argmin(sound))
         mode, width, height, _ = images[bad].tolist()
-        raise refuse(f"damaged: sample {bad} is {width} x {height} pixels of mode {mode} in {sizes[place[bad]]} bytes")
+        raise refuse(f"damaged: sample {bad} is {width} x {height} pixels of mode {mode} in {record_bytes[bad]} bytes")
     digest = hashlib.blake2b(digest_size=16)
     for part in (header, descriptors, metadata, allocations):
         digest.update(part.tobytes())
@@ -201,9 +195,7 @@ def _checked(path: Path, fd: int) -> Beton:
         page_size=page_size,
         images=images,
         labels=labels,
-        offsets=offsets,
-        sizes=sizes,
-        max_record_bytes=int(sizes[place].max()),
+        record_bytes=record_bytes,
         max_pixels=int(pixels.max()),
         class_names=_class_names(sidecar, labels),
         fingerprint=digest.hexdigest(),

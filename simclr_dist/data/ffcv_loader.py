@@ -31,16 +31,27 @@ class BetonImages:
     def fill(self, ids: NDArray[np.int64], crop: CropRule, out: NDArray[np.uint8]) -> None:
         """Writes the V crops of each picture to out [V, b, S, S, 3]."""
         records = self.beton.records(ids)
-        crops = crop(records[:, self._kernel.HEIGHT], records[:, self._kernel.WIDTH])
-        status = np.zeros(len(ids), np.int32)
+        status = self._decode(records, crop(records[:, self._kernel.HEIGHT], records[:, self._kernel.WIDTH]), out)
+        if status.any():
+            raise self._explain(ids, records, status)
+
+    def damaged(self, ids: NDArray[np.int64]) -> dict[int, str]:
+        """What is wrong with those of `ids` that cannot be decoded."""
+        none = np.empty((0, len(ids), 5), np.int32)
+        status = self._decode(self.beton.records(ids), none, np.empty((0, len(ids), 1, 1, 3), np.uint8))
+        return {int(ids[k]): self._kernel.STATUS_TEXT[int(status[k])] for k in np.flatnonzero(status)}
+
+    def _decode(
+        self, records: NDArray[np.int64], crops: NDArray[np.int32], out: NDArray[np.uint8]
+    ) -> NDArray[np.int32]:
+        status = np.zeros(len(records), np.int32)
         if not hasattr(self._scratch, "pixels"):  # a thread's own, sized for the largest picture
-            self._scratch.encoded = np.empty((1, self.beton.max_record_bytes), np.uint8)
+            self._scratch.encoded = np.empty((1, int(self.beton.record_bytes.max())), np.uint8)
             self._scratch.pixels = np.empty((1, 3 * self.beton.max_pixels), np.uint8)
         self._kernel.decode_and_crop(
             self.beton.fd, records, crops, out, status, self._scratch.encoded, self._scratch.pixels
         )
-        if status.any():
-            raise self._explain(ids, records, status)
+        return status
 
     def _explain(self, ids: NDArray[np.int64], records: NDArray[np.int64], status: NDArray[np.int32]) -> DataError:
         first = int(np.flatnonzero(status)[0])
@@ -56,6 +67,9 @@ class BetonImages:
             f"{self.beton.path}: sample {int(ids[first])}: {what}; "
             f"`simclr-dist inspect {self.beton.path} --verify` lists all damaged samples"
         )
+
+    def pages(self) -> NDArray[np.int64]:
+        return self.beton.pages()
 
     def close(self) -> None:
         self.beton.close()

@@ -36,6 +36,9 @@ class SourceImages:
             for v in range(len(out)):
                 out[v, k] = _cropped(picture, crops[v, k].tolist(), out.shape[2])
 
+    def pages(self) -> None:
+        return None
+
     def close(self) -> None:
         pass
 

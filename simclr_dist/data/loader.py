@@ -41,6 +41,10 @@ class Images(Protocol):
     fingerprint: str
 
     def fill(self, ids: NDArray[np.int64], crop: CropRule, out: NDArray[np.uint8]) -> None: ...
+    def pages(self) -> NDArray[np.int64] | None:
+        """Which samples lie near each other on disk [n], if that is known."""
+        ...
+
     def close(self) -> None: ...
 
 
