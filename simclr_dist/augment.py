@@ -201,11 +201,11 @@ def rotate_hue_(x: Tensor, turns: Tensor) -> Tensor:
     hue = (2 * chroma).sub_(value).sub_(r).add_(g).add_(b).mul_((g - b).add_(_TINY).sign_())
     hue.div_(chroma.clamp_min(_TINY)).add_(6 * turns.view(-1, 1, 1))
     hue.sub_((hue / 6).round_().mul_(6))  # to -3 .. 3
-    for channel, centre in enumerate((0, 2, -2)):
+    for channel, centre in zip((r, g, b), (0, 2, -2), strict=True):
         away = (hue - centre).abs_()
         if centre:  # the shorter way round the circle
             away.sub_(3).abs_().neg_().add_(3)
-        torch.addcmul(value, chroma, away.sub_(1).clamp_(0, 1), value=-1, out=x[:, channel])
+        channel.copy_(value).addcmul_(chroma, away.sub_(1).clamp_(0, 1), value=-1)
     return x
 
 
