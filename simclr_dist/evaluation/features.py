@@ -58,7 +58,7 @@ def digest(module: nn.Module) -> str:
 
 @contextmanager
 def frozen(encoder: nn.Module) -> Iterator[nn.Module]:
-    """The encoder in evaluation mode and without gradients; afterwards as it was.
+    """The encoder in evaluation mode; afterwards as it was.
 
     Frozen is checked, not hoped for: RuntimeError when a parameter or a BatchNorm buffer has changed inside.
     """
@@ -66,8 +66,7 @@ def frozen(encoder: nn.Module) -> Iterator[nn.Module]:
     before = digest(encoder)
     encoder.eval()
     try:
-        with torch.no_grad():
-            yield encoder
+        yield encoder
     finally:
         for module, training in modes.items():
             module.training = training
@@ -90,7 +89,11 @@ def extract_features(
     device = torch.device(device)
     autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     h_parts, label_parts, id_parts = [], [], []
-    with frozen(encoder), torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+    with (
+        frozen(encoder),
+        torch.no_grad(),
+        torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None),
+    ):
         for images, labels, sample_ids in batches:
             h = encoder(normalize(images.to(device, non_blocking=True)))
             h_parts.append(h.float().cpu())
