@@ -193,6 +193,8 @@ _Yaml.add_implicit_resolver(
 )
 _SCIENTIFIC = re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$")
 
+_PLAIN_TAGS = ("map", "seq", "str", "bool", "int", "float", "null")
+
 KeyPath = tuple[str, ...]
 
 
@@ -236,6 +238,9 @@ class _Reader:
         return path, None if node is None else self._value(node, path, lambda _: origin)
 
     def _value(self, node: yaml.Node, path: KeyPath, place: typing.Callable[[yaml.Node], str]) -> Any:
+        if node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
+            self.problems.append(f"{place(node)}: {'.'.join(path)}: the tag {node.tag} is not allowed")
+            return None
         if isinstance(node, yaml.MappingNode):
             values: dict[str, Any] = {}
             for key_node, value_node in node.value:
@@ -253,8 +258,8 @@ class _Reader:
             return [self._value(child, (*path, str(i)), place) for i, child in enumerate(node.value)]
         try:
             return _Yaml("").construct_object(node)
-        except (yaml.YAMLError, ValueError) as error:
-            self.problems.append(f"{place(node)}: {'.'.join(path)}: {getattr(error, 'problem', error)}")
+        except (yaml.YAMLError, ValueError, KeyError):  # a tag such as !!bool on a value that is none
+            self.problems.append(f"{place(node)}: {'.'.join(path)}: {node.value!r} does not fit its tag {node.tag}")
             return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -41,8 +43,6 @@ def run_ranks(world_size: int, target: Callable[..., Any], *args: Any, timeout_s
 
 
 def _collect(ranks: list[Any], results: Any, timeout_s: float) -> dict[int, Any]:
-    import time
-
     answers: dict[int, Any] = {}
     deadline = time.monotonic() + timeout_s
     while len(answers) < len(ranks):
@@ -50,7 +50,7 @@ def _collect(ranks: list[Any], results: Any, timeout_s: float) -> dict[int, Any]
             rank, failure, value = results.get()
             if failure:
                 raise AssertionError(f"rank {rank} failed:\n{failure}")
-            answers[rank] = value
+            answers[rank] = pickle.loads(value)
             continue
         dead = [i for i, process in enumerate(ranks) if i not in answers and process.exitcode not in (None, 0)]
         if dead and results.empty():
@@ -75,7 +75,7 @@ def _rank_main(
             timeout=timedelta(seconds=timeout_s),
         )
         value = target(rank, world_size, *args)
-        results.put((rank, None, value))
+        results.put((rank, None, pickle.dumps(value)))  # by value: this process will be gone when it is read
         dist.barrier()
     except BaseException:
         results.put((rank, traceback.format_exc(), None))

@@ -1,0 +1,43 @@
+# make demo      install what is missing and run the whole way on real images: prepare, pretrain, evaluate, table
+# make test      lint, types, tests (unit and 1 to 4 processes): what CI runs
+# make test-all  also the slow ones
+# make lock      renew requirements.lock
+# make clean     remove runs and prepared data; `rm -rf .venv` removes the installation
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+ifneq ($(wildcard ../shared/data),)
+export SIMCLR_DATA ?= $(abspath ../shared/data)
+endif
+
+.PHONY: demo test test-all lint install lock clean
+.DELETE_ON_ERROR:
+
+demo: install
+	$(BIN)/simclr-dist demo
+
+test: install lint
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-all: install lint
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/.installed
+
+# The stamp is written last, so an interrupted installation starts again; a second one takes no time.
+$(VENV)/.installed: requirements.lock pyproject.toml tools/install.sh
+	PYTHON=$(PYTHON) bash tools/install.sh $(VENV)
+	touch $@
+
+lock: install
+	$(BIN)/uv pip compile --universal --python-version 3.11 --extra ffcv --extra dev --no-emit-index-url \
+	    --custom-compile-command "make lock" pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf runs data/*.beton data/*.beton.json

@@ -1,0 +1,186 @@
+"""`simclr-dist`: data in, results out. Training itself is started by `accelerate launch` or `python -m launcher`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from simclr_dist.config import ConfigError, json_schema, load_config, render_config
+
+EPILOG = """\
+examples:
+  simclr-dist prepare cifar10-jpeg.tar.xz data/cifar10_train.beton --split train
+  simclr-dist config show configs/cifar10_resnet18_100ep.yaml train.epochs=5
+  simclr-dist evaluate knn runs/cifar10_demo
+  simclr-dist export runs/cifar10_demo --format torchvision
+
+exit codes: 0 done · 1 a fault of the program · 2 bad input, said in the message
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    try:
+        sys.exit(args.run(args))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the message alone helps. Asked by module, so that nothing heavy is imported for it."""
+    if isinstance(error, ConfigError):
+        return True
+    users = {("simclr_dist.data.errors", "DataError"), ("simclr_dist.checkpoint", "CheckpointError")}
+    users.add(("simclr_dist.export", "ExportError"))
+    return any((kind.__module__, kind.__name__) in users for kind in type(error).__mro__)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from simclr_dist.evaluation import commands as evaluation
+
+    top = argparse.ArgumentParser(
+        prog="simclr-dist",
+        description="SimCLR pretraining: prepare images, evaluate and export what was learnt.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_prepare(commands)
+    _add_inspect(commands)
+    evaluation.register(commands)
+    _add_config(commands)
+    demo = commands.add_parser("demo", help="from images to a table of results, on this machine; `make demo` runs it")
+    demo.add_argument("--config", default="configs/cifar10_demo.yaml")
+    demo.add_argument("--nproc", type=int, help="processes (default: all GPUs, or two on the CPU)")
+    demo.add_argument("overrides", nargs="*", metavar="key=value")
+    demo.set_defaults(run=_run_demo)
+    return top
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _add_prepare(commands: Any) -> None:
+    prepare = commands.add_parser(
+        "prepare",
+        help="write images to a .beton file for the fast loader",
+        description="Writes images to a .beton file. It appears under its name only when it is complete.",
+    )
+    prepare.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="folder of class folders, a tar of one, torchvision's files, or cifar10, cifar100, stl10, fashion-mnist",
+    )
+    prepare.add_argument("out", metavar="OUT.beton", type=Path)
+    prepare.add_argument("--split", help="train, test, … where the source has several (STL-10: also unlabeled)")
+    prepare.add_argument(
+        "--mode", choices=("auto", "jpg", "raw", "smart"), default="auto", help="auto: raw for small pictures, else jpg"
+    )
+    prepare.add_argument("--quality", type=int, default=90, help="of JPEG (default: 90)")
+    prepare.add_argument("--max-side", type=int, help="shrink pictures whose longer side exceeds this")
+    prepare.add_argument("--limit", type=int, help="only the first n pictures of a fixed shuffle")
+    prepare.add_argument("--on-error", choices=("refuse", "skip"), default="refuse", help="for unreadable pictures")
+    prepare.add_argument("--workers", type=int, help="threads (default: the CPUs this process may use)")
+    prepare.set_defaults(run=_run_prepare)
+
+
+def _run_prepare(args: argparse.Namespace) -> int:
+    prepare_with_progress(
+        args.source,
+        args.out,
+        split=args.split,
+        mode=args.mode,
+        quality=args.quality,
+        max_side=args.max_side,
+        limit=args.limit,
+        on_error=args.on_error,
+        num_workers=args.workers,
+    )
+    return 0
+
+
+def prepare_with_progress(source: str | Path, out: Path, **options: Any) -> None:
+    """`prepare` with a bar, and what was written, on the terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from simclr_dist.data.writer import prepare
+
+    console = Console()
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task(f"prepare {out.name}", total=None)
+        info = prepare(
+            source, out, progress=lambda done, total: progress.update(task, completed=done, total=total), **options
+        )
+    for message in info.skipped[:20]:
+        print(f"skipped: {message}", file=sys.stderr)
+    rate = info.num_samples / max(info.seconds, 1e-9)
+    console.print(
+        f"{info.path}: {info.num_samples:,} pictures in {len(info.class_names)} classes, "
+        f"{info.num_bytes / 1e6:,.1f} MB, {rate:,.0f} pictures/s"
+        + (f", {len(info.skipped)} skipped" if info.skipped else ""),
+        highlight=False,
+        markup=False,
+    )
+    counts = list(zip(info.class_names, info.class_counts, strict=True))
+    shown = ", ".join(f"{name} {count}" for name, count in counts[:20])
+    console.print(f"  {shown}{' …' if len(counts) > 20 else ''}", highlight=False, markup=False)
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser("inspect", help="say what a .beton file holds, and check it")
+    inspect.add_argument("file", metavar="FILE.beton", type=Path)
+    inspect.add_argument("--verify", action="store_true", help="also decode every picture")
+    inspect.set_defaults(run=_run_inspect)
+
+
+def _run_inspect(args: argparse.Namespace) -> int:
+    from simclr_dist.data.beton import inspect_beton
+
+    print(inspect_beton(args.file, verify=args.verify))
+    return 0
+
+
+def _add_config(commands: Any) -> None:
+    config = commands.add_parser("config", help="show a configuration, or the schema of all")
+    actions = config.add_subparsers(dest="action", required=True, metavar="show|schema")
+    show = actions.add_parser("show", help="print the resolved configuration")
+    show.add_argument("config", metavar="CONFIG")
+    show.add_argument("overrides", nargs="*", metavar="key=value")
+    show.set_defaults(run=_run_config_show)
+    schema = actions.add_parser("schema", help="print the JSON schema, for editors")
+    schema.set_defaults(run=lambda _: print(json_schema(), end="") or 0)
+
+
+def _run_config_show(args: argparse.Namespace) -> int:
+    print(render_config(load_config(args.config, args.overrides, check_data=False)), end="")
+    return 0
+
+
+def _run_demo(args: argparse.Namespace) -> int:
+    from simclr_dist.demo import run_demo
+
+    return run_demo(Path(args.config), args.nproc, args.overrides)
+
+
+if __name__ == "__main__":
+    main()

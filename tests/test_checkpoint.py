@@ -1,0 +1,181 @@
+"""Checkpoints: exact to read back, damage found in every byte, nothing half-written, never a silent start from 0."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from simclr_dist import checkpoint
+from simclr_dist.checkpoint import CheckpointError, TrainState
+from simclr_dist.config import Config
+from simclr_dist.model import SimCLR, build_model
+from simclr_dist.optim import build_optimizer, set_learning_rate
+
+CONFIG = Config.model_validate(
+    {
+        "name": "test",
+        "data": {"train": "synthetic", "image_size": 32},
+        "model": {"encoder": "resnet_small", "width": 2, "head_out_dim": 4},
+        "train": {"global_batch_size": 4, "epochs": 20},
+    }
+)
+
+
+def trained(optimizer_name: str = "lars") -> tuple[SimCLR, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = build_model(CONFIG.model)
+    config = CONFIG.optim.model_copy(update={"optimizer": optimizer_name})
+    optimizer = build_optimizer(model, config)
+    set_learning_rate(optimizer, 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 16, 16))[1].square().mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def save(run_dir: Path, step: int, model: SimCLR, optimizer: torch.optim.Optimizer) -> Path:
+    return checkpoint.write_checkpoint(
+        run_dir / "checkpoints",
+        attempt="a1",
+        config=CONFIG,
+        state=TrainState(step, 4 * step),
+        fingerprint="f",
+        model=model,
+        optimizer=optimizer,
+        grad_scaler={"scale": 2.0},
+        versions={"torch": torch.__version__},
+    )
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_restored_training_goes_on_bit_identically(tmp_path: Path, name: str) -> None:
+    model, optimizer = trained(name)
+    found = checkpoint.read_checkpoint(save(tmp_path, 2, model, optimizer))
+    other = build_model(CONFIG.model)
+    other_optimizer = build_optimizer(other, CONFIG.optim.model_copy(update={"optimizer": name}))
+    set_learning_rate(other_optimizer, 0.1)
+    state = checkpoint.restore(found, other, other_optimizer)
+    assert (state.step, state.samples_seen, found.config, found.grad_scaler) == (2, 8, CONFIG, {"scale": 2.0})
+    x = torch.randn(4, 3, 16, 16)
+    for m, o in ((model, optimizer), (other, other_optimizer)):
+        o.zero_grad()
+        m(x)[1].square().mean().backward()
+        o.step()
+    for (key, one), two in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(one, two), key
+
+
+@pytest.mark.parametrize("name", [*checkpoint.FILES, "MANIFEST.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "symlink"])
+def test_damage_to_any_file_is_found_and_the_previous_checkpoint_used(tmp_path: Path, name: str, damage: str) -> None:
+    model, optimizer = trained()
+    save(tmp_path, 1, model, optimizer)
+    file = save(tmp_path, 2, model, optimizer) / name
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "truncate":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        file.unlink()
+        if damage == "symlink":
+            (tmp_path / "elsewhere").write_bytes(content)
+            file.symlink_to(tmp_path / "elsewhere")
+    if name == "MANIFEST.json" and damage == "symlink":
+        pytest.skip("the manifest vouches for the others, whichever way it is reached")
+    warnings: list[str] = []
+    found = checkpoint.newest_valid(tmp_path, warnings.append, set_aside=True)
+    assert found is not None
+    assert found.step == 1
+    assert str(file.parent) in warnings[0]
+    assert (tmp_path / "checkpoints" / "step_00000002.corrupt").is_dir()
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step_00000001"]
+
+
+def test_a_run_without_any_valid_checkpoint_does_not_start_from_0(tmp_path: Path) -> None:
+    (save(tmp_path, 1, *trained()) / "state.json").write_text("{}")
+    for _ in range(2):  # also once it has been set aside
+        with pytest.raises(CheckpointError, match="none of them valid"):
+            checkpoint.newest_valid(tmp_path, lambda _: None, set_aside=True)
+
+
+def test_no_checkpoints_is_no_error(tmp_path: Path) -> None:
+    assert checkpoint.newest_valid(tmp_path, pytest.fail) is None
+
+
+def test_a_write_that_dies_leaves_nothing_under_the_final_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained()
+    save(tmp_path, 1, model, optimizer)
+
+    def dies(source: object, target: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "rename", dies)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 2, model, optimizer)
+    monkeypatch.undo()
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step_00000001"]
+    checkpoint.prune(tmp_path, keep=2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    for step in (5, 100_000_000, 20):
+        save(tmp_path, step, model, optimizer)
+    checkpoint.prune(tmp_path, keep=2)
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step_00000020", "step_100000000"]
+
+
+def test_another_architecture_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    found = checkpoint.read_checkpoint(save(tmp_path, 1, *trained()))
+    other = build_model(CONFIG.model.model_copy(update={"width": 4}))
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"has shape .* the configured model has"):
+        checkpoint.restore(found, other, build_optimizer(other, CONFIG.optim))
+    assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
+
+
+def test_pretrained_model_comes_back_from_run_and_from_checkpoint(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    path = save(tmp_path, 1, model, optimizer)
+    x = torch.randn(2, 3, 16, 16)
+    for place in (tmp_path, path):
+        loaded, found = checkpoint.load_pretrained(place)
+        assert found.path == path
+        assert torch.equal(loaded(x)[0], model.eval()(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("place", "message"), [("nowhere", "no such directory"), (".", "no checkpoint in it"), ("step_00000009", "missing")]
+)
+def test_wrong_paths_are_named(tmp_path: Path, place: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.find_checkpoint(tmp_path / place)
+
+
+def test_files_are_not_world_readable(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, *trained())
+    for file in (path, *path.iterdir()):
+        assert file.stat().st_mode & 0o007 == 0
+
+
+def test_a_pickle_in_place_of_weights_is_not_executed(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, *trained())
+    marker = tmp_path / "executed"
+    (path / "model.safetensors").write_bytes(b"cos\nsystem\n(S'touch " + os.fsencode(marker) + b"'\ntR.")
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    file = path / "model.safetensors"
+    manifest["files"]["model.safetensors"] = {"size": file.stat().st_size, "sha256": checkpoint._sha256(file)}
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError):
+        checkpoint.read_checkpoint(path)
+    assert not marker.exists()

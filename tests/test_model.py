@@ -1,0 +1,60 @@
+"""The network: shapes of h and z, torchvision's names, the heads of SimCLR v1 and v2."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from simclr_dist.config import ConfigError, ModelConfig
+from simclr_dist.model import build_model, build_projection_head
+
+
+@pytest.mark.parametrize(
+    ("encoder", "stem", "width", "feature_dim"),
+    [("resnet18", "cifar", 64, 512), ("resnet18", "imagenet", 64, 512), ("resnet_small", "cifar", 8, 32)],
+)
+def test_h_and_z_have_their_widths(encoder: str, stem: str, width: int, feature_dim: int) -> None:
+    config = ModelConfig(encoder=encoder, stem=stem, width=width, head_out_dim=16)
+    model = build_model(config)
+    h, z = model(torch.randn(4, 3, 32, 32))
+    assert model.feature_dim == feature_dim
+    assert (h.shape, z.shape) == ((4, feature_dim), (4, 16))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_encoder_parameters_carry_torchvisions_names(name: str) -> None:
+    ours = build_model(ModelConfig(encoder=name)).encoder.state_dict()
+    theirs = getattr(torchvision.models, name)().state_dict()
+    assert set(theirs) - set(ours) == {"fc.weight", "fc.bias"}
+    assert set(ours) <= set(theirs)
+    assert all(ours[key].shape == theirs[key].shape for key in ours)
+
+
+def test_cifar_stem_keeps_the_resolution() -> None:
+    encoder = build_model(ModelConfig(encoder="resnet18", stem="cifar")).encoder
+    x = encoder.maxpool(encoder.conv1(torch.randn(1, 3, 32, 32)))
+    assert x.shape == (1, 64, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("layers", "batch_norm", "expected"),
+    [
+        (2, "all", ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]),
+        (2, "none", ["Linear", "ReLU", "Linear"]),
+        (3, "hidden", ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]),
+    ],
+)
+def test_heads_have_their_layers(layers: int, batch_norm: str, expected: list[str]) -> None:
+    head = build_projection_head(8, 16, 4, layers=layers, batch_norm=batch_norm)
+    assert [type(part).__name__ for part in head] == expected
+    for part, following in zip(head, [*list(head)[1:], None], strict=True):
+        if isinstance(part, nn.Linear):
+            assert (part.bias is None) == isinstance(following, nn.BatchNorm1d)
+    assert head(torch.randn(5, 8)).shape == (5, 4)
+
+
+def test_unknown_encoder_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"unknown encoder 'resnet19'; known: resnet18.*resnet_small"):
+        build_model(ModelConfig(encoder="resnet19"))
