@@ -4,8 +4,10 @@ torchvision   a plain state dict (torch.save), for `torchvision.models.<encoder>
               The encoder has no classifier, so `fc` is filled with zeros: replace it, or train it.
 safetensors   the encoder's weights under the same names, without `fc`; configuration, step, normalisation and licence
               travel in the file's metadata.
+onnx          the encoder as a graph for onnxruntime and others: float32 `images` [n, 3, S, S], normalised, to `h`
+              [n, D]; n is free. The same metadata. Needs the extra `onnx`.
 
-Both get a model card (Markdown) beside them. Before a file is renamed into place it is read back into a network built
+Each gets a model card (Markdown) beside it. Before a file is renamed into place it is read back into a network built
 from scratch, whose outputs must be those of the encoder in memory.
 """
 
@@ -25,12 +27,16 @@ from torch import Tensor, nn
 from simclr_dist import __version__
 from simclr_dist.atomic import replaces
 from simclr_dist.augment import MEAN, STD
-from simclr_dist.checkpoint import Checkpoint, CheckpointError, load_pretrained
+from simclr_dist.checkpoint import Checkpoint, load_pretrained
 from simclr_dist.config import Config, ModelConfig, render_config
 from simclr_dist.model import RESNETS, build_encoder
 
-Format = Literal["torchvision", "safetensors"]
+Format = Literal["torchvision", "safetensors", "onnx"]
 NUM_FC_CLASSES = 1000  # torchvision's default, so that resnet50() without arguments fits
+
+
+class ExportError(Exception):
+    """The encoder cannot be written like this; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +62,24 @@ def export(
     """Writes the encoder of a run or checkpoint to `out`, and its card to `out` + ".md".
 
     accuracy: measured figures for the card, e.g. {"kNN top-1": 0.83}; shares between 0 and 1.
-    Raises CheckpointError: no valid checkpoint, or an encoder that the format does not know. FileExistsError: `out`
-    or its card exists. RuntimeError: the self-check failed; nothing was written.
+    Raises CheckpointError: no valid checkpoint. ExportError: `out` or its card exists, or the format does not know the
+    encoder. RuntimeError: the self-check failed; nothing was written.
     """
     out = Path(out)
     card = out.with_name(out.name + ".md")
     if not overwrite:
         for path in (out, card):
             if path.exists():
-                raise FileExistsError(f"{path} exists; choose another name or overwrite it")
+                raise ExportError(f"{path} exists; choose another name with --out, or --overwrite it")
     model, checkpoint = load_pretrained(source, warn)
-    write = {"torchvision": _write_torchvision, "safetensors": _write_safetensors}[format]
+    writers: dict[Format, Callable[..., Callable[[Tensor], Tensor]]]
+    writers = {"torchvision": _write_torchvision, "safetensors": _write_safetensors, "onnx": _write_onnx}
     with replaces(out) as temporary:
-        read_back = write(model.encoder, model.feature_dim, checkpoint, license, temporary)
+        read_back = writers[format](model.encoder, model.feature_dim, checkpoint, license, temporary)
         check_same_outputs(model.encoder, read_back, checkpoint.config.data.image_size)
-    load_with, notes = _instructions(checkpoint.config.model, model.feature_dim, format, out.name)
+    load_with, notes = _instructions(
+        checkpoint.config.model, checkpoint.config.data.image_size, model.feature_dim, format, out.name
+    )
     with replaces(card) as temporary:
         temporary.write_text(
             render_card(checkpoint, model.feature_dim, load_with, notes, license, accuracy or {}), encoding="utf-8"
@@ -97,8 +106,8 @@ def _write_torchvision(
 ) -> nn.Module:
     config = checkpoint.config.model
     if config.encoder not in RESNETS:
-        raise CheckpointError(
-            f"{checkpoint.path}: its encoder {config.encoder} is none of torchvision's; export it as safetensors"
+        raise ExportError(
+            f"{checkpoint.path}: its encoder {config.encoder} is none of torchvision's; use --format safetensors"
         )
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     state["fc.weight"] = torch.zeros(NUM_FC_CLASSES, feature_dim)
@@ -126,6 +135,40 @@ def _write_safetensors(
     return found.eval()
 
 
+def _write_onnx(
+    encoder: nn.Module, feature_dim: int, checkpoint: Checkpoint, license: str, path: Path
+) -> Callable[[Tensor], Tensor]:
+    try:
+        import onnx  # type: ignore[import-not-found]
+        import onnxruntime  # type: ignore[import-not-found]
+        import onnxscript  # type: ignore[import-not-found]  # noqa: F401  torch writes ONNX with it
+    except ImportError as error:
+        raise ExportError(f"--format onnx needs {error.name}: pip install onnx onnxscript onnxruntime") from None
+    S = checkpoint.config.data.image_size
+    program = torch.onnx.export(
+        encoder,
+        (torch.zeros(2, 3, S, S),),
+        input_names=["images"],
+        output_names=["h"],
+        dynamic_shapes=({0: torch.export.Dim("n")},),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    graph = program.model_proto
+    onnx.helper.set_model_props(graph, metadata(checkpoint, feature_dim, license))
+    onnx.checker.check_model(graph, full_check=True)
+    path.write_bytes(graph.SerializeToString())
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def read_back(images: Tensor) -> Tensor:
+        # One image, then the others: the number of images must really be free.
+        parts = [session.run(["h"], {"images": part.numpy()})[0] for part in (images[:1], images[1:])]
+        return torch.cat([torch.from_numpy(part) for part in parts])
+
+    return read_back
+
+
 def metadata(checkpoint: Checkpoint, feature_dim: int, license: str) -> dict[str, str]:
     """What travels with the weights; safetensors and ONNX take text only."""
     return {
@@ -149,8 +192,20 @@ def metadata(checkpoint: Checkpoint, feature_dim: int, license: str) -> dict[str
 # For people
 
 
-def _instructions(config: ModelConfig, feature_dim: int, format: Format, name: str) -> tuple[str, tuple[str, ...]]:
+def _instructions(
+    config: ModelConfig, image_size: int, feature_dim: int, format: Format, name: str
+) -> tuple[str, tuple[str, ...]]:
     """The lines that load the file, and notes."""
+    if format == "onnx":
+        lines = [
+            "import numpy as np",
+            "import onnxruntime",
+            "",
+            f'session = onnxruntime.InferenceSession("{name}", providers=["CPUExecutionProvider"])',
+            f"images = np.zeros((1, 3, {image_size}, {image_size}), np.float32)  # normalised as above",
+            '(h,) = session.run(["h"], {"images": images})',
+        ]
+        return "\n".join(lines), ()
     if format == "safetensors":
         lines = [
             "from safetensors import safe_open",

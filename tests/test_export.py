@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from torch import nn
 
 from simclr_dist import export as export_module
 from simclr_dist.augment import MEAN
-from simclr_dist.checkpoint import CheckpointError, TrainState, write_checkpoint
+from simclr_dist.checkpoint import TrainState, write_checkpoint
 from simclr_dist.config import Config
-from simclr_dist.export import check_same_outputs, export
+from simclr_dist.export import ExportError, check_same_outputs, export
 from simclr_dist.model import SimCLR, build_model
 
 
@@ -119,7 +120,7 @@ def test_card_shows_licence_data_and_accuracy(tmp_path: Path) -> None:
 
 def test_an_encoder_unknown_to_torchvision_is_refused(tmp_path: Path) -> None:
     run, _ = save_run(tmp_path, encoder="resnet_small")
-    with pytest.raises(CheckpointError, match="resnet_small is none of torchvision's; export it as safetensors"):
+    with pytest.raises(ExportError, match="resnet_small is none of torchvision's; use --format safetensors"):
         export(run, tmp_path / "out.pt", format="torchvision")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
@@ -128,7 +129,7 @@ def test_an_existing_file_stays_unless_overwritten(tmp_path: Path) -> None:
     run, _ = save_run(tmp_path, encoder="resnet_small")
     out = tmp_path / "out"
     out.write_text("precious")
-    with pytest.raises(FileExistsError, match="out exists"):
+    with pytest.raises(ExportError, match="out exists"):
         export(run, out, format="safetensors")
     assert out.read_text() == "precious"
     export(run, out, format="safetensors", overwrite=True)
@@ -156,3 +157,32 @@ def test_self_check_refuses_nan_and_other_widths() -> None:
         check_same_outputs(encoder, lambda images: encoder(images) * float("nan"), 4)
     with pytest.raises(RuntimeError, match="self-check failed"):
         check_same_outputs(encoder, lambda images: encoder(images)[:, :3], 4)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of onnxscript are its own
+@pytest.mark.parametrize(("encoder", "stem"), [("resnet_small", "imagenet"), ("resnet18", "cifar")])
+def test_onnx_runs_with_any_number_of_images(tmp_path: Path, encoder: str, stem: str) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed (extra `onnx`)")
+    import onnxruntime
+
+    run, model = save_run(tmp_path, encoder=encoder, stem=stem)
+    result = export(run, tmp_path / "encoder.onnx", format="onnx", license="mit")
+    session = onnxruntime.InferenceSession(str(result.path), providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map["license"] == "mit"
+    for n in (1, 3, 8):
+        images = torch.randn(n, 3, 32, 32)
+        (h,) = session.run(["h"], {"images": images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(h), model.encoder(images), atol=1e-4, rtol=1e-4)
+    names: dict = {}
+    code = result.card.read_text().split("```python\n")[1].split("```")[0]
+    exec(code.replace("encoder.onnx", str(result.path)), names)
+    assert names["h"].shape == (1, model.feature_dim)
+
+
+def test_without_onnx_the_way_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    run, _ = save_run(tmp_path, encoder="resnet_small")
+    with pytest.raises(ExportError, match="--format onnx needs onnx: pip install onnx onnxscript onnxruntime"):
+        export(run, tmp_path / "encoder.onnx", format="onnx")

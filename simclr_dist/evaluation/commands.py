@@ -132,13 +132,16 @@ def _register_export(subparsers: argparse._SubParsersAction) -> None:
             "Write the trained encoder, with a model card beside it. The file is read back and compared with the\n"
             "encoder before it gets its name.\n\n"
             "torchvision   loads into torchvision.models.<encoder>() with strict=True; fc is zeros, not trained\n"
-            "safetensors   weights without fc; configuration, normalisation and licence in the metadata"
+            "safetensors   weights without fc; configuration, normalisation and licence in the metadata\n"
+            "onnx          a graph from normalised images [n, 3, S, S] to h [n, D], n free; needs the extra `onnx`"
         ),
         epilog="example: simclr-dist export runs/cifar10_demo --format safetensors --license cc-by-4.0",
     )
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=SOURCE_HELP)
-    parser.add_argument("--format", choices=("torchvision", "safetensors"), default="torchvision")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="default: RUN/export/encoder.pt or .safetensors")
+    parser.add_argument("--format", choices=("torchvision", "safetensors", "onnx"), default="torchvision")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, help="default: RUN/export/encoder.pt, .safetensors or .onnx"
+    )
     parser.add_argument("--license", default="unspecified", help="for the model card, e.g. apache-2.0 or cc-by-4.0")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
 
@@ -149,20 +152,16 @@ def _run_export(args: argparse.Namespace) -> int:
     from simclr_dist.export import export
 
     checkpoint = find_checkpoint(args.source, say)
-    suffix = {"torchvision": ".pt", "safetensors": ".safetensors"}[args.format]
+    suffix = {"torchvision": ".pt", "safetensors": ".safetensors", "onnx": ".onnx"}[args.format]
     out = args.out or checkpoint.path.parent.parent / "export" / f"encoder{suffix}"
-    try:
-        exported = export(
-            checkpoint.path,
-            out,
-            format=args.format,
-            license=args.license,
-            accuracy=known_accuracy(checkpoint),
-            overwrite=args.overwrite,
-        )
-    except FileExistsError as error:
-        print(f"{error}: --out FILE or --overwrite", file=sys.stderr)
-        return 2
+    exported = export(
+        checkpoint.path,
+        out,
+        format=args.format,
+        license=args.license,
+        accuracy=known_accuracy(checkpoint),
+        overwrite=args.overwrite,
+    )
     print(f"{exported.path}\n{exported.card}\n\n{exported.load_with}")
     for note in exported.notes:
         print(f"\nnote: {note}")
@@ -198,7 +197,7 @@ def choose_device(asked: str | None) -> torch.device:
     from simclr_dist import distributed
 
     if distributed.world().size > 1:
-        from accelerate import PartialState
+        from accelerate import PartialState  # type: ignore[import-untyped]
 
         return PartialState().device
     device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
