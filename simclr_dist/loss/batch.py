@@ -144,7 +144,7 @@ class _UnitRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         unit, scale = ctx.saved_tensors
-        along = torch.einsum("nk,nk->n", unit, grad)[:, None]
+        along = (unit * grad).sum(1, keepdim=True)
         return torch.addcmul(grad, unit, along, value=-1).mul_(scale).to(ctx.dtype), None, None
 
 
@@ -217,11 +217,9 @@ def _raise_faults(headers: list[Header]) -> None:
                 )
     bad = {r: (h.num_bad_rows, h.first_bad_row) for r, h in enumerate(headers) if h.num_bad_rows}
     if bad:
-        where = "; ".join(
-            f"rank {r}: {count} of {first.rows} rows, the first is row {row}" for r, (count, row) in bad.items()
-        )
+        where = [f"rank {r}: {count} of {first.rows} rows, first row {row}" for r, (count, row) in bad.items()]
         raise NonFiniteError(
-            f"contrastive loss: z is NaN or infinite ({where}). The network has diverged or a picture is broken: "
+            f"z is NaN or infinite ({'; '.join(where)}). The network has diverged or a picture is broken: "
             "lower the learning rate, lengthen the warm-up, or try precision fp32.",
             bad,
         )
