@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 
-from launcher import machine
+from launcher import local, machine
 from launcher.errors import LaunchError
 from launcher.plan import Device, Plan, checked_env, new_attempt
 from simclr_dist.config import Config, load_config
@@ -40,10 +39,9 @@ def device_and_procs(args: argparse.Namespace) -> tuple[Device, int]:
 def local_plan(args: argparse.Namespace) -> Plan:
     device, procs = device_and_procs(args)
     config, command = training(args, procs)
-    job = f"local_{int(time.time())}_{os.getpid()}"
     return Plan(
         backend="local",
-        attempt=SHOWN_ATTEMPT if args.dry_run else new_attempt(job, 0),
+        attempt=SHOWN_ATTEMPT if args.dry_run else new_attempt(local.new_job("local"), 0),
         device=device,
         num_nodes=1,
         procs_per_node=procs,

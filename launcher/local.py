@@ -1,15 +1,16 @@
-"""The backend for this machine: one agent, watched until it ends. A signal makes it save and stop; a second Ctrl-C kills."""
+"""The backend for this machine: start, watch to the end. A signal makes it save and stop; a second Ctrl-C kills."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +25,20 @@ STOP_FILE, STOP_REQUEST = "STOP", "STOP_REQUEST"
 POLL_S = 0.1
 
 
+def new_job(prefix: str) -> str:
+    return f"{prefix}_{int(time.time())}_{os.getpid()}"
+
+
 def node_command(plan: Plan, node_rank: int | None = None) -> list[str]:
     rank = [] if node_rank is None else ["--node-rank", str(node_rank)]
     return [plan.python, "-m", "launcher", "node", "--plan", str(plan.path), *rank]
 
 
-def run(plan: Plan) -> Exit:
-    """Train here, starting again after forgiven failures. Returns the exit code of the last attempt's decision."""
+def run(plan: Plan, commands: Callable[[Plan], list[list[str]]] = lambda plan: [node_command(plan)]) -> Exit:
+    """Train, starting again after forgiven failures. Returns the exit code of the last attempt's decision.
+
+    commands: the command line that starts each node of a plan.
+    """
     run_dir = Path(plan.run_dir)
     prepare_run_dir(run_dir)
     processes.adopt_orphans()
@@ -43,7 +51,7 @@ def run(plan: Plan) -> Exit:
             attempt = replace(
                 plan, port=port, attempt=new_attempt(plan.job, restart), command=continuing(plan.command, restart)
             )
-            rc = run_attempt(attempt, requests)
+            rc = run_attempt(attempt, requests, commands(attempt))
             decision = conclude(attempt, rc, "none")
             if decision.action != "requeue" or requests.stop:
                 break
@@ -53,30 +61,47 @@ def run(plan: Plan) -> Exit:
     return decision.exit_code
 
 
-def run_attempt(plan: Plan, requests: Requests) -> int:
+def run_attempt(plan: Plan, requests: Requests, commands: list[list[str]]) -> int:
+    """Start every node and wait for all; when one fails, end the others. The first exit code that is not 0, or 0."""
     run_dir = Path(plan.run_dir)
-    begin(plan)
+    begin(plan, hosts=plan.hosts)
     # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which passes on a request to stop.
-    agent = subprocess.Popen(
-        node_command(plan), start_new_session=True, preexec_fn=processes.die_with_parent, env=importable_launcher()
-    )
-    asked = False
-    while agent.poll() is None:
+    agents = [
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=processes.die_with_parent,
+            env=importable_launcher(),
+        )
+        for command in commands
+    ]
+    asked, failure, deadline = False, 0, float("inf")
+    while any(agent.poll() is None for agent in agents):
         time.sleep(POLL_S)
+        failed = [agent.returncode for agent in agents if agent.returncode]
+        if failed and not failure:
+            failure, deadline = failed[0], time.monotonic() + plan.save_budget_s + POLL_S
+            for agent in agents:
+                agent.terminate()
+        if time.monotonic() > deadline:
+            for agent in agents:
+                agent.kill()
         if requests.stop and not asked:
             asked = True
             ask_to_stop(run_dir, plan)
             # Only the workers: what they have started need not know the signal. Sent while they import torch it is
             # lost, as they inherit that it is ignored; so there is the file as well.
-            workers = processes.descendants(agent.pid, recursive=False)
-            processes.send(workers, getattr(signal, f"SIG{plan.stop_signal}"))
+            if plan.backend == "local":
+                workers = processes.descendants(agents[0].pid, recursive=False)
+                processes.send(workers, getattr(signal, f"SIG{plan.stop_signal}"))
             print("launcher: saving, then stopping; Ctrl-C kills at once", file=sys.stderr, flush=True)
         if requests.kill:
             processes.send(processes.descendants(os.getpid()), signal.SIGKILL)
     left = processes.end_descendants()
     if left:
         print(f"launcher: ended {left} processes that outlived their agent", file=sys.stderr, flush=True)
-    return agent.returncode
+    return failure or next((agent.returncode for agent in agents if agent.returncode), 0)
 
 
 def continuing(command: tuple[str, ...], restart: int) -> tuple[str, ...]:
@@ -180,6 +205,20 @@ def only_launcher(run_dir: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
         yield
+
+
+def holder(run_dir: Path) -> tuple[int, str] | None:
+    """Process and machine of the launcher that trains `run_dir`; None if there is none."""
+    try:
+        with open(run_dir / ".launcher.lock", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                match = re.fullmatch(r"process (\d+) on (\S+)", file.read().strip())
+                return (int(match[1]), match[2]) if match else None
+    except OSError:
+        pass
+    return None
 
 
 class Requests:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import re
@@ -53,8 +54,9 @@ def port_is_free(address: str, port: int) -> bool:
     try:
         with socket.create_server((address, port), family=_family(address)):
             return True
-    except OSError:
-        return False
+    except OSError as error:
+        # Seen from another machine (inside salloc) it cannot be told: node 0 will find out.
+        return error.errno == errno.EADDRNOTAVAIL
 
 
 def free_port(address: str, start: int) -> int:
@@ -126,3 +128,12 @@ def interface_towards(address: str) -> str:
 
 def _family(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def is_virtual(interface: str) -> bool:
+    """Bridges and tunnels of containers and virtual machines, which do not lead to other nodes."""
+    return interface.startswith(("lo", "docker", "br-", "virbr", "veth", "cni", "flannel", "cali", "tun", "tap"))
+
+
+def is_public(address: str) -> bool:
+    return is_ip(address) and ipaddress.ip_address(address).is_global

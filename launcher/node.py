@@ -125,7 +125,7 @@ def agent_argv(plan: Plan, rank: int) -> list[str]:
             "--multi_gpu",
             *("--num_machines", str(plan.num_nodes), "--num_processes", str(plan.world_size)),
             *("--machine_rank", str(rank), "--rdzv_backend", "static"),
-            *("--main_process_ip", plan.head_addr, "--main_process_port", str(plan.port)),
+            *("--main_process_ip", plan.head_addr or "HEAD", "--main_process_port", str(plan.port or "PORT")),
             *("--rdzv_conf", f"timeout={plan.rendezvous_s:.0f}", "--max_restarts", "0"),
         ]
     else:

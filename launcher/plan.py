@@ -50,6 +50,10 @@ def one_line(what: str, value: str) -> str:
     return value
 
 
+def looks_secret(name: str) -> bool:
+    return _SECRET.search(name) is not None
+
+
 def is_reserved(name: str) -> bool:
     return re.fullmatch(_RESERVED, name) is not None
 
@@ -64,7 +68,7 @@ def checked_env(settings: list[str]) -> dict[str, str]:
             raise LaunchError(f"--env {setting}: expected NAME=value")
         if is_reserved(name):
             raise LaunchError(f"--env {name}: the launcher sets this variable itself")
-        if _SECRET.search(name):
+        if looks_secret(name):
             raise LaunchError(
                 f"--env {name}: looks like a secret, and plans are written to disk; "
                 "keep it in a file that only you can read"
@@ -75,7 +79,7 @@ def checked_env(settings: list[str]) -> dict[str, str]:
 
 def masked(env: Mapping[str, str]) -> dict[str, str]:
     """For showing: values of names that look like secrets are hidden."""
-    return {name: "***" if _SECRET.search(name) else value for name, value in sorted(env.items())}
+    return {name: "***" if looks_secret(name) else value for name, value in sorted(env.items())}
 
 
 @dataclass(frozen=True)

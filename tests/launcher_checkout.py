@@ -1,4 +1,4 @@
-"""A small checkout whose trainer is `fake_trainer.py`: the launcher in it is the real one and needs no door for tests."""
+"""A small checkout whose trainer is `fake_trainer.py`: its launcher is the real one and needs no door for tests."""
 
 from __future__ import annotations
 

@@ -1,0 +1,24 @@
+#!/bin/bash
+# Are these nodes fit for a training? All ranks meet and gather each other's tensors; a node that does not is named.
+#
+#   sbatch --nodes=4 slurm/check_nodes.sh            exit code 0: all fit; 3: see the end of the log
+#
+#SBATCH --job-name=simclr-check
+#SBATCH --nodes=2                  # EDIT
+#SBATCH --exclusive                # EDIT: ask for what the training will ask for
+#SBATCH --mem=0                    # EDIT
+##SBATCH --partition=gpu           # EDIT
+#SBATCH --time=00:10:00
+#SBATCH --ntasks-per-node=1
+#SBATCH --no-requeue
+#SBATCH --output=slurm-%j.out
+
+set -u
+PYTHON="${SIMCLR_PYTHON:-}"        # EDIT: as in train.sh
+[ -n "$PYTHON" ] || { [ -x .venv/bin/python ] && PYTHON="$PWD/.venv/bin/python"; } || PYTHON=python3
+IN_CONTAINER=()                    # EDIT: as in train.sh
+
+RUN_DIR="$("$PYTHON" -m launcher plan-check "$@")" || exit $?
+srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --label \
+  ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" -m launcher node --plan "$RUN_DIR/plan.json"
+exec "$PYTHON" -m launcher check-report --run-dir "$RUN_DIR"
