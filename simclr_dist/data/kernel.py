@@ -1,9 +1,9 @@
 """The compiled heart of the loader: read a record, decode it once, cut any number of resized crops from it.
 
-Compiled by numba on first use and kept on disk (next to this file, in NUMBA_CACHE_DIR, or in the user's cache folder),
-which works because C functions are bound by name. The kernel runs without the GIL and knows no threads: callers run it
-from as many Python threads as they like, so that there is no OpenMP or TBB layer to go wrong after a fork or beside
-torch. All arithmetic is on integers: the same bytes come out on every CPU.
+Compiled by numba when first imported, and kept on disk (next to this file, in NUMBA_CACHE_DIR, or in the user's cache
+folder), which works because C functions are bound by name. The kernel runs without the GIL and knows no threads:
+callers run it from as many Python threads as they like, so that there is no OpenMP or TBB layer to go wrong after a
+fork or beside torch. All arithmetic is on integers: the same bytes come out on every CPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import llvmlite.binding
 import numpy as np
 from numba import njit, types
-from numpy.typing import NDArray
 
 from simclr_dist.data.ffcv_import import codec
 
@@ -52,17 +51,27 @@ _ONE = 1 << _BITS
 _BETWEEN = 6
 
 
-def _compiled(**options: Any) -> Callable[[Callable], Callable]:
+def _compiled(signature: Any) -> Callable[[Callable], Callable]:
+    """Compiles for one signature when the module is imported, or loads the result from disk.
+
+    Without a signature each layout of the arrays, whole or sliced, would be compiled when it is first met.
+    """
+
+    jit: Any = njit
+
     def decorate(function: Callable) -> Callable:
         try:
-            return njit(cache=True, error_model="numpy", **options)(function)
+            return jit(signature, nogil=True, cache=True, error_model="numpy")(function)
         except RuntimeError:  # no folder to keep machine code in: compile in every process
-            return njit(error_model="numpy", **options)(function)
+            return jit(signature, nogil=True, error_model="numpy")(function)
 
     return decorate
 
 
-@_compiled()
+_bytes_2d, _int32_1d, _int32_2d = types.uint8[:, ::1], types.int32[::1], types.int32[:, ::1]
+
+
+@_compiled(types.void(types.int64, types.int64, _int32_1d, _int32_1d, _int32_2d))
 def _weigh(n_in, n_out, first, count, weight):  # type: ignore[no-untyped-def]
     """Which of n_in pixels make each of n_out, and how much: weight [n_out, taps] in units of 2^-14.
 
@@ -98,7 +107,18 @@ def _weigh(n_in, n_out, first, count, weight):  # type: ignore[no-untyped-def]
                 count[o] = 2
 
 
-@_compiled(nogil=True)
+@_compiled(
+    types.void(
+        _bytes_2d,
+        types.int64,
+        types.int32[:],
+        types.uint8[:, :, :],
+        _int32_1d,
+        _int32_2d,
+        _int32_2d,
+        types.int32[:, :, ::1],
+    )
+)
 def resize_crop(pixels, stride, crop, out, row, first, count, weight):  # type: ignore[no-untyped-def]
     """Resizes one crop (top, left, height, width, flip) of a picture to out [S, S, 3].
 
@@ -143,7 +163,17 @@ def resize_crop(pixels, stride, crop, out, row, first, count, weight):  # type: 
             line[place, 2] = np.uint8(b >> shift)
 
 
-@_compiled(nogil=True)
+@_compiled(
+    types.void(
+        types.int64,
+        types.int64[:, ::1],
+        types.int32[:, :, :],
+        types.uint8[:, :, :, :, :],
+        _int32_1d,
+        _bytes_2d,
+        _bytes_2d,
+    )
+)
 def decode_and_crop(fd, records, crops, out, status, encoded, pixels):  # type: ignore[no-untyped-def]
     """Reads and decodes b pictures, each once, and writes their V crops.
 
@@ -188,11 +218,3 @@ def decode_and_crop(fd, records, crops, out, status, encoded, pixels):  # type: 
         status[k] = OK
         for v in range(V):
             resize_crop(pixels, width * 3, crops[v, k], out[v, k], row, first, count, weight)
-
-
-def warmup() -> None:
-    """Compiles the kernel, or loads it from disk, so that the first batch need not."""
-    records: NDArray[np.int64] = np.empty((0, 5), np.int64)
-    scratch: NDArray[np.uint8] = np.empty((1, 1), np.uint8)
-    crops: NDArray[np.int32] = np.empty((2, 0, 5), np.int32)
-    decode_and_crop(-1, records, crops, np.empty((2, 0, 8, 8, 3), np.uint8), np.empty(0, np.int32), scratch, scratch)
