@@ -18,7 +18,8 @@ from simclr_dist.config import Config, ConfigError
 from simclr_dist.data.errors import DataError
 from simclr_dist.evaluation import commands
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
-from simclr_dist.evaluation.features import Features
+from simclr_dist.evaluation.classifier import load_classifier
+from simclr_dist.evaluation.features import Features, digest
 from simclr_dist.export import ExportError
 from simclr_dist.model import build_model
 
@@ -144,6 +145,74 @@ def test_export_puts_measured_accuracy_on_the_card(run: Path) -> None:
     assert "| knn (k=5) top1 on " in card
     with pytest.raises(ExportError, match=r"encoder.safetensors exists; .* --overwrite"):
         call("export", run, "--format", "safetensors")
+
+
+def test_finetune_then_distill(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--json", "--device", "cpu", "--batch-size", 15, "--epochs", 6, "--lr", 2.0)
+    assert call("finetune", run, "--labels", 0.5, "--from", "head", *common) == 0
+    tuned = json.loads(capsys.readouterr().out)
+    folder = run / "finetune" / "0.5_head_seed0"
+    assert json.loads((folder / "result.json").read_text()) == tuned
+    assert tuned["num_labels"] == 30
+    assert len(json.loads((folder / "subset.json").read_text())["ids"]) == 30
+    with pytest.raises(ConfigError, match="holds a classifier already"):
+        call("finetune", run, "--labels", 0.5, "--from", "head", *common)
+
+    teacher = folder / "classifier.safetensors"
+    labels = ("--alpha", 0.5, "--subset", folder / "subset.json")
+    assert call("distill", teacher, "--student", "resnet_small", "--student-width", 3, *labels, *common) == 0
+    distilled = json.loads(capsys.readouterr().out)
+    assert distilled["top1"] > 0.4  # chance is a third
+    classifier, config, class_names = load_classifier(folder / "distilled_resnet_small" / "classifier.safetensors")
+    assert config.model.width == 3
+    assert class_names == CLASSES
+    assert classifier.fc.in_features == 12
+
+
+def test_the_frozen_protocol_and_a_subset_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--device", "cpu", "--batch-size", 15, "--epochs", 2)
+    assert call("finetune", run, "--freeze", "--labels", 0.5, *common) == 0
+    subset = run / "finetune" / "0.5_frozen_encoder_seed0" / "subset.json"
+    assert call("finetune", run, "--freeze", "--subset", subset, "--json", *common) == 0
+    assert '"method": "linear"' in capsys.readouterr().out
+    again = run / "finetune" / "subset_frozen_encoder_seed0" / "classifier.safetensors"
+    assert digest(load_classifier(again)[0]) == digest(load_classifier(subset.with_name("classifier.safetensors"))[0])
+
+
+def test_a_learning_rate_that_diverges_is_said(run: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--lr: the loss of epoch 1 is .*: lower the learning rate"):
+        call("finetune", run, "--device", "cpu", "--batch-size", 15, "--epochs", 3, "--lr", 1e30)
+
+
+def test_embed_and_neighbours(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("embed", run, tmp_path / "test", tmp_path / "test.npz", "--device", "cpu") == 0
+    query = tmp_path / "test" / "red" / "004.png"
+    capsys.readouterr()
+    assert call("neighbours", tmp_path / "test.npz", query, "--k", 3, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == 3
+    assert found[0]["name"].endswith("red/004.png")
+    assert call("neighbours", tmp_path / "test.npz", query) == 0
+    assert "red/004.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "knn"),
+        ("evaluate", "linear"),
+        ("export",),
+        ("finetune",),
+        ("distill",),
+        ("embed",),
+        ("neighbours",),
+    ],
+)
+def test_every_command_explains_itself(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        call(*command, "--help")
+    assert stop.value.code == 0
+    assert "example" in capsys.readouterr().out
 
 
 def test_help_does_not_import_torch() -> None:

@@ -1,32 +1,31 @@
-"""The command lines `evaluate` and `export`. torch is imported when one of them runs, so that --help is quick."""
+"""The command lines of evaluation. torch is imported when one of them runs, so that --help is quick."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
-
-SOURCE_HELP = "a run's folder (its newest valid checkpoint) or one of its checkpoints/step_…"
+from simclr_dist.evaluation import embed_commands, finetune_commands
+from simclr_dist.evaluation.terminal import (
+    SOURCE_HELP,
+    add_command,
+    add_compute_arguments,
+    choose_device,
+    percent,
+    positive,
+    positive_int,
+    print_table,
+    say,
+)
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
     """Adds the commands; each parsed namespace has `run`, a function of the namespace that returns the exit code."""
     _register_evaluate(subparsers)
     _register_export(subparsers)
-
-
-def _command(
-    subparsers: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], int], **texts: Any
-) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
-    parser.set_defaults(run=run)
-    return parser
+    finetune_commands.register(subparsers)
+    embed_commands.register(subparsers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,7 +39,7 @@ def _register_evaluate(subparsers: argparse._SubParsersAction) -> None:
         description="Score the frozen encoder of a checkpoint on labelled images.",
     )
     methods = evaluate.add_subparsers(dest="method", required=True, metavar="knn|linear")
-    knn = _command(
+    knn = add_command(
         methods,
         "knn",
         _run_evaluate,
@@ -48,11 +47,11 @@ def _register_evaluate(subparsers: argparse._SubParsersAction) -> None:
         description="Weighted k-nearest-neighbour classification by cosine similarity (Wu et al. 2018). Exact.",
         epilog="example: simclr-dist evaluate knn runs/cifar10_demo --baselines",
     )
-    knn.add_argument("--k", type=_positive_int, help="neighbours (default: evaluation.knn_k of the run)")
+    knn.add_argument("--k", type=positive_int, help="neighbours (default: evaluation.knn_k of the run)")
     knn.add_argument(
-        "--temperature", type=_positive, help="of the votes exp(s/T) (default: evaluation.knn_temperature of the run)"
+        "--temperature", type=positive, help="of the votes exp(s/T) (default: evaluation.knn_temperature of the run)"
     )
-    linear = _command(
+    linear = add_command(
         methods,
         "linear",
         _run_evaluate,
@@ -123,7 +122,7 @@ def _short(value: object) -> str:
 
 
 def _register_export(subparsers: argparse._SubParsersAction) -> None:
-    parser = _command(
+    parser = add_command(
         subparsers,
         "export",
         _run_export,
@@ -166,73 +165,3 @@ def _run_export(args: argparse.Namespace) -> int:
     for note in exported.notes:
         print(f"\nnote: {note}")
     return 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the commands share
-
-
-def say(message: str) -> None:
-    """News for a person, once for all ranks, apart from the results on stdout."""
-    from simclr_dist import distributed
-
-    if distributed.rank() == 0:
-        print(message, file=sys.stderr, flush=True)
-
-
-def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    parser.add_argument(
-        "--batch-size", type=_positive_int, help="images at once (default: evaluation.batch_size of the run)"
-    )
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), help="of the encoder (default: that of the run)"
-    )
-
-
-def choose_device(asked: str | None) -> torch.device:
-    """The device to compute on. Under `accelerate launch` the process group is started, one device a rank."""
-    import torch
-
-    from simclr_dist import distributed
-
-    if distributed.world().size > 1:
-        from accelerate import PartialState  # type: ignore[import-untyped]
-
-        return PartialState().device
-    device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        from simclr_dist.config import ConfigError
-
-        raise ConfigError([f"--device {asked}: torch {torch.__version__} sees no GPU; use --device cpu"])
-    return device
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
-
-
-def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], caption: str = "") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, not {value}")
-    return value

@@ -1,0 +1,156 @@
+"""Embeddings of anyone's images, in one file, and what looks like what in it.
+
+The .npz holds plain arrays, no pickles: h float32 [n, D], labels int64 [n] (-1: none), names [n], class_names [C], and
+how they were made: checkpoint, encoder_digest, source, data_fingerprint.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from simclr_dist.atomic import replaces
+from simclr_dist.augment import normalize
+from simclr_dist.checkpoint import CheckpointError, load_pretrained
+from simclr_dist.data import describe, load_images
+from simclr_dist.data.crops import center_crops
+from simclr_dist.data.errors import DataError
+from simclr_dist.data.sources import decode_image, open_source
+from simclr_dist.evaluation.features import Precision, digest, extract_features
+from simclr_dist.evaluation.knn import nearest
+
+_REQUIRED = ("h", "labels", "names", "class_names", "checkpoint", "encoder_digest", "source", "data_fingerprint")
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    h: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    names: tuple[str, ...]
+    class_names: tuple[str, ...]
+    checkpoint: str
+    encoder_digest: str
+    source: str
+    data_fingerprint: str
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    name: str
+    similarity: float  # cosine
+    class_name: str | None
+
+
+def embed(
+    checkpoint: str | Path,
+    source: str,
+    *,
+    device: torch.device | str,
+    precision: Precision | None = None,
+    batch_size: int | None = None,
+) -> Embeddings:
+    """h of every image of `source` (a folder with or without class folders, an archive, a .beton file)."""
+    model, loaded = load_pretrained(checkpoint)
+    config = loaded.config
+    info = describe(source)
+    features = extract_features(
+        model.encoder.to(device),
+        load_images(source, config.data.image_size, batch_size=batch_size or config.evaluation.batch_size),
+        device=device,
+        precision=precision or config.train.precision,
+        normalize=normalize,
+    )
+    return Embeddings(
+        features.h.numpy(),
+        features.labels.numpy(),
+        _names(source, info.num_samples),
+        info.class_names,
+        str(loaded.path.resolve()),
+        digest(model.encoder),
+        source,
+        info.fingerprint,
+    )
+
+
+def _names(source: str, n: int) -> tuple[str, ...]:
+    """The pictures' file names; numbers where there are no files."""
+    if source.endswith(".beton") or source == "synthetic":
+        return tuple(f"{source}[{i}]" for i in range(n))
+    pictures = open_source(source)
+    return tuple(pictures.name(i) for i in range(n))
+
+
+def save_embeddings(path: Path, embeddings: Embeddings) -> None:
+    """Writes the .npz; atomic."""
+    arrays = {name: np.asarray(getattr(embeddings, name)) for name in _REQUIRED}
+    with replaces(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def load_embeddings(path: Path) -> Embeddings:
+    """Reads what `save_embeddings` wrote. Raises DataError."""
+    try:
+        # Opened here, because np.load leaves a damaged archive open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as entries:
+            arrays = {name: entries[name] for name in _REQUIRED}
+        h, labels = arrays["h"], arrays["labels"]
+        if h.ndim != 2 or h.dtype != np.float32 or labels.shape != (len(h),) or arrays["names"].shape != (len(h),):
+            raise ValueError("its arrays do not fit together")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: is no file of `simclr-dist embed`: {error}") from None
+    text = {name: str(arrays[name]) for name in _REQUIRED[4:]}
+    names, class_names = (tuple(arrays[name].astype(str).tolist()) for name in ("names", "class_names"))
+    return Embeddings(h, labels, names, class_names, **text)
+
+
+def neighbours_of(embeddings: Embeddings, h: NDArray[np.float32], k: int) -> list[Neighbour]:
+    """The k images whose h is most similar to `h` [D] by cosine, most similar first; all of them if there are fewer."""
+    bank = F.normalize(torch.from_numpy(embeddings.h), dim=1)
+    query = F.normalize(torch.from_numpy(h)[None], dim=1)
+    similarity, rows = nearest(query, bank, min(k, len(bank)))
+    return [
+        Neighbour(embeddings.names[row], value, embeddings.class_names[label] if label >= 0 else None)
+        for row, value in zip(rows[0].tolist(), similarity[0].tolist(), strict=True)
+        for label in [int(embeddings.labels[row])]
+    ]
+
+
+def query_embedding(
+    embeddings: Embeddings, query: str, *, checkpoint: str | Path | None = None, device: torch.device | str = "cpu"
+) -> NDArray[np.float32]:
+    """h [D] of `query`: one of the embedded images by its name, or any picture file, embedded now.
+
+    checkpoint: where the encoder lies now, if it has moved. Raises DataError; CheckpointError when the encoder is not
+    the one that made the embeddings.
+    """
+    if query in embeddings.names:
+        return embeddings.h[embeddings.names.index(query)]
+    try:
+        picture = decode_image(query)
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise DataError(f"{query}: neither an embedded image's name nor a readable picture: {error}") from None
+    model, loaded = load_pretrained(checkpoint or embeddings.checkpoint)
+    if digest(model.encoder) != embeddings.encoder_digest:
+        raise CheckpointError(f"{loaded.path}: its encoder is not the one that made these embeddings; embed again")
+    image = _central(picture, loaded.config.data.image_size)
+    batch = (image[None], torch.tensor([-1]), torch.tensor([0]))
+    features = extract_features(model.encoder.to(device), [batch], device=device, normalize=normalize)
+    return features.h[0].numpy()
+
+
+def _central(picture: NDArray[np.uint8], size: int) -> torch.Tensor:
+    """uint8 [S, S, 3]: the crop that `load_images` takes."""
+    from torchvision.transforms.functional import resized_crop
+
+    height, width = picture.shape[:2]
+    top, left, crop_height, crop_width, _ = center_crops(np.array([height]), np.array([width]), size)[0].tolist()
+    planar = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    if (height, width) == (size, size):
+        return planar.permute(1, 2, 0)
+    return resized_crop(planar, top, left, crop_height, crop_width, [size, size], antialias=True).permute(1, 2, 0)
