@@ -284,6 +284,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def plain(error: Exception) -> str:
+    """The message without what could act on a terminal: it may quote names and values from anywhere."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in str(error))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     from simclr_dist.config import ConfigError
@@ -291,10 +296,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except LaunchError as error:
-        print(f"launcher: {error}", file=sys.stderr)
+        print(f"launcher: {plain(error)}", file=sys.stderr)
         return int(error.exit_code)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(plain(error), file=sys.stderr)
         return int(Exit.USAGE)
     except BrokenPipeError:
         # `launcher … | head` has closed its end: no more words, and none from the interpreter's own flush either.

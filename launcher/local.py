@@ -77,9 +77,9 @@ def run_attempt(plan: Plan, requests: Requests, commands: list[list[str]]) -> in
         for command in commands
     ]
     asked, failure, deadline = False, 0, float("inf")
-    while any(agent.poll() is None for agent in agents):
+    while None in (codes := [agent.poll() for agent in agents]):
         time.sleep(POLL_S)
-        failed = [agent.returncode for agent in agents if agent.returncode]
+        failed = [code for code in codes if code]
         if failed and not failure:
             failure, deadline = failed[0], time.monotonic() + plan.save_budget_s + POLL_S
             for agent in agents:
@@ -101,7 +101,7 @@ def run_attempt(plan: Plan, requests: Requests, commands: list[list[str]]) -> in
     left = processes.end_descendants()
     if left:
         print(f"launcher: ended {left} processes that outlived their agent", file=sys.stderr, flush=True)
-    return failure or next((agent.returncode for agent in agents if agent.returncode), 0)
+    return failure or next((code for code in codes if code), 0)
 
 
 def continuing(command: tuple[str, ...], restart: int) -> tuple[str, ...]:

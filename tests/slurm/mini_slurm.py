@@ -209,7 +209,12 @@ class MiniSlurm:
     def release(self, job: str) -> None:
         """After a requeue SLURM holds a job back for two minutes, and one that starts within two seconds dies of a
         revoked credential."""
-        self.wait_state(job, ["PENDING"])
+        self.wait(
+            lambda: self.state(job) == "PENDING" and self.job(job)["Restarts"] != "0",
+            60,
+            "a requeue",
+            lambda: self.job(job),
+        )
         time.sleep(2)
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=True)
 

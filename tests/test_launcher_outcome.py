@@ -1,0 +1,160 @@
+"""What follows from an attempt's end: the whole decision table, without any process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher import outcome
+from launcher.errors import Exit
+from launcher.outcome import Ended, Evidence, Status, decide
+from launcher.slurm import read_job
+
+FINISHED, STOPPED, PREEMPTED, RUNNING = (Status(state) for state in ("finished", "stopped", "preempted", "running"))
+GOOD, IDLE = Ended(failed=True, progressed=True), Ended(failed=True, progressed=False)
+
+
+def failed(reason: str) -> Status:
+    return Status("failed", reason)
+
+
+def action(
+    status: Status | None, job: outcome.JobWord, steps: tuple[int, int] = (10, 20), **values: object
+) -> tuple[str, int]:
+    options = {"max_failures": values.pop("max_failures", 3), "requeue": values.pop("requeue", True)}
+    decision = decide(Evidence(1, status, *steps, job=job, **values), **options)  # type: ignore[arg-type]
+    return decision.action, int(decision.exit_code)
+
+
+@pytest.mark.parametrize("job", ["none", "running", "time_limit", "cancelled", "requeued", "unknown"])
+def test_what_is_over_is_over_whatever_the_scheduler_says(job: outcome.JobWord) -> None:
+    assert action(FINISHED, job) == ("done", Exit.OK)
+    assert action(STOPPED, job) == ("done", Exit.OK)
+    assert action(PREEMPTED, job, stop_file=True) == ("done", Exit.OK)
+
+
+@pytest.mark.parametrize("status", [PREEMPTED, RUNNING, None, failed("crash"), failed("data_error")])
+def test_a_cancelled_or_already_requeued_job_is_left_alone(status: Status | None) -> None:
+    assert action(status, "cancelled") == ("leave", Exit.OK)
+    assert action(status, "requeued") == ("leave", Exit.OK)
+
+
+def test_preempted_jobs_come_back_without_limit_while_they_save() -> None:
+    many = tuple(Ended(failed=False, progressed=True) for _ in range(50))
+    assert action(PREEMPTED, "running", earlier=many) == ("requeue", Exit.OK)
+    assert action(RUNNING, "time_limit", earlier=many) == ("requeue", Exit.OK)
+
+
+def test_a_time_limit_too_short_for_any_progress_ends_the_storm() -> None:
+    idle = Ended(failed=False, progressed=False)
+    assert action(PREEMPTED, "running", (10, 10), earlier=(idle,)) == ("requeue", Exit.OK)
+    assert action(PREEMPTED, "running", (10, 10), earlier=(idle, idle, idle)) == ("fail", Exit.GAVE_UP)
+
+
+@pytest.mark.parametrize("status", [failed("crash"), failed("hang"), RUNNING, None])
+def test_failures_in_a_row_are_forgiven_up_to_the_limit(status: Status | None) -> None:
+    assert action(status, "running", earlier=(GOOD, GOOD)) == ("requeue", Exit.OK)
+    assert action(status, "running", earlier=(GOOD, GOOD, GOOD)) == ("fail", Exit.GAVE_UP)
+    preempted = Ended(failed=False, progressed=True)
+    assert action(status, "running", earlier=(GOOD, GOOD, GOOD, preempted)) == ("requeue", Exit.OK)
+
+
+def test_two_failures_without_progress_are_enough() -> None:
+    assert action(None, "running", (10, 10)) == ("requeue", Exit.OK)
+    assert action(None, "running", (10, 10), earlier=(IDLE,)) == ("fail", Exit.GAVE_UP)
+    assert action(None, "running", (10, 10), earlier=(GOOD,)) == ("requeue", Exit.OK)
+
+
+@pytest.mark.parametrize("reason", outcome.NEVER_AGAIN)
+def test_errors_that_would_come_back_are_never_requeued(reason: str) -> None:
+    code = Exit.USAGE if reason == "config_error" else Exit.FAILED
+    assert action(failed(reason), "running", max_failures=99) == ("fail", code)
+
+
+def test_without_the_schedulers_word_nothing_is_requeued() -> None:
+    assert action(PREEMPTED, "unknown") == ("leave", Exit.PREEMPTED)
+    assert action(None, "unknown") == ("leave", Exit.FAILED)
+
+
+def test_requeueing_can_be_switched_off() -> None:
+    assert action(PREEMPTED, "running", requeue=False) == ("leave", Exit.PREEMPTED)
+    assert action(failed("crash"), "running", requeue=False) == ("leave", Exit.FAILED)
+
+
+def test_without_a_scheduler_a_stopped_run_waits_for_its_owner() -> None:
+    assert action(PREEMPTED, "none") == ("leave", Exit.PREEMPTED)
+    assert action(failed("crash"), "none", max_failures=0) == ("fail", Exit.FAILED)
+    assert action(failed("preflight"), "none", max_failures=0) == ("fail", Exit.PREFLIGHT)
+
+
+JOB = "JobId=7 JobName=x UserId=me(1) JobState={} Reason={} Dependency=(null) Requeue=1 Restarts={} BatchFlag=1"
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "restarts", "own", "word"),
+    [
+        ("RUNNING", "None", 0, 0, "running"),
+        ("COMPLETING", "TimeLimit", 1, 1, "time_limit"),
+        ("COMPLETING", "None", 0, 0, "cancelled"),
+        ("CANCELLED", "None", 0, 0, "cancelled"),
+        ("COMPLETING", "None", 1, 0, "requeued"),
+        ("COMPLETING", "BeginTime", 2, 1, "requeued"),
+        ("PENDING", "BeginTime", 0, 0, "requeued"),
+        ("COMPLETING", "NodeDown", 0, 0, "unknown"),
+        ("FAILED", "JobLaunchFailure", 0, 0, "unknown"),
+    ],
+)
+def test_the_causes_of_a_term_are_told_apart(state: str, reason: str, restarts: int, own: int, word: str) -> None:
+    assert read_job(JOB.format(state, reason, restarts), own) == word
+
+
+def test_no_description_of_the_job_means_unknown() -> None:
+    assert read_job("", 0) == "unknown"
+
+
+def write_records(run_dir: Path, *records: tuple[str, str, dict]) -> None:
+    for event, attempt, values in records:
+        outcome.record(run_dir, event, attempt, **values)
+
+
+def test_only_the_same_jobs_attempts_count_and_a_lost_one_failed(tmp_path: Path) -> None:
+    write_records(
+        tmp_path,
+        ("start", "6.0-aaaaaa", {"step": 0}),
+        ("end", "6.0-aaaaaa", {"step": 0, "failed": True}),
+        ("start", "7.0-aaaaaa", {"step": 0}),
+        ("end", "7.0-aaaaaa", {"step": 5, "failed": False}),
+        ("start", "7.1-aaaaaa", {"step": 5}),  # its node was lost: no end
+        ("start", "7.2-aaaaaa", {"step": 9}),
+    )
+    assert outcome.earlier_attempts(tmp_path, "7.2-aaaaaa") == [Ended(False, True), Ended(True, True)]
+
+
+def test_a_line_cut_short_does_not_hide_the_others(tmp_path: Path) -> None:
+    write_records(tmp_path, ("start", "7.0-aaaaaa", {"step": 3}))
+    with (tmp_path / "attempts.jsonl").open("a") as file:
+        file.write('{"event": "end", "att')
+    assert outcome.start_step(tmp_path, "7.0-aaaaaa") == 3
+    assert [entry["event"] for entry in outcome.read_records(tmp_path)] == ["start"]
+
+
+def test_the_newest_checkpoint_ignores_unfinished_and_damaged_ones(tmp_path: Path) -> None:
+    for name in ("step_00000012", "step_00000020.tmp-7.0-aaaaaa", "step_00000019.corrupt", "other"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert outcome.newest_step(tmp_path) == 12
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"state": "running", "step": "many"}'])
+def test_an_unreadable_status_is_no_status(tmp_path: Path, text: str) -> None:
+    (tmp_path / "status.json").write_text(text)
+    assert outcome.read_status(tmp_path) is None
+
+
+def test_status_survives_the_way_to_disk(tmp_path: Path) -> None:
+    status = Status("failed", "preflight", 3, "7.0-aaaaaa", "n2 is gone", "now")
+    outcome.write_status(tmp_path, status)
+    assert outcome.read_status(tmp_path) == status
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"

@@ -1,0 +1,409 @@
+"""Plans: what they say (golden files), what they refuse, and that the launcher knows no torch.
+
+Run: pytest tests/test_launcher_plan.py; REGOLD=1 writes the golden files anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher import __main__ as cli
+from launcher import hosts, machine, node, rollcall, slurm, sweep
+from launcher.errors import LaunchError
+from launcher.plan import Plan, checked_env, masked, read_plan, write_plan
+from tests.launcher_checkout import Checkout, make_checkout
+
+GOLDEN = Path(__file__).parent / "golden" / "launcher"
+CONFIG = "fake.yaml"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return make_checkout(tmp_path / "checkout")
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return Plan(
+        backend="slurm",
+        attempt="7.0-abcdef",
+        run_dir=str(tmp_path / "run"),
+        workdir=str(tmp_path),
+        python=sys.executable,
+        command=("-m", "simclr_dist.train", "c.yaml"),
+        again=("slurm", "c.yaml"),
+        device="cpu",
+        num_nodes=2,
+        procs_per_node=2,
+        hosts=("n1", "n2"),
+        head_addr="127.0.0.1",
+        port=20001,
+    )
+
+
+# -- golden files -----------------------------------------------------------------------------------------------------
+
+SHOWN = {
+    "local": ["local", CONFIG, "seed=1", "--nproc", "2", "--env", "NOTE=x y"],
+    "slurm": ["slurm", CONFIG, "--nodes=2", "--nproc=4", "--gpus-per-node=4", "--time=1-0", "--sbatch-arg=--nice=5"],
+    "slurm_sweep": ["slurm", CONFIG, "--sweep", "sweep.yaml", "--partition=gpu", "--no-requeue"],
+    "hosts": ["hosts", CONFIG, "--hostfile", "hosts.txt", "--device", "cuda", "name=test"],
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize("form", ["txt", "json"])
+def test_show_prints_what_the_golden_file_says(checkout: Checkout, name: str, form: str) -> None:
+    (checkout.root / "sweep.yaml").write_text("grid: {seed: [1, 2], optim.base_lr: [0.1, 1e-3]}")
+    (checkout.root / "hosts.txt").write_text("# two nodes\nnode1 slots=2 addr=10.0.0.1\nnode2 slots=2\n")
+    done = checkout.launch("show", *SHOWN[name], *(["--json"] if form == "json" else []))
+    assert done.returncode == 0, done.stderr
+    assert not (checkout.root / "runs").exists()
+    if form == "json":
+        json.loads(done.stdout)
+    shown = done.stdout.replace(str(checkout.root), "/CHECKOUT").replace(
+        str(Path(sys.executable).absolute()), "/PYTHON"
+    )
+    path = GOLDEN / f"{name}.{form}"
+    shown = "\n".join(line for line in shown.splitlines() if "OMP_NUM_THREADS" not in line) + "\n"  # the machine's
+    if os.environ.get("REGOLD"):
+        path.write_text(shown)
+    assert shown == path.read_text()
+
+
+def test_dry_run_is_show(checkout: Checkout) -> None:
+    shown = checkout.launch("show", "slurm", CONFIG, "--nodes=2").stdout
+    assert checkout.launch("slurm", CONFIG, "--nodes=2", "--dry-run").stdout == shown != ""
+
+
+# -- a quick start ----------------------------------------------------------------------------------------------------
+
+WITHOUT_TORCH = """
+import importlib, pkgutil, sys
+for name in ("torch", "numpy", "accelerate", "torchvision"):
+    sys.modules[name] = None
+import launcher
+for module in pkgutil.iter_modules(launcher.__path__):
+    if module.name != "__main__":
+        importlib.import_module("launcher." + module.name)
+from launcher.__main__ import main
+sys.exit(main(["show", "local", sys.argv[1], "--nproc", "2"]))
+"""
+
+
+def test_the_launcher_works_with_torch_blocked(checkout: Checkout) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, CONFIG],
+        cwd=checkout.root,
+        env=checkout.env,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    # Half a second is the promise; what costs time is imports, and those can be counted on any machine.
+    code = "import sys; from launcher.__main__ import parser; parser().format_help(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "pydantic", "yaml", "rich", "psutil"} & set(loaded)
+    assert len(loaded) < 200
+
+
+# -- hostile and unlucky words ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words", [["--nproc", "0"], ["--nproc", "two"], ["stray"], ["--max-failures=-1"], ["--no-such"]]
+)
+def test_a_wrong_command_line_is_refused_by_name(checkout: Checkout, words: list[str]) -> None:
+    done = checkout.launch("local", CONFIG, *words)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert words[-1].partition("=")[0] in done.stderr or words[0] in done.stderr
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "%x", "-rf", "a b", "a\nb", "$(touch pwned)", "a;b", "é", "x" * 65])
+def test_run_names_cannot_leave_their_folder_or_become_words(checkout: Checkout, name: str) -> None:
+    done = checkout.launch("show", "slurm", CONFIG, f"name={name}")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "value", ["runs x", "it's", 'say "runs"', "a,b", "$(touch pwned)", "%x-%j", "a;b", "`id`", "-n"]
+)
+def test_strange_paths_stay_single_words(checkout: Checkout, value: str) -> None:
+    done = checkout.launch("show", "slurm", CONFIG, f"runs_dir='{value}'".replace("it's", "it''s"), "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    run_dir = str(checkout.root / value / "fake")
+    assert shown["plan"]["run_dir"] == run_dir
+    assert f"--output={run_dir.replace('%', '%%')}/logs/slurm-%j.out" in shown["start"][0]
+
+
+@pytest.mark.parametrize("word", ["seed=1\n#SBATCH --wrap=id", "seed=\x1b[2J", "seed=1\r"])
+def test_control_characters_are_refused(checkout: Checkout, word: str) -> None:
+    done = checkout.launch("show", "slurm", CONFIG, word)
+    assert done.returncode == 2
+    assert "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--wrap=id", "train.sh"),
+        ("--ntasks=8", "--nproc"),
+        ("--array=1-3", "--sweep"),
+        ("--export=ALL,A=b", "--env"),
+        ("-N4", "expected --option"),
+        ("nodes=2", "expected --option"),
+        ("--comment=a\nb", "control characters"),
+    ],
+)
+def test_sbatch_options_that_would_break_the_job_are_refused(checkout: Checkout, option: str, hint: str) -> None:
+    done = checkout.launch("show", "slurm", CONFIG, f"--sbatch-arg={option}")
+    assert done.returncode == 2
+    assert hint in done.stderr
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["RANK=0", "MASTER_ADDR=x", "PET_NNODES=3", "SIMCLR_ATTEMPT=x", "HF_TOKEN=x", "A B=c", "NOVALUE", "=x", "A=b\nc"],
+)
+def test_environment_that_would_break_or_leak_is_refused(setting: str) -> None:
+    with pytest.raises(LaunchError):
+        checked_env([setting])
+
+
+def test_environment_values_are_kept_whole_and_secrets_masked() -> None:
+    assert checked_env(["A=b,c d='e'=f", "B="]) == {"A": "b,c d='e'=f", "B": ""}
+    assert masked({"WANDB_API_KEY": "s3cret", "A": "b"}) == {"A": "b", "WANDB_API_KEY": "***"}
+
+
+def test_jobs_get_no_tokens_from_the_login_shell() -> None:
+    shell = {"PATH": "/bin", "HF_TOKEN": "x", "AWS_SECRET_ACCESS_KEY": "x", "NCCL_DEBUG": "INFO", "SLURM_JOB_ID": "7"}
+    assert slurm.passed_on(shell).keys() == {"PATH", "NCCL_DEBUG", "SIMCLR_PYTHON"}
+
+
+# -- the plan file ----------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_survives_the_way_to_disk(plan: Plan) -> None:
+    path = write_plan(replace(plan, env={"A": "b, c"}))
+    assert read_plan(path) == replace(plan, env={"A": "b, c"})
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert Path(plan.run_dir).stat().st_mode & 0o007 == 0
+
+
+def test_a_plan_that_others_can_write_is_refused(plan: Plan) -> None:
+    path = write_plan(plan)
+    path.chmod(0o620)
+    with pytest.raises(LaunchError, match="others may write"):
+        read_plan(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_plan_of_another_user_is_refused(plan: Plan) -> None:
+    path = write_plan(plan)
+    os.chown(path, 12345, -1)
+    with pytest.raises(LaunchError, match="belongs to user 12345"):
+        read_plan(path)
+
+
+def test_a_plan_behind_a_link_or_of_another_version_is_refused(plan: Plan, tmp_path: Path) -> None:
+    path = write_plan(plan)
+    (tmp_path / "link.json").symlink_to(path)
+    with pytest.raises(LaunchError):
+        read_plan(tmp_path / "link.json")
+    path.write_text(json.dumps({"evil": 1}))
+    with pytest.raises(LaunchError, match="not a plan"):
+        read_plan(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hosts": ("-oProxyCommand=touch pwned", "n2")},
+        {"head_addr": "10.0.0.1; id"},
+        {"ifname": "eth0 --x"},
+        {"attempt": "../../x"},
+        {"run_dir": "relative"},
+        {"port": 22},
+        {"stop_signal": "KILL"},
+        {"command": ("a\nb",)},
+        {"num_nodes": 0},
+    ],
+)
+def test_malformed_plans_are_refused(plan: Plan, change: dict) -> None:
+    with pytest.raises(LaunchError):
+        replace(plan, **change)
+
+
+# -- nodes ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_node_rank_comes_from_the_step_and_is_never_guessed(plan: Plan) -> None:
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_LOCALID": "0"}
+    assert node.find_node_rank(plan, None, step) == 1
+    assert node.find_node_rank(plan, 0, {}) == 0
+    with pytest.raises(LaunchError, match="one task a node with one srun"):
+        node.find_node_rank(plan, None, step | {"SLURM_STEP_NUM_NODES": "1"})  # srun -N1 -w n2
+    with pytest.raises(LaunchError, match="ntasks-per-node=1"):
+        node.find_node_rank(plan, None, step | {"SLURM_LOCALID": "1"})
+    with pytest.raises(LaunchError, match="--node-rank"):
+        node.find_node_rank(plan, None, {"SLURM_NODEID": "1"})  # the batch script's, not a step's
+
+
+def test_the_users_own_settings_win_over_ours(plan: Plan) -> None:
+    env = node.agent_env(replace(plan, env={"A": "b"}), "eth0", 8, {"GLOO_SOCKET_IFNAME": "ib0", "PMI_SIZE": "2"})
+    assert (env["GLOO_SOCKET_IFNAME"], env["OMP_NUM_THREADS"], env["A"]) == ("ib0", "4", "b")
+    assert "PMI_SIZE" not in env  # set by srun where MPI is the default; accelerate would take it for the world size
+
+
+def _call_all(plan: Plan, reports: list[rollcall.Report], timeout_s: float) -> list[list[str]]:
+    answers: list[list[str]] = [[] for _ in reports]
+
+    def call(i: int) -> None:
+        arguments = (plan.head_addr, plan.port, plan.attempt, reports[i])
+        if reports[i].node_rank:
+            answers[i] = rollcall.answer(*arguments, timeout_s)
+        else:
+            answers[i] = rollcall.listen(*arguments, plan.hosts, timeout_s)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(reports))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def _report(rank: int, **values: object) -> rollcall.Report:
+    return rollcall.Report(rank, f"n{rank + 1}", clock=time.time(), **values)  # type: ignore[arg-type]
+
+
+def test_roll_call_tells_every_node_the_same(plan: Plan) -> None:
+    plan = replace(plan, port=machine.free_port("127.0.0.1", 1), num_nodes=3, hosts=("n1", "n2", "n3"))
+    good = [_report(rank, versions={"torch": "2.15"}) for rank in range(3)]
+    assert _call_all(plan, good, 20) == [[], [], []]
+    bad = [good[0], _report(1, versions={"torch": "2.11"}), _report(2, versions={"torch": "2.15"}, problems=["1 GPU"])]
+    answers = _call_all(plan, bad, 20)
+    assert answers[0] == answers[1] == answers[2] == ["n3: 1 GPU", "n2 (node 1) has torch 2.11, but n1 has 2.15"]
+
+
+def test_roll_call_names_the_node_that_does_not_come(plan: Plan) -> None:
+    plan = replace(plan, port=machine.free_port("127.0.0.1", 2), num_nodes=3, hosts=("n1", "n2", "n3"))
+    answers = _call_all(plan, [_report(0), _report(2)], 1)
+    assert answers[0] == answers[1]
+    assert "no word from n2 (node 1)" in answers[0][0]
+
+
+def test_roll_call_turns_strangers_away(plan: Plan) -> None:
+    plan = replace(plan, port=machine.free_port("127.0.0.1", 3))
+    stranger = replace(plan, attempt="7.9-abcdef")
+    threading.Thread(target=_call_all, args=(stranger, [_report(1)], 1)).start()
+    assert "no word from n2" in _call_all(plan, [_report(0)], 1.5)[0][0]
+
+
+def test_a_head_address_of_another_machine_is_noticed_at_once() -> None:
+    problems = rollcall.listen("192.0.2.99", 20001, "7.0-abcdef", _report(0), ["n1", "n2"], 60)
+    assert "192.0.2.99 is not an address of the first node n1" in problems[0]
+
+
+def test_the_interface_is_one_concrete_name() -> None:
+    assert machine.interface_towards("127.0.0.1") == "lo"
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,1", 2), ("0,-1,1", 1), ("0,1,2,3,4,5", 4)]
+)
+def test_gpus_are_counted_as_cuda_would(monkeypatch: pytest.MonkeyPatch, visible: str, count: int) -> None:
+    monkeypatch.setattr(machine, "_num_gpus_present", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert machine.num_gpus() == count
+
+
+def test_ports_stay_below_the_ephemeral_range_and_move_with_the_attempt() -> None:
+    ports = {machine.free_port("127.0.0.1", 4711 * 10 + restart) for restart in range(5)}
+    assert len(ports) == 5
+    assert all(20000 <= port < 30000 for port in ports)
+
+
+# -- hosts and sweeps -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "no hosts"),
+        ("-oProxyCommand=id", "host '-oProxyCommand=id' cannot be used"),
+        ("n1 slots=many", "expected `host"),
+        ("n1 slot=1", "expected `host"),
+        ("n1\nn1", "appears twice"),
+        ("n1 addr=$(id)", "address"),
+    ],
+)
+def test_hostfiles_with_mistakes_are_refused_with_the_line(tmp_path: Path, text: str, problem: str) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(LaunchError, match=problem.replace("(", r"\(").replace("$", r"\$")):
+        hosts.read_hostfile(tmp_path / "hosts")
+
+
+def test_words_for_the_remote_shell_are_quoted(plan: Plan) -> None:
+    odd = replace(plan, run_dir="/data/it's $HOME; id")
+    command = hosts.commands("ssh -p 2222")(odd)[1]
+    assert command[:7] == ["ssh", "-p", "2222", "-tt", "-o", "BatchMode=yes", "--"]
+    assert command[7] == "n2"
+    said = subprocess.run(
+        ["sh", "-c", command[8].replace("env ", "printf '%s\\n' ", 1)], capture_output=True, text=True
+    )
+    assert said.stdout.splitlines()[1:] == [
+        *(sys.executable, "-m", "launcher", "node", "--plan"),
+        *("/data/it's $HOME; id/plan.json", "--node-rank", "1"),
+    ]
+
+
+def test_a_grid_and_a_list_give_one_group_of_settings_a_run(tmp_path: Path) -> None:
+    (tmp_path / "grid").write_text("grid: {a.b: [1, 2], c: [x, 0.00001]}")
+    assert sweep.read_points(tmp_path / "grid") == [
+        ["a.b=1", "c=x"],
+        ["a.b=1", "c=1.0e-05"],
+        ["a.b=2", "c=x"],
+        ["a.b=2", "c=1.0e-05"],
+    ]
+    (tmp_path / "list").write_text("list: [{a: true}, {a: null, b: [1, 2]}]")
+    assert sweep.read_points(tmp_path / "list") == [["a=true"], ["a=null", "b=[1, 2]"]]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "grid: {}", "grid: {a: 1}", "list: []", "list: [1]", "x: 1", "a: [", "grid: {a: [1]}\nlist: []"]
+)
+def test_a_sweep_with_mistakes_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "sweep").write_text(text)
+    with pytest.raises(LaunchError):
+        sweep.read_points(tmp_path / "sweep")
+
+
+def test_array_tasks_are_named_by_array_and_task() -> None:
+    # the last task's own id is the array's: requeueing it would requeue every task
+    assert slurm.job_name_of({"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}) == "7_3"
+    assert slurm.job_name_of({"SLURM_JOB_ID": "7"}) == "7"
+    with pytest.raises(LaunchError, match="not inside a SLURM job"):
+        slurm.job_name_of({})
+
+
+def test_every_command_has_help() -> None:
+    for name in ("local", "slurm", "hosts", "show", "check", "status", "logs", "stop", "cancel", "resume"):
+        with pytest.raises(SystemExit) as left:
+            cli.main([name, "--help"])
+        assert left.value.code == 0
