@@ -24,8 +24,16 @@ from torch import Tensor
 from simclr_dist import distributed
 from simclr_dist.loss.batch import GlobalBatch
 
-BLOCK = 64
-LARGEST_WIDTH = 256  # a block of rows must fit into the registers and the shared memory
+LARGEST_WIDTH = 256
+WARPS_AND_STAGES = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+
+
+def padded_width_and_block(K: int) -> tuple[int, int]:
+    """K as a power of two, and the rows of a block: of them and of the columns, 96 KiB of shared memory are enough
+    on Ampere (Hopper: 160).
+    """
+    K_padded = max(16, triton.next_power_of_2(K))
+    return K_padded, 64 if K_padded <= 128 else 32
 
 
 class Kernels:
@@ -35,6 +43,7 @@ class Kernels:
         self.batch = batch
         self.z = batch.z.detach().contiguous()
         self.all = self.z
+        self.K_padded, self.block = padded_width_and_block(self.z.shape[1])
         images = torch.arange(batch.num_images * batch.world_size, device=self.z.device)
         if hide == "self":
             self.keys = torch.arange(batch.num_all_rows, device=self.z.device)
@@ -58,9 +67,9 @@ class Kernels:
 
     def _grid(self) -> tuple[tuple[int, int], int]:
         """(blocks of rows, chunks of columns), and the columns of a chunk."""
-        row_blocks, column_blocks = (triton.cdiv(len(rows), BLOCK) for rows in (self.z, self.all))
+        row_blocks, column_blocks = (triton.cdiv(len(rows), self.block) for rows in (self.z, self.all))
         chunks = min(column_blocks, max(1, _multiprocessors(self.z.device) // row_blocks))
-        chunk = triton.cdiv(column_blocks, chunks) * BLOCK
+        chunk = triton.cdiv(column_blocks, chunks) * self.block
         return (row_blocks, triton.cdiv(len(self.all), chunk)), chunk
 
     def _rows(self) -> tuple[Any, ...]:
@@ -68,8 +77,7 @@ class Kernels:
         return self.z, self.all, self.keys[self.batch.own], self.keys, *map(len, (self.z, self.all)), exp2_scale
 
     def _constants(self) -> dict[str, Any]:
-        K = self.z.shape[1]
-        return {"K": K, "K_PADDED": max(16, triton.next_power_of_2(K)), "BLOCK": BLOCK, "num_warps": 8}
+        return {"K": self.z.shape[1], "K_PADDED": self.K_padded, "BLOCK": self.block, **WARPS_AND_STAGES}
 
 
 def _multiprocessors(device: torch.device) -> int:
