@@ -138,12 +138,3 @@ def test_we_read_what_ffcvs_writer_writes(tmp_path: Path) -> None:
         for i in range(30):
             difference = abs(source.read(i).astype(int) - picture(i, *SIZES[i % len(SIZES)]))
             assert difference.max() == 0 if mode == "raw" else difference.mean() < 12
-
-
-def test_importing_ffcv_leaves_numba_as_it_was() -> None:
-    script = """
-        import numba.typed
-        assert len(numba.typed.Dict.empty(numba.int64, numba.int64)) == 0
-        print(torch.get_num_threads() > 0)
-    """
-    assert run(script) == "True"
