@@ -62,7 +62,7 @@ def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     local_var, local_mean = torch.var_mean(x, dims, correction=0)
     count = local_mean.new_full((1,), x.numel() // x.shape[1])
     gathered = distributed.all_gather(torch.cat([local_mean, local_var, count])[None])  # [W, 2C + 1]
-    means, variances, counts = gathered[:, :-1].chunk(2, dim=1) + (gathered[:, -1:],)
+    means, variances, counts = (*gathered[:, :-1].chunk(2, dim=1), gathered[:, -1:])
     total = counts.sum()
     share = counts / total
     mean = (share * means).sum(0)

@@ -154,10 +154,37 @@ def _add_inspect(commands: Any) -> None:
 
 
 def _run_inspect(args: argparse.Namespace) -> int:
-    from simclr_dist.data.beton import inspect_beton
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
 
-    print(inspect_beton(args.file, verify=args.verify))
-    return 0
+    from simclr_dist.data.inspect import inspect_beton
+
+    console = Console()
+    with Progress(console=console, disable=not (console.is_terminal and args.verify), transient=True) as progress:
+        task = progress.add_task("decoding", total=None)
+        found = inspect_beton(
+            args.file, args.verify, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    table = Table(show_header=False, box=None)
+    smallest, median, largest = found.sides
+    rows = {
+        "file": f"{found.path}, {found.num_bytes / 1e6:,.1f} MB",
+        "pictures": f"{found.num_samples:,} ({found.num_jpeg:,} JPEG, {found.num_samples - found.num_jpeg:,} raw)",
+        "longer side": f"{smallest} to {largest} px, median {median}",
+        "classes": ", ".join(f"{n} {c}" for n, c in zip(found.class_names[:20], found.class_counts, strict=False))
+        + (f" … ({len(found.class_names)} in all)" if len(found.class_names) > 20 else ""),
+        "fingerprint": found.fingerprint,
+        "decoded": "not tried (--verify does)"
+        if found.damaged is None
+        else f"{found.num_samples - len(found.damaged):,} well",
+    }
+    for key, value in rows.items():
+        table.add_row(key, value)
+    console.print(table, markup=False, highlight=False)
+    for sample, reason in list((found.damaged or {}).items())[:20]:
+        print(f"damaged: sample {sample}: {reason}", file=sys.stderr)
+    return 2 if found.damaged else 0
 
 
 def _add_config(commands: Any) -> None:

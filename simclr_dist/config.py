@@ -146,7 +146,9 @@ class Config(Section):
     name: Annotated[str, Field(pattern=NAME_PATTERN, description="The run's folder under `runs_dir`.")]
     runs_dir: str = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    resume: str = Field("auto", description="`auto`: the newest checkpoint, if any; `none`: refuse to continue; or a path.")
+    resume: str = Field(
+        "auto", description="`auto`: the newest checkpoint, if any; `none`: refuse to continue; or a path."
+    )
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig
@@ -168,7 +170,8 @@ class Config(Section):
             raise ValueError("evaluation.knn_every_epochs needs data.test: set it, or set knn_every_epochs to null")
         if self.optim.warmup_epochs >= self.train.epochs and self.optim.schedule == "cosine":
             raise ValueError(
-                f"optim.warmup_epochs ({self.optim.warmup_epochs:g}) must be shorter than train.epochs ({self.train.epochs})"
+                f"optim.warmup_epochs ({self.optim.warmup_epochs:g}) must be shorter than "
+                f"train.epochs ({self.train.epochs})"
             )
         return self
 
@@ -180,7 +183,7 @@ class Config(Section):
 class _Yaml(yaml.SafeLoader):
     """YAML without YAML 1.1's surprises: `no` and `on` are text, 0123 and 12:30 are not numbers."""
 
-    yaml_implicit_resolvers: dict = {}
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - the base class declares it so
 
 
 _Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF"))
@@ -316,7 +319,8 @@ def _cross_checks(
             lower, upper = global_batch // world_size * world_size, -(-global_batch // world_size) * world_size
             near = f"{lower} or {upper}" if lower else f"{upper}"
             problems.append(
-                f"{where}: train.global_batch_size: {global_batch} does not divide over {world_size} processes; use {near}"
+                f"{where}: train.global_batch_size: {global_batch} does not divide over {world_size} processes; "
+                f"use {near}"
             )
         elif isinstance(micro_batch, int) and micro_batch > 0 and (global_batch // world_size) % micro_batch:
             where = _place(("train", "micro_batch_size"), origins, path)

@@ -59,6 +59,7 @@ def all_gather_async(x: Tensor) -> Callable[[], Tensor]:
     x = x.detach().contiguous()
     gathered = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
     handle = dist.all_gather_into_tensor(gathered, x, async_op=True)
+    assert handle is not None
 
     def wait() -> Tensor:
         handle.wait()
@@ -92,6 +93,7 @@ def all_reduce_max_async(x: Tensor) -> Callable[[], Tensor]:
         return lambda: x
     x = x.clone()
     handle = dist.all_reduce(x, op=dist.ReduceOp.MAX, async_op=True)
+    assert handle is not None
 
     def wait() -> Tensor:
         handle.wait()
@@ -116,7 +118,9 @@ def set_timeout(seconds: float) -> None:
 def barrier() -> None:
     if world_size() > 1:
         # An all-reduce of one number: unlike dist.barrier() it needs no guess at a device.
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        device = (
+            torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        )
         all_reduce_sum_(torch.zeros(1, device=device))
 
 

@@ -1,4 +1,4 @@
-"""The network of SimCLR: an encoder f that yields h and a projection head g that yields z (Chen et al. 2020, section 2).
+"""The network of SimCLR (Chen et al. 2020, section 2): an encoder f yields h, a projection head g yields z.
 
 Encoders are torchvision's, with torchvision's parameter names, so that exporting is a matter of copying.
 """
@@ -96,9 +96,7 @@ def _shortcut(channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(channels, out_channels, 1, stride=2, bias=False), nn.BatchNorm2d(out_channels))
 
 
-def build_projection_head(
-    in_dim: int, hidden_dim: int, out_dim: int, *, layers: int, batch_norm: str
-) -> nn.Sequential:
+def build_projection_head(in_dim: int, hidden_dim: int, out_dim: int, *, layers: int, batch_norm: str) -> nn.Sequential:
     """g: `layers` linear maps with ReLU between (2: SimCLR v1, section 4.2; 3: SimCLR v2, arXiv 2006.10029 section 3).
 
     batch_norm: "all" also normalises z, as the authors' code does; "hidden" leaves z alone; "none" has biases instead.

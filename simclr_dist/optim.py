@@ -124,7 +124,7 @@ class LARS(Optimizer):
             velocities.append(state["velocity"])
         grads = [p.grad for p in weights]
         if group["weight_decay"]:
-            grads = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
+            grads = list(torch._foreach_add(grads, weights, alpha=group["weight_decay"]))
         if group["adapt"]:
             rates = [
                 torch.where((w > 0) & (g > 0), group["lr"] * group["trust_coefficient"] * w / g, group["lr"])

@@ -1,4 +1,4 @@
-"""Pretrain: `accelerate launch -m simclr_dist.train CONFIG [key=value …]`, or `python -m simclr_dist.train` for one process.
+"""Pretrain: `accelerate launch -m simclr_dist.train CONFIG [key=value …]`; with `python -m`, in one process.
 
 Exit code 0: finished, or stopped on request with everything saved; 2: bad input; 1: anything else. `status.json` in the
 run's directory says which (launchers between us and the caller turn every failure into 1).
@@ -36,20 +36,20 @@ def train(config: Config) -> None:
     from simclr_dist.data import DataError
     from simclr_dist.distributed import shut_down
     from simclr_dist.status import Reason
-    from simclr_dist.trainer import FailedElsewhere, NonFiniteAbort, Trainer
+    from simclr_dist.trainer import FailedElsewhereError, NonFiniteAbortError, Trainer
 
     reasons: dict[type[BaseException], Reason] = {
         ConfigError: "config_error",
         DataError: "data_error",
         CheckpointError: "checkpoint_error",
-        NonFiniteAbort: "nan_abort",
+        NonFiniteAbortError: "nan_abort",
     }
     trainer = None
     try:
         trainer = Trainer(config)
         trainer.fit()
         shut_down()
-    except FailedElsewhere:
+    except FailedElsewhereError:
         _leave(2)
     except tuple(reasons) as error:
         _report(config, trainer, reasons[type(error)], str(error))

@@ -30,7 +30,7 @@ from simclr_dist.data import Batch, DataError, build_loader, describe, load_imag
 from simclr_dist.evaluation.features import ImageBatch, extract_features_distributed
 from simclr_dist.evaluation.knn import knn_top1
 from simclr_dist.loss import NonFiniteError, NTXentLoss
-
+from simclr_dist.micro_batch import backward_in_micro_batches
 from simclr_dist.model import build_model
 from simclr_dist.monitor import Monitor, RunMonitor, SilentMonitor, memory_peak_gib
 from simclr_dist.optim import build_optimizer, build_schedule, peak_learning_rate, set_learning_rate
@@ -42,11 +42,11 @@ T = TypeVar("T")
 MAX_FAILED_SAVES = 3
 
 
-class NonFiniteAbort(Exception):
+class NonFiniteAbortError(Exception):
     """Training met NaN or infinity and its policy says stop."""
 
 
-class FailedElsewhere(Exception):
+class FailedElsewhereError(Exception):
     """Another rank has failed and tells about it; this one only leaves."""
 
 
@@ -54,7 +54,7 @@ class Trainer:
     """Pretrains as `config` says, on all processes together.
 
     All of them construct it and call `fit`. Raises ConfigError, DataError or CheckpointError on the first failing
-    rank and FailedElsewhere on the others.
+    rank and FailedElsewhereError on the others.
     """
 
     def __init__(self, config: Config) -> None:
@@ -92,7 +92,7 @@ class Trainer:
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
 
         self.augment = Augment(config.augment, config.seed, config.data.image_size)
-        self.plain_model = build_model(config.model).to(self.device)
+        self.plain_model: nn.Module = build_model(config.model).to(self.device)
         if config.train.channels_last:
             self.plain_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.model.batch_norm == "global":
@@ -138,7 +138,9 @@ class Trainer:
 
     def _seed_step(self) -> None:
         """Dropout and its like draw from a generator that depends on the step alone: a resume finds the same draws."""
-        words = np.random.SeedSequence([self.config.seed, self.state.step, self.world.rank]).generate_state(2, np.uint64)
+        words = np.random.SeedSequence([self.config.seed, self.state.step, self.world.rank]).generate_state(
+            2, np.uint64
+        )
         torch.manual_seed(int(words[0] >> np.uint64(1)))
 
     def backward(self, views: Tensor, sample_ids: Tensor) -> Tensor:
@@ -221,7 +223,7 @@ class Trainer:
             if train.on_non_finite == "skip" and self._skipped_steps <= train.max_skipped_steps:
                 self.monitor.warn(f"step {self.state.step} skipped: {error}")
                 return torch.tensor(math.nan)
-            raise NonFiniteAbort(
+            raise NonFiniteAbortError(
                 f"step {self.state.step}, learning rate {record['lr']:g}: {error}\n"
                 f"The batch's sample ids are in {path}. Usual causes: a learning rate or temperature that does not fit "
                 "the batch, fp16 without need (try train.precision=bf16), damaged images."
@@ -252,7 +254,7 @@ class Trainer:
                     start += len(sample_ids)
 
             return extract_features_distributed(
-                self.plain_model.encoder,
+                self.plain_model.get_submodule("encoder"),
                 load,
                 len(ids),
                 device=self.device,
@@ -275,9 +277,7 @@ class Trainer:
 
     def _save_is_due(self) -> bool:
         every_min = self.config.checkpoint.every_min
-        return (
-            self.world.is_main and every_min is not None and time.monotonic() - self._last_save_s >= 60 * every_min
-        )
+        return self.world.is_main and every_min is not None and time.monotonic() - self._last_save_s >= 60 * every_min
 
     def _save(self, final: bool = False) -> None:
         """A checkpoint by the main process, agreed by all: either every rank counts it as saved or none does."""
@@ -299,7 +299,7 @@ class Trainer:
                     versions=versions(),
                 )
                 checkpoint.prune(self.config.run_dir, self.config.checkpoint.keep)
-            except (OSError, NonFiniteAbort) as error:
+            except (OSError, NonFiniteAbortError) as error:
                 failure = error
         failed = distributed.first_failing_rank(failure is not None, self.device) is not None
         self._last_save_s = time.monotonic()
@@ -308,19 +308,21 @@ class Trainer:
             self._log({"speed/checkpoint_s": time.monotonic() - started})
             return
         self._failed_saves += 1
-        if isinstance(failure, NonFiniteAbort):
+        if isinstance(failure, NonFiniteAbortError):
             raise failure
         if failure is not None:
             self.monitor.warn(f"checkpoint of step {self.state.step} not saved: {failure}; training goes on")
         if final or self._failed_saves >= MAX_FAILED_SAVES:
             if failure is None:
-                raise FailedElsewhere
+                raise FailedElsewhereError
             raise CheckpointError(f"{self._failed_saves} save(s) in a row failed, the last with: {failure}")
 
     def _refuse_non_finite(self) -> None:
         for name, tensor in self.plain_model.state_dict().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise NonFiniteAbort(f"{name} holds NaN or infinity after step {self.state.step}; nothing was saved")
+                raise NonFiniteAbortError(
+                    f"{name} holds NaN or infinity after step {self.state.step}; nothing was saved"
+                )
 
     def _choose_checkpoint(self) -> Checkpoint | None:
         run_dir, resume = self.config.run_dir, self.config.resume
@@ -378,20 +380,23 @@ class Trainer:
         result, failure = None, None
         try:
             result = build()
-        except (ConfigError, DataError, CheckpointError, OSError) as error:
+        except (ConfigError, DataError, CheckpointError, OSError) as error:  # all that a user can cause
             failure = error
         first = distributed.first_failing_rank(failure is not None, self.device)
         if first is None:
             return result  # type: ignore[return-value]
         if failure is not None and first == self.world.rank:
             raise failure
-        raise FailedElsewhere
+        raise FailedElsewhereError
 
     def _open_monitor(self) -> Monitor:
         if not self.world.is_main:
             return SilentMonitor()
         run_dir = self.config.run_dir
-        run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+        except OSError as error:
+            raise ConfigError([f"runs_dir: {run_dir} cannot be made: {error.strerror}"]) from None
         (run_dir / "config.yaml").write_text(render_config(self.config), encoding="utf-8")
         facts = {"git": git_id(), "versions": versions(), "seed": self.config.seed, "attempt": attempt_name()}
         with (run_dir / "environment.jsonl").open("a", encoding="utf-8") as file:
@@ -414,7 +419,9 @@ class Trainer:
             f"run directory: {config.run_dir}"
         )
         if self.world.size > 1 and config.model.batch_norm == "per_device":
-            self.monitor.warn("model.batch_norm=per_device: statistics, and so results, depend on the number of devices")
+            self.monitor.warn(
+                "model.batch_norm=per_device: statistics, and so results, depend on the number of devices"
+            )
         if config.train.micro_batch_size is not None and any(
             isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.plain_model.modules()
         ):

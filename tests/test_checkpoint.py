@@ -109,9 +109,7 @@ def test_no_checkpoints_is_no_error(tmp_path: Path) -> None:
     assert checkpoint.newest_valid(tmp_path, pytest.fail) is None
 
 
-def test_a_write_that_dies_leaves_nothing_under_the_final_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_dies_leaves_nothing_under_the_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = trained()
     save(tmp_path, 1, model, optimizer)
 

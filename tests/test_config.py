@@ -49,7 +49,9 @@ def test_shipped_config_loads_and_is_named_after_its_file(path: Path) -> None:
 
 
 def test_overrides_win_over_the_file_in_their_order(good: Path) -> None:
-    config = load_config(good, ["train.epochs=30", "train.epochs=40", "optim.betas=[0.8, 0.9]", "loss={temperature: 0.3}"])
+    config = load_config(
+        good, ["train.epochs=30", "train.epochs=40", "optim.betas=[0.8, 0.9]", "loss={temperature: 0.3}"]
+    )
     assert (config.train.epochs, config.optim.betas, config.loss.temperature) == (40, (0.8, 0.9), 0.3)
 
 
@@ -73,9 +75,21 @@ def test_config_is_frozen(good: Path) -> None:
         ("  epochs: 20", "  epochs: 2.5", ":9: train.epochs: input should be a valid integer"),
         ("  epochs: 20", "  epochs: 0", ":9: train.epochs: input should be greater than or equal to 1, found 0"),
         ("  epochs: 20", "  epochs: 20\n  epochs: 30", ":10: train.epochs: written twice"),
-        ("  epochs: 20", "  epochs: 20\noptim: {base_lr: 1e-3}", "YAML reads 1e-3 as text, not as a number; write 1.0e-3"),
-        ("  epochs: 20", "  epochs: 20\noptim: {lr_scaling: no}", "optim.lr_scaling: input should be 'linear', 'sqrt' or"),
-        ("  epochs: 20", "  epochs: 20\nloss: {temperature: 0}", ":10: loss.temperature: input should be greater than 0"),
+        (
+            "  epochs: 20",
+            "  epochs: 20\noptim: {base_lr: 1e-3}",
+            "YAML reads 1e-3 as text, not as a number; write 1.0e-3",
+        ),
+        (
+            "  epochs: 20",
+            "  epochs: 20\noptim: {lr_scaling: no}",
+            "optim.lr_scaling: input should be 'linear', 'sqrt' or",
+        ),
+        (
+            "  epochs: 20",
+            "  epochs: 20\nloss: {temperature: 0}",
+            ":10: loss.temperature: input should be greater than 0",
+        ),
         ("  epochs: 20", "  epochs: 20\nloss: {temperature: -0.1}", "loss.temperature: input should be greater than 0"),
         ("  epochs: 20", "  epochs: 20\nloss: {temperature: .nan}", "loss.temperature"),
         ("  epochs: 20", "  epochs: 012", "train.epochs: input should be a valid integer"),
@@ -99,7 +113,14 @@ def test_mistake_is_named_with_file_line_and_key(good: Path, line: str, replacem
 def test_all_mistakes_are_told_at_once(good: Path) -> None:
     good.write_text(GOOD.replace("epochs: 20", "epochs: x\n  foo: 1").replace("synthetic", "gone.beton"))
     found = problems(good, "train.global_batch_size=63", "novalue", "optim.bse_lr=1.0", world_size=2)
-    for part in ("train.epochs", "train.foo", "gone.beton", "63 does not divide", "`novalue`", "did you mean `base_lr`"):
+    for part in (
+        "train.epochs",
+        "train.foo",
+        "gone.beton",
+        "63 does not divide",
+        "`novalue`",
+        "did you mean `base_lr`",
+    ):
         assert any(part in problem for problem in found), (part, found)
 
 

@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from simclr_dist.config import OptimConfig
-from simclr_dist.optim import LARS, LearningRate, build_optimizer, parameter_order, peak_learning_rate, set_learning_rate
+from simclr_dist.optim import (
+    LARS,
+    LearningRate,
+    build_optimizer,
+    parameter_order,
+    peak_learning_rate,
+    set_learning_rate,
+)
 
 
 def lars_by_hand(w, g, v, lr, momentum, decay, trust, adapt):  # type: ignore[no-untyped-def]

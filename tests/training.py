@@ -1,0 +1,128 @@
+"""Starts trainings as users do, in processes of their own, and reads what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from simclr_dist.data.writer import prepare
+from tests.conftest import REPOSITORY
+
+TINY = (
+    "data.test=null",
+    "evaluation.knn_every_epochs=null",
+    "train.epochs=3",
+    "train.global_batch_size=64",
+    "model.width=16",
+    "model.head_hidden_dim=128",
+    "optim.base_lr=0.002",
+    "monitor.log_every_steps=1",
+)
+STEPS = 24  # of TINY: 512 images, 8 steps an epoch
+
+
+def write_images(path: Path, count: int = 512) -> Path:
+    """A .beton file of coloured noise. Noise, because flat areas make ties at ReLU's kink: there two correct runs that
+    round differently part ways for good, and no curve could be compared with another.
+    """
+    generator = np.random.default_rng(0)
+    folder = path.with_suffix("")
+    for i in range(count):
+        pixels = generator.normal(generator.uniform(60, 200, 3), 40, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+        (folder / f"class{i % 4}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"class{i % 4}" / f"{i}.png")
+    prepare(folder, path)
+    return path
+
+
+class Training:
+    """One start of a run with `world_size` processes on this machine."""
+
+    def __init__(
+        self, images: Path, runs_dir: Path, name: str, *overrides: str, world_size: int = 1, **env: str
+    ) -> None:
+        self.run_dir = runs_dir / name
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        command = [sys.executable, "-m", "simclr_dist.train", str(REPOSITORY / "configs" / "smoke.yaml")]
+        command += [*TINY, f"data.train={images}", f"name={name}", f"runs_dir={runs_dir}", *overrides]
+        shared = {
+            **os.environ,
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            **env,
+        }
+        if world_size == 1:
+            del shared["WORLD_SIZE"]
+        self.ranks = [
+            subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**shared, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {})},
+            )
+            for rank in range(world_size)
+        ]
+        self.output: list[str] = []
+
+    def wait(self, timeout_s: float = 200) -> list[int]:
+        """Exit codes of the ranks; kills them all if they take longer."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            for process in self.ranks:
+                out, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+                self.output.append(out)
+        finally:
+            self.kill()
+        return [process.returncode for process in self.ranks]
+
+    def kill(self) -> None:
+        for process in self.ranks:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 100) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline or any(process.poll() is not None for process in self.ranks):
+                for process in self.ranks:
+                    process.kill()
+                raise AssertionError("".join(process.communicate()[0] for process in self.ranks))
+            time.sleep(0.02)
+
+    def has_logged(self, step: int) -> bool:
+        log = self.run_dir / "log.jsonl"
+        return log.exists() and f'"step": {step},' in log.read_text()
+
+    def losses(self) -> list[float]:
+        """By step, each step once."""
+        lines = [json.loads(line) for line in (self.run_dir / "log.jsonl").read_text().splitlines()]
+        found = [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
+        assert [step for step, _ in found] == list(range(1, len(found) + 1))
+        return [loss for _, loss in found]
+
+    def status(self) -> dict[str, object]:
+        return json.loads((self.run_dir / "status.json").read_text())
+
+    def final_bytes(self) -> dict[str, bytes]:
+        """Parameters, buffers and optimiser state of the newest checkpoint."""
+        newest = sorted((self.run_dir / "checkpoints").glob("step_*"))[-1]
+        return {name: (newest / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
