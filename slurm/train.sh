@@ -48,7 +48,7 @@ for word in "$@"; do [ "$word" != --stop-signal=USR2 ] || STOP_SIGNAL=USR2; done
 # kill-on-bad-exit: without it a dead node leaves the others waiting for 5 minutes and more.
 # cpus-per-task: since SLURM 22.05 srun no longer takes it from sbatch, and one core would feed all GPUs.
 # The inner trap: the stop signal may come before Python runs.
-srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --label \
+srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-${SLURM_JOB_CPUS_PER_NODE%%[(,]*}}" --label \
   ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} \
   sh -c 'trap "" USR1 USR2; exec "$@"' sh "$PYTHON" -m launcher node --plan "$RUN_DIR/plan.json" &
 STEP=$!

@@ -46,7 +46,10 @@ def wait_running(cluster: MiniSlurm, checkout: Checkout, job: str, attempts: int
 
 
 def end(cluster: MiniSlurm, checkout: Checkout, job: str, timeout_s: float = 60) -> str:
-    return cluster.wait_state(job, ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"], timeout_s)
+    try:
+        return cluster.wait_state(job, ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"], timeout_s)
+    except TimeoutError as error:
+        raise TimeoutError(f"{error}\n{log_of(checkout, job)}") from None
 
 
 def finish_soon(checkout: Checkout) -> None:
@@ -210,8 +213,8 @@ def test_another_number_of_nodes_goes_on_with_the_same_global_batch(cluster: Min
     cluster.run("scancel", "--signal=USR1", "--batch", job, check=True)
     cluster.wait_state(job, ["PENDING"])
     finish_soon(checkout)
-    cluster.run("scontrol", "update", f"jobid={job}", "NumNodes=1-1", check=True)
-    cluster.release(job)
+    cluster.run("scancel", job, check=True)
+    job = submit(cluster, checkout, "--nodes=1")
     assert end(cluster, checkout, job) == "COMPLETED", log_of(checkout, job)
     assert [entry["num_nodes"] for entry in checkout.records("start")] == [2, 1]
 
