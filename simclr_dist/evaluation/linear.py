@@ -24,10 +24,11 @@ from simclr_dist.data.errors import DataError
 from simclr_dist.evaluation.features import Features
 from simclr_dist.evaluation.labels import check_labels, split_by_class
 
-WEIGHT_DECAYS = tuple(10.0 ** (-i / 2) for i in range(13))  # 1 ... 1e-6: each fit starts where the stronger ended
+WEIGHT_DECAYS = tuple(10.0**-i for i in range(7))  # 1 ... 1e-6: each fit starts where the stronger ended
 HELD_OUT = 0.1
-PATIENCE = 3  # weaker decays tried after the held-out loss has begun to rise
+PATIENCE = 2  # weaker decays tried after the held-out loss has begun to rise
 CHUNK_ROWS = 16_384  # keeps logits small and in cache
+SWEEP_TOLERANCE, FINAL_TOLERANCE = 1e-4, 1e-5  # of the largest slope; the sweep only has to rank
 SGD_BATCH_SIZE = 256
 SGD_EPOCHS = 60
 
@@ -83,7 +84,7 @@ def linear_probe(
         fits(x[fit_rows], y[fit_rows], num_classes, WEIGHT_DECAYS, seed), x[held_rows], y[held_rows]
     )
     if method == "lbfgs":
-        fit = _Curvature(x).fit(x, y, weight_decay, start)
+        fit = _Curvature(x).fit(x, y, weight_decay, start, FINAL_TOLERANCE)
     else:
         fit = _fit_sgd(x, y, num_classes, (weight_decay,), seed)[0]
 
@@ -133,16 +134,18 @@ class _Curvature:
     def __init__(self, x: Tensor) -> None:
         self.eigenvalues, self.axes = torch.linalg.eigh((x.T @ x / len(x)).double())
 
-    def fit(self, x: Tensor, y: Tensor, weight_decay: float, start: _Fit) -> _Fit:
+    def fit(self, x: Tensor, y: Tensor, weight_decay: float, start: _Fit, tolerance: float) -> _Fit:
         """The minimum for features x float32 [n, D] and labels y [n]: matrix products in float32, sums in float64."""
         n, (D, C) = len(x), start.weight.shape
+        # Classes first: sums over them then run along whole cache lines, 1.5 times as fast in all for ten classes.
+        targets = F.one_hot(y, C).T.to(x.dtype).contiguous()
         s = (self.eigenvalues.clamp_min(0) / C + weight_decay).rsqrt()[:, None]
         v = ((self.axes.T @ start.weight) / s).requires_grad_()
         b = start.bias.clone().requires_grad_()
         solver = torch.optim.LBFGS(
             [v, b],
             max_iter=300,
-            tolerance_grad=1e-5,
+            tolerance_grad=tolerance,
             tolerance_change=1e-9,
             history_size=20,
             line_search_fn="strong_wolfe",
@@ -150,16 +153,17 @@ class _Curvature:
 
         @torch.no_grad()
         def objective() -> Tensor:
-            weight, bias = (self.axes @ (s * v)).float(), b.float()
+            weight, bias = (self.axes @ (s * v)).T.float(), b[:, None].float()
             loss = v.new_zeros(())
-            slope, bias_slope = v.new_zeros((D, C)), v.new_zeros(C)
-            for x_part, y_part in zip(x.split(CHUNK_ROWS), y.split(CHUNK_ROWS), strict=True):
-                log_p = torch.addmm(bias, x_part, weight).log_softmax(dim=1)
-                loss -= log_p.gather(1, y_part[:, None]).sum(dtype=torch.float64)
-                residual = log_p.exp_().scatter_add_(1, y_part[:, None], log_p.new_full((len(y_part), 1), -1.0))
-                slope += x_part.T @ residual
-                bias_slope += residual.sum(dim=0, dtype=torch.float64)
-            v.grad = s * (self.axes.T @ slope) / n + weight_decay * s.square() * v
+            slope, bias_slope = v.new_zeros((C, D)), v.new_zeros(C)
+            for x_part, target in zip(x.split(CHUNK_ROWS), targets.split(CHUNK_ROWS, dim=1), strict=True):
+                logits = torch.addmm(bias, weight, x_part.T)
+                normaliser = logits.logsumexp(dim=0)
+                loss += normaliser.sum(dtype=torch.float64) - (logits * target).sum(dtype=torch.float64)
+                residual = (logits - normaliser).exp_().sub_(target)
+                slope += residual @ x_part
+                bias_slope += residual.sum(dim=1, dtype=torch.float64)
+            v.grad = s * (self.axes.T @ slope.T) / n + weight_decay * s.square() * v
             b.grad = bias_slope / n
             return loss / n + weight_decay / 2 * (s * v).square().sum()
 
@@ -175,7 +179,7 @@ def _path_lbfgs(
     zeros = x.new_zeros((x.shape[1] + 1, num_classes), dtype=torch.float64)
     fit = _Fit(zeros[:-1], zeros[-1])
     for weight_decay in weight_decays:
-        fit = curvature.fit(x, y, weight_decay, fit)
+        fit = curvature.fit(x, y, weight_decay, fit, SWEEP_TOLERANCE)
         yield weight_decay, fit
 
 
@@ -186,8 +190,7 @@ def _path_lbfgs(
 def _path_sgd(
     x: Tensor, y: Tensor, num_classes: int, weight_decays: tuple[float, ...], seed: int
 ) -> Iterator[tuple[float, _Fit]]:
-    coarse = weight_decays[::2]
-    yield from zip(coarse, _fit_sgd(x, y, num_classes, coarse, seed), strict=True)
+    yield from zip(weight_decays, _fit_sgd(x, y, num_classes, weight_decays, seed), strict=True)
 
 
 def _fit_sgd(x: Tensor, y: Tensor, num_classes: int, weight_decays: tuple[float, ...], seed: int) -> list[_Fit]:
