@@ -185,18 +185,19 @@ def _header(
         num_ids = ids.shape[0] if ids.device == z.device else -3
     shape = (*z.shape, 0, 0)[:2]
     dtype = DTYPES.index(z.dtype) if z.dtype in DTYPES else -1
-    known = torch.tensor([z.ndim, *shape, dtype, num_views, num_ids, implementation], device=z.device)
-    tau = torch.as_tensor(temperature, dtype=torch.float64).detach().reshape(1).to(z.device)
-    parts = [known, tau.view(torch.int64)]
-    fit = torch.ones(1, dtype=torch.int64, device=z.device)
+    bits = 0 if isinstance(temperature, Tensor) else struct.unpack("<q", struct.pack("<d", temperature))[0]
+    header = torch.tensor(
+        [z.ndim, *shape, dtype, num_views, num_ids, implementation, bits, 1, 0, 0], dtype=torch.int64, device=z.device
+    )
+    # What only the device knows is written there, so that the host reads once.
+    if isinstance(temperature, Tensor):
+        header[7] = temperature.detach().to(torch.float64).view(torch.int64)
     if ids is not None and num_ids > 0:
-        fit = ids.to(torch.int32).eq(ids).all(0, keepdim=True).long()
-    bad = ~lengths.isfinite()
-    if bad.numel():
-        parts += [fit, bad.sum(0, keepdim=True), bad.long().argmax(0, keepdim=True)]
-    else:
-        parts += [fit, known.new_zeros(2)]
-    return torch.cat(parts)
+        header[8] = ids.to(torch.int32).eq(ids).all()
+    if len(lengths):
+        bad = lengths.isfinite().logical_not_()
+        header[9], header[10] = bad.sum(), bad.byte().argmax()
+    return header
 
 
 def _raise_faults(headers: list[Header]) -> None:

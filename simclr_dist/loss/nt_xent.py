@@ -175,8 +175,7 @@ def _symmetric(batch: GlobalBatch, temperature: Tensor, decoupled: bool, impleme
             weight = m[shift] + m[-shift].roll(-shift, dims=0)
             pulled.addcmul_(weight[..., None], views.roll(-shift, dims=0), value=-1)
         gradient *= batch.grad_scale / (batch.num_all_rows * batch.temperature)
-        along = torch.einsum("nk,nk->", e.z, gradient)
-        temperature_gradient = along / (-2 * batch.temperature)
+        temperature_gradient = torch.dot(e.z.flatten(), gradient.flatten()) / (-2 * batch.temperature)
     return with_gradient(loss, (batch.z, gradient), (temperature, temperature_gradient))
 
 
@@ -191,7 +190,7 @@ def _value(batch: GlobalBatch, q: Tensor, z: Tensor, decoupled: bool) -> tuple[T
     loss, a, m = q.new_zeros(()), torch.zeros_like(q), [q.new_empty(0)]
     has_negatives = q > 0
     for shift in range(1, V):
-        s = torch.einsum("wvbk,wvbk->wvb", z, z.roll(-shift, dims=1)) / batch.temperature
+        s = (z * z.roll(-shift, dims=1)).sum(-1) / batch.temperature
         excess = q.log() - s
         if decoupled:  # a row without negatives has nothing to be far from
             loss += excess.where(has_negatives, 0).mean()

@@ -71,7 +71,7 @@ def _symmetric(batch: GlobalBatch, classes: Tensor, implementation: str) -> Tens
         class_sums = e.z.new_zeros(len(size), e.z.shape[1]).index_add_(0, index, e.all)
         others = class_sums[index] - e.all
         num_positives = (size[index] - 1).to(r.dtype)
-        s = torch.einsum("nk,nk->n", e.all, others) / num_positives / batch.temperature
+        s = (e.all * others).sum(1) / num_positives / batch.temperature
         loss = (r.log() - s).mean().to(batch.z.dtype)
         if not needs_gradient:
             return loss

@@ -51,6 +51,7 @@ class Tiles:
         self.exp2_scale = math.log2(math.e) / batch.temperature  # exp2 is several times faster than exp
         n = batch.num_rows
         self.size = min(n, tile_size or _tile_size(n, self.z.device))
+        # A few tiles may stay for the gradient; more than fit into the cache would cost more than they save.
         self.keeps_tiles = n * n <= 1 << 20 and self.z.device.type == "cpu"
         self.kept: list[Tensor] = []
         self._e, self._w = (self.z.new_empty(self.size**2) for _ in range(2))
@@ -66,16 +67,14 @@ class Tiles:
         sums = self.z.new_zeros(n * W)
         own_sums = sums[own]
         for i, j in triangle(n, self.size):  # while the rows of the others travel
-            e = self._exp(i, self.z, j, own.start)
-            if self.keeps_tiles:
-                self.kept.append(e.clone())
+            e = self._exp(i, self.z, j, own.start, self._tile_to_keep() if self.keeps_tiles else self._e)
             own_sums[i] += e.sum(1)
             if i != j:
                 own_sums[j] += e.sum(0)
         if W > 1:
             self.all = self.batch.all_rows().to(self.z.dtype)
             for i, j in share_of_pairs(self.batch.rank, W, n, self.size):
-                e = self._exp(i, self.all, j, 0)
+                e = self._exp(i, self.all, j, 0, self._e)
                 own_sums[i] += e.sum(1)
                 sums[j] += e.sum(0)
             distributed.all_reduce_sum_(sums)
@@ -88,7 +87,10 @@ class Tiles:
         own_a, own_pull = a[own], pull
         kept = iter(self.kept)
         for i, j in triangle(n, self.size):
-            e = next(kept) if self.keeps_tiles else self._exp(i, self.z, j, own.start)
+            if self.keeps_tiles:
+                e = _shape(next(kept), self.z[i], self.z[j])
+            else:
+                e = self._exp(i, self.z, j, own.start, self._e)
             w = self._weigh(e, own_a[i], own_a[j])
             own_pull[i].addmm_(w, self.z[j])
             if i != j:
@@ -96,14 +98,18 @@ class Tiles:
         self.kept.clear()
         for j in (*spans(0, own.start, self.size), *spans(own.stop, len(a), self.size)):
             for i in spans(0, n, self.size):
-                w = self._weigh(self._exp(i, self.all, j, 0), own_a[i], a[j])
+                w = self._weigh(self._exp(i, self.all, j, 0, self._e), own_a[i], a[j])
                 pull[i].addmm_(w, self.all[j])
         return pull
 
-    def _exp(self, i: slice, columns: Tensor, j: slice, j_offset: int) -> Tensor:
-        """The tile of own rows i and of `columns[j]`; columns[0] is the global row j_offset."""
+    def _tile_to_keep(self) -> Tensor:
+        self.kept.append(torch.empty_like(self._e))
+        return self.kept[-1]
+
+    def _exp(self, i: slice, columns: Tensor, j: slice, j_offset: int, buffer: Tensor) -> Tensor:
+        """The tile of own rows i and of `columns[j]`, in `buffer`; columns[0] is the global row j_offset."""
         left, right = self.z[i], columns[j]
-        e = self._e[: len(left) * len(right)].view(len(left), len(right))
+        e = _shape(buffer, left, right)
         torch.addmm(e, left, right.T, beta=0, alpha=self.exp2_scale, out=e).exp2_()
         first = self.batch.own.start
         i0, j0 = i.start + first, j.start + j_offset
@@ -117,8 +123,12 @@ class Tiles:
         return e
 
     def _weigh(self, e: Tensor, a_i: Tensor, a_j: Tensor) -> Tensor:
-        both = torch.add(a_i[:, None], a_j, out=self._w[: e.numel()].view_as(e))
-        return e.mul_(both)
+        return e.mul_(torch.add(a_i[:, None], a_j, out=_shape(self._w, a_i, a_j)))
+
+
+def _shape(buffer: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The front of a buffer as a tile of so many rows and columns."""
+    return buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
 
 
 def _tile_size(num_rows: int, device: torch.device) -> int:
