@@ -121,6 +121,18 @@ def test_blur_kernel_is_a_tenth_of_the_side(side: int, size: int) -> None:
     assert blur_kernel_size(side) == size
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """On a CPU there are two: the compiled kernel, and torch's operations, which GPUs use as well."""
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+        assert module._kernel() is not None
+    else:
+        monkeypatch.setattr(module, "_kernel", lambda: None)
+    return request.param
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("preset", ["simclr_imagenet", "simclr_cifar", "asymmetric", "none"])
 def test_whole_preset_is_torchvisions_for_the_same_parameters(preset: str) -> None:
     augment, images = Augment(AugmentConfig(preset=preset), 3, SIDE), batch(48)
@@ -131,15 +143,18 @@ def test_whole_preset_is_torchvisions_for_the_same_parameters(preset: str) -> No
     torch.testing.assert_close(augment(images).flatten(0, 1), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.usefixtures("way")
 def test_a_view_does_not_depend_on_its_company(monkeypatch: pytest.MonkeyPatch) -> None:
     augment = Augment(AugmentConfig(preset="asymmetric"), 0, SIDE)
     together = augment(batch(20)).clone()
     halves = torch.cat([augment(batch(10)).clone(), augment(batch(10, first=10)).clone()], dim=1)
     assert torch.equal(together, halves)
     monkeypatch.setattr(module, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(together, augment(batch(20)))
 
 
+@pytest.mark.usefixtures("way")
 def test_views_seeds_and_epochs_differ_and_repeat() -> None:
     same = torch.full((2, 8, SIDE, SIDE, 3), 90, dtype=torch.uint8)
     same[:, :, ::2, :, 0] = 200
@@ -155,6 +170,7 @@ def test_views_seeds_and_epochs_differ_and_repeat() -> None:
     assert not torch.equal(first, views(0, 1))
 
 
+@pytest.mark.usefixtures("way")
 def test_output_is_channels_last_float32_even_under_autocast() -> None:
     augment, images = Augment(AugmentConfig(), 0, SIDE), batch(4)
     expected = augment(images).clone()
@@ -166,6 +182,7 @@ def test_output_is_channels_last_float32_even_under_autocast() -> None:
     assert torch.equal(views, expected)
 
 
+@pytest.mark.usefixtures("way")
 def test_views_that_are_held_do_not_change() -> None:
     augment = Augment(AugmentConfig(), 0, SIDE)
     held = [augment(batch(4, first=4 * i))[1, 2:] for i in range(6)]
@@ -190,6 +207,16 @@ def test_normalize_is_torchvisions_for_evaluation() -> None:
     images = batch(5).views[0]
     expected = reference.normalize(images.permute(0, 3, 1, 2).float() / 255, module.MEAN, module.STD)
     torch.testing.assert_close(normalize(images), expected, atol=1e-5, rtol=0)
+
+
+def test_warmup_leaves_nothing_to_compile() -> None:
+    pytest.importorskip("numba")
+    module.warmup()
+    kernel = module._kernel()
+    assert kernel is not None
+    assert len(kernel.augment_views.signatures) == 1
+    Augment(AugmentConfig(), 0, SIDE)(batch(2))
+    assert len(kernel.augment_views.signatures) == 1
 
 
 class TestDistribution:

@@ -44,11 +44,6 @@ def unavailable() -> str | None:
     return None
 
 
-def warmup() -> None:
-    """Compiles the kernel, unless its machine code is on disk: once a node, before many processes start."""
-    importlib.import_module("simclr_dist.data.kernel")
-
-
 @cache
 def import_ffcv() -> ModuleType:
     """The package ffcv, with its import made ten times shorter.

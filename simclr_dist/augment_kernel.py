@@ -1,0 +1,193 @@
+"""`simclr_dist.augment` for CPUs, compiled: a view goes through all its operations while it lies in the core's cache.
+
+The operations and their order are those of `augment`, which explains them; tests hold the two together. Runs without
+the GIL on as many threads as the caller likes; a view's result does not depend on its company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+
+f4 = np.float32
+_ZERO, _ONE, _TWO, _THREE, _SIX, _TINY = f4(0), f4(1), f4(2), f4(3), f4(6), f4(1e-12)
+_R, _G, _B = f4(0.2989), f4(0.587), f4(0.114)
+_HALF, _TO_UNIT = f4(0.5), f4(1 / 255)
+# Sums may be added up in any order, which is what lets them use the CPU's wide registers.
+_FASTMATH = {"reassoc", "contract", "nsz"}
+
+_plane = types.float32[::1]
+_planes = types.float32[:, ::1]
+
+
+def _compiled(signature: Any) -> Callable[[Callable], Callable]:
+    jit: Any = njit
+
+    def decorate(function: Callable) -> Callable:
+        try:
+            return jit(signature, nogil=True, cache=True, error_model="numpy", fastmath=_FASTMATH)(function)
+        except RuntimeError:  # no folder to keep machine code in: compile in every process
+            return jit(signature, nogil=True, error_model="numpy", fastmath=_FASTMATH)(function)
+
+    return decorate
+
+
+@_compiled(types.void(_planes, types.float32))
+def _brightness(x, factor):  # type: ignore[no-untyped-def]
+    for c in range(3):
+        plane = x[c]
+        for i in range(plane.size):
+            plane[i] = min(max(plane[i] * factor, _ZERO), _ONE)
+
+
+@_compiled(types.void(_planes, types.float32))
+def _contrast(x, factor):  # type: ignore[no-untyped-def]
+    r, g, b = x[0], x[1], x[2]
+    total = _ZERO
+    for i in range(r.size):
+        total += _R * r[i] + _G * g[i] + _B * b[i]
+    offset = (_ONE - factor) * (total / f4(r.size))
+    for c in range(3):
+        plane = x[c]
+        for i in range(plane.size):
+            plane[i] = min(max(plane[i] * factor + offset, _ZERO), _ONE)
+
+
+@_compiled(types.void(_planes, types.float32))
+def _saturation(x, factor):  # type: ignore[no-untyped-def]
+    r, g, b = x[0], x[1], x[2]
+    rest = _ONE - factor
+    for i in range(r.size):
+        gray = rest * (_R * r[i] + _G * g[i] + _B * b[i])
+        r[i] = min(max(r[i] * factor + gray, _ZERO), _ONE)
+        g[i] = min(max(g[i] * factor + gray, _ZERO), _ONE)
+        b[i] = min(max(b[i] * factor + gray, _ZERO), _ONE)
+
+
+@_compiled(types.void(_planes, types.float32))
+def _hue(x, turns):  # type: ignore[no-untyped-def]
+    """See augment.rotate_hue_."""
+    r, g, b = x[0], x[1], x[2]
+    shift = _SIX * turns
+    for i in range(r.size):
+        red, green, blue = r[i], g[i], b[i]
+        value = max(max(red, green), blue)
+        chroma = value - min(min(red, green), blue)
+        way = _TWO * chroma - value - red + green + blue
+        hue = (way if green >= blue else -way) / max(chroma, _TINY) + shift
+        hue = hue - _SIX if hue > _THREE else hue
+        hue = hue + _SIX if hue < -_THREE else hue
+        r[i] = value - chroma * min(max(abs(hue) - _ONE, _ZERO), _ONE)
+        g[i] = value - chroma * min(max(_TWO - abs(abs(hue - _TWO) - _THREE), _ZERO), _ONE)
+        b[i] = value - chroma * min(max(_TWO - abs(abs(hue + _TWO) - _THREE), _ZERO), _ONE)
+
+
+@_compiled(types.void(_planes))
+def _grayscale(x):  # type: ignore[no-untyped-def]
+    r, g, b = x[0], x[1], x[2]
+    for i in range(r.size):
+        gray = _R * r[i] + _G * g[i] + _B * b[i]
+        r[i] = gray
+        g[i] = gray
+        b[i] = gray
+
+
+@_compiled(types.void(_planes))
+def _solarize(x):  # type: ignore[no-untyped-def]
+    for c in range(3):
+        plane = x[c]
+        for i in range(plane.size):
+            plane[i] = _ONE - plane[i] if plane[i] >= _HALF else plane[i]
+
+
+@_compiled(types.void(_planes, types.int64, types.float64, types.int64, _plane, _plane))
+def _blur(x, side, sigma, kernel_size, scratch, row):  # type: ignore[no-untyped-def]
+    """scratch [side * side], row [side + kernel_size - 1]. Borders are reflected without repeating the edge."""
+    reach = kernel_size // 2
+    weight = np.empty(kernel_size, np.float64)
+    for t in range(kernel_size):
+        weight[t] = np.exp(-0.5 * ((t - reach) / sigma) ** 2)
+    weight /= weight.sum()
+    for c in range(3):
+        plane = x[c]
+        for y in range(side):
+            out = scratch[y * side : (y + 1) * side]
+            out[:] = _ZERO
+            for t in range(kernel_size):
+                source = abs(y + t - reach)
+                source = 2 * (side - 1) - source if source >= side else source
+                line = plane[source * side : (source + 1) * side]
+                k = f4(weight[t])
+                for i in range(side):
+                    out[i] += k * line[i]
+        for y in range(side):
+            line = scratch[y * side : (y + 1) * side]
+            row[reach : reach + side] = line
+            for t in range(1, reach + 1):
+                row[reach - t] = line[t]
+                row[reach + side - 1 + t] = line[side - 1 - t]
+            out = plane[y * side : (y + 1) * side]
+            out[:] = _ZERO
+            for t in range(kernel_size):
+                k = f4(weight[t])
+                moved = row[t : t + side]
+                for i in range(side):
+                    out[i] += k * moved[i]
+
+
+@_compiled(
+    types.void(
+        types.uint8[:, :, :, ::1],
+        types.float32[:, :, :, ::1],
+        types.boolean[::1],
+        types.float64[:, ::1],
+        types.int64[:, ::1],
+        types.boolean[:, ::1],
+        types.int64,
+        _plane,
+        _plane,
+    )
+)
+def augment_views(images, out, jitter, factors, order, then, kernel_size, mean, std):  # type: ignore[no-untyped-def]
+    """Augments n views, uint8 images [n, S, S, 3] to normalised float32 out [n, S, S, 3].
+
+    jitter [n]; factors [n, 5]: brightness, contrast, saturation, hue, sigma; order [n, 4];
+    then [n, 3]: grayscale, blur, solarise; mean, std [3].
+    """
+    n, S = images.shape[0], images.shape[1]
+    P = S * S
+    x = np.empty((3, P), np.float32)
+    scratch = np.empty(P, np.float32)
+    row = np.empty(S + kernel_size, np.float32)
+    for k in range(n):
+        pixels = images[k].reshape(P, 3)
+        for i in range(P):
+            x[0, i] = f4(pixels[i, 0]) * _TO_UNIT
+            x[1, i] = f4(pixels[i, 1]) * _TO_UNIT
+            x[2, i] = f4(pixels[i, 2]) * _TO_UNIT
+        if jitter[k]:
+            for step in range(4):
+                operation = order[k, step]
+                factor = f4(factors[k, operation])
+                if operation == 0:
+                    _brightness(x, factor)
+                elif operation == 1:
+                    _contrast(x, factor)
+                elif operation == 2:
+                    _saturation(x, factor)
+                else:
+                    _hue(x, factor)
+        if then[k, 0]:
+            _grayscale(x)
+        if then[k, 1]:
+            _blur(x, S, factors[k, 4], kernel_size, scratch, row)
+        if then[k, 2]:
+            _solarize(x)
+        target = out[k].reshape(P, 3)
+        for c in range(3):
+            plane, scale = x[c], _ONE / std[c]
+            for i in range(P):
+                target[i, c] = (plane[i] - mean[c]) * scale
