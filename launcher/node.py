@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def run_node(plan_path: Path, node_rank: int | None) -> None:
     if rank == 0:
         print(f"launcher: {describe(plan, ifname)}", flush=True)
     os.chdir(plan.workdir)
-    argv = agent_argv(plan, rank)
+    # In a container the interpreter is another one than where the plan was made.
+    argv = agent_argv(replace(plan, python=str(Path(sys.executable).absolute())), rank)
     sys.stdout.flush()
     os.execve(argv[0], argv, agent_env(plan, ifname, machine.num_cpus(), os.environ))
 

@@ -102,7 +102,8 @@ class Ended:
 
 
 def earlier_attempts(run_dir: Path, attempt: str) -> list[Ended]:
-    """Attempts of this attempt's job before it, oldest first. One that left no end (a lost node) counts as failed."""
+    """Attempts of this attempt's job before it, oldest first. One that left no end was cut off by a lost node or by a
+    scheduler that waited no longer: no failure of the run."""
     job = attempt.partition(".")[0]
     starts: dict[str, int] = {}
     ends: dict[str, dict[str, Any]] = {}
@@ -120,7 +121,7 @@ def earlier_attempts(run_dir: Path, attempt: str) -> list[Ended]:
         else:
             # What it reached is where the next one started.
             following = starts[names[i + 1]] if i + 1 < len(names) else start_step(run_dir, attempt)
-            progressed, failed = following > starts[name], True
+            progressed, failed = following > starts[name], False
         result.append(Ended(failed, progressed))
     return result
 

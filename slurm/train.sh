@@ -24,6 +24,7 @@ set -u
 PYTHON="${SIMCLR_PYTHON:-}"        # EDIT: or export SIMCLR_PYTHON; else .venv here, else python3
 [ -n "$PYTHON" ] || { [ -x .venv/bin/python ] && PYTHON="$PWD/.venv/bin/python"; } || PYTHON=python3
 IN_CONTAINER=()                    # EDIT: e.g. (apptainer exec --nv simclr.sif); the lines below stay outside
+NODE_PYTHON="$PYTHON"              # EDIT: the interpreter inside the container
 
 # For arrays ARRAY_TASK: the last task's plain number would stand for the whole array.
 JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
@@ -50,7 +51,7 @@ for word in "$@"; do [ "$word" != --stop-signal=USR2 ] || STOP_SIGNAL=USR2; done
 # The inner trap: the stop signal may come before Python runs.
 srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-${SLURM_JOB_CPUS_PER_NODE%%[(,]*}}" --label \
   ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} \
-  sh -c 'trap "" USR1 USR2; exec "$@"' sh "$PYTHON" -m launcher node --plan "$RUN_DIR/plan.json" &
+  sh -c 'trap "" USR1 USR2; exec "$@"' sh "$NODE_PYTHON" -m launcher node --plan "$RUN_DIR/plan.json" &
 STEP=$!
 # `wait` returns early at every signal: ask until the step is really over.
 while :; do wait "$STEP"; RC=$?; kill -0 "$STEP" 2>/dev/null || break; done

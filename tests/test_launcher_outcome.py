@@ -119,7 +119,7 @@ def write_records(run_dir: Path, *records: tuple[str, str, dict]) -> None:
         outcome.record(run_dir, event, attempt, **values)
 
 
-def test_only_the_same_jobs_attempts_count_and_a_lost_one_failed(tmp_path: Path) -> None:
+def test_only_the_same_jobs_attempts_count_and_a_lost_one_is_no_failure(tmp_path: Path) -> None:
     write_records(
         tmp_path,
         ("start", "6.0-aaaaaa", {"step": 0}),
@@ -129,7 +129,7 @@ def test_only_the_same_jobs_attempts_count_and_a_lost_one_failed(tmp_path: Path)
         ("start", "7.1-aaaaaa", {"step": 5}),  # its node was lost: no end
         ("start", "7.2-aaaaaa", {"step": 9}),
     )
-    assert outcome.earlier_attempts(tmp_path, "7.2-aaaaaa") == [Ended(False, True), Ended(True, True)]
+    assert outcome.earlier_attempts(tmp_path, "7.2-aaaaaa") == [Ended(False, True), Ended(False, True)]
 
 
 def test_a_line_cut_short_does_not_hide_the_others(tmp_path: Path) -> None:

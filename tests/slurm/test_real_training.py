@@ -1,0 +1,100 @@
+"""The real trainer through sbatch: interrupted and resumed, it ends where the undisturbed run ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launcher_checkout import REPOSITORY, Checkout, wait_for
+from tests.slurm.mini_slurm import MiniSlurm
+from tests.slurm.test_train_script import end, log_of
+
+pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(600)]
+SETTINGS = ("train.epochs=16", "evaluation.knn_every_epochs=null", "checkpoint.every_epochs=1", "optim.warmup_epochs=1")
+
+
+@pytest.fixture
+def real_checkout(checkout: Checkout) -> Checkout:
+    shutil.rmtree(checkout.root / "simclr_dist")
+    for name in ("simclr_dist", "configs"):
+        shutil.copytree(REPOSITORY / name, checkout.root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return checkout
+
+
+def submit(cluster: MiniSlurm, checkout: Checkout, name: str) -> str:
+    cluster.env |= {"SIMCLR_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    words = ("slurm/train.sh", "--nproc=1", "configs/smoke.yaml", f"name={name}", *SETTINGS)
+    return cluster.submit("--nodes=2", *words, cwd=checkout.root)
+
+
+def wait_for_steps(checkout: Checkout, name: str, job: str, steps: int) -> None:
+    """The run has gone so many steps further than its newest attempt's start."""
+    run_dir = checkout.root / "runs" / name
+    start = checkout.records("start", run_dir)[-1]["step"] if (run_dir / "attempts.jsonl").exists() else 0
+
+    def far_enough() -> bool:
+        path = run_dir / "log.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return bool(lines) and json.loads(lines[-1])["step"] >= start + steps
+
+    try:
+        wait_for(far_enough, 120, f"{steps} steps of {name}")
+    except TimeoutError as error:
+        raise TimeoutError(f"{error}\n{log_of(checkout, job)}") from None
+
+
+def weights_of(run_dir: Path) -> dict[str, str]:
+    """Hashes of the last checkpoint's tensors."""
+    newest = max((run_dir / "checkpoints").glob("step_*"))
+    files = sorted(newest.glob("*.safetensors"))
+    assert files
+    return {f"{newest.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_two_preemptions_do_not_change_a_single_bit(cluster: MiniSlurm, real_checkout: Checkout) -> None:
+    checkout = real_checkout
+    undisturbed = submit(cluster, checkout, "undisturbed")
+    assert end(cluster, checkout, undisturbed, 200) == "COMPLETED", log_of(checkout, undisturbed)
+    job = submit(cluster, checkout, "disturbed")
+    wait_for_steps(checkout, "disturbed", job, 10)
+    cluster.run("scancel", "--signal=USR1", "--batch", job, check=True)  # as before the time limit
+    cluster.release(job)
+    wait_for(
+        lambda: len(checkout.records("start", checkout.root / "runs" / "disturbed")) == 2, 60, "the second attempt"
+    )
+    wait_for_steps(checkout, "disturbed", job, 10)
+    cluster.run("scontrol", "requeue", job, check=True)
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "2", 60, "the second requeue")
+    cluster.release(job)
+    assert end(cluster, checkout, job, 200) == "COMPLETED", log_of(checkout, job)
+    starts = [entry["step"] for entry in checkout.records("start", checkout.root / "runs" / "disturbed")]
+    assert len(starts) == 3
+    assert 0 == starts[0] < starts[1] < starts[2]
+    ends = checkout.records("end", checkout.root / "runs" / "disturbed")
+    # The lab's KillWait of 5 s may end the script before it records the second end.
+    assert {entry["state"] for entry in ends[:-1]} == {"preempted"}
+    assert ends[-1]["state"] == "finished"
+    first, second = (weights_of(checkout.root / "runs" / name) for name in ("undisturbed", "disturbed"))
+    assert first == second
+
+
+@pytest.mark.slow
+def test_trains_on_real_images_over_two_nodes(cluster: MiniSlurm, real_checkout: Checkout, data_root: Path) -> None:
+    checkout = real_checkout
+    cluster.env["SIMCLR_PYTHON"] = sys.executable
+    archive = data_root / "cifar10-jpeg.tar.xz"
+    if not archive.exists():
+        pytest.skip(f"{archive} is not there")
+    prepare = ("slurm/prepare.sh", str(archive), "cifar10.beton", "--split", "train")
+    job = cluster.submit("--cpus-per-task=2", *prepare, cwd=checkout.root)
+    assert end(cluster, checkout, job, 300) == "COMPLETED", log_of(checkout, job)
+    words = ("configs/smoke.yaml", "data.train=cifar10.beton", "data.test=null", "evaluation.knn_every_epochs=null")
+    words = (*words, "train.max_steps=20", "name=real")
+    job = cluster.submit("--nodes=2", "slurm/train.sh", "--nproc=2", *words, cwd=checkout.root)
+    assert end(cluster, checkout, job, 200) == "COMPLETED", log_of(checkout, job)
+    assert "finished at step 20" in log_of(checkout, job)
