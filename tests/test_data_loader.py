@@ -24,6 +24,7 @@ from simclr_dist.config import AugmentConfig, DataConfig
 from simclr_dist.data import Batch, DataError, Loader, build_loader, describe, ffcv_import, load_images
 from simclr_dist.data.beton import open_beton
 from simclr_dist.data.crops import random_crops
+from simclr_dist.data.ffcv_loader import BetonImages
 from simclr_dist.data.randomness import keys
 from simclr_dist.data.writer import prepare
 from simclr_dist.distributed import World
@@ -163,6 +164,20 @@ def test_resumes_at_every_step_at_another_world_size(kind: str, request: pytest.
                 assert torch.equal(whole.sample_ids, torch.cat([part.sample_ids for part in ranks]))
         for loader in loaders:
             loader.close()
+
+
+@needs_ffcv
+def test_page_local_order_changes_the_order_only(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BetonImages, "pages", lambda self: np.arange(NUM_SAMPLES) // 4)
+    settings = DataConfig(train=str(beton), image_size=SIDE, num_threads=1)
+    options = {"seed": SEED, "global_batch_size": 1, "world": ALONE, "device": "cpu"}
+    views = {}
+    for page_local in (False, True):
+        with build_loader(settings, AugmentConfig(), page_local=page_local, **options) as loader:
+            batches = take(loader, 0, NUM_SAMPLES)
+            views[page_local] = {int(b.sample_ids[0]): b.views for b in batches}
+    assert list(views[True]) != list(views[False])
+    assert all(torch.equal(view, views[True][i]) for i, view in views[False].items())
 
 
 GOLDEN_SCRIPT = """
