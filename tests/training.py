@@ -24,7 +24,7 @@ TINY = (
     "train.global_batch_size=64",
     "model.width=16",
     "model.head_hidden_dim=128",
-    "optim.base_lr=0.002",
+    "optim.base_lr=0.001",
     "monitor.log_every_steps=1",
 )
 STEPS = 24  # of TINY: 512 images, 8 steps an epoch
