@@ -19,7 +19,7 @@ LAYERS = (
     ("evaluation", "export"),
     ("checkpoint", "monitor", "requests", "status"),
     ("micro_batch",),
-    ("augment", "data", "loss", "batchnorm", "model", "optim"),
+    ("augment", "augment_kernel", "data", "loss", "batchnorm", "model", "optim"),
     ("atomic", "distributed"),
     ("config",),
 )
