@@ -174,6 +174,7 @@ def test_page_local_order_changes_the_order_only(beton: Path, monkeypatch: pytes
     views = {}
     for page_local in (False, True):
         with build_loader(settings, AugmentConfig(), page_local=page_local, **options) as loader:
+            loader.order.window_pages = 2
             batches = take(loader, 0, NUM_SAMPLES)
             views[page_local] = {int(b.sample_ids[0]): b.views for b in batches}
     assert list(views[True]) != list(views[False])
