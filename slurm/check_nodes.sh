@@ -20,6 +20,6 @@ IN_CONTAINER=()                    # EDIT: as in train.sh
 NODE_PYTHON="$PYTHON"              # EDIT: as in train.sh
 
 RUN_DIR="$("$PYTHON" -m launcher plan-check "$@")" || exit $?
-srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-${SLURM_JOB_CPUS_PER_NODE%%[(,]*}}" --label \
+srun --immediate=120 --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-${SLURM_JOB_CPUS_PER_NODE%%[(,]*}}" --label \
   ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$NODE_PYTHON" -m launcher node --plan "$RUN_DIR/plan.json"
 exec "$PYTHON" -m launcher check-report --run-dir "$RUN_DIR"

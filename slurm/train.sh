@@ -48,8 +48,9 @@ for word in "$@"; do [ "$word" != --stop-signal=USR2 ] || STOP_SIGNAL=USR2; done
 # In the background, because bash runs a trap only when the foreground command is over.
 # kill-on-bad-exit: without it a dead node leaves the others waiting for 5 minutes and more.
 # cpus-per-task: since SLURM 22.05 srun no longer takes it from sbatch, and one core would feed all GPUs.
+# immediate: if a node went away between allocation and start, srun would ask for it again for ever.
 # The inner trap: the stop signal may come before Python runs.
-srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-${SLURM_JOB_CPUS_PER_NODE%%[(,]*}}" --label \
+srun --immediate=120 --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-${SLURM_JOB_CPUS_PER_NODE%%[(,]*}}" --label \
   ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} \
   sh -c 'trap "" USR1 USR2; exec "$@"' sh "$NODE_PYTHON" -m launcher node --plan "$RUN_DIR/plan.json" &
 STEP=$!

@@ -120,12 +120,12 @@ class MiniSlurm:
         self._daemon("slurmctld", "slurmctld", "-D", "-i", "-f", self.env["SLURM_CONF"])
         for i in self.node_numbers():
             self.start_node(i)
-        self.wait(self._all_idle, 30, "idle nodes")
+        self.wait(self.all_idle, 30, "idle nodes")
 
     def node_numbers(self) -> range:
         return range(1, self.num_nodes + 1)
 
-    def _all_idle(self) -> bool:
+    def all_idle(self) -> bool:
         states = self.run("sinfo", "--noheader", "-N", "-p", "main", "-o", "%T").stdout.split()
         return states == ["idle"] * self.num_nodes
 
@@ -156,7 +156,7 @@ class MiniSlurm:
         """For a cluster that several tests share: nothing of the last test goes on."""
         self.run("scancel", "-u", getpass.getuser())
         self.wait(lambda: not self.run("squeue", "--noheader").stdout.strip(), 60, "an empty queue")
-        self.wait(self._all_idle, 30, "idle nodes")
+        self.wait(self.all_idle, 30, "idle nodes")
 
     def stop(self) -> None:
         controller = self.daemons.get("slurmctld")

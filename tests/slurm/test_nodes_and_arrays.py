@@ -101,7 +101,7 @@ def test_a_lost_node_brings_the_job_back(own_cluster: MiniSlurm, checkout: Check
     cluster.wait(lambda: cluster.state(job) == "PENDING" and cluster.job(job)["Restarts"] == "1", 90, "SLURM's requeue")
     finish_soon(checkout)
     cluster.start_node(2)
-    wait_for(lambda: "n2" in cluster.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").stdout.split(), 60, "n2 back")
+    cluster.wait(cluster.all_idle, 60, "both nodes' return")
     cluster.release(job)
     assert end(cluster, checkout, job, 90) == "COMPLETED", log_of(checkout, job)
     assert len(checkout.records("start")) == 2
