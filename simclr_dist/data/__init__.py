@@ -142,35 +142,34 @@ def describe(source: str) -> DatasetInfo:
 
 
 def _open_images(source: str, loader: LoaderName) -> Images:
-    from simclr_dist.data.folder_loader import SourceImages
+    if source.endswith(".beton") and loader in ("auto", "ffcv"):
+        from simclr_dist.data.ffcv_import import unavailable
+
+        reason = unavailable()
+        if reason is None:
+            from simclr_dist.data.ffcv_loader import BetonImages
+
+            return BetonImages(source)
+        if loader == "ffcv":
+            raise DataError(reason)
+        warnings.warn(
+            f"{reason}. Reading {source} with Pillow and torchvision instead: the same crops, at a fifth of the speed "
+            "or less",
+            stacklevel=3,
+        )
+    if loader == "ffcv":
+        raise DataError(
+            f"{source}: data.loader is ffcv, which reads .beton files; run `simclr-dist prepare {source} OUT.beton`"
+        )
+    # Only now: torchvision takes its time to import.
+    from simclr_dist.data.folder_loader import BetonSource, SourceImages
 
     if loader == "synthetic" or source == "synthetic":
         from simclr_dist.data.synthetic import synthetic_images
 
         return SourceImages(synthetic_images())
     if source.endswith(".beton"):
-        from simclr_dist.data.ffcv_import import unavailable
-
-        reason = unavailable()
-        if loader == "folder" or (loader == "auto" and reason):
-            from simclr_dist.data.folder_loader import BetonSource
-
-            if reason:
-                warnings.warn(
-                    f"{reason}. Reading {source} with Pillow and torchvision instead: the same crops, at a fifth of "
-                    "the speed or less",
-                    stacklevel=3,
-                )
-            return SourceImages(BetonSource(source))
-        if reason:
-            raise DataError(reason)
-        from simclr_dist.data.ffcv_loader import BetonImages
-
-        return BetonImages(source)
-    if loader == "ffcv":
-        raise DataError(
-            f"{source}: data.loader is ffcv, which reads .beton files; run `simclr-dist prepare {source} OUT.beton`"
-        )
+        return SourceImages(BetonSource(source))
     from simclr_dist.data.sources import open_source
 
     return SourceImages(open_source(source))
