@@ -110,8 +110,12 @@ def first_failing_rank(failed: bool, device: torch.device) -> int | None:
 
 
 def set_timeout(seconds: float) -> None:
-    """From now on a collective that is silent for so long fails. (torch has no public name for this.)"""
-    if world_size() > 1:
+    """From now on a collective that is silent for so long fails."""
+    if world_size() == 1:
+        return
+    if hasattr(dist, "set_timeout"):
+        dist.set_timeout(timedelta(seconds=seconds))
+    else:  # before torch 2.15 it had no public name
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
 
 

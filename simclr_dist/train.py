@@ -7,7 +7,9 @@ run's directory says which (launchers between us and the caller turn every failu
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import signal
 import sys
 import traceback
 from typing import NoReturn
@@ -44,6 +46,7 @@ def train(config: Config) -> None:
         CheckpointError: "checkpoint_error",
         NonFiniteAbortError: "nan_abort",
     }
+    _die_with_parent()
     trainer = None
     try:
         trainer = Trainer(config)
@@ -59,6 +62,15 @@ def train(config: Config) -> None:
     except BaseException as error:
         _report(config, trainer, "crash", "".join(traceback.format_exception(error)))
         _leave(1)
+
+
+def _die_with_parent() -> None:
+    """Asks Linux to kill this process when the launcher's agent dies: nobody else would, and it would hold its GPU."""
+    if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
+        agent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+        if os.getppid() != agent:  # it died before we asked
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _report(config: Config, trainer: object, reason: str, message: str) -> None:

@@ -9,7 +9,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +28,7 @@ from simclr_dist.batchnorm import convert_to_global_batch_norm
 from simclr_dist.checkpoint import Checkpoint, CheckpointError, TrainState
 from simclr_dist.config import Config, ConfigError, render_config
 from simclr_dist.data import Batch, DataError, build_loader, describe, load_images
-from simclr_dist.evaluation.features import ImageBatch, extract_features_distributed
+from simclr_dist.evaluation.features import Features, extract_features_distributed
 from simclr_dist.evaluation.knn import knn_top1
 from simclr_dist.loss import NonFiniteError, NTXentLoss
 from simclr_dist.micro_batch import backward_in_micro_batches
@@ -112,7 +113,10 @@ class Trainer:
             self.state = self._together(lambda: self._restore(resumed))
         if config.train.compile:
             self.plain_model.compile()
-        self.model = self.accelerator.prepare_model(self.plain_model)
+        with warnings.catch_warnings():
+            # torch 2.15 wants another name for broadcast_buffers, which 2.11 does not know and accelerate does not pass.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            self.model = self.accelerator.prepare_model(self.plain_model)
         self.optimizer = self.accelerator.prepare_optimizer(self.plain_optimizer)
         if self.resumed is not None and self.accelerator.scaler is not None and self.resumed.grad_scaler:
             self.accelerator.scaler.load_state_dict(dict(self.resumed.grad_scaler))
@@ -244,19 +248,13 @@ class Trainer:
         bank = np.random.Generator(np.random.Philox(self.config.seed)).permutation(train.num_samples)
         bank = np.sort(bank[: evaluation.knn_max_train])
 
-        def features_of(source: str, ids: np.ndarray):  # type: ignore[no-untyped-def]
-            def load(positions: np.ndarray) -> Iterator[ImageBatch]:
-                start = int(positions[0])
-                for images, labels, sample_ids in load_images(
-                    source, data.image_size, batch_size=evaluation.batch_size, ids=ids[positions], loader=data.loader
-                ):
-                    yield images, labels, torch.arange(start, start + len(sample_ids))
-                    start += len(sample_ids)
-
+        def features_of(source: str, ids: np.ndarray) -> Features:
             return extract_features_distributed(
                 self.plain_model.get_submodule("encoder"),
-                load,
-                len(ids),
+                lambda part: load_images(
+                    source, data.image_size, batch_size=evaluation.batch_size, ids=part, loader=data.loader
+                ),
+                ids,
                 device=self.device,
                 precision=self.config.train.precision,
                 normalize=normalize,

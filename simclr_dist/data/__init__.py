@@ -31,7 +31,17 @@ if TYPE_CHECKING:
     from simclr_dist.data.loader import CropRule, Images
     from simclr_dist.distributed import World
 
-__all__ = ["Batch", "DataError", "DatasetInfo", "Loader", "Order", "build_loader", "describe", "load_images"]
+__all__ = [
+    "Batch",
+    "DataError",
+    "DatasetInfo",
+    "Loader",
+    "Order",
+    "build_loader",
+    "describe",
+    "load_images",
+    "open_images",
+]
 
 LoaderName = Literal["auto", "ffcv", "folder", "synthetic"]
 
@@ -63,7 +73,7 @@ def build_loader(
     from simclr_dist.data.loader import ViewLoader
     from simclr_dist.data.recipe import resolve_recipe
 
-    images = _open_images(data.train, data.loader)
+    images = open_images(data.train, data.loader)
     try:
         return ViewLoader(
             images,
@@ -104,7 +114,7 @@ def load_images(
     from simclr_dist.data.memory import RecycledMemory
     from simclr_dist.data.threads import default_num_threads
 
-    images = _open_images(source, loader)
+    images = open_images(source, loader)
     pool = DecodePool(images, default_num_threads(num_threads))
     memory = RecycledMemory()
     everything = np.arange(len(images.labels)) if ids is None else np.asarray(ids, np.int64)
@@ -137,11 +147,12 @@ def describe(source: str) -> DatasetInfo:
 
         with open_beton(source) as beton:
             return DatasetInfo(beton.num_samples, beton.class_names, beton.fingerprint, beton.labels)
-    images = _open_images(source, "auto")
+    images = open_images(source, "auto")
     return DatasetInfo(len(images.labels), images.class_names, images.fingerprint, images.labels)
 
 
-def _open_images(source: str, loader: LoaderName) -> Images:
+def open_images(source: str, loader: LoaderName) -> Images:
+    """The dataset at `source`, able to decode and crop; close it. Raises DataError."""
     if source.endswith(".beton") and loader in ("auto", "ffcv"):
         from simclr_dist.data.ffcv_import import unavailable
 

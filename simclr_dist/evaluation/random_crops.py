@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simclr_dist.data import _open_images
+from simclr_dist.data import open_images
 from simclr_dist.data.crops import random_crops
 from simclr_dist.data.loader import CropRule, DecodePool, cancel, default_num_threads
 from simclr_dist.data.randomness import keys, permutation
@@ -44,7 +44,7 @@ class RandomCrops:
         self.batches_per_epoch = len(ids) // self.batch_size
         self._ids, self._image_size, self._seed = ids, image_size, seed
         self._crop_scale_min, self._flip_p = crop_scale_min, flip_p
-        self._images = _open_images(source, "auto")
+        self._images = open_images(source, "auto")
         self._pool = DecodePool(self._images, default_num_threads(num_threads))
 
     def epoch(self, epoch: int) -> Iterator[ImageBatch]:
