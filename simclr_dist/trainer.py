@@ -114,7 +114,7 @@ class Trainer:
         if config.train.compile:
             self.plain_model.compile()
         with warnings.catch_warnings():
-            # torch 2.15 wants another name for broadcast_buffers, which 2.11 does not know and accelerate does not pass.
+            # torch 2.15 wants another name for broadcast_buffers, which torch 2.11 does not know.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             self.model = self.accelerator.prepare_model(self.plain_model)
         self.optimizer = self.accelerator.prepare_optimizer(self.plain_optimizer)

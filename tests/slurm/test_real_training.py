@@ -14,7 +14,7 @@ from tests.launcher_checkout import REPOSITORY, Checkout, wait_for
 from tests.slurm.mini_slurm import MiniSlurm
 from tests.slurm.test_train_script import end, log_of
 
-pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(600)]
 SETTINGS = ("train.epochs=16", "evaluation.knn_every_epochs=null", "checkpoint.every_epochs=1", "optim.warmup_epochs=1")
 
 
