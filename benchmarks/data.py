@@ -260,7 +260,10 @@ def report(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> Non
     content = {
         "date": stamp,
         "commit": commit(),
-        "command": " ".join(["python", *sys.argv]).replace(str(Path.home()), "~"),
+        "photographs": options.photographs and options.photographs.name,
+        "cifar": options.cifar and options.cifar.name,
+        "cpu_seconds_a_measurement": options.seconds,
+        "rounds": options.rounds,
         "cpu": cpu_name(),
         "load_average": os.getloadavg(),
         "batch_size": BATCH,
