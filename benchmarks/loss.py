@@ -290,7 +290,7 @@ def on_ranks(world_size: int, rows: int, repetitions: int, clock: str) -> tuple[
 # Micro-batches
 
 
-def micro_batch_step(images: int, size: int, parts: int, threads: int) -> tuple[float, float]:
+def micro_batch_step(images: int, size: int, parts: int, threads: int, clock: str) -> tuple[float, float]:
     """(seconds, peak MiB) of forward and backward of a ResNet-18 with GroupNorm on 2 x `images` pictures."""
     from torchvision.models import resnet18
 
@@ -301,12 +301,12 @@ def micro_batch_step(images: int, size: int, parts: int, threads: int) -> tuple[
     loss = NTXentLoss(TEMPERATURE)
     loss(model(views[:, :2].flatten(0, 1))).backward()
     with PeakMemory(views.device) as peak:
-        start = time.perf_counter()
+        start = CLOCKS[clock]()
         if parts == 1:
             loss(model(views.flatten(0, 1))).backward()
         else:
             backward_in_micro_batches(model, views, loss, micro_batch_size=images // parts)
-        seconds = time.perf_counter() - start
+        seconds = CLOCKS[clock]() - start
     return seconds, peak.mib
 
 
@@ -332,6 +332,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
     device_name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    lines: list[str] = []
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        lines.append(text)
+
     absent: set[str] = set()
     report: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -353,39 +359,42 @@ def main() -> None:
         )
         for name in losses:
             found[name]["peak_mib"] = in_own_process(peak_mib, name, rows, args.device, args.dtype, args.threads)
-        show(f"N = {rows}, one process", found)
+        say(table(f"N = {rows}, one process", found))
         report["one_process"][rows] = found
     for world_size in args.ranks:
         for rows in args.rows_of_all_ranks:
             found, absent_there = on_ranks(world_size, rows, args.repetitions, args.clock)
             absent |= absent_there
-            show(f"N = {rows}, {world_size} ranks", found)
+            say(table(f"N = {rows}, {world_size} ranks", found))
             report["several_ranks"][f"{rows} rows, {world_size} ranks"] = found
     for parts in args.micro_batches:
         runs = [
-            in_own_process(micro_batch_step, args.images, args.image_size, parts, args.threads)
+            in_own_process(micro_batch_step, args.images, args.image_size, parts, args.threads, args.clock)
             for _ in range(min(3, args.repetitions))
         ]
         seconds, mib = statistics.median(s for s, _ in runs), statistics.median(m for _, m in runs)
         report["micro_batches"][parts] = {"s": seconds, "peak_mib": mib}
         whole = report["micro_batches"].get(1, report["micro_batches"][parts])
-        print(f"{parts:3} micro-batches: {seconds:7.2f} s ({seconds / whole['s']:.2f})", end="")
-        print(f"  {mib:7.0f} MiB ({mib / whole['peak_mib']:.2f})")
+        say(
+            f"{parts:3} micro-batches: {seconds:7.2f} s ({seconds / whole['s']:.2f})"
+            f"  {mib:7.0f} MiB ({mib / whole['peak_mib']:.2f})"
+        )
     if absent:
-        print(f"absent, so not compared: {', '.join(sorted(absent))} (pip install lightly pytorch-metric-learning)")
+        say(f"absent, so not compared: {', '.join(sorted(absent))} (pip install lightly pytorch-metric-learning)")
     report["absent"] = sorted(absent)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"loss_{datetime.now(UTC):%Y%m%d_%H%M%S}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
     print(f"written: {path}")
 
 
-def show(title: str, found: dict[str, dict[str, float]]) -> None:
-    print(f"{title}: ours {found['ours']['median_ms']:.1f} ms ({found['ours']['best_ms']:.1f})")
+def table(title: str, found: dict[str, dict[str, float]]) -> str:
+    lines = [f"{title}: ours {found['ours']['median_ms']:.1f} ms ({found['ours']['best_ms']:.1f})"]
     for name, row in found.items():
         memory = f"{row['peak_mib']:10.1f} MiB" if "peak_mib" in row else ""
-        print(f"    {name:32} {row['ratio_of_medians']:7.2f} ({row['ratio_of_bests']:.2f}){memory}")
-    print(flush=True)
+        lines.append(f"    {name:32} {row['ratio_of_medians']:7.2f} ({row['ratio_of_bests']:.2f}){memory}")
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":
