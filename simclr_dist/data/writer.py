@@ -238,7 +238,7 @@ def _in_order(
     # Spawned, not forked: this process may have threads.
     context = multiprocessing.get_context("spawn")
     ahead: deque[Future[list[_Record | DataError]]] = deque()
-    with ProcessPoolExecutor(num_workers, context, _prepare_worker) as pool:
+    with ProcessPoolExecutor(num_workers, context, _prepare_worker, (os.getpid(),)) as pool:
         try:
             for chunk in chunks:
                 ahead.append(pool.submit(encoder, chunk))
@@ -252,11 +252,13 @@ def _in_order(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _prepare_worker() -> None:
+def _prepare_worker(parent: int) -> None:
     """A worker leaves the keyboard to its parent, and dies with it even if that is killed outright."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed before the line above
+        os._exit(1)
 
 
 class _PagedWriter:
