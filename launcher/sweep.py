@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,6 +70,7 @@ def at_point(args: argparse.Namespace, points: list[list[str]], index: int) -> a
 
 def run(args: argparse.Namespace) -> Exit:
     """All runs on this machine, `--jobs` of them side by side, each with its share of the GPUs. Ends with a table."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     points = read_points(Path(args.sweep))
     gpus = machine.num_gpus()
     share = max(1, gpus // args.jobs)

@@ -81,7 +81,7 @@ class Requests:
         return request
 
     def _look_for_files(self) -> None:
-        if any(self.run_dir.glob("STOP_REQUEST.*")):
+        if list(self.run_dir.glob("STOP_REQUEST.*")):
             self.ask(Request.PREEMPT)
         if (self.run_dir / "STOP").exists():
             self.ask(Request.STOP)

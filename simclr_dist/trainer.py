@@ -209,6 +209,9 @@ class Trainer:
 
     def _guarded_step(self, batch: Batch) -> Tensor:
         """`train_step`, held to the policy for NaN and infinity. The loss itself refuses non-finite z on every rank."""
+        skip = self.config.train.on_non_finite == "skip"
+        # The forward that brings NaN has moved BatchNorm's statistics by the time anybody notices.
+        buffers = [b.clone() for b in self.plain_model.buffers()] if skip else []
         try:
             loss = self.train_step(batch)
             self._skipped_steps = 0
@@ -223,8 +226,9 @@ class Trainer:
             }
             path = self.config.run_dir / f"non_finite_step_{self.state.step:08d}_rank_{self.world.rank}.json"
             path.write_text(json.dumps(record))
-            train = self.config.train
-            if train.on_non_finite == "skip" and self._skipped_steps <= train.max_skipped_steps:
+            if skip and self._skipped_steps <= self.config.train.max_skipped_steps:
+                for buffer, before in zip(self.plain_model.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
                 self.monitor.warn(f"step {self.state.step} skipped: {error}")
                 return torch.tensor(math.nan)
             raise NonFiniteAbortError(

@@ -337,7 +337,7 @@ def _torchvision_files(root: Path, split: str | None) -> ImageSource | None:
         if (folder / "train_X.bin").is_file() or (folder / "unlabeled_X.bin").is_file():
             return _stl10(folder, split)
     for folder in (root, root / "FashionMNIST" / "raw", root / "raw"):
-        if any(folder.glob("train-images-idx3-ubyte*")):
+        if list(folder.glob("train-images-idx3-ubyte*")):
             return _idx(folder, split)
     return None
 
@@ -519,7 +519,7 @@ def find_dataset() -> tuple[str, Path]:
     except DataError as error:
         tried.append(str(error))
     for path in _candidates("fashion-mnist"):
-        if any(path.glob("train-images-idx3-ubyte*")):
+        if list(path.glob("train-images-idx3-ubyte*")):
             return "fashion-mnist", path
         tried.append(f"{path}: does not exist (on Debian: apt install dataset-fashion-mnist)")
     lines = "\n".join(f"  - {line}" for line in tried)
