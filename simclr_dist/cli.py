@@ -92,7 +92,7 @@ def _add_prepare(commands: Any) -> None:
     prepare.add_argument("--max-side", type=int, help="shrink pictures whose longer side exceeds this")
     prepare.add_argument("--limit", type=int, help="only the first n pictures of a fixed shuffle")
     prepare.add_argument("--on-error", choices=("refuse", "skip"), default="refuse", help="for unreadable pictures")
-    prepare.add_argument("--workers", type=int, help="threads (default: the CPUs this process may use)")
+    prepare.add_argument("--workers", type=int, help="processes (default: the CPUs this process may use)")
     prepare.set_defaults(run=_run_prepare)
 
 
