@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_prepare(commands)
     _add_inspect(commands)
+    warmup = commands.add_parser("warmup", help="compile the loader's kernels, once a machine, before training does")
+    warmup.set_defaults(run=_run_warmup)
     evaluation.register(commands)
     _add_config(commands)
     demo = commands.add_parser("demo", help="from images to a table of results, on this machine; `make demo` runs it")
@@ -185,6 +188,15 @@ def _run_inspect(args: argparse.Namespace) -> int:
     for sample, reason in list((found.damaged or {}).items())[:20]:
         print(f"damaged: sample {sample}: {reason}", file=sys.stderr)
     return 2 if found.damaged else 0
+
+
+def _run_warmup(_: argparse.Namespace) -> int:
+    from simclr_dist.augment import warmup
+
+    begin = time.perf_counter()
+    warmup()
+    print(f"kernels ready after {time.perf_counter() - begin:.1f} s")
+    return 0
 
 
 def _add_config(commands: Any) -> None:

@@ -48,6 +48,9 @@ class DataConfig(Section):
         "auto", description="`auto`: by the kind of `train`; a .beton file needs ffcv."
     )
     image_size: Annotated[int, Field(ge=8, le=1024)] = Field(description="Side of a view in pixels.")
+    order: Literal["random", "page_local"] = Field(
+        "random", description="`page_local`: near places of the file together, for files larger than memory."
+    )
     num_threads: Count | None = Field(None, description="Decoding threads a process; null: its share of the CPUs.")
     batches_ahead: Annotated[int, Field(ge=1, le=16)] = Field(2, description="Batches decoded ahead of the step.")
 

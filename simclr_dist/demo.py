@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from simclr_dist.augment import warmup
 from simclr_dist.cli import prepare_with_progress
 from simclr_dist.config import load_config
 from simclr_dist.data.sources import find_dataset
@@ -32,6 +33,7 @@ def run_demo(config_path: Path, nproc: int | None, overrides: list[str]) -> int:
     settings = [f"name={dataset}_demo", *(f"data.{split}={file}" for split, file in files.items()), *overrides]
     run_dir = load_config(config_path, settings).run_dir
 
+    warmup()  # once, instead of in each process
     nproc = nproc or torch.cuda.device_count() or 2
     training = [sys.executable, "-m", "launcher", "local", str(config_path), "--nproc", str(nproc), *settings]
     code = subprocess.run(training, check=False).returncode

@@ -169,16 +169,22 @@ def test_resumes_at_every_step_at_another_world_size(kind: str, request: pytest.
 @needs_ffcv
 def test_page_local_order_changes_the_order_only(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BetonImages, "pages", lambda self: np.arange(NUM_SAMPLES) // 4)
-    settings = DataConfig(train=str(beton), image_size=SIDE, num_threads=1)
     options = {"seed": SEED, "global_batch_size": 1, "world": ALONE, "device": "cpu"}
     views = {}
-    for page_local in (False, True):
-        with build_loader(settings, AugmentConfig(), page_local=page_local, **options) as loader:
+    for order in ("random", "page_local"):
+        settings = DataConfig(train=str(beton), image_size=SIDE, num_threads=1, order=order)
+        with build_loader(settings, AugmentConfig(), **options) as loader:
             loader.order.window_pages = 2
             batches = take(loader, 0, NUM_SAMPLES)
-            views[page_local] = {int(b.sample_ids[0]): b.views for b in batches}
-    assert list(views[True]) != list(views[False])
-    assert all(torch.equal(view, views[True][i]) for i, view in views[False].items())
+            views[order] = {int(b.sample_ids[0]): b.views for b in batches}
+    assert list(views["random"]) != list(views["page_local"])
+    assert all(torch.equal(view, views["page_local"][i]) for i, view in views["random"].items())
+
+
+def test_page_local_order_of_a_folder_is_refused(folder: Path) -> None:
+    settings = DataConfig(train=str(folder), image_size=SIDE, order="page_local")
+    with pytest.raises(DataError, match=r"data.order=page_local: .* has no pages"):
+        build_loader(settings, AugmentConfig(), seed=SEED, global_batch_size=1, world=ALONE, device="cpu")
 
 
 GOLDEN_SCRIPT = """

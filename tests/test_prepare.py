@@ -271,6 +271,29 @@ def test_a_kill_at_any_moment_leaves_no_file_and_no_process(tmp_path: Path) -> N
         while any(_alive(pid) for pid in workers) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not any(_alive(pid) for pid in workers)
+        assert any(name.startswith(f".{out.name}.") for name in os.listdir(tmp_path))
+        prepare(tmp_path / "in", out, num_workers=1, limit=2)  # tidies up
+        assert not any(name.startswith(f".{out.name}.") for name in os.listdir(tmp_path))
+
+
+def test_the_unfinished_file_of_another_that_still_runs_stays(tmp_path: Path) -> None:
+    make_folder(tmp_path / "in", 20)
+    out = tmp_path / "out.beton"
+
+    def unfinished() -> list[Path]:
+        return list(tmp_path.glob(".out.beton.part-*"))
+
+    seen: list[Path] = []
+
+    def another_starts(done: int, total: int) -> None:
+        if not seen:
+            seen.extend(unfinished())
+            prepare(tmp_path / "in", out, num_workers=1, limit=2)
+            assert unfinished() == seen
+
+    prepare(tmp_path / "in", out, num_workers=1, progress=another_starts)
+    assert seen
+    assert not unfinished()
 
 
 def _children(pid: int) -> list[str]:

@@ -64,17 +64,18 @@ def build_loader(
     global_batch_size: int,
     world: World,
     device: torch.device | str,
-    page_local: bool = False,
 ) -> Loader:
-    """The loader of a pretraining run; close it, or use it with `with`. Raises DataError.
-
-    page_local: visit a .beton file page by page, for files larger than memory on slow disks (see `Order`).
-    """
+    """The loader of a pretraining run; close it, or use it with `with`. Raises DataError."""
     from simclr_dist.data.loader import ViewLoader
     from simclr_dist.data.recipe import resolve_recipe
 
     images = open_images(data.train, data.loader)
     try:
+        pages = images.pages() if data.order == "page_local" else None
+        if data.order == "page_local" and pages is None:
+            raise DataError(
+                f"data.order=page_local: {data.train} has no pages; use a .beton file, or data.order=random"
+            )
         return ViewLoader(
             images,
             resolve_recipe(augment),
@@ -85,7 +86,7 @@ def build_loader(
             device=device,
             num_threads=data.num_threads,
             batches_ahead=data.batches_ahead,
-            pages=images.pages() if page_local else None,
+            pages=pages,
         )
     except BaseException:
         images.close()

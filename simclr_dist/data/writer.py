@@ -8,6 +8,8 @@ bytes are the same for any number of workers. The file appears under its name on
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import glob
 import io
 import json
 import multiprocessing
@@ -109,8 +111,10 @@ def prepare(
     encoder = _Encoder(mode, quality, max_side)
     skipped: list[str] = []
     try:
-        with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}.", delete=False) as file:
+        _remove_abandoned(out)
+        with tempfile.NamedTemporaryFile(dir=out.parent, prefix=_unfinished_prefix(out), delete=False) as file:
             temporary = Path(file.name)
+            fcntl.flock(file, fcntl.LOCK_EX)  # falls with this process: who can take it has found an orphan
             try:
                 writer = _PagedWriter(file, len(ids))
                 workers = default_num_threads(num_workers)
@@ -326,6 +330,18 @@ class _Row:
     offset: int
     size: int
     label: int
+
+
+def _unfinished_prefix(out: Path) -> str:
+    return f".{out.name}.part-"
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Unfinished files for `out` whose writer was killed."""
+    for path in out.parent.glob(f"{glob.escape(_unfinished_prefix(out))}*"):
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def _umask() -> int:
