@@ -19,7 +19,7 @@ from simclr_dist.data.errors import DataError
 from simclr_dist.evaluation.classifier import Classifier, accuracy, load_classifier, save_classifier
 from simclr_dist.evaluation.distill import distil, distillation_loss
 from simclr_dist.evaluation.features import digest
-from simclr_dist.evaluation.finetune import default_epochs, fine_tune, linear_protocol
+from simclr_dist.evaluation.finetune import Training, default_epochs, fine_tune, linear_protocol
 from simclr_dist.evaluation.random_crops import RandomCrops
 from simclr_dist.evaluation.subsets import draw_subset, load_subset, save_subset
 from simclr_dist.model import SimCLR, build_model
@@ -144,15 +144,7 @@ def test_fine_tuning_learns_and_changes_the_encoder(images: str, tmp_path: Path)
     losses: list[float] = []
     classifier = Classifier(model, 3)
     with crops(images) as data:
-        fine_tune(
-            classifier,
-            data,
-            epochs=8,
-            base_lr=2.0,
-            device="cpu",
-            normalize=normalize,
-            on_epoch=lambda epoch, loss: losses.append(loss),
-        )
+        fine_tune(classifier, data, Training(8, 2.0, on_epoch=lambda epoch, loss: losses.append(loss)))
     assert losses[-1] < 0.7 * losses[0]
     assert digest(model.encoder) != before
     assert not classifier.training
@@ -171,7 +163,7 @@ def test_the_first_step_is_that_of_torchs_sgd_by_hand(images: str) -> None:
         F.cross_entropy(classifier(normalize(batch[0])), batch[1]).backward()
         expected = -0.05 * 36 / 256 * 1.9 * classifier.fc.weight.grad  # type: ignore[operator]
         trained = Classifier(copy.deepcopy(model), 3)
-        fine_tune(trained, data, epochs=1, device="cpu", normalize=normalize)
+        fine_tune(trained, data, Training(1))
     torch.testing.assert_close(trained.fc.weight.detach(), expected)
 
 
@@ -181,15 +173,7 @@ def test_the_linear_protocol_leaves_the_encoder_alone(images: str) -> None:
     classifier = Classifier(model, 3)
     losses: list[float] = []
     with crops(images) as data:
-        linear_protocol(
-            classifier,
-            data,
-            epochs=6,
-            base_lr=2.0,
-            device="cpu",
-            normalize=normalize,
-            on_epoch=lambda epoch, loss: losses.append(loss),
-        )
+        linear_protocol(classifier, data, Training(6, 2.0, on_epoch=lambda epoch, loss: losses.append(loss)))
     assert digest(model.encoder) == before
     assert losses[-1] < losses[0]
     assert classifier.fc.weight.abs().max() > 0
@@ -197,7 +181,7 @@ def test_the_linear_protocol_leaves_the_encoder_alone(images: str) -> None:
 
 def test_divergence_is_said(images: str) -> None:
     with crops(images) as data, pytest.raises(FloatingPointError, match="lower the learning rate"):
-        fine_tune(Classifier(make_model(), 3), data, epochs=3, base_lr=1e20, device="cpu", normalize=normalize)
+        fine_tune(Classifier(make_model(), 3), data, Training(3, 1e20))
 
 
 @pytest.mark.parametrize("head_layers", [2, 3])
@@ -260,12 +244,12 @@ def test_a_batch_without_labels_has_no_labelled_term() -> None:
 def test_the_student_learns_from_the_teacher_without_labels(images: str) -> None:
     teacher = Classifier(make_model(), 3)
     with crops(images) as data:
-        fine_tune(teacher, data, epochs=8, base_lr=2.0, device="cpu", normalize=normalize)
+        fine_tune(teacher, data, Training(8, 2.0))
         before = digest(teacher)
         torch.manual_seed(3)
         small = ModelConfig.model_validate({"encoder": "resnet_small", "width": 3})
         student = Classifier(build_model(small), 3)
-        distil(teacher, student, data, epochs=8, base_lr=2.0, device="cpu", normalize=normalize)
+        distil(teacher, student, data, Training(8, 2.0))
     assert digest(teacher) == before
     logits = {}
     for name, network in (("teacher", teacher), ("student", student)):

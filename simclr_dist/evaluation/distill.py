@@ -7,15 +7,14 @@ With P = softmax(logits / T), the loss over all images x (eq. 2) and, where labe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simclr_dist.augment import normalize
 from simclr_dist.evaluation.classifier import Classifier
-from simclr_dist.evaluation.features import ImageBatch, Normalize, Precision, frozen
-from simclr_dist.evaluation.finetune import train_supervised
+from simclr_dist.evaluation.features import ImageBatch, frozen
+from simclr_dist.evaluation.finetune import Training, train_supervised
 from simclr_dist.evaluation.random_crops import RandomCrops
 
 
@@ -35,45 +34,27 @@ def distil(
     teacher: nn.Module,
     student: Classifier,
     data: RandomCrops,
+    training: Training,
     *,
     labelled_ids: Tensor | None = None,
     temperature: float = 1.0,
     alpha: float = 1.0,
-    epochs: int,
-    base_lr: float = 0.05,
-    weight_decay: float = 0.0,
-    device: torch.device | str,
-    precision: Precision = "fp32",
-    normalize: Normalize,
-    on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> None:
     """Trains the student in place on all images of `data`; the teacher is frozen, and checked to be.
 
     Labels are looked at for the samples in labelled_ids only, and only with alpha below 1.
     """
-    teacher.to(device)
-    student.to(device).train()
+    teacher.to(training.device)
+    student.to(training.device).train()
     known = labelled_ids if labelled_ids is not None else torch.empty(0, dtype=torch.int64)
 
     def loss_of(logits: Tensor, batch: ImageBatch) -> Tensor:
         images, labels, sample_ids = batch
-        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
             teacher_logits = teacher(normalize(images)).float()
         seen = torch.where(torch.isin(sample_ids, known).to(labels.device), labels, -1)
         return distillation_loss(logits, teacher_logits, temperature, seen, alpha)
 
     with frozen(teacher):
-        train_supervised(
-            student,
-            list(student.parameters()),
-            data,
-            loss_of,
-            epochs=epochs,
-            base_lr=base_lr,
-            weight_decay=weight_decay,
-            device=device,
-            precision=precision,
-            normalize=normalize,
-            on_epoch=on_epoch,
-        )
+        train_supervised(student, student.parameters(), data, loss_of, training)
     student.eval()

@@ -22,13 +22,14 @@ from simclr_dist.checkpoint import load_pretrained
 from simclr_dist.config import Config, ConfigError, ModelConfig
 from simclr_dist.data import load_images
 from simclr_dist.data.errors import DataError
-from simclr_dist.evaluation.classifier import Accuracy, Classifier, Start, accuracy, load_classifier, save_classifier
+from simclr_dist.evaluation.classifier import Classifier, Start, accuracy, load_classifier, save_classifier
 from simclr_dist.evaluation.distill import distil
 from simclr_dist.evaluation.features import Precision
 from simclr_dist.evaluation.finetune import (
     FINE_TUNE_LR,
     LINEAR_EPOCHS,
     LINEAR_LR,
+    Training,
     default_epochs,
     fine_tune,
     linear_protocol,
@@ -38,29 +39,39 @@ from simclr_dist.evaluation.random_crops import RandomCrops
 from simclr_dist.evaluation.subsets import draw_subset, load_subset, save_subset
 from simclr_dist.model import build_model
 
+DISTILL_EPOCHS = 100
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How long and how fast to train; None: the paper's value (see finetune.py)."""
+class Settings:
+    """What a person may choose. None: the paper's value (see finetune.py), or the run's precision."""
 
+    device: torch.device
     epochs: int | None = None
-    base_lr: float | None = None
+    base_lr: float | None = None  # for a batch of 256
     weight_decay: float = 0.0
     batch_size: int = 256
     seed: int = 0
+    precision: Precision | None = None
 
-
-@dataclass(frozen=True)
-class Compute:
-    device: torch.device
-    precision: Precision | None = None  # None: the run's
+    def training(self, config: Config, say: Say, *, epochs: int, base_lr: float) -> Training:
+        """With `epochs`, `base_lr` and the precision of `config` where nothing else was chosen."""
+        epochs = self.epochs or epochs
+        return Training(
+            epochs,
+            self.base_lr or base_lr,
+            self.weight_decay,
+            self.device,
+            self.precision or config.train.precision,
+            _reporter(epochs, say),
+        )
 
 
 def finetune_checkpoint(
     source: str | Path,
     out: Path,
+    settings: Settings,
     *,
     share: float = 1.0,
     subset_file: Path | None = None,
@@ -68,62 +79,55 @@ def finetune_checkpoint(
     freeze: bool = False,
     train: str | None = None,
     test: str | None = None,
-    schedule: Schedule = Schedule(),
-    compute: Compute,
     say: Say,
 ) -> dict[str, Any]:
     """Fine-tunes the checkpoint's encoder with a share of the labels, or with freeze only a classifier on top.
 
-    subset_file: take these samples instead of drawing `share` by the schedule's seed. Returns what result.json holds.
+    subset_file: take these samples instead of drawing `share` by the settings' seed. Returns what result.json holds.
     Raises CheckpointError, ConfigError, DataError.
     """
+    _refuse_existing(out)
     model, checkpoint = load_pretrained(source, say)
     config = checkpoint.config
     data = open_labelled(config, train, test)
-    _refuse_existing(out)
     info = data.train_info
-    subset = load_subset(subset_file, info) if subset_file else draw_subset(info, share, schedule.seed)
+    subset = load_subset(subset_file, info) if subset_file else draw_subset(info, share, settings.seed)
     save_subset(out / "subset.json", subset)
-    epochs = schedule.epochs or (LINEAR_EPOCHS if freeze else default_epochs(subset.share))
-    base_lr = schedule.base_lr or (LINEAR_LR if freeze else FINE_TUNE_LR)
-    precision = compute.precision or config.train.precision
-    say(f"{len(subset.ids)} labels of {info.num_samples}, {data.num_classes} classes, {epochs} epochs")
-    torch.manual_seed(schedule.seed)
+    training = settings.training(
+        config,
+        say,
+        epochs=LINEAR_EPOCHS if freeze else default_epochs(subset.share),
+        base_lr=LINEAR_LR if freeze else FINE_TUNE_LR,
+    )
+    say(f"{len(subset.ids)} labels of {info.num_samples}, {data.num_classes} classes, {training.epochs} epochs")
+    torch.manual_seed(settings.seed)
     classifier = Classifier(model, data.num_classes, start)
-    with _crops(data.train, subset.id_array, config, schedule) as crops:
-        (linear_protocol if freeze else fine_tune)(
-            classifier,
-            crops,
-            epochs=epochs,
-            base_lr=base_lr,
-            weight_decay=schedule.weight_decay,
-            device=compute.device,
-            precision=precision,
-            normalize=normalize,
-            on_epoch=_reporter(epochs, say),
-        )
-    history = {
+    made_of = {
         "method": "linear" if freeze else "finetune",
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
         "start": start,
         "share": subset.share,
         "num_labels": len(subset.ids),
-        "seed": schedule.seed,
-        "epochs": epochs,
-        "base_lr": base_lr,
-        "weight_decay": schedule.weight_decay,
-        "batch_size": crops.batch_size,
-        "precision": precision,
-        "train": data.train,
-        "test": data.test,
     }
-    return _finish(out, classifier, config, data, history, compute.device, precision)
+    method = linear_protocol if freeze else fine_tune
+    return _train(
+        out,
+        classifier,
+        lambda crops: method(classifier, crops, training),
+        subset.id_array,
+        config,
+        data,
+        settings,
+        training,
+        made_of,
+    )
 
 
 def distill_classifier(
     teacher_file: Path,
     out: Path,
+    settings: Settings,
     *,
     student: dict[str, Any] | None = None,
     student_from: str | Path | None = None,
@@ -132,8 +136,6 @@ def distill_classifier(
     temperature: float = 1.0,
     alpha: float = 1.0,
     subset_file: Path | None = None,
-    schedule: Schedule = Schedule(),
-    compute: Compute,
     say: Say,
 ) -> dict[str, Any]:
     """Trains a student on the teacher's answers for all images of `unlabelled` (the teacher's training data).
@@ -141,14 +143,14 @@ def distill_classifier(
     student: changes to the teacher's model section, e.g. {"encoder": "resnet18"}; the student starts from random
     weights, or from the encoder of the checkpoint student_from. subset_file with alpha below 1: labels to use as well.
     """
+    _refuse_existing(out)
+    if alpha < 1 and subset_file is None:
+        raise ConfigError([f"alpha {alpha:g} gives weight to labels: say which with a subset file"])
     teacher, config, class_names = load_classifier(teacher_file)
     data = open_labelled(config, unlabelled, test)
     if data.test_info.class_names != class_names:
         raise DataError(f"{data.test} has other classes than the teacher {teacher_file}")
-    _refuse_existing(out)
-    if alpha < 1 and subset_file is None:
-        raise ConfigError([f"alpha {alpha:g} gives weight to labels: say which with a subset file"])
-    torch.manual_seed(schedule.seed)
+    torch.manual_seed(settings.seed)
     if student_from is not None:
         model, checkpoint = load_pretrained(student_from, say)
         student_config = checkpoint.config
@@ -158,53 +160,74 @@ def distill_classifier(
         model = build_model(section)
     network = Classifier(model, len(class_names))
     labelled = torch.from_numpy(load_subset(subset_file, data.train_info).id_array) if subset_file else None
-    epochs = schedule.epochs or 100
-    base_lr = schedule.base_lr or FINE_TUNE_LR
-    precision = compute.precision or config.train.precision
-    with _crops(data.train, np.arange(data.train_info.num_samples), config, schedule) as crops:
-        distil(
-            teacher,
-            network,
-            crops,
-            labelled_ids=labelled,
-            temperature=temperature,
-            alpha=alpha,
-            epochs=epochs,
-            base_lr=base_lr,
-            weight_decay=schedule.weight_decay,
-            device=compute.device,
-            precision=precision,
-            normalize=normalize,
-            on_epoch=_reporter(epochs, say),
-        )
-    history = {
+    training = settings.training(config, say, epochs=DISTILL_EPOCHS, base_lr=FINE_TUNE_LR)
+    made_of = {
         "method": "distill",
         "teacher": str(teacher_file),
         "student": student_config.model.encoder,
         "student_from": None if student_from is None else str(student_from),
         "temperature": temperature,
         "alpha": alpha,
-        "seed": schedule.seed,
-        "epochs": epochs,
-        "base_lr": base_lr,
-        "weight_decay": schedule.weight_decay,
+    }
+    return _train(
+        out,
+        network,
+        lambda crops: distil(
+            teacher, network, crops, training, labelled_ids=labelled, temperature=temperature, alpha=alpha
+        ),
+        np.arange(data.train_info.num_samples),
+        student_config,
+        data,
+        settings,
+        training,
+        made_of,
+    )
+
+
+def _train(
+    out: Path,
+    classifier: Classifier,
+    train: Callable[[RandomCrops], None],
+    ids: np.ndarray,
+    config: Config,
+    data: LabelledImages,
+    settings: Settings,
+    training: Training,
+    made_of: dict[str, Any],
+) -> dict[str, Any]:
+    """Calls `train` with crops of the samples `ids`, looks at the test images, once, and writes everything down."""
+    with RandomCrops(
+        data.train,
+        ids,
+        image_size=config.data.image_size,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        num_threads=config.data.num_threads,
+    ) as crops:
+        train(crops)
+    found = accuracy(
+        classifier,
+        load_images(data.test, config.data.image_size, batch_size=config.evaluation.batch_size),
+        device=training.device,
+        precision=training.precision,
+        normalize=normalize,
+    )
+    history = {
+        **made_of,
+        "seed": settings.seed,
+        "epochs": training.epochs,
+        "base_lr": training.base_lr,
+        "weight_decay": training.weight_decay,
         "batch_size": crops.batch_size,
-        "precision": precision,
+        "precision": training.precision,
         "train": data.train,
         "test": data.test,
     }
-    return _finish(out, network, student_config, data, history, compute.device, precision)
-
-
-def _crops(source: str, ids: np.ndarray, config: Config, schedule: Schedule) -> RandomCrops:
-    return RandomCrops(
-        source,
-        ids,
-        image_size=config.data.image_size,
-        batch_size=schedule.batch_size,
-        seed=schedule.seed,
-        num_threads=config.data.num_threads,
-    )
+    save_classifier(out / "classifier.safetensors", classifier, config, data.train_info.class_names, history)
+    result = {**history, "top1": found.top1, "top5": found.top5}
+    with replaces(out / "result.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
 
 
 def _refuse_existing(out: Path) -> None:
@@ -221,22 +244,3 @@ def _reporter(epochs: int, say: Say) -> Callable[[int, float], None]:
             say(f"epoch {epoch + 1}/{epochs}: loss {loss:.4f}")
 
     return report
-
-
-def _finish(
-    out: Path,
-    classifier: Classifier,
-    config: Config,
-    data: LabelledImages,
-    history: dict[str, Any],
-    device: torch.device,
-    precision: Precision,
-) -> dict[str, Any]:
-    """Looks at the test images, once, and writes everything down."""
-    batches = load_images(data.test, config.data.image_size, batch_size=config.evaluation.batch_size)
-    found: Accuracy = accuracy(classifier, batches, device=device, precision=precision, normalize=normalize)
-    save_classifier(out / "classifier.safetensors", classifier, config, data.train_info.class_names, history)
-    result = {**history, "top1": found.top1, "top5": found.top5}
-    with replaces(out / "result.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return result

@@ -4,19 +4,22 @@ fine_tune      all weights, SGD with Nesterov momentum 0.9, no weight decay, no 
                and flips only; 60 epochs for 1 % of the labels, 30 for 10 % (Chen et al. 2020, appendix B.5).
 linear_protocol  the classifier alone on a frozen encoder, lr 0.1 x B/256, 90 epochs (appendix B.6).
 
-The learning rate falls by half a cosine over the whole training. One process and one device.
+The learning rate falls by half a cosine over the whole training. One process and one device. Distillation (distill.py)
+trains by the same loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simclr_dist.augment import normalize
 from simclr_dist.evaluation.classifier import Classifier
-from simclr_dist.evaluation.features import ImageBatch, Normalize, Precision, frozen
+from simclr_dist.evaluation.features import ImageBatch, Precision, frozen
 from simclr_dist.evaluation.random_crops import RandomCrops
 from simclr_dist.optim import LearningRate, set_learning_rate
 
@@ -31,64 +34,30 @@ def default_epochs(share: float) -> int:
     return 60 if share <= 0.01 else 30
 
 
-def fine_tune(
-    classifier: Classifier,
-    data: RandomCrops,
-    *,
-    epochs: int,
-    base_lr: float = FINE_TUNE_LR,
-    weight_decay: float = 0.0,
-    device: torch.device | str,
-    precision: Precision = "fp32",
-    normalize: Normalize,
-    on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
-) -> None:
-    """Trains every weight in place. on_epoch(epoch, mean loss) after each. Raises FloatingPointError on NaN."""
-    classifier.to(device).train()
-    train_supervised(
-        classifier,
-        list(classifier.parameters()),
-        data,
-        _cross_entropy,
-        epochs=epochs,
-        base_lr=base_lr,
-        weight_decay=weight_decay,
-        device=device,
-        precision=precision,
-        normalize=normalize,
-        on_epoch=on_epoch,
-    )
+@dataclass(frozen=True)
+class Training:
+    """How to train, and where. base_lr: for a batch of 256. on_epoch(epoch, mean loss): called after each epoch."""
+
+    epochs: int
+    base_lr: float = FINE_TUNE_LR
+    weight_decay: float = 0.0
+    device: torch.device | str = "cpu"
+    precision: Precision = "fp32"
+    on_epoch: Callable[[int, float], None] = lambda epoch, loss: None
+
+
+def fine_tune(classifier: Classifier, data: RandomCrops, training: Training) -> None:
+    """Trains every weight in place. Raises FloatingPointError on NaN."""
+    classifier.to(training.device).train()
+    train_supervised(classifier, classifier.parameters(), data, _cross_entropy, training)
     classifier.eval()
 
 
-def linear_protocol(
-    classifier: Classifier,
-    data: RandomCrops,
-    *,
-    epochs: int = LINEAR_EPOCHS,
-    base_lr: float = LINEAR_LR,
-    weight_decay: float = 0.0,
-    device: torch.device | str,
-    precision: Precision = "fp32",
-    normalize: Normalize,
-    on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
-) -> None:
-    """Trains `classifier.fc` in place; the backbone is frozen, and checked to be."""
-    classifier.to(device)
+def linear_protocol(classifier: Classifier, data: RandomCrops, training: Training) -> None:
+    """Trains `classifier.fc` in place; the backbone is frozen, and checked to be. Raises FloatingPointError on NaN."""
+    classifier.to(training.device)
     with frozen(classifier.backbone):
-        train_supervised(
-            _OnFrozen(classifier),
-            list(classifier.fc.parameters()),
-            data,
-            _cross_entropy,
-            epochs=epochs,
-            base_lr=base_lr,
-            weight_decay=weight_decay,
-            device=device,
-            precision=precision,
-            normalize=normalize,
-            on_epoch=on_epoch,
-        )
+        train_supervised(_OnFrozen(classifier), classifier.fc.parameters(), data, _cross_entropy, training)
     classifier.eval()
 
 
@@ -110,28 +79,19 @@ def _cross_entropy(logits: Tensor, batch: ImageBatch) -> Tensor:
 
 
 def train_supervised(
-    network: nn.Module,
-    parameters: list[nn.Parameter],
-    data: RandomCrops,
-    loss_of: Loss,
-    *,
-    epochs: int,
-    base_lr: float,
-    weight_decay: float,
-    device: torch.device | str,
-    precision: Precision,
-    normalize: Normalize,
-    on_epoch: Callable[[int, float], None],
+    network: nn.Module, parameters: Iterator[nn.Parameter], data: RandomCrops, loss_of: Loss, training: Training
 ) -> None:
     """SGD with Nesterov momentum on loss_of(logits [b, C] float32, batch on the device). Modes are the caller's."""
-    device = torch.device(device)
+    device, precision = torch.device(training.device), training.precision
     autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type == "cuda")
-    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=weight_decay)
-    total = float(epochs * data.batches_per_epoch * data.batch_size)
-    schedule = LearningRate(base_lr * data.batch_size / 256, 0.0, total)
+    optimizer = torch.optim.SGD(
+        list(parameters), lr=0.1, momentum=0.9, nesterov=True, weight_decay=training.weight_decay
+    )
+    total = float(training.epochs * data.batches_per_epoch * data.batch_size)
+    schedule = LearningRate(training.base_lr * data.batch_size / 256, 0.0, total)
     samples_seen = 0
-    for epoch in range(epochs):
+    for epoch in range(training.epochs):
         loss_sum = torch.zeros((), device=device)
         for batch in _on_device(data.epoch(epoch), device):
             set_learning_rate(optimizer, schedule(samples_seen))
@@ -147,9 +107,10 @@ def train_supervised(
         mean_loss = loss_sum.item() / data.batches_per_epoch
         if not mean_loss < float("inf"):
             raise FloatingPointError(
-                f"the loss of epoch {epoch + 1} is {mean_loss}: lower the learning rate (now {base_lr:g} x B/256)"
+                f"the loss of epoch {epoch + 1} is {mean_loss}: lower the learning rate "
+                f"(now {training.base_lr:g} x B/256)"
             )
-        on_epoch(epoch, mean_loss)
+        training.on_epoch(epoch, mean_loss)
 
 
 def _on_device(batches: Iterator[ImageBatch], device: torch.device) -> Iterator[ImageBatch]:

@@ -22,7 +22,7 @@ from simclr_dist.evaluation.terminal import (
 )
 
 if TYPE_CHECKING:
-    from simclr_dist.evaluation.few_labels import Compute, Schedule
+    from simclr_dist.evaluation.few_labels import Settings
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -93,22 +93,29 @@ def _share(text: str) -> float:
     return value
 
 
-def _plans(args: argparse.Namespace) -> tuple[Schedule, Compute]:
+def _settings(args: argparse.Namespace) -> Settings:
     from simclr_dist.config import ConfigError
     from simclr_dist.distributed import world
-    from simclr_dist.evaluation.few_labels import Compute, Schedule
+    from simclr_dist.evaluation.few_labels import Settings
 
     if world().size > 1:
         raise ConfigError([f"{args.command} runs in one process on one device, not in {world().size}"])
-    schedule = Schedule(args.epochs, args.lr, args.weight_decay, args.batch_size, args.seed)
-    return schedule, Compute(choose_device(args.device), args.precision)
+    return Settings(
+        choose_device(args.device),
+        args.epochs,
+        args.lr,
+        args.weight_decay,
+        args.batch_size,
+        args.seed,
+        args.precision,
+    )
 
 
 def _run_finetune(args: argparse.Namespace) -> int:
     from simclr_dist.checkpoint import find_checkpoint
     from simclr_dist.evaluation.few_labels import finetune_checkpoint
 
-    schedule, compute = _plans(args)
+    settings = _settings(args)
     checkpoint = find_checkpoint(args.source, say)
     labels = args.subset.stem if args.subset else f"{args.labels:g}"
     name = f"{labels}_{'frozen_' if args.freeze else ''}{args.start}_seed{args.seed}"
@@ -117,14 +124,13 @@ def _run_finetune(args: argparse.Namespace) -> int:
         result = finetune_checkpoint(
             checkpoint.path,
             out,
+            settings,
             share=args.labels,
             subset_file=args.subset,
             start=args.start,
             freeze=args.freeze,
             train=args.train,
             test=args.test,
-            schedule=schedule,
-            compute=compute,
             say=say,
         )
     return _show(args, result, f"{result['num_labels']} labels", out)
@@ -133,13 +139,14 @@ def _run_finetune(args: argparse.Namespace) -> int:
 def _run_distill(args: argparse.Namespace) -> int:
     from simclr_dist.evaluation.few_labels import distill_classifier
 
-    schedule, compute = _plans(args)
+    settings = _settings(args)
     changes = {"encoder": args.student, "width": args.student_width}
     out = args.out or args.teacher.parent / f"distilled_{args.student or 'student'}"
     with _divergence_is_said():
         result = distill_classifier(
             args.teacher,
             out,
+            settings,
             student={key: value for key, value in changes.items() if value is not None},
             student_from=args.student_from,
             unlabelled=args.train,
@@ -147,8 +154,6 @@ def _run_distill(args: argparse.Namespace) -> int:
             temperature=args.temperature,
             alpha=args.alpha,
             subset_file=args.subset,
-            schedule=schedule,
-            compute=compute,
             say=say,
         )
     return _show(args, result, f"student {result['student']}", out)
