@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from simclr_dist.data.pictures import ArrayImages, ImageSource
 
 from simclr_dist.data import DataError, sources
-from simclr_dist.data.sources import ArrayImages, find_dataset, open_source
+from simclr_dist.data.sources import find_dataset, open_source
 from simclr_dist.data.synthetic import synthetic_images
 from simclr_dist.data.writer import prepare
 from tests.pictures import make_folder, picture
@@ -33,7 +34,7 @@ def _no_datasets_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sources, "download", no_network)
 
 
-def read_all(source: sources.ImageSource) -> list[np.ndarray]:
+def read_all(source: ImageSource) -> list[np.ndarray]:
     return [source.read(i) for i in range(len(source.labels))]
 
 

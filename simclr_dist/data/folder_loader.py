@@ -15,7 +15,7 @@ from torchvision.transforms.functional import resized_crop
 from simclr_dist.data.beton import RAW, open_beton
 from simclr_dist.data.errors import DataError
 from simclr_dist.data.loader import CropRule
-from simclr_dist.data.sources import UNREADABLE, Picture, Pictures, decode_image
+from simclr_dist.data.pictures import UNREADABLE, Picture, Pictures, decode_image
 
 
 class SourceImages:

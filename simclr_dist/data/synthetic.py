@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from simclr_dist.data.pictures import ArrayImages
 from simclr_dist.data.randomness import keys, uniform
-from simclr_dist.data.sources import ArrayImages
 
 NUM_CLASSES = 10
 _COMPONENTS = 3

@@ -44,7 +44,8 @@ from simclr_dist.data.beton import (
     sidecar_path,
 )
 from simclr_dist.data.errors import DataError
-from simclr_dist.data.sources import ImageSource, Picture, open_source
+from simclr_dist.data.pictures import ImageSource, Picture
+from simclr_dist.data.sources import open_source
 from simclr_dist.data.threads import default_num_threads
 
 Mode = Literal["auto", "jpg", "raw", "smart"]

@@ -21,7 +21,8 @@ from simclr_dist.checkpoint import CheckpointError, load_pretrained
 from simclr_dist.data import describe, load_images
 from simclr_dist.data.crops import center_crops
 from simclr_dist.data.errors import DataError
-from simclr_dist.data.sources import decode_image, open_source
+from simclr_dist.data.pictures import decode_image
+from simclr_dist.data.sources import open_source
 from simclr_dist.evaluation.features import Precision, digest, extract_features
 from simclr_dist.evaluation.knn import nearest
 
