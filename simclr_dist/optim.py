@@ -126,11 +126,9 @@ class LARS(Optimizer):
         if group["weight_decay"]:
             grads = list(torch._foreach_add(grads, weights, alpha=group["weight_decay"]))
         if group["adapt"]:
-            rates = [
-                torch.where((w > 0) & (g > 0), group["lr"] * group["trust_coefficient"] * w / g, group["lr"])
-                for w, g in zip(torch._foreach_norm(weights), torch._foreach_norm(grads), strict=True)
-            ]
-            updates = torch._foreach_mul(grads, rates)
+            w, g = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(grads))
+            rates = torch.where((w > 0) & (g > 0), group["lr"] * group["trust_coefficient"] * w / g, group["lr"])
+            updates = torch._foreach_mul(grads, rates.unbind())
         else:
             updates = torch._foreach_mul(grads, group["lr"])
         torch._foreach_mul_(velocities, group["momentum"])

@@ -169,9 +169,9 @@ class ViewLoader:
         ids, labels = torch.from_numpy(pending.ids.copy()), torch.from_numpy(self._images.labels[pending.ids])
         if slots is None:
             return Batch(pending.views, ids, labels, pending.epoch)
-        return Batch(
-            slots.upload(pending.views), ids.to(self._device), labels.to(self._device), pending.epoch, pending.ids
-        )
+        # From page-locked memory: an ordinary copy would wait until the device has done all its work.
+        ids, labels = (x.pin_memory().to(self._device, non_blocking=True) for x in (ids, labels))
+        return Batch(slots.upload(pending.views), ids, labels, pending.epoch, pending.ids)
 
     def close(self) -> None:
         """Ends the threads. May be called twice; iterators of a closed loader raise DataError."""

@@ -186,9 +186,9 @@ def _header(
     shape = (*z.shape, 0, 0)[:2]
     dtype = DTYPES.index(z.dtype) if z.dtype in DTYPES else -1
     bits = 0 if isinstance(temperature, Tensor) else struct.unpack("<q", struct.pack("<d", temperature))[0]
-    header = torch.tensor(
-        [z.ndim, *shape, dtype, num_views, num_ids, implementation, bits, 1, 0, 0], dtype=torch.int64, device=z.device
-    )
+    header = torch.tensor([z.ndim, *shape, dtype, num_views, num_ids, implementation, bits, 1, 0, 0])
+    # From page-locked memory: an ordinary copy would wait for the whole forward, and the launches after it come late.
+    header = header.pin_memory().to(z.device, non_blocking=True) if z.is_cuda else header.to(z.device)
     # What only the device knows is written there, so that the host reads once.
     if isinstance(temperature, Tensor):
         header[7] = temperature.detach().to(torch.float64).view(torch.int64)

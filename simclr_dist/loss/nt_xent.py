@@ -150,7 +150,8 @@ def _nt_xent(
             grad_reduction=grad_reduction,
             implementation=IMPLEMENTATIONS.index(chosen),
         )
-        tau = torch.as_tensor(temperature, dtype=batch.z.dtype, device=z.device)
+        # Filled in on the device: a copy would make the host wait.
+        tau = temperature.to(batch.z) if isinstance(temperature, Tensor) else batch.z.new_full((), temperature)
         if chosen == "plain":
             loss = plain.nt_xent(batch, tau, decoupled=decoupled)
         else:
