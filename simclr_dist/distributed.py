@@ -87,19 +87,35 @@ def all_reduce_max_(x: Tensor) -> Tensor:
     return x
 
 
-def all_reduce_max_async(x: Tensor) -> Callable[[], Tensor]:
-    """Starts the elementwise maximum of x over all ranks; call the result to wait for it."""
+def agree_on_max(value: int, device: torch.device) -> Callable[[], int]:
+    """Starts finding the largest `value` of all ranks; call the result to wait for it.
+
+    On CUDA that waits only for what the device was asked to do before this call: a host that asks at the start of a
+    step and reads at its end can be a step ahead of its device.
+    """
     if world_size() == 1:
-        return lambda: x
-    x = x.clone()
-    handle = dist.all_reduce(x, op=dist.ReduceOp.MAX, async_op=True)
-    assert handle is not None
+        return lambda: value
+    x = torch.tensor([value])
+    if device.type != "cuda":
+        handle = dist.all_reduce(x, op=dist.ReduceOp.MAX, async_op=True)
+        assert handle is not None
 
-    def wait() -> Tensor:
-        handle.wait()
-        return x
+        def wait() -> int:
+            handle.wait()
+            return int(x)
 
-    return wait
+        return wait
+    on_device = x.pin_memory().to(device, non_blocking=True)
+    dist.all_reduce(on_device, op=dist.ReduceOp.MAX)  # queued; the host goes on
+    answer = torch.empty_like(x, pin_memory=True).copy_(on_device, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(device))
+
+    def wait_for_event() -> int:
+        arrived.synchronize()
+        return int(answer)
+
+    return wait_for_event
 
 
 def first_failing_rank(failed: bool, device: torch.device) -> int | None:

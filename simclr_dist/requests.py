@@ -17,7 +17,6 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from simclr_dist import distributed
 
@@ -42,7 +41,7 @@ class Requests:
         self.heard = Request.NONE
         self._next_poll = 0.0
         self._previous: dict[int, Any] = {}
-        self._pending: Callable[[], Tensor] | None = None
+        self._pending: Callable[[], int] | None = None
 
     def __enter__(self) -> Requests:
         for number in self._signals():
@@ -70,12 +69,12 @@ class Requests:
         if distributed.rank() == 0 and time.monotonic() >= self._next_poll:
             self._next_poll = time.monotonic() + POLL_S
             self._look_for_files()
-        self._pending = distributed.all_reduce_max_async(torch.tensor([int(self.heard)], device=self.device))
+        self._pending = distributed.agree_on_max(int(self.heard), self.device)
 
     def agreed(self) -> Request:
         """The strongest request that any rank announced, the same on every rank. A SAVE is forgotten once agreed."""
         assert self._pending is not None
-        request = Request(int(self._pending()))
+        request = Request(self._pending())
         if self.heard == Request.SAVE and request >= Request.SAVE:
             self.heard = Request.NONE
         return request
