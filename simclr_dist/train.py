@@ -37,8 +37,9 @@ def train(config: Config) -> None:
     from simclr_dist.checkpoint import CheckpointError
     from simclr_dist.data import DataError
     from simclr_dist.distributed import shut_down
+    from simclr_dist.failures import FailedElsewhereError, NonFiniteAbortError
     from simclr_dist.status import Reason
-    from simclr_dist.trainer import FailedElsewhereError, NonFiniteAbortError, Trainer
+    from simclr_dist.trainer import Trainer
 
     reasons: dict[type[BaseException], Reason] = {
         ConfigError: "config_error",

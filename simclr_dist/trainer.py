@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import subprocess
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
-from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,33 +16,23 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from simclr_dist import checkpoint, distributed
+from simclr_dist import distributed, provenance, saving
 from simclr_dist.augment import Augment, normalize
 from simclr_dist.batchnorm import convert_to_global_batch_norm
-from simclr_dist.checkpoint import Checkpoint, CheckpointError, TrainState
-from simclr_dist.config import Config, ConfigError, render_config
-from simclr_dist.data import Batch, DataError, build_loader, describe, load_images
+from simclr_dist.checkpoint import TrainState
+from simclr_dist.config import Config, ConfigError
+from simclr_dist.data import Batch, build_loader, describe, load_images
 from simclr_dist.evaluation.features import Features, extract_features_distributed
 from simclr_dist.evaluation.knn import knn_top1
+from simclr_dist.failures import NonFiniteAbortError, together
 from simclr_dist.loss import NonFiniteError, NTXentLoss
 from simclr_dist.micro_batch import backward_in_micro_batches
 from simclr_dist.model import build_model
 from simclr_dist.monitor import Monitor, RunMonitor, SilentMonitor, memory_peak_gib
 from simclr_dist.optim import build_optimizer, build_schedule, peak_learning_rate, set_learning_rate
 from simclr_dist.requests import Request, Requests
-from simclr_dist.status import State, attempt_name, write_status
-
-T = TypeVar("T")
-
-MAX_FAILED_SAVES = 3
-
-
-class NonFiniteAbortError(Exception):
-    """Training met NaN or infinity and its policy says stop."""
-
-
-class FailedElsewhereError(Exception):
-    """Another rank has failed and tells about it; this one only leaves."""
+from simclr_dist.saving import Saver
+from simclr_dist.status import State, write_status
 
 
 class Trainer:
@@ -77,8 +61,8 @@ class Trainer:
         self.batch_size_per_device = self.global_batch_size // self.world.size
 
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        self.resumed = self._together(self._choose_checkpoint)
-        self.loader = self._together(
+        self.resumed = together(lambda: saving.choose(config, self.device, self._warn_on_main), self.device)
+        self.loader = together(
             lambda: build_loader(
                 config.data,
                 config.augment,
@@ -86,7 +70,8 @@ class Trainer:
                 global_batch_size=self.global_batch_size,
                 world=self.world,
                 device=self.device,
-            )
+            ),
+            self.device,
         )
         self.steps_per_epoch = self.loader.order.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
@@ -109,8 +94,11 @@ class Trainer:
         )
         self.state = TrainState()
         if self.resumed is not None:
-            resumed = self.resumed
-            self.state = self._together(lambda: self._restore(resumed))
+            resumed, fingerprint = self.resumed, self.loader.fingerprint
+            self.state = together(
+                lambda: saving.restore(resumed, config, fingerprint, self.plain_model, self.plain_optimizer),
+                self.device,
+            )
         if config.train.compile:
             self.plain_model.compile()
         with warnings.catch_warnings():
@@ -121,9 +109,16 @@ class Trainer:
         if self.resumed is not None and self.accelerator.scaler is not None and self.resumed.grad_scaler:
             self.accelerator.scaler.load_state_dict(dict(self.resumed.grad_scaler))
 
-        self.monitor: Monitor = self._together(self._open_monitor)
-        self._last_save_s = time.monotonic()
-        self._failed_saves = 0
+        self.monitor: Monitor = together(self._open_monitor, self.device)
+        self.saver = Saver(
+            config,
+            self.device,
+            self.monitor,
+            model=self.plain_model,
+            optimizer=self.plain_optimizer,
+            scaler=self.accelerator.scaler,
+            fingerprint=self.loader.fingerprint,
+        )
         self._skipped_steps = 0
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -179,7 +174,7 @@ class Trainer:
                 return self._end("finished")
             interval = _Interval(self)
             for batch in self.loader.batches(self.state.step):
-                if self._save_is_due():
+                if self.saver.is_due():
                     requests.ask(Request.SAVE)
                 requests.announce()
                 if self.state.step % self.steps_per_epoch == 0 or self.state.step == 0:
@@ -198,7 +193,7 @@ class Trainer:
                     interval.restart()
                 request = requests.agreed()
                 if ended or request >= Request.SAVE:
-                    self._save(final=ended or request >= Request.STOP)
+                    self.saver.save(self.state, final=ended or request >= Request.STOP)
                 if ended:
                     return self._end("finished")
                 if request >= Request.STOP:
@@ -242,7 +237,7 @@ class Trainer:
         if every and (epoch % every == 0 or self.state.step >= self.last_step):
             self._log({"eval/knn_top1": self._knn_top1()})
         if self.config.checkpoint.every_epochs and epoch % self.config.checkpoint.every_epochs == 0:
-            self._save()
+            self.saver.save(self.state)
 
     def _knn_top1(self) -> float:
         """Weighted kNN on h of data.test against data.train: how good is the representation by now?"""
@@ -275,89 +270,6 @@ class Trainer:
         return result.top1
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Saving and resuming
-
-    def _save_is_due(self) -> bool:
-        every_min = self.config.checkpoint.every_min
-        return self.world.is_main and every_min is not None and time.monotonic() - self._last_save_s >= 60 * every_min
-
-    def _save(self, final: bool = False) -> None:
-        """A checkpoint by the main process, agreed by all: either every rank counts it as saved or none does."""
-        failure: Exception | None = None
-        started = time.monotonic()
-        if self.world.is_main:
-            try:
-                self._refuse_non_finite()
-                scaler = self.accelerator.scaler
-                checkpoint.write_checkpoint(
-                    self.config.run_dir / "checkpoints",
-                    attempt=attempt_name(),
-                    config=self.config,
-                    state=self.state,
-                    fingerprint=self.loader.fingerprint,
-                    model=self.plain_model,
-                    optimizer=self.plain_optimizer,
-                    grad_scaler=scaler.state_dict() if scaler is not None else {},
-                    versions=versions(),
-                )
-                checkpoint.prune(self.config.run_dir, self.config.checkpoint.keep)
-            except (OSError, NonFiniteAbortError) as error:
-                failure = error
-        failed = distributed.first_failing_rank(failure is not None, self.device) is not None
-        self._last_save_s = time.monotonic()
-        if not failed:
-            self._failed_saves = 0
-            self._log({"speed/checkpoint_s": time.monotonic() - started})
-            return
-        self._failed_saves += 1
-        if isinstance(failure, NonFiniteAbortError):
-            raise failure
-        if failure is not None:
-            self.monitor.warn(f"checkpoint of step {self.state.step} not saved: {failure}; training goes on")
-        if final or self._failed_saves >= MAX_FAILED_SAVES:
-            if failure is None:
-                raise FailedElsewhereError
-            raise CheckpointError(f"{self._failed_saves} save(s) in a row failed, the last with: {failure}")
-
-    def _refuse_non_finite(self) -> None:
-        for name, tensor in self.plain_model.state_dict().items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise NonFiniteAbortError(
-                    f"{name} holds NaN or infinity after step {self.state.step}; nothing was saved"
-                )
-
-    def _choose_checkpoint(self) -> Checkpoint | None:
-        run_dir, resume = self.config.run_dir, self.config.resume
-        if resume == "auto":
-            return checkpoint.agree_on_newest(run_dir, self.device, self._warn_on_main)
-        if resume == "none":
-            if checkpoint.list_checkpoints(run_dir):
-                raise ConfigError(
-                    [f"resume=none, but {run_dir} already has checkpoints; choose another name=… or use resume=auto"]
-                )
-            return None
-        return checkpoint.find_checkpoint(resume, self._warn_on_main)
-
-    def _restore(self, found: Checkpoint) -> TrainState:
-        then, now = found.config, self.config
-        changes = [
-            f"{key}: {before} then, {after} now"
-            for key, before, after in (
-                ("seed", then.seed, now.seed),
-                ("train.global_batch_size", then.train.global_batch_size, now.train.global_batch_size),
-                ("optim.optimizer", then.optim.optimizer, now.optim.optimizer),
-                ("the images' fingerprint", found.fingerprint, self.loader.fingerprint),
-            )
-            if before != after
-        ]
-        if changes:
-            raise CheckpointError(
-                f"{found.path} cannot be continued, because these differ: {'; '.join(changes)}. "
-                "Put them back, or choose another name=… to start a new run"
-            )
-        return checkpoint.restore(found, self.plain_model, self.plain_optimizer)
-
-    # -----------------------------------------------------------------------------------------------------------------
     # Start and end
 
     def _check_world(self) -> None:
@@ -377,20 +289,6 @@ class Trainer:
                 ]
             )
 
-    def _together(self, build: Callable[[], T]) -> T:
-        """`build()` on every rank; if it fails on any, no rank goes on, and one rank tells why."""
-        result, failure = None, None
-        try:
-            result = build()
-        except (ConfigError, DataError, CheckpointError, OSError) as error:  # all that a user can cause
-            failure = error
-        first = distributed.first_failing_rank(failure is not None, self.device)
-        if first is None:
-            return result  # type: ignore[return-value]
-        if failure is not None and first == self.world.rank:
-            raise failure
-        raise FailedElsewhereError
-
     def _open_monitor(self) -> Monitor:
         if not self.world.is_main:
             return SilentMonitor()
@@ -399,10 +297,7 @@ class Trainer:
             run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
         except OSError as error:
             raise ConfigError([f"runs_dir: {run_dir} cannot be made: {error.strerror}"]) from None
-        (run_dir / "config.yaml").write_text(render_config(self.config), encoding="utf-8")
-        facts = {"git": git_id(), "versions": versions(), "seed": self.config.seed, "attempt": attempt_name()}
-        with (run_dir / "environment.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}) + "\n")
+        provenance.record(self.config)
         return RunMonitor(
             run_dir, total_steps=self.last_step, first_step=self.state.step, samples_seen=self.state.samples_seen
         )
@@ -491,24 +386,3 @@ class _Interval:
         }
         self.restart()
         return values
-
-
-def versions() -> dict[str, str]:
-    """Of everything that can change a result."""
-    names = ("simclr-dist", "torch", "torchvision", "accelerate", "numpy", "ffcv", "numba")
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_id() -> str | None:
-    """The commit of the code, with `-dirty` if files have changed; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -1,0 +1,137 @@
+"""Checkpoints of a running training: which one it goes on from, when the next is due, and writing it agreed by all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from simclr_dist import checkpoint, distributed
+from simclr_dist.checkpoint import Checkpoint, CheckpointError, TrainState
+from simclr_dist.config import Config, ConfigError
+from simclr_dist.failures import FailedElsewhereError, NonFiniteAbortError
+from simclr_dist.monitor import Monitor
+from simclr_dist.provenance import versions
+from simclr_dist.status import attempt_name
+
+MAX_FAILED_SAVES = 3
+
+
+def choose(config: Config, device: torch.device, warn: Callable[[str], None]) -> Checkpoint | None:
+    """What `config.resume` names; None for a fresh start. On all ranks. Raises ConfigError or CheckpointError."""
+    run_dir, resume = config.run_dir, config.resume
+    if resume == "auto":
+        return checkpoint.agree_on_newest(run_dir, device, warn)
+    if resume == "none":
+        if checkpoint.list_checkpoints(run_dir):
+            raise ConfigError(
+                [f"resume=none, but {run_dir} already has checkpoints; choose another name=… or use resume=auto"]
+            )
+        return None
+    return checkpoint.find_checkpoint(resume, warn)
+
+
+def restore(found: Checkpoint, config: Config, fingerprint: str, model: nn.Module, optimizer: Optimizer) -> TrainState:
+    """Goes on from `found`. Raises CheckpointError if that would be another training than the one it comes from."""
+    then, now = found.config, config
+    changes = [
+        f"{key}: {before} then, {after} now"
+        for key, before, after in (
+            ("seed", then.seed, now.seed),
+            ("train.global_batch_size", then.train.global_batch_size, now.train.global_batch_size),
+            ("optim.optimizer", then.optim.optimizer, now.optim.optimizer),
+            ("the images' fingerprint", found.fingerprint, fingerprint),
+        )
+        if before != after
+    ]
+    if changes:
+        raise CheckpointError(
+            f"{found.path} cannot be continued, because these differ: {'; '.join(changes)}. "
+            "Put them back, or choose another name=… to start a new run"
+        )
+    return checkpoint.restore(found, model, optimizer)
+
+
+class Saver:
+    """Saves `model` and `optimizer` as they stand when asked. All ranks have one and call it together."""
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        monitor: Monitor,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scaler: Any,
+        fingerprint: str,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.monitor = monitor
+        self._model = model
+        self._optimizer = optimizer
+        self._scaler = scaler
+        self._fingerprint = fingerprint
+        self._is_main = distributed.rank() == 0
+        self._last_save_s = time.monotonic()
+        self._failed_saves = 0
+
+    def is_due(self) -> bool:
+        """Has enough time passed? Decided by the main process alone, since clocks differ."""
+        every_min = self.config.checkpoint.every_min
+        return self._is_main and every_min is not None and time.monotonic() - self._last_save_s >= 60 * every_min
+
+    def save(self, state: TrainState, final: bool = False) -> None:
+        """A checkpoint by the main process, agreed by all: either every rank counts it as saved or none does.
+
+        A failure is a warning as long as there will be another try; if there is none (`final`), or MAX_FAILED_SAVES
+        have failed in a row, CheckpointError.
+        """
+        failure: Exception | None = None
+        started = time.monotonic()
+        if self._is_main:
+            try:
+                self._write(state)
+            except (OSError, NonFiniteAbortError) as error:
+                failure = error
+        failed = distributed.first_failing_rank(failure is not None, self.device) is not None
+        self._last_save_s = time.monotonic()
+        if not failed:
+            self._failed_saves = 0
+            spent = {"speed/checkpoint_s": time.monotonic() - started}
+            self.monitor.log(spent, step=state.step, samples_seen=state.samples_seen)
+            return
+        self._failed_saves += 1
+        if isinstance(failure, NonFiniteAbortError):
+            raise failure
+        if failure is not None:
+            self.monitor.warn(f"checkpoint of step {state.step} not saved: {failure}; training goes on")
+        if final or self._failed_saves >= MAX_FAILED_SAVES:
+            if failure is None:
+                raise FailedElsewhereError
+            raise CheckpointError(f"{self._failed_saves} save(s) in a row failed, the last with: {failure}")
+
+    def _write(self, state: TrainState) -> None:
+        self._refuse_non_finite(state)
+        checkpoint.write_checkpoint(
+            self.config.run_dir / "checkpoints",
+            attempt=attempt_name(),
+            config=self.config,
+            state=state,
+            fingerprint=self._fingerprint,
+            model=self._model,
+            optimizer=self._optimizer,
+            grad_scaler=self._scaler.state_dict() if self._scaler is not None else {},
+            versions=versions(),
+        )
+        checkpoint.prune(self.config.run_dir, self.config.checkpoint.keep)
+
+    def _refuse_non_finite(self, state: TrainState) -> None:
+        for name, tensor in self._model.state_dict().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteAbortError(f"{name} holds NaN or infinity after step {state.step}; nothing was saved")
