@@ -49,7 +49,9 @@ def _is_users(error: Exception) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from simclr_dist import doctor
     from simclr_dist.evaluation import commands as evaluation
+    from simclr_dist.plan import command as plan
 
     top = argparse.ArgumentParser(
         prog="simclr-dist",
@@ -64,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     warmup.set_defaults(run=_run_warmup)
     evaluation.register(commands)
     _add_config(commands)
+    plan.register(commands)
+    doctor.register(commands)
     demo = commands.add_parser("demo", help="from images to a table of results, on this machine; `make demo` runs it")
     demo.add_argument("--config", default="configs/cifar10_demo.yaml")
     demo.add_argument("--nproc", type=int, help="processes (default: all GPUs, or two on the CPU)")
@@ -122,18 +126,28 @@ def prepare_with_progress(source: str | Path, out: Path, **options: Any) -> None
     from simclr_dist.data.writer import prepare
 
     console = Console()
+    begin = said = time.monotonic()
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
-    ) as progress:
-        task = progress.add_task(f"prepare {out.name}", total=None)
-        info = prepare(
-            source, out, progress=lambda done, total: progress.update(task, completed=done, total=total), **options
-        )
+    ) as bar:
+        task = bar.add_task(f"prepare {out.name}", total=None, rate="")
+
+        def progress(done: int, total: int) -> None:
+            nonlocal said
+            now = time.monotonic()
+            rate = done / max(now - begin, 1e-9)
+            bar.update(task, completed=done, total=total, rate=f"{rate:,.0f} pictures/s")
+            if not console.is_terminal and now - said >= 30:  # a batch job's log shall show that it lives
+                said = now
+                print(f"{done:,} of {total:,} pictures, {rate:,.0f}/s, {(total - done) / rate:,.0f} s left", flush=True)
+
+        info = prepare(source, out, progress=progress, **options)
     for message in info.skipped[:20]:
         print(f"skipped: {message}", file=sys.stderr)
     rate = info.num_samples / max(info.seconds, 1e-9)
