@@ -43,6 +43,7 @@ def restore(found: Checkpoint, config: Config, fingerprint: str, model: nn.Modul
         for key, before, after in (
             ("seed", then.seed, now.seed),
             ("train.global_batch_size", then.train.global_batch_size, now.train.global_batch_size),
+            ("data.order", then.data.order, now.data.order),
             ("optim.optimizer", then.optim.optimizer, now.optim.optimizer),
             ("the images' fingerprint", found.fingerprint, fingerprint),
         )
