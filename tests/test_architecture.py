@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 LAYERS = (
     ("cli", "demo"),
     ("train",),
-    ("trainer",),
+    ("doctor", "trainer"),
     ("checkup", "gallery", "online_probe"),
     ("evaluation", "export"),
     ("saving",),

@@ -1,0 +1,18 @@
+"""One line of a report on whether things are in order. Knows nothing but the standard library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["ok", "warning", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """level: `problem` means that a training cannot work, `warning` that it works worse or otherwise than expected."""
+
+    level: Level
+    what: str
+    found: str
+    advice: str = ""

@@ -1,0 +1,100 @@
+"""How fast this machine is at one device's share of a training: a few real steps, and a few real batches."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from simclr_dist.augment import Augment
+from simclr_dist.config import Config
+from simclr_dist.data import Batch, build_loader
+from simclr_dist.distributed import World
+from simclr_dist.loss import NTXentLoss
+from simclr_dist.micro_batch import backward_in_micro_batches
+from simclr_dist.model import build_model
+from simclr_dist.optim import build_optimizer
+
+MOST_IMAGES_ON_CPU = 64
+LOADER_S = 3.0
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """images: of the batch that was tried. peak_bytes: what the step held at most; None where nobody counts."""
+
+    images: int
+    images_per_s: float
+    peak_bytes: int | None
+
+
+def measure_step(config: Config, device: torch.device, images: int, repetitions: int = 3) -> MeasuredStep:
+    """Steps of one process on random images: augmentation, network, loss, update. The first one only warms up."""
+    if device.type == "cpu":
+        images = min(images, config.train.micro_batch_size or images, MOST_IMAGES_ON_CPU)
+    S = config.data.image_size
+    model = build_model(config.model).to(device)
+    if config.train.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = build_optimizer(model, config.optim)
+    augment = Augment(config.augment, config.seed, S)
+    nt_xent = NTXentLoss(config.loss.temperature, config.loss.implementation)
+    ids = torch.arange(images)
+    batch = Batch(torch.randint(0, 256, (2, images, S, S, 3), dtype=torch.uint8).to(device), ids.to(device), ids, 0)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            views = augment(batch)
+            micro = config.train.micro_batch_size
+            if micro and micro < images:
+                backward_in_micro_batches(model, views, nt_xent, micro_batch_size=micro)
+            else:
+                nt_xent(model(views.flatten(0, 1))[1].float()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    step()
+    _forget_peak(device)
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return MeasuredStep(images, images / statistics.median(times), _peak(device))
+
+
+def measure_loader(config: Config, images: int, local_size: int) -> float:
+    """Images that one of `local_size` processes on this machine decodes and crops a second."""
+    world = World(local_size=local_size)
+    with build_loader(
+        config.data, config.augment, seed=config.seed, global_batch_size=images, world=world, device="cpu"
+    ) as loader:
+        batches = loader.batches(0)
+        for _ in range(config.data.batches_ahead + 1):  # compiles, and fills what is decoded ahead
+            next(batches)
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < LOADER_S:
+            next(batches)
+            count += images
+        seconds = time.perf_counter() - start
+        batches.close()  # type: ignore[attr-defined]
+    return count / seconds
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def data_is_here(config: Config) -> bool:
+    return config.data.train == "synthetic" or Path(config.data.train).exists()

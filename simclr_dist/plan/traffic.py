@@ -1,0 +1,64 @@
+"""What the processes of a training send each other in one step.
+
+Bytes are those that a rank brings to a collective, and those that it sends in a ring, the way both NCCL and gloo do it:
+an all-gather of b bytes a rank sends (W-1) b, an all-reduce 2 (W-1)/W b, a broadcast b.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from simclr_dist.config import Config
+from simclr_dist.plan.memory import shape_of_model
+
+HEADER_BYTES = 88  # what ranks agree upon before a loss is computed (simclr_dist/loss/batch.py)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """`count` equal calls in a step, each with `num_bytes` of this rank."""
+
+    what: str
+    operation: Literal["all_gather", "all_reduce", "broadcast"]
+    num_bytes: int
+    count: int = 1
+
+    def sent(self, world_size: int) -> float:
+        """Bytes that a rank sends in a step."""
+        others = world_size - 1
+        factor = {"all_gather": others, "all_reduce": 2 * others / world_size, "broadcast": min(others, 1)}
+        return self.count * factor[self.operation] * self.num_bytes
+
+
+def collectives(config: Config, world_size: int) -> list[Collective]:
+    """All of a step of pretraining; none in a world of one."""
+    if world_size == 1:
+        return []
+    model = shape_of_model(config)
+    B = config.train.global_batch_size // world_size
+    n, N, K = 2 * B, 2 * B * world_size, config.model.head_out_dim
+    width = 2 if config.loss.gather_dtype == "bfloat16" else 4
+    found = [
+        Collective("loss: agreement", "all_gather", HEADER_BYTES),
+        Collective("loss: sample ids", "all_gather", 4 * B),
+        Collective("loss: z", "all_gather", width * n * K),
+        Collective("loss: sums", "all_reduce", 4 * N),
+        Collective("gradients", "all_reduce", sum(p.nbytes for p in model.parameters())),
+        Collective("stop and save requests", "all_reduce", 8),
+    ]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if config.model.batch_norm == "per_device":
+        buffers = sum(buffer.nbytes for buffer in model.buffers())
+        return [*found, Collective("BatchNorm: running statistics", "broadcast", buffers)] if norms else found
+    micro = config.train.micro_batch_size
+    parts = -(-B // micro) if micro else 1
+    forwards = 2 * parts if micro else 1  # a step in micro-batches goes forward twice
+    for channels in sorted({m.num_features for m in norms}):
+        alike = sum(m.num_features == channels for m in norms)
+        forward = 4 * (2 * channels + 1)  # mean, variance, count
+        found.append(Collective(f"BatchNorm {channels}: moments", "all_gather", forward, forwards * alike))
+        found.append(Collective(f"BatchNorm {channels}: backward", "all_reduce", 4 * 2 * channels, parts * alike))
+    return found

@@ -1,0 +1,210 @@
+"""The planner against what it predicts: real models, steps, files and collectives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.loss import PeakMemory, in_own_process
+from simclr_dist import cli
+from simclr_dist.batchnorm import convert_to_global_batch_norm
+from simclr_dist.checkpoint import TrainState, write_checkpoint
+from simclr_dist.config import Config, load_config
+from simclr_dist.loss import NTXentLoss
+from simclr_dist.micro_batch import backward_in_micro_batches
+from simclr_dist.model import build_model
+from simclr_dist.optim import build_optimizer
+from simclr_dist.plan.forecast import LINK_BYTES_PER_S, Forecast, Speed, forecast
+from simclr_dist.plan.memory import (
+    LiveBytes,
+    checkpoint_bytes,
+    device_memory,
+    loss_workspace,
+    safetensors_bytes,
+    step_activations,
+)
+from simclr_dist.plan.traffic import collectives
+from simclr_dist.requests import Requests
+from tests.conftest import REPOSITORY
+from tests.distributed.spawn import run_ranks
+from tests.distributed.test_loss_traffic import CountTraffic
+
+SMOKE = REPOSITORY / "configs" / "smoke.yaml"
+
+
+def smoke(*overrides: str, world_size: int = 1) -> Config:
+    return load_config(SMOKE, overrides, world_size=world_size)
+
+
+def real_step(config: Config, images: int) -> float:
+    """MiB of a real forward and backward, as the operating system counts them. In a process of its own."""
+    torch.set_num_threads(1)
+    model = build_model(config.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    views = torch.randn(2 * images, 3, config.data.image_size, config.data.image_size)
+
+    def step(views: torch.Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+            _, z = model(views)
+        z.backward(torch.ones_like(z))
+
+    step(views[:4])  # loads what is loaded once
+    with PeakMemory(views.device) as peak:
+        step(views)
+    return peak.mib
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_within_a_factor_of_what_a_real_step_holds(precision: str) -> None:
+    config = smoke("model.width=32", f"train.precision={precision}")
+    predicted = step_activations(config, 256) / 2**20
+    assert predicted > 64  # so that what the process needs besides counts little
+    assert predicted / 1.4 < in_own_process(real_step, config, 256) < 1.4 * predicted
+
+
+def test_activations_grow_with_the_images_at_once_and_not_with_the_batch() -> None:
+    whole, double = (device_memory(smoke(f"train.global_batch_size={G}"), 1, "cpu") for G in (64, 128))
+    assert double.activations == pytest.approx(2 * whole.activations, rel=0.05)
+    parts = device_memory(smoke("train.global_batch_size=128", "train.micro_batch_size=64"), 1, "cpu")
+    assert parts.activations == whole.activations
+    assert parts.views == double.views
+
+
+@pytest.mark.parametrize("implementation", ["tiled", "plain"])
+@pytest.mark.parametrize(("G", "K"), [(128, 128), (1024, 64)])
+def test_loss_workspace_is_within_a_factor_of_what_the_loss_holds(implementation: str, G: int, K: int) -> None:
+    config = smoke(f"train.global_batch_size={G}", f"model.head_out_dim={K}", f"loss.implementation={implementation}")
+    z = torch.randn(2 * G, K, requires_grad=True)
+    z.grad = torch.zeros_like(z)
+    loss = NTXentLoss(0.1, implementation)  # type: ignore[arg-type]
+    with LiveBytes() as live:
+        loss(z, torch.arange(G)).backward()
+    assert live.peak < loss_workspace(config, 1, "cpu") < 1.4 * live.peak
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+def test_parameters_optimiser_and_checkpoint_are_as_predicted(tmp_path: Path, optimizer: str) -> None:
+    config = smoke(f"optim.optimizer={optimizer}")
+    model = build_model(config.model)
+    update = build_optimizer(model, config.optim)
+    _, z = model(torch.randn(4, 3, 32, 32))
+    z.square().sum().backward()
+    update.step()
+
+    memory = device_memory(config, 1, "cpu")
+    assert memory.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    assert memory.parameters == memory.gradients + sum(b.nbytes for b in model.buffers())
+    state = [value for entry in update.state.values() for value in entry.values() if torch.is_tensor(value)]
+    assert memory.optimizer == sum(value.nbytes for value in state)
+
+    path = write_checkpoint(
+        tmp_path,
+        attempt="a",
+        config=config,
+        state=TrainState(1, 64),
+        fingerprint="0" * 64,
+        model=model,
+        optimizer=update,
+        grad_scaler={},
+        versions=dict.fromkeys(("python", "torch", "torchvision", "accelerate", "numpy", "ffcv"), "1.23.4"),
+    )
+    assert safetensors_bytes(model.state_dict()) == (path / "model.safetensors").stat().st_size
+    size = sum(file.stat().st_size for file in path.iterdir())
+    assert checkpoint_bytes(config) == pytest.approx(size, rel=0.01)
+
+
+def step_traffic(rank: int, world_size: int, config: Config) -> list[tuple[str, float]]:
+    """What this rank sends in one step made of the parts that the trainer uses."""
+    cpu = torch.device("cpu")
+    model: Any = build_model(config.model)
+    if config.model.batch_norm == "global":
+        model = convert_to_global_batch_norm(model, cpu)
+    buffers = config.model.batch_norm == "per_device"
+    model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=buffers, gradient_as_bucket_view=True)
+    B = config.train.global_batch_size // world_size
+    views, ids = torch.randn(2, B, 3, 32, 32), torch.arange(B) + rank * B
+    nt_xent = NTXentLoss(0.5, gather_dtype=getattr(torch, config.loss.gather_dtype))
+    requests = Requests(Path("nowhere"), cpu)
+    with CountTraffic(world_size) as traffic:
+        requests.announce()
+        if config.train.micro_batch_size:
+            backward_in_micro_batches(
+                model, views, lambda z: nt_xent(z, ids), micro_batch_size=config.train.micro_batch_size
+            )
+        else:
+            nt_xent(model(views.flatten(0, 1))[1], ids).backward()
+        requests.agreed()
+    return traffic.collectives
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [(2, []), (2, ["train.micro_batch_size=16", "loss.gather_dtype=bfloat16"]), (4, [])],
+    ids=["2 ranks", "micro-batches", "4 ranks"],
+)
+@pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")
+def test_a_step_sends_what_the_plan_says(world_size: int, overrides: list[str]) -> None:
+    config = smoke(*overrides, world_size=world_size)
+    planned = collectives(config, world_size)
+    for found in run_ranks(world_size, step_traffic, config):
+        assert sum(sent for _, sent in found) == pytest.approx(sum(c.sent(world_size) for c in planned))
+        gathers = [sent for name, sent in found if name == "_allgather_base_"]
+        assert len(gathers) == sum(c.count for c in planned if c.operation == "all_gather")
+
+
+def test_one_process_sends_nothing() -> None:
+    assert collectives(smoke(), 1) == []
+
+
+def plan(*arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", str(SMOKE), *arguments, "--json"])
+    assert ended.value.code == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_steps_and_hours_follow_from_images_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan("train.epochs=10", "--gpus", "4", "--images", "1000", "--images-per-s", "16", capsys=capsys)
+    assert (found["steps_per_epoch"], found["num_steps"]) == (15, 150)  # 64 of 1,000 images a step
+    sending_s = 150 * found["sent_bytes_per_step"] / LINK_BYTES_PER_S
+    assert found["hours"] == pytest.approx((150 * 16 / 16 + sending_s) / 3600)
+    assert found["bottleneck"].startswith("the devices")
+
+
+def test_speed_is_measured_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan("train.global_batch_size=16", "--measure", capsys=capsys)
+    assert found["measured_step"]["images"] == 16
+    assert found["speed"]["device"] > 0 < found["speed"]["loader"]
+    assert set(found["seconds_per_step"]) == {"device", "loader"}
+
+
+def bottleneck_of(config: Config, speed: Speed, **limits: int) -> str:
+    found: Forecast = forecast(config, 10**6, 8, "cuda", speed)
+    return found.bottleneck(**limits)
+
+
+def test_the_bottleneck_is_what_is_slowest() -> None:
+    config = smoke(world_size=8)
+    assert bottleneck_of(config, Speed(100.0, 1000.0)).startswith("the devices")
+    assert bottleneck_of(config, Speed(1000.0, 100.0)).startswith("the loader")
+    assert bottleneck_of(config, Speed(1e9, 1e9)).startswith("the network")
+    assert bottleneck_of(config, Speed(100.0), device_bytes=2**20).startswith("memory")
+    assert "not known" in bottleneck_of(config, Speed())
+
+
+def test_missing_images_are_asked_for_and_bad_batches_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["data.train=nowhere.beton"], "say how many images it holds with --images"),
+        (["--gpus", "3"], "64 does not divide over 3 processes"),
+        (["--images", "10"], "64 is more than the 10 images"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["plan", str(SMOKE), *arguments])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
