@@ -17,7 +17,7 @@ LAYERS = (
     ("train",),
     ("doctor", "trainer"),
     ("checkup", "gallery", "online_probe"),
-    ("evaluation", "export"),
+    ("evaluation", "export", "plan"),
     ("saving",),
     ("failures", "non_finite", "watchdog"),
     ("checkpoint", "heartbeat", "monitor", "owner", "provenance", "requests", "status", "terminal"),
