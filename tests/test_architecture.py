@@ -24,7 +24,7 @@ LAYERS = (
     ("micro_batch",),
     ("augment", "augment_kernel", "data", "flops", "health", "loss", "batchnorm", "model", "optim"),
     ("atomic", "distributed"),
-    ("config",),
+    ("config", "finding", "torch_probe"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
