@@ -19,6 +19,10 @@ def convert_to_global_batch_norm(model: nn.Module, device: torch.device) -> nn.M
     if distributed.world_size() == 1:
         return model
     if device.type == "cuda":
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and hasattr(m, "act") for m in model.modules()):
+            from timm.layers import convert_sync_batchnorm  # torch's would drop timm's activations
+
+            return convert_sync_batchnorm(model)
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return _replace(model)
 
@@ -26,6 +30,9 @@ def convert_to_global_batch_norm(model: nn.Module, device: torch.device) -> nn.M
 def _replace(module: nn.Module) -> nn.Module:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         replacement = GlobalBatchNorm(module.num_features, module.eps, module.momentum, module.affine)
+        if hasattr(module, "act"):
+            replacement = GlobalBatchNormAct(module.num_features, module.eps, module.momentum, module.affine)
+            replacement.drop, replacement.act = module.drop, module.act
         like = next(iter(module.state_dict().values()), torch.empty(0))
         replacement.to(like.device, like.dtype).load_state_dict(module.state_dict())
         return replacement.train(module.training)
@@ -53,6 +60,13 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_mean.lerp_(mean, momentum)  # type: ignore[union-attr]
             self.running_var.lerp_(var * (count / (count - 1)), momentum)  # type: ignore[union-attr]
         return _Normalise.apply(input, self.weight, self.bias, mean, var, count, self.eps)
+
+
+class GlobalBatchNormAct(GlobalBatchNorm):
+    """Stands for timm's BatchNormAct2d, which has dropout and an activation inside."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))
 
 
 def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

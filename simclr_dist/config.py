@@ -69,7 +69,8 @@ class AugmentConfig(Section):
 
 
 class ModelConfig(Section):
-    encoder: str = Field(description="torchvision's resnet18/34/50/101/152, wide_resnet50_2/101_2, or `resnet_small`.")
+    encoder: str = Field(description="torchvision's networks by name, timm's as `timm/NAME`, or `resnet_small`.")
+    image_size: Count | None = Field(None, description="Side that a ViT is built for; null: data.image_size.")
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="`cifar`: 3x3 convolution, no pooling (B.9).")
     width: Count = Field(32, description="Channels of `resnet_small`'s first stage.")
     head_layers: Literal[2, 3] = Field(2, description="2: SimCLR v1; 3: SimCLR v2.")
@@ -167,8 +168,23 @@ class Config(Section):
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
 
+    @model_validator(mode="before")
+    @classmethod
+    def _model_knows_its_images(cls, values: Any) -> Any:
+        """A ViT is built for one size of image; the other encoders do not care."""
+        if not isinstance(values, dict) or not all(isinstance(values.get(key), dict) for key in ("data", "model")):
+            return values
+        if isinstance(size := values["data"].get("image_size"), int) and values["model"].get("image_size") is None:
+            return {**values, "model": {**values["model"], "image_size": size}}
+        return values
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
+        if self.model.image_size != self.data.image_size:
+            raise ValueError(
+                f"model.image_size ({self.model.image_size}) must be data.image_size ({self.data.image_size}); "
+                "leave it out"
+            )
         if self.evaluation.knn_every_epochs and not self.data.test:
             raise ValueError("evaluation.knn_every_epochs needs data.test: set it, or set knn_every_epochs to null")
         if self.optim.warmup_epochs >= self.train.epochs and self.optim.schedule == "cosine":

@@ -1,9 +1,9 @@
 """The trained encoder as a file that others can load, checked before it gets its name.
 
 torchvision   a plain state dict (torch.save), for `torchvision.models.<encoder>().load_state_dict(..., strict=True)`.
-              The encoder has no classifier, so `fc` is filled with zeros: replace it, or train it.
-safetensors   the encoder's weights under the same names, without `fc`; configuration, step, normalisation and licence
-              travel in the file's metadata.
+              The encoder has no classifier, so the class layer is filled with zeros: replace it, or train it.
+safetensors   the encoder's weights under its library's names, without the class layer; configuration, step,
+              normalisation and licence travel in the file's metadata.
 onnx          the encoder as a graph for onnxruntime and others: float32 `images` [n, 3, S, S], normalised, to `h`
               [n, D]; n is free. The same metadata. Needs the extra `onnx`.
 
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,10 +28,18 @@ from simclr_dist.atomic import replaces
 from simclr_dist.augment import MEAN, STD
 from simclr_dist.checkpoint import Checkpoint, load_pretrained
 from simclr_dist.config import Config, ModelConfig, render_config
-from simclr_dist.model import RESNETS, build_encoder
+from simclr_dist.encoders import (
+    NUM_CLASSES,
+    TIMM,
+    build_encoder,
+    class_layer,
+    take_off_class_layer,
+    torchvision_names,
+    torchvision_network,
+    torchvision_options,
+)
 
 Format = Literal["torchvision", "safetensors", "onnx"]
-NUM_FC_CLASSES = 1000  # torchvision's default, so that resnet50() without arguments fits
 
 
 class ExportError(Exception):
@@ -105,21 +112,17 @@ def _write_torchvision(
     encoder: nn.Module, feature_dim: int, checkpoint: Checkpoint, license: str, path: Path
 ) -> nn.Module:
     config = checkpoint.config.model
-    if config.encoder not in RESNETS:
+    if config.encoder not in torchvision_names():
         raise ExportError(
             f"{checkpoint.path}: its encoder {config.encoder} is none of torchvision's; use --format safetensors"
         )
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    state["fc.weight"] = torch.zeros(NUM_FC_CLASSES, feature_dim)
-    state["fc.bias"] = torch.zeros(NUM_FC_CLASSES)
+    found = torchvision_network(config)
+    name = class_layer(found)
+    state |= {f"{name}.{key}": torch.zeros_like(value) for key, value in found.get_submodule(name).state_dict().items()}
     torch.save(state, path)
-
-    found = getattr(torchvision.models, config.encoder)()
-    if config.stem == "cifar":
-        found.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-        found.maxpool = nn.Identity()
     found.load_state_dict(torch.load(path, weights_only=True), strict=True)
-    found.fc = nn.Identity()
+    take_off_class_layer(found)
     return found.eval()
 
 
@@ -139,9 +142,9 @@ def _write_onnx(
     encoder: nn.Module, feature_dim: int, checkpoint: Checkpoint, license: str, path: Path
 ) -> Callable[[Tensor], Tensor]:
     try:
-        import onnx  # type: ignore[import-not-found]
-        import onnxruntime  # type: ignore[import-not-found]
-        import onnxscript  # type: ignore[import-not-found]  # noqa: F401  torch writes ONNX with it
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401  torch writes ONNX with it
     except ImportError as error:
         raise ExportError(f"--format onnx needs {error.name}: pip install onnx onnxscript onnxruntime") from None
     S = checkpoint.config.data.image_size
@@ -193,7 +196,7 @@ def metadata(checkpoint: Checkpoint, feature_dim: int, license: str) -> dict[str
 
 
 def _instructions(
-    config: ModelConfig, image_size: int, feature_dim: int, format: Format, name: str
+    config: ModelConfig, image_size: int, feature_dim: int, format: Format, file: str
 ) -> tuple[str, tuple[str, ...]]:
     """The lines that load the file, and notes."""
     if format == "onnx":
@@ -201,7 +204,7 @@ def _instructions(
             "import numpy as np",
             "import onnxruntime",
             "",
-            f'session = onnxruntime.InferenceSession("{name}", providers=["CPUExecutionProvider"])',
+            f'session = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])',
             f"images = np.zeros((1, 3, {image_size}, {image_size}), np.float32)  # normalised as above",
             '(h,) = session.run(["h"], {"images": images})',
         ]
@@ -211,26 +214,33 @@ def _instructions(
             "from safetensors import safe_open",
             "from safetensors.torch import load_file",
             "from simclr_dist.config import Config",
-            "from simclr_dist.model import build_encoder",
+            "from simclr_dist.encoders import build_encoder",
             "",
-            f'with safe_open("{name}", framework="pt") as file:',
+            f'with safe_open("{file}", framework="pt") as file:',
             '    config = Config.model_validate_json(file.metadata()["config"])',
             "encoder, feature_dim = build_encoder(config.model)",
-            f'encoder.load_state_dict(load_file("{name}"), strict=True)',
+            f'encoder.load_state_dict(load_file("{file}"), strict=True)',
         ]
-        notes = ["The names are torchvision's, without fc."] if config.encoder in RESNETS else []
+        notes = []
+        if config.encoder in torchvision_names():
+            notes = ["The names are torchvision's, without the class layer."]
+        elif config.encoder.startswith(TIMM):
+            notes = ["The names are timm's, for num_classes=0."]
         return "\n".join(lines), tuple(notes)
-    lines = ["import torch", "import torchvision", "", f"model = torchvision.models.{config.encoder}()"]
+    name = class_layer(torchvision_network(config))
+    place = "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
+    options = ", ".join(f"{key}={value}" for key, value in torchvision_options(config).items())
+    lines = ["import torch", "import torchvision", "", f"model = torchvision.models.{config.encoder}({options})"]
     notes = [
-        f"fc was not trained: it is all zeros ({NUM_FC_CLASSES} classes), there so that strict=True holds. Replace it."
+        f"{name} was not trained: it is all zeros ({NUM_CLASSES} classes), there so that strict=True holds. Replace it."
     ]
     if config.stem == "cifar":
         lines += ["model.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)"]
         lines += ["model.maxpool = torch.nn.Identity()"]
         notes += [f"The stem is CIFAR's: a plain {config.encoder} takes the weights only after these two changes."]
-    lines += [f'model.load_state_dict(torch.load("{name}", weights_only=True), strict=True)']
+    lines += [f'model.load_state_dict(torch.load("{file}", weights_only=True), strict=True)']
     lines += [
-        f"model.fc = torch.nn.Identity()  # h [n, {feature_dim}]; or a torch.nn.Linear({feature_dim}, ...) to train"
+        f"{place} = torch.nn.Identity()  # h [n, {feature_dim}]; or a torch.nn.Linear({feature_dim}, ...) to train"
     ]
     return "\n".join(lines), tuple(notes)
 

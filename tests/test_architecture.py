@@ -22,7 +22,7 @@ LAYERS = (
     ("failures", "non_finite", "watchdog"),
     ("checkpoint", "heartbeat", "monitor", "owner", "provenance", "requests", "status", "terminal"),
     ("micro_batch",),
-    ("augment", "augment_kernel", "data", "flops", "health", "loss", "batchnorm", "model", "optim"),
+    ("augment", "augment_kernel", "data", "flops", "health", "loss", "batchnorm", "encoders", "model", "optim"),
     ("atomic", "distributed"),
     ("config", "finding", "torch_probe"),
 )

@@ -78,11 +78,16 @@ def test_torchvision_loads_it_strictly(tmp_path: Path, encoder: str) -> None:
         ("resnet18", "cifar", "torchvision"),
         ("resnet18", "cifar", "safetensors"),
         ("resnet_small", "imagenet", "safetensors"),
+        ("convnext_tiny", "imagenet", "torchvision"),
+        ("vit_b_32", "imagenet", "torchvision"),
+        ("timm/test_vit", "imagenet", "safetensors"),
     ],
 )
 def test_the_lines_on_the_card_load_it(
     tmp_path: Path, encoder: str, stem: str, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if encoder.startswith("timm/"):
+        pytest.importorskip("timm")
     run, model = save_run(tmp_path, encoder=encoder, stem=stem)
     result = export(run, tmp_path / "the encoder.bin", format=format)
     code = result.card.read_text().split("```python\n")[1].split("```")[0]
@@ -160,10 +165,14 @@ def test_self_check_refuses_nan_and_other_widths() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # those of onnxscript are its own
-@pytest.mark.parametrize(("encoder", "stem"), [("resnet_small", "imagenet"), ("resnet18", "cifar")])
+@pytest.mark.parametrize(
+    ("encoder", "stem"), [("resnet_small", "imagenet"), ("resnet18", "cifar"), ("timm/test_vit", "imagenet")]
+)
 def test_onnx_runs_with_any_number_of_images(tmp_path: Path, encoder: str, stem: str) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed (extra `onnx`)")
+    if encoder.startswith("timm/"):
+        pytest.importorskip("timm")
     import onnxruntime
 
     run, model = save_run(tmp_path, encoder=encoder, stem=stem)

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr_dist.batchnorm import convert_to_global_batch_norm
+from simclr_dist.encoders import SmallResNet
 from simclr_dist.loss import NTXentLoss
-from simclr_dist.model import SimCLR, SmallResNet, build_projection_head
+from simclr_dist.model import SimCLR, build_projection_head
 from tests.distributed.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed
