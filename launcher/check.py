@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher import build, local, machine, node, outcome, processes, slurm
+from launcher import build, local, machine, node, outcome, processes, scontrol, slurm, slurm_job
 from launcher.errors import Exit, LaunchError
 from launcher.plan import Plan, checked_env, is_reserved, new_attempt, prepare_run_dir, write_plan
 
@@ -122,7 +122,7 @@ def look_at_limits() -> Iterator[Finding]:
 
 
 def look_at_slurm() -> Iterator[Finding]:
-    config = slurm.query(["scontrol", "show", "config"])
+    config = scontrol.query(["scontrol", "show", "config"])
     if config is None:
         yield Finding("problem", "SLURM", "scontrol does not answer", "run this on a login node; is SLURM_CONF right?")
         return
@@ -148,10 +148,10 @@ def deep_plan(args: argparse.Namespace) -> Plan:
     """A plan whose processes run deep_check instead of a training, for this machine or this SLURM job."""
     device, procs = build.device_and_procs(args)
     in_job = args.backend == "slurm"
-    hosts = slurm.job_hosts(os.environ) if in_job else [socket.gethostname().partition(".")[0]]
-    attempt = new_attempt(slurm.job_name_of(os.environ) if in_job else local.new_job("local"), 0)
+    hosts = slurm_job.job_hosts(os.environ) if in_job else [socket.gethostname().partition(".")[0]]
+    attempt = new_attempt(slurm_job.job_name_of(os.environ) if in_job else local.new_job("local"), 0)
     run_dir = Path(os.path.abspath(args.runs_dir)) / ".check" / attempt
-    head_addr = args.head_addr or (slurm.head_address(hosts) if in_job else "127.0.0.1")
+    head_addr = args.head_addr or (slurm_job.head_address(hosts) if in_job else "127.0.0.1")
     plan = Plan(
         backend="slurm" if in_job else "local",
         attempt=attempt,

@@ -105,11 +105,12 @@ def commands(ssh_cmd: str) -> Callable[[Plan], list[list[str]]]:
 
     def for_plan(plan: Plan) -> list[list[str]]:
         # ssh hands its words to a shell on the other side: each is quoted. -tt: if the connection is lost, the node
-        # entry is hung up on, and ends its workers. BatchMode: never wait for a password.
+        # entry is hung up on, and ends its workers. ServerAliveInterval: a cut network says nothing by itself; after
+        # three questions without an answer ssh gives up. BatchMode: never wait for a password.
         return [
             [
                 *ssh,
-                *("-tt", "-o", "BatchMode=yes", "--", host),
+                *("-tt", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=30", "--", host),
                 shlex.join(["env", f"PYTHONPATH={here}", *local.node_command(plan, rank)]),
             ]
             for rank, host in enumerate(plan.hosts)

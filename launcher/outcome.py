@@ -28,7 +28,7 @@ class Status:
     state: str
     """running, finished, preempted, stopped or failed"""
     reason: str = ""
-    """of `failed`: config_error, data_error, nan_abort, crash, hang, checkpoint_error, preflight"""
+    """of `failed`: what simclr_dist.status names, or preflight"""
     step: int = 0
     attempt: str = ""
     message: str = ""

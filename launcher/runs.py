@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher import local, outcome, slurm
+from launcher import local, outcome, scontrol
 from launcher.errors import Exit, LaunchError
 from launcher.plan import read_plan
 
@@ -55,7 +55,7 @@ def status(args: argparse.Namespace) -> Exit:
             console.print(Text(f"message     {now.message.strip().splitlines()[-1]}"), soft_wrap=True)
     console.print(Text(f"checkpoint  step {outcome.newest_step(run_dir)}"))
     if job:
-        in_queue = slurm.query(["squeue", "--noheader", f"--jobs={job}", "--format=%T %r"])
+        in_queue = scontrol.query(["squeue", "--noheader", f"--jobs={job}", "--format=%T %r"])
         console.print(Text(f"SLURM job   {job}: {(in_queue or '').strip() or 'no longer in the queue'}"))
     for name in (local.STOP_FILE, "SAVE"):
         if (run_dir / name).exists():
@@ -106,7 +106,7 @@ def cancel(args: argparse.Namespace) -> Exit:
     run_dir = run_dir_of(args)
     job = slurm_job(run_dir)
     if job:
-        done = slurm.run_query(["scancel", job])
+        done = scontrol.run_query(["scancel", job])
         if done is None or done.returncode:
             raise LaunchError(f"scancel {job}: {done.stderr.strip() if done else 'no such program'}", Exit.FAILED)
         print(f"{run_dir}: job {job} cancelled")

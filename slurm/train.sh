@@ -42,7 +42,7 @@ trap : TERM CONT                   # stay alive to the end: the workers have bee
 
 RUN_DIR="$("$PYTHON" -m launcher plan "$@")" || exit $?
 [ -n "$RUN_DIR" ] || exit 0        # somebody asked for a stop while the job was waiting
-for word in "$@"; do [ "$word" != --stop-signal=USR2 ] || STOP_SIGNAL=USR2; done
+! grep -q '"stop_signal": "USR2"' "$RUN_DIR/plan.json" || STOP_SIGNAL=USR2
 [ -z "$STOP_EARLY" ] || stop
 
 # In the background, because bash runs a trap only when the foreground command is over.
@@ -54,7 +54,7 @@ srun --immediate=120 --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task="$
   ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} \
   sh -c 'trap "" USR1 USR2; exec "$@"' sh "$NODE_PYTHON" -m launcher node --plan "$RUN_DIR/plan.json" &
 STEP=$!
-# `wait` returns early at every signal: ask until the step is really over.
+# `wait` returns early at every signal: ask until the step is really over. RC at once: a $(…) in between would reset $?.
 while :; do wait "$STEP"; RC=$?; kill -0 "$STEP" 2>/dev/null || break; done
 
 exec "$PYTHON" -m launcher finish --run-dir "$RUN_DIR" --rc "$RC"

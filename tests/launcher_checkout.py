@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -80,8 +81,9 @@ class Checkout:
         lines = path.read_text().splitlines() if path.exists() else []
         return [entry for entry in map(json.loads, lines) if entry["event"] == event]
 
-    def newest_step(self) -> int:
-        return max((int(path.name[5:]) for path in (self.run_dir / "checkpoints").glob("step_*")), default=0)
+    def newest_step(self, run_dir: Path | None = None) -> int:
+        folders = ((run_dir or self.run_dir) / "checkpoints").glob("step_*")
+        return max((int(path.name[5:]) for path in folders if path.name[5:].isdigit()), default=0)
 
     def pids_alive(self) -> list[int]:
         return [rank["pid"] for rank in self.ranks() if is_running(rank["pid"])]
@@ -104,6 +106,37 @@ def make_checkout(root: Path) -> Checkout:
     shutil.copy(REPOSITORY / "tests" / "fake_trainer.py", root / "simclr_dist" / "train.py")
     (root / "fake.yaml").write_text(CONFIG)
     return Checkout(root, clean_environment())
+
+
+def make_real_checkout(root: Path) -> Checkout:
+    """With the real trainer and its configurations."""
+    checkout = make_checkout(root)
+    shutil.rmtree(root / "simclr_dist")
+    for name in ("simclr_dist", "configs"):
+        shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return checkout
+
+
+# What ssh -tt does: a shell runs the words on the other side, and is hung up on when the connection ends.
+FAKE_SSH = """\
+import json, os, signal, subprocess, sys
+options, host, words = sys.argv[1:-2], sys.argv[-2], sys.argv[-1]
+assert options == ["-tt", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=30", "--"], options
+if host == "unreachable":
+    sys.exit(f"ssh: connect to host {host} port 22: Connection refused")
+enter = json.loads(open(sys.path[0] + "/fake_ssh.json").read()).get(host, [])
+env = os.environ | {"HOST": host}
+remote = subprocess.Popen([*enter, "/bin/sh", "-c", f"exec {words}"], cwd="/", env=env, start_new_session=True)
+signal.signal(signal.SIGTERM, lambda *_: os.killpg(remote.pid, signal.SIGHUP))
+sys.exit(remote.wait())
+"""
+
+
+def write_fake_ssh(checkout: Checkout, enter: Mapping[str, list[str]] = {}) -> str:
+    """The --ssh-cmd of a pretended ssh. enter: the words that lead to each host, where it is not this machine."""
+    (checkout.root / "fake_ssh.py").write_text(FAKE_SSH)
+    (checkout.root / "fake_ssh.json").write_text(json.dumps(enter))
+    return shlex.join([sys.executable, str(checkout.root / "fake_ssh.py")])
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:

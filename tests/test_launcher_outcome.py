@@ -10,7 +10,7 @@ import pytest
 from launcher import outcome
 from launcher.errors import Exit
 from launcher.outcome import Ended, Evidence, Status, decide
-from launcher.slurm import read_job
+from launcher.scontrol import read_job
 
 FINISHED, STOPPED, PREEMPTED, RUNNING = (Status(state) for state in ("finished", "stopped", "preempted", "running"))
 GOOD, IDLE = Ended(failed=True, progressed=True), Ended(failed=True, progressed=False)

@@ -16,35 +16,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.launcher_checkout import Checkout, make_checkout, wait_for
+from tests.launcher_checkout import Checkout, make_checkout, wait_for, write_fake_ssh
 
 pytestmark = pytest.mark.distributed
 CONFIG = "fake.yaml"
-# What ssh -tt does: a shell runs the words on the other side, and is hung up on when the connection ends.
-FAKE_SSH = """\
-import os, signal, subprocess, sys
-options, host, words = sys.argv[1:-2], sys.argv[-2], sys.argv[-1]
-assert options == ["-tt", "-o", "BatchMode=yes", "--"], options
-if host == "unreachable":
-    sys.exit(f"ssh: connect to host {host} port 22: Connection refused")
-env = os.environ | {"HOST": host}
-remote = subprocess.Popen(["/bin/sh", "-c", f"exec {words}"], cwd="/", env=env, start_new_session=True)
-signal.signal(signal.SIGTERM, lambda *_: os.killpg(remote.pid, signal.SIGHUP))
-sys.exit(remote.wait())
-"""
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Checkout:
-    made = make_checkout(tmp_path / "check out")
-    (made.root / "fake_ssh.py").write_text(FAKE_SSH)
-    return made
+    return make_checkout(tmp_path / "check out")
 
 
 def hosts_words(checkout: Checkout, *hosts: str) -> list[str]:
     (checkout.root / "hosts.txt").write_text("\n".join(hosts))
-    ssh = f"'{sys.executable}' '{checkout.root}/fake_ssh.py'"
-    return ["hosts", CONFIG, "--hostfile", "hosts.txt", "--ssh-cmd", ssh]
+    return ["hosts", CONFIG, "--hostfile", "hosts.txt", "--ssh-cmd", write_fake_ssh(checkout)]
 
 
 def test_hosts_trains_on_every_host(checkout: Checkout) -> None:

@@ -21,7 +21,7 @@ def _slurm_installed() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_cluster(_slurm_installed: None) -> Iterator[MiniSlurm]:
     with MiniSlurm(extra=PREEMPTION) as running:
         yield running

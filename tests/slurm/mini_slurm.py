@@ -64,7 +64,7 @@ def program(name: str) -> str | None:
 def why_not() -> str | None:
     """None where a cluster can be started; otherwise what is missing."""
     missing = [name for name in PROGRAMS if not program(name)]
-    return f"no SLURM here: {', '.join(missing)} missing (apt-get install slurm-wlm munge)" if missing else None
+    return f"no SLURM here: {', '.join(missing)} missing (as root: bash tools/install_slurm.sh)" if missing else None
 
 
 class MiniSlurm:
@@ -202,6 +202,7 @@ class MiniSlurm:
     def state(self, job: str) -> str:
         return self.job(job).get("JobState", "")
 
+    # Asks again and again: `sbatch --wait` answers up to ten seconds late.
     def wait_state(self, job: str, states: Sequence[str], timeout_s: float = 60) -> str:
         self.wait(lambda: self.state(job) in states, timeout_s, f"job {job} {'/'.join(states)}", lambda: self.job(job))
         return self.state(job)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launcher_checkout import REPOSITORY, Checkout, wait_for
+from tests.launcher_checkout import Checkout, make_real_checkout, wait_for
 from tests.slurm.mini_slurm import MiniSlurm
 from tests.slurm.test_train_script import end, log_of
 
@@ -19,11 +18,8 @@ SETTINGS = ("train.epochs=16", "evaluation.knn_every_epochs=null", "checkpoint.e
 
 
 @pytest.fixture
-def real_checkout(checkout: Checkout) -> Checkout:
-    shutil.rmtree(checkout.root / "simclr_dist")
-    for name in ("simclr_dist", "configs"):
-        shutil.copytree(REPOSITORY / name, checkout.root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return checkout
+def real_checkout(tmp_path: Path) -> Checkout:
+    return make_real_checkout(tmp_path / "checkout")
 
 
 def submit(cluster: MiniSlurm, checkout: Checkout, name: str) -> str:

@@ -1,0 +1,183 @@
+"""The command line: its commands, their options and what these may be. What a command does lies elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.plan import STOP_SIGNALS
+
+EPILOG = """\
+examples:
+  python -m launcher local configs/cifar10_demo.yaml                    all GPUs of this machine, or one CPU process
+  python -m launcher local configs/cifar10_demo.yaml --nproc 2 seed=1   two processes
+  python -m launcher slurm configs/imagenet_resnet50_100ep.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00
+  python -m launcher hosts configs/imagenet_resnet50_100ep.yaml --hostfile hosts.txt
+  python -m launcher show slurm configs/smoke.yaml --nodes 2            what would be submitted
+  python -m launcher status runs/smoke
+
+exit codes: 0 finished, or stopped as asked · 2 wrong command line or configuration, nothing started · 3 a machine is
+not fit · 4 training failed · 5 gave up: failures in a row, or no progress · 75 saved and stopped, to be continued
+"""
+BACKENDS = {
+    "local": "train on this machine",
+    "slurm": "submit to SLURM (what `sbatch slurm/train.sh` does, with the checks before the queue)",
+    "hosts": "train on machines that ssh reaches",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m launcher",
+        description="Starts simclr_dist trainings and looks after them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for backend, text in BACKENDS.items():
+        add_backend(commands.add_parser(backend, help=text, description=text), backend)
+    show = commands.add_parser("show", help="print what a launch would do, and start nothing")
+    show_backends = show.add_subparsers(dest="command", required=True, metavar="BACKEND")
+    for backend, text in BACKENDS.items():
+        command = show_backends.add_parser(backend, help=text)
+        add_backend(command, backend)
+        command.set_defaults(dry_run=True)
+
+    check = commands.add_parser("check", help="is this machine, or are these nodes, fit for a training?")
+    check.add_argument("backend", nargs="?", choices=("local", "slurm"), default="local")
+    check.add_argument("--deep", action="store_true", help="start processes; all of them meet and gather tensors")
+    check.add_argument("--nodes", type=positive, default=2, help="with slurm --deep: nodes to ask for")
+    check.add_argument("--partition", help="with slurm --deep")
+    check.add_argument("--json", action="store_true")
+    add_check_options(check)
+
+    for name, text in (
+        ("status", "how a run stands, and its attempts"),
+        ("logs", "the newest log of a run"),
+        ("stop", "ask a run to save and stop"),
+        ("cancel", "end a run now"),
+        ("resume", "continue a run as it was started"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("run_dir", metavar="RUN", help="the run's directory, such as runs/smoke")
+        if name == "logs":
+            command.add_argument("-n", "--lines", type=natural, default=50)
+            command.add_argument("-f", "--follow", action="store_true")
+        if name == "resume":
+            command.add_argument("--dry-run", action="store_true", help="print what would be done")
+
+    # Without `help` a command is not listed: these are for the backends and the scripts in slurm/.
+    node = commands.add_parser("node", description="The entry of each node.")
+    node.add_argument("--plan", type=Path, required=True)
+    node.add_argument("--node-rank", type=int)
+    plan = commands.add_parser("plan", description="Inside a SLURM job: write the plan, print the run directory.")
+    add_training_options(plan, max_failures=3)
+    plan.add_argument("--sweep")
+    plan.set_defaults(dry_run=False)
+    finish = commands.add_parser("finish", description="Inside a SLURM job: decide what follows.")
+    finish.add_argument("--run-dir", type=Path, required=True)
+    finish.add_argument("--rc", type=int, required=True)
+    plan_check = commands.add_parser("plan-check", description="Inside a SLURM job: write the plan of a check.")
+    plan_check.set_defaults(backend="slurm")
+    add_check_options(plan_check)
+    report = commands.add_parser("check-report", description="Inside a SLURM job: which nodes came how far.")
+    report.add_argument("--run-dir", type=Path, required=True)
+    return top
+
+
+def add_backend(command: argparse.ArgumentParser, backend: str) -> None:
+    add_training_options(command, max_failures=3 if backend == "slurm" else 0)
+    command.set_defaults(backend=backend)
+    command.add_argument("--dry-run", action="store_true", help="print what would be done, and start nothing")
+    command.add_argument("--json", action="store_true", help="with --dry-run or show: for programs")
+    if backend in ("local", "slurm"):
+        command.add_argument("--sweep", metavar="FILE", help="many runs: `grid:` or `list:` of settings in a YAML file")
+    if backend == "local":
+        command.add_argument("--jobs", type=positive, default=1, help="with --sweep: runs side by side")
+    if backend == "hosts":
+        command.add_argument("--hostfile", required=True, help="lines of `host [slots=N] [addr=IP]`")
+        command.add_argument("--ssh-cmd", default="ssh", help="for example 'ssh -p 2222' (default: %(default)s)")
+    if backend == "slurm":
+        for name in (
+            "time",
+            "partition",
+            "account",
+            "qos",
+            "gpus-per-node",
+            "cpus-per-task",
+            "mem",
+            "constraint",
+            "exclude",
+        ):
+            command.add_argument(f"--{name}", help="as for sbatch")
+        command.add_argument("--nodes", type=positive, help="as for sbatch")
+        command.add_argument(
+            "--sbatch-arg", action="append", default=[], metavar="--OPTION=VALUE", help="may be repeated"
+        )
+        command.add_argument("--signal-lead-s", type=positive, default=180, help="ask to save so long before the limit")
+        command.add_argument("--script", help="instead of slurm/train.sh")
+
+
+def add_training_options(command: argparse.ArgumentParser, max_failures: int) -> None:
+    command.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    add_node_options(command)
+    command.add_argument("--stop-signal", choices=STOP_SIGNALS, default="USR1", help="asks the workers to save")
+    command.add_argument(
+        "--max-failures",
+        type=natural,
+        default=max_failures,
+        help="failures in a row that are forgiven while each attempt makes progress (default: %(default)s)",
+    )
+    command.add_argument("--no-requeue", action="store_true", help="never start again by itself")
+    command.add_argument("--save-budget-s", type=seconds, default=60.0, help="time to save before workers are killed")
+
+
+def add_node_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--nproc", type=positive, help="processes on each node (default: its GPUs, or 1)")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--port", type=int, default=0, help="rendezvous port (default: a free one)")
+    command.add_argument("--head-addr", help="IP address of the first node (default: found)")
+    command.add_argument("--ifname", help="network interface (default: the one that leads to the first node)")
+    command.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the workers; repeatable")
+    command.add_argument("--preflight-s", type=seconds, default=60.0, help="how long to wait for all nodes")
+
+
+def add_check_options(command: argparse.ArgumentParser) -> None:
+    add_node_options(command)
+    command.add_argument("--runs-dir", default="runs", help="where runs are kept, on a disk that all nodes share")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not a time in seconds")
+    return value
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    top = parser()
+    # argparse takes positional words only where they first appear: settings after an option are left over.
+    args, left = top.parse_known_args(argv)
+    strangers = [word for word in left if word.startswith("-") or "=" not in word]
+    if strangers or (left and not hasattr(args, "overrides")):
+        top.error(f"unrecognized arguments: {' '.join(strangers or left)}")
+    if left:
+        args.overrides += left
+    args.again = list(argv)
+    return args
