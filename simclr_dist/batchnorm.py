@@ -65,6 +65,9 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 class GlobalBatchNormAct(GlobalBatchNorm):
     """Stands for timm's BatchNormAct2d, which has dropout and an activation inside."""
 
+    drop: nn.Module
+    act: nn.Module
+
     def forward(self, input: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(input)))
 
