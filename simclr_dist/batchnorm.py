@@ -32,7 +32,7 @@ def _replace(module: nn.Module) -> nn.Module:
         replacement = GlobalBatchNorm(module.num_features, module.eps, module.momentum, module.affine)
         if hasattr(module, "act"):
             replacement = GlobalBatchNormAct(module.num_features, module.eps, module.momentum, module.affine)
-            replacement.drop, replacement.act = module.drop, module.act
+            replacement.drop, replacement.act = module.get_submodule("drop"), module.get_submodule("act")
         like = next(iter(module.state_dict().values()), torch.empty(0))
         replacement.to(like.device, like.dtype).load_state_dict(module.state_dict())
         return replacement.train(module.training)
