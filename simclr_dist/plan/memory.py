@@ -132,7 +132,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def loss_workspace(config: Config, world_size: int, device_type: str) -> int:
-    """Bytes of NT-Xent above its input z: O(N K), two tiles, and a few numbers a row. See docs/scaling.md."""
+    """Bytes of NT-Xent above its input z: O(N K), two tiles, and a few numbers a row. tests/test_plan.py compares."""
     n = 2 * config.train.global_batch_size // world_size
     N, K = n * world_size, config.model.head_out_dim
     if config.loss.implementation == "plain":
