@@ -137,6 +137,23 @@ class CheckpointConfig(Section):
 class MonitorConfig(Section):
     log_every_steps: Count = 10
     image_pairs: Annotated[int, Field(ge=0, le=64)] = Field(16, description="Augmented pairs shown; 0: none.")
+    health_every_steps: Count | None = Field(
+        100, description="Steps between health checks, see docs/monitoring.md; null: none."
+    )
+    projector_every_epochs: Count | None = Field(
+        None, description="Embedding projector and nearest neighbours at every n-th epoch's end; null: never."
+    )
+    terminal: Literal["auto", "plain", "quiet", "json"] = Field(
+        "auto", description="auto: a live bar on a terminal, else lines; quiet: warnings only; json: JSON lines."
+    )
+    trackers: tuple[Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb"], ...] = (
+        Field((), description="Other loggers beside TensorBoard; each must be installed.")
+    )
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
 
 class TimeoutConfig(Section):

@@ -29,6 +29,7 @@ def backward_in_micro_batches(
     *,
     micro_batch_size: int,
     backward: Callable[[Tensor], Any] = Tensor.backward,
+    observe: Callable[[Any], None] | None = None,
 ) -> Tensor:
     """Adds the gradient of loss_fn(z of all views) to the parameters, and returns the loss, detached.
 
@@ -38,6 +39,7 @@ def backward_in_micro_batches(
     loss_fn: z [V*B, K], view after view, in float32 at least -> scalar.
     backward: how to call backward on the loss: `accelerator.backward`, or one that multiplies by a GradScaler's
         scale. dL/dz carries the scale on into the network.
+    observe: called with the model's output for each micro-batch, in order, without a graph.
 
     Dropout and its like draw the same numbers in both passes. Without batch statistics in the network this is the
     full batch's gradient. BatchNorm normalises each micro-batch by its own statistics: the gradient is exactly that
@@ -52,6 +54,8 @@ def backward_in_micro_batches(
     def project(micro_batch: Tensor) -> Tensor:
         """[V, b, ...] -> z [V, b, K]."""
         output = model(micro_batch.flatten(0, 1))
+        if observe is not None and not torch.is_grad_enabled():
+            observe(output)
         z: Tensor = output[-1] if isinstance(output, tuple) else output
         return z.unflatten(0, (num_views, -1))
 

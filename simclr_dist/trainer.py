@@ -20,11 +20,13 @@ from simclr_dist import distributed, provenance, saving
 from simclr_dist.augment import Augment, normalize
 from simclr_dist.batchnorm import convert_to_global_batch_norm
 from simclr_dist.checkpoint import TrainState
+from simclr_dist.checkup import Checkup, RankFacts
 from simclr_dist.config import Config, ConfigError
 from simclr_dist.data import Batch, build_loader, describe, load_images
 from simclr_dist.evaluation.features import Features, extract_features_distributed
 from simclr_dist.evaluation.knn import knn_top1
 from simclr_dist.failures import NonFiniteAbortError, together
+from simclr_dist.gallery import show_gallery
 from simclr_dist.loss import NonFiniteError, NTXentLoss
 from simclr_dist.micro_batch import backward_in_micro_batches
 from simclr_dist.model import build_model
@@ -119,6 +121,8 @@ class Trainer:
             scaler=self.accelerator.scaler,
             fingerprint=self.loader.fingerprint,
         )
+        self.checkup = Checkup(config.monitor.health_every_steps, self.plain_model, self.world)
+        self.latest: list[tuple[Tensor, Tensor]] = []  # h and z of the last step, micro-batch by micro-batch
         self._skipped_steps = 0
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -129,7 +133,8 @@ class Trainer:
         self._seed_step()
         set_learning_rate(self.optimizer, self.schedule(self.state.samples_seen))
         views = self.augment(batch)  # [2, B, 3, H, W]
-        loss = self.backward(views, batch.sample_ids)
+        with self.checkup.watching(self.state.step + 1):
+            loss = self.backward(views, batch.sample_ids)
         if self.config.optim.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
         self.optimizer.step()
@@ -145,6 +150,7 @@ class Trainer:
     def backward(self, views: Tensor, sample_ids: Tensor) -> Tensor:
         """Gradients of the global loss in the parameters; the loss."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.latest.clear()
         if self.config.train.micro_batch_size is not None:
             return backward_in_micro_batches(
                 self.model,
@@ -152,8 +158,10 @@ class Trainer:
                 lambda z: self.nt_xent(z, sample_ids),
                 micro_batch_size=self.config.train.micro_batch_size,
                 backward=self.accelerator.backward,
+                observe=self.latest.append,
             )
-        _, z = self.model(views.flatten(0, 1))  # [2B, K]
+        h, z = self.model(views.flatten(0, 1))  # [2B, D], [2B, K]
+        self.latest.append((h.detach(), z.detach()))
         loss = self.nt_xent(z, sample_ids)  # negatives from every rank
         self.accelerator.backward(loss)
         return loss.detach()
@@ -173,6 +181,7 @@ class Trainer:
             if self.state.step >= self.last_step:
                 return self._end("finished")
             interval = _Interval(self)
+            self._last_checkup = time.monotonic(), self.loader.wait_s
             for batch in self.loader.batches(self.state.step):
                 if self.saver.is_due():
                     requests.ask(Request.SAVE)
@@ -188,6 +197,8 @@ class Trainer:
                 ended = self.state.step >= self.last_step
                 if self.state.step % config.monitor.log_every_steps == 0 or ended:
                     self._log(interval.measure(loss))
+                if self.checkup.is_due(self.state.step) and self._skipped_steps == 0:
+                    self._check_health()
                 if self.state.step % self.steps_per_epoch == 0:
                     self._end_epoch(self.state.step // self.steps_per_epoch)
                     interval.restart()
@@ -236,6 +247,16 @@ class Trainer:
         every = self.config.evaluation.knn_every_epochs
         if every and (epoch % every == 0 or self.state.step >= self.last_step):
             self._log({"eval/knn_top1": self._knn_top1()})
+        every = self.config.monitor.projector_every_epochs
+        if every and epoch % every == 0:
+            show_gallery(
+                self.plain_model.get_submodule("encoder"),
+                self.config,
+                self.monitor,
+                samples_seen=self.state.samples_seen,
+                device=self.device,
+                normalize=normalize,
+            )
         if self.config.checkpoint.every_epochs and epoch % self.config.checkpoint.every_epochs == 0:
             self.saver.save(self.state)
 
@@ -299,7 +320,13 @@ class Trainer:
             raise ConfigError([f"runs_dir: {run_dir} cannot be made: {error.strerror}"]) from None
         provenance.record(self.config)
         return RunMonitor(
-            run_dir, total_steps=self.last_step, first_step=self.state.step, samples_seen=self.state.samples_seen
+            run_dir,
+            self.config.monitor,
+            total_steps=self.last_step,
+            first_step=self.state.step,
+            samples_seen=self.state.samples_seen,
+            steps_per_epoch=self.steps_per_epoch,
+            settings_of_run=self.config.model_dump(mode="json"),
         )
 
     def _announce_start(self) -> None:
@@ -329,6 +356,8 @@ class Trainer:
 
     def _end(self, state: State) -> State:
         self._set_status(state)
+        if state == "finished":
+            self.monitor.finish(self.config.model_dump(mode="json"))
         self.monitor.say(f"{state} at step {self.state.step} of {self.last_step}")
         return state
 
@@ -345,6 +374,27 @@ class Trainer:
 
     def _log(self, values: dict[str, float]) -> None:
         self.monitor.log(values, step=self.state.step, samples_seen=self.state.samples_seen)
+
+    def _check_health(self) -> None:
+        started, wait_s = time.monotonic(), self.loader.wait_s
+        since_s, waited_s = self._last_checkup
+        h, z = (
+            torch.cat([x.unflatten(0, (2, -1)) for x in part], dim=1).flatten(0, 1)
+            for part in zip(*self.latest, strict=True)
+        )
+        scaler = self.accelerator.scaler
+        findings = self.checkup.examine(
+            h,
+            z,
+            RankFacts((wait_s - waited_s) / max(started - since_s, 1e-9), memory_peak_gib(self.device)),
+            grad_scale=scaler.get_scale() if scaler is not None else 1.0,
+        )
+        if self.world.is_main:
+            self._log({**findings.scalars, "speed/health_check_s": time.monotonic() - started})
+            self.monitor.log_histograms(findings.histograms, samples_seen=self.state.samples_seen)
+            for warning in findings.warnings:
+                self.monitor.warn(f"step {self.state.step}: {warning}")
+        self._last_checkup = time.monotonic(), wait_s
 
     def _show_pairs(self, batch: Batch) -> None:
         n = min(self.config.monitor.image_pairs, self.batch_size_per_device)

@@ -1,0 +1,49 @@
+"""The files of TensorBoard's embedding projector.
+
+    <folder>/projector_config.pbtxt      which embeddings there are
+    <folder>/projector/<name>/           vectors.tsv, labels.tsv, sprite.png
+
+torch's `add_embedding` forgets the embeddings of earlier processes when a run is resumed; here the list is what lies
+on the disk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+THUMBNAIL_PX = 32
+
+
+def write_projector(folder: Path, name: str, h: Tensor, images: Tensor, labels: Sequence[str]) -> None:
+    """Adds the embedding `name`: h [n, D], images uint8 [n, S, S, 3] for thumbnails, n labels."""
+    if not len(h) == len(images) == len(labels):
+        raise ValueError(f"{len(h)} vectors, {len(images)} images and {len(labels)} labels do not fit together")
+    place = folder / "projector" / name
+    place.mkdir(parents=True, exist_ok=True)
+    np.savetxt(place / "vectors.tsv", h.float().cpu().numpy(), fmt="%.5g", delimiter="\t")
+    (place / "labels.tsv").write_text("".join(" ".join(label.split()) + "\n" for label in labels), encoding="utf-8")
+    _sprite(images).save(place / "sprite.png")
+    entries = [
+        f'embeddings {{\n  tensor_name: "{path.name}"\n  tensor_path: "projector/{path.name}/vectors.tsv"\n'
+        f'  metadata_path: "projector/{path.name}/labels.tsv"\n'
+        f'  sprite {{\n    image_path: "projector/{path.name}/sprite.png"\n'
+        f"    single_image_dim: {THUMBNAIL_PX}\n    single_image_dim: {THUMBNAIL_PX}\n  }}\n}}\n"
+        for path in sorted((folder / "projector").iterdir(), reverse=True)  # the newest opens first
+    ]
+    (folder / "projector_config.pbtxt").write_text("".join(entries), encoding="utf-8")
+
+
+def _sprite(images: Tensor) -> Image.Image:
+    """Thumbnails in a square, row by row."""
+    side = math.ceil(math.sqrt(len(images)))
+    sprite = Image.new("RGB", (side * THUMBNAIL_PX, side * THUMBNAIL_PX), "white")
+    for i, image in enumerate(images.cpu().numpy()):
+        thumbnail = Image.fromarray(image).resize((THUMBNAIL_PX, THUMBNAIL_PX))
+        sprite.paste(thumbnail, (i % side * THUMBNAIL_PX, i // side * THUMBNAIL_PX))
+    return sprite

@@ -1,0 +1,105 @@
+"""TensorBoard: curves, histograms, pictures, and a page that opens in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from torchvision.utils import make_grid
+
+from simclr_dist.health import Histogram
+from simclr_dist.monitor.projector import write_projector
+
+# The tab "Custom Scalars", top to bottom in the order in which one asks. Tags are regular expressions.
+LAYOUT = {
+    "1 Does it learn?": {
+        "loss": ["Multiline", ["train/loss$"]],
+        "accuracy of kNN and probe": ["Multiline", ["eval/.*top1$"]],
+        "the positive is nearest, among the nearest 5": ["Multiline", ["health/contrastive_top[15]$"]],
+        "learning rate": ["Multiline", ["train/lr$"]],
+    },
+    "2 Is what it learns healthy?": {
+        "rank of h and z (RankMe)": ["Multiline", ["health/[hz]_rankme$"]],
+        "spread over dimensions (0: collapsed)": ["Multiline", ["health/[hz]_std_(mean|min)$"]],
+        "similarity of positives and negatives": ["Multiline", ["health/similarity_.*$"]],
+        "alignment and uniformity": ["Multiline", ["health/(alignment|uniformity)$"]],
+    },
+    "3 Are the updates sound?": {
+        "gradient norm": ["Multiline", ["train/grad_norm$", "ranks/grad_norm_.*$"]],
+        "disagreement of ranks": ["Multiline", ["ranks/grad_disagreement$"]],
+        "BatchNorm: batch against running": ["Multiline", ["health/batch_norm_.*$"]],
+        "masked duplicates": ["Multiline", ["health/masked_duplicates$"]],
+    },
+    "4 Is it fast?": {
+        "images/s": ["Multiline", ["speed/images_per_s.*$"]],
+        "share of time waiting for data": ["Multiline", ["speed/data_wait_share$", "ranks/data_wait_share_max$"]],
+        "peak memory, GiB": ["Multiline", ["speed/memory_peak_gib$", "ranks/memory_peak_gib_max$"]],
+        "use of the device's FLOP/s": ["Multiline", ["speed/model_flop_utilisation$"]],
+        "seconds of a checkpoint, of a health check": ["Multiline", ["speed/(checkpoint|health_check)_s$"]],
+    },
+}
+
+
+class TensorBoard:
+    """Event files in `folder`. Points after `samples_seen` that an earlier attempt wrote are hidden."""
+
+    def __init__(self, folder: Path, samples_seen: int) -> None:
+        self._folder = folder
+        self._writer = SummaryWriter(str(folder), purge_step=samples_seen + 1)
+        self._writer.add_custom_scalars(LAYOUT)
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def log(self, values: Mapping[str, float], samples_seen: int) -> None:
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, samples_seen)
+
+    def log_histograms(self, histograms: Mapping[str, Histogram], samples_seen: int) -> None:
+        for tag, histogram in histograms.items():
+            self._writer.add_histogram_raw(
+                tag,
+                min=histogram.low,
+                max=histogram.high,
+                num=sum(histogram.counts),
+                sum=histogram.total,
+                sum_squares=histogram.total_of_squares,
+                bucket_limits=histogram.upper_edges,
+                bucket_counts=histogram.counts,
+                global_step=samples_seen,
+            )
+
+    def show_pairs(self, views: Tensor, samples_seen: int) -> None:
+        """views: float [2, n, 3, H, W], normalised."""
+        pairs = views.transpose(0, 1).flatten(0, 1).float()
+        low, high = pairs.amin(), pairs.amax()
+        grid = make_grid((pairs - low) / (high - low).clamp_min(1e-6), nrow=8, padding=1, pad_value=1.0)
+        self._writer.add_image("data/augmented_pairs", grid, samples_seen)
+
+    def show_neighbours(self, rows: Tensor, samples_seen: int) -> None:
+        """rows: uint8 [q, 1 + k, S, S, 3]; one line of pictures each."""
+        pictures = rows.flatten(0, 1).permute(0, 3, 1, 2)
+        grid = make_grid(pictures, nrow=rows.shape[1], padding=2, pad_value=255)
+        self._writer.add_image("eval/nearest_neighbours", grid, samples_seen)
+
+    def show_embedding(self, h: Tensor, images: Tensor, labels: Sequence[str], samples_seen: int) -> None:
+        write_projector(self._folder, f"h_{samples_seen:010d}", h, images, labels)
+
+    def compare_runs(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
+        """A row in the tab HParams: nested settings, flat, and the run's last figures."""
+        flat = {key: value for key, value in flatten(settings).items() if isinstance(value, (bool, int, float, str))}
+        for summary in hparams(flat, dict(figures)):
+            # add_hparams would write into a folder of its own, and the run would stand there twice.
+            self._writer._get_file_writer().add_summary(summary)
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

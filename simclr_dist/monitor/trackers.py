@@ -1,0 +1,70 @@
+"""Other loggers (wandb, mlflow, …) through Accelerate's trackers: each gets the same figures as TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import tracking
+
+from simclr_dist.config import ConfigError
+from simclr_dist.monitor.tensorboard import flatten
+
+PROJECT = "simclr_dist"
+
+
+class Trackers:
+    """The loggers called `names`. One that fails is dropped with a warning: training outlives its audience.
+
+    Raises ConfigError when one is not installed or does not start.
+    """
+
+    def __init__(
+        self, names: Sequence[str], run_dir: Path, settings: Mapping[str, Any], warn: Callable[[str], None]
+    ) -> None:
+        available = [str(tracker) for tracker in tracking.get_available_trackers()]
+        missing = [name for name in names if name not in available]
+        if missing:
+            packages = " ".join(name.replace("_", "-") for name in missing)
+            raise ConfigError(
+                [f"monitor.trackers: {', '.join(missing)} not installed; `pip install {packages}`, or leave it out"]
+            )
+        self._warn = warn
+        self._trackers: dict[str, tracking.GeneralTracker] = {}
+        for name in names:
+            try:
+                self._trackers[name] = _start(name, run_dir, settings)
+            except Exception as error:  # whatever a foreign package raises when it finds no server or no key
+                raise ConfigError(
+                    [f"monitor.trackers: {name} does not start: {error}; see its documentation, or leave it out"]
+                ) from error
+
+    def log(self, values: Mapping[str, float], *, step: int, samples_seen: int) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.log({**values, "step": step}, step=samples_seen)
+            except Exception as error:
+                del self._trackers[name]
+                self._warn(f"{name} failed and is left out from now on: {error}")
+
+    def close(self) -> None:
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.finish()
+            except Exception as error:
+                self._warn(f"{name} did not close well: {error}")
+
+
+def _start(name: str, run_dir: Path, settings: Mapping[str, Any]) -> tracking.GeneralTracker:
+    kind = tracking.LOGGER_TYPE_TO_CLASS[name]
+    options: dict[str, Any] = {
+        "wandb": {"name": run_dir.name, "dir": str(run_dir)},
+        "mlflow": {"run_name": run_dir.name},
+    }.get(name, {})
+    if kind.requires_logging_directory:
+        options["logging_dir"] = str(run_dir)
+    tracker = kind(PROJECT, **options)
+    tracker.start()
+    tracker.store_init_configuration({key: value for key, value in flatten(settings).items() if value is not None})
+    return tracker

@@ -1,0 +1,333 @@
+"""Each number of the health panel against another way to compute it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simclr_dist import health
+from simclr_dist.batchnorm import convert_to_global_batch_norm
+from simclr_dist.checkup import Checkup, Findings, RankFacts, gather_sample
+from simclr_dist.distributed import World
+from tests.distributed.spawn import run_ranks
+
+M, K = 23, 7
+
+
+@pytest.fixture
+def z() -> Tensor:
+    """[2, M, K]: positives that are near, not the same."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(M, K, generator=generator)
+    return image + 0.7 * torch.randn(2, M, K, generator=generator)
+
+
+def pairs_by_hand(z: Tensor) -> tuple[list[float], list[list[float]]]:
+    """Of each row: the cosine with its positive, and those with its negatives."""
+    rows = [z[v, i].double() for v in range(2) for i in range(M)]
+    positives, negatives = [], []
+    for a, x in enumerate(rows):
+        cosines = {b: float(x @ y / x.norm() / y.norm()) for b, y in enumerate(rows) if b != a}
+        positives.append(cosines.pop((a + M) % (2 * M)))
+        negatives.append(list(cosines.values()))
+    return positives, negatives
+
+
+def test_similarities_are_those_of_pairs(z: Tensor) -> None:
+    positives, negatives = pairs_by_hand(z)
+    found = health.similarities(z)
+    assert found.positives.tolist() == pytest.approx(positives, abs=1e-6)
+    assert np.sort(found.negatives, 1) == pytest.approx(np.sort(negatives, 1), abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_contrastive_accuracy_counts_rows_whose_positive_is_near(z: Tensor, k: int) -> None:
+    positives, negatives = pairs_by_hand(z)
+    hits = [sum(n > p for n in row) < k for p, row in zip(positives, negatives, strict=True)]
+    assert 0 < sum(hits) < 2 * M
+    assert float(health.contrastive_accuracy(health.similarities(z), k)) == pytest.approx(sum(hits) / (2 * M))
+
+
+def test_contrastive_accuracy_of_a_collapsed_network_is_zero() -> None:
+    same = torch.ones(2, M, K)
+    assert float(health.contrastive_accuracy(health.similarities(same), 5)) == 0
+
+
+def test_alignment_and_uniformity_are_those_of_wang_and_isola(z: Tensor) -> None:
+    unit = F.normalize(z.double(), dim=2)
+    by_definition = (unit[0] - unit[1]).norm(dim=1).pow(2).mean()
+    assert float(health.alignment(health.similarities(z))) == pytest.approx(float(by_definition), rel=1e-5)
+    by_pdist = [torch.pdist(view).pow(2).mul(-2).exp().mean().log() for view in unit]
+    assert float(health.uniformity(z)) == pytest.approx(float(sum(by_pdist) / 2), rel=1e-5)
+
+
+def test_uniformity_of_even_and_collapsed_directions() -> None:
+    assert float(health.uniformity(torch.ones(2, M, K))) == pytest.approx(0, abs=1e-5)
+    even = torch.randn(2, 4000, 256, generator=torch.Generator().manual_seed(0))
+    assert float(health.uniformity(even)) == pytest.approx(-4 + 2 * 4 / 256, abs=0.02)  # E exp(4 s), s of variance 1/d
+
+
+@pytest.mark.parametrize("shape", [(40, 9), (9, 40)])
+def test_rankme_is_the_entropy_of_singular_values(shape: tuple[int, int]) -> None:
+    x = np.random.default_rng(0).normal(size=shape) @ np.diag(np.linspace(0.01, 3, shape[1]))
+    sigma = np.linalg.svd(x, compute_uv=False)
+    p = sigma / sigma.sum() + 1e-7
+    assert float(health.rankme(torch.from_numpy(x).float())) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-4)
+
+
+def test_rankme_counts_equal_directions() -> None:
+    assert float(health.rankme(torch.eye(6).repeat(3, 1))) == pytest.approx(6, rel=1e-4)
+    assert float(health.rankme(torch.ones(20, 6))) == pytest.approx(1, rel=1e-4)
+    assert float(health.rankme(torch.zeros(20, 6))) == pytest.approx(1, rel=1e-4)
+
+
+def test_spread_is_one_for_even_directions_and_zero_for_one() -> None:
+    even = torch.randn(50_000, 16, generator=torch.Generator().manual_seed(0))
+    assert health.spread(even).tolist() == pytest.approx([1] * 16, abs=0.02)
+    assert health.spread(torch.ones(9, 16)).abs().amax() < 1e-5
+    x = np.random.default_rng(0).normal(1, 2, (30, 5))
+    by_numpy = (x / np.linalg.norm(x, axis=1, keepdims=True)).std(0) * math.sqrt(5)
+    assert health.spread(torch.from_numpy(x)).tolist() == pytest.approx(by_numpy.tolist())
+
+
+def test_histogram_counts_as_numpy_does() -> None:
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found = health.histogram(values)
+    counts, edges = np.histogram(values.numpy(), 64, (-1, 1))
+    assert found.counts == counts.tolist()
+    assert found.upper_edges == pytest.approx(edges[1:].tolist())
+    assert found.total == pytest.approx(float(values.sum()), rel=1e-4)
+    assert (found.low, found.high) == (float(values.amin()), float(values.amax()))
+    assert found.total_of_squares == pytest.approx(float(values.square().sum()), rel=1e-4)
+
+
+def test_alarm_rings_once_an_episode() -> None:
+    alarm = health.Alarm(patience=2)
+    bad = [True, False, True, True, True, True, False, True, True]
+    assert [alarm.rings(b) for b in bad] == [False, False, False, True, False, False, False, False, True]
+
+
+def small_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4), nn.BatchNorm1d(4)).double()
+
+
+def test_batch_norm_drift_compares_the_batch_with_what_was_known() -> None:
+    network = small_network()
+    norms = health.tracking_norms(network)
+    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(1)).double()
+    for _ in range(3):
+        network(x)
+    before = health.running_statistics(norms)
+    seen: list[Tensor] = []
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        network(1.7 * x + 1)
+    shifts, ratios = [], []
+    for y, (mean, var) in zip(seen, before, strict=True):
+        shifts.append(((y.mean(0) - mean) / (var + 1e-5).sqrt()).pow(2).mean().sqrt())
+        ratios.append(((y.var(0) + 1e-5) / (var + 1e-5)).log().abs().mean())
+    shift, ratio = health.batch_norm_drift(norms, before)
+    assert float(shift) == pytest.approx(float(max(shifts)), rel=1e-6)
+    assert float(ratio) == pytest.approx(float(max(ratios)), rel=1e-6)
+    assert float(shift) > 0.1
+
+
+def test_local_gradient_norm_is_that_of_grad_and_changes_nothing() -> None:
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(1)).double()
+    plain, watched = small_network(), small_network()
+    plain(x).square().sum().backward()
+    with health.local_gradient_norm(watched.parameters()) as norms:
+        watched(x).square().sum().backward()
+    by_grad = torch.cat([p.grad.flatten() for p in watched.parameters()]).norm()  # type: ignore[union-attr]
+    assert float(health.norm_of(norms)) == pytest.approx(float(by_grad), rel=1e-6)
+    for a, b in zip(plain.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
+    assert not any(p._backward_hooks for p in watched.parameters())
+
+
+def test_local_gradient_norm_of_micro_batches_is_that_of_their_sum() -> None:
+    network = nn.Linear(5, 3)
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
+    with health.local_gradient_norm(network.parameters()) as norms:
+        for part in x.split(3):
+            network(part).square().sum().backward()
+    whole = torch.cat([p.grad.flatten() for p in network.parameters()]).norm()  # type: ignore[union-attr]
+    assert float(health.norm_of(norms)) == pytest.approx(float(whole), rel=1e-6)
+
+
+def test_gradient_disagreement_is_the_spread_of_gradients() -> None:
+    gradients = torch.randn(4, 50, generator=torch.Generator().manual_seed(1)).double() + 0.5
+    mean = gradients.mean(0)
+    expected = ((gradients - mean).pow(2).sum(1).mean() / mean.pow(2).sum()).item()
+    found = health.gradient_disagreement(gradients.norm(dim=1), mean.norm())
+    assert float(found) == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Over ranks
+
+
+def sample_of_rank(rank: int, world_size: int, num_images: int) -> Tensor:
+    whole = torch.arange(2 * 24 * 3, dtype=torch.float32).view(2, 24, 3)
+    B = 24 // world_size
+    return gather_sample(whole[:, rank * B : (rank + 1) * B], World(rank, world_size), num_images)
+
+
+@pytest.mark.parametrize("num_images", [1, 5, 10, 24, 1000])
+def test_sample_is_spread_over_the_batch(num_images: int) -> None:
+    whole = torch.arange(2 * 24 * 3, dtype=torch.float32).view(2, 24, 3)
+    wanted = [j * 24 // min(24, num_images) for j in range(min(24, num_images))]
+    assert torch.equal(sample_of_rank(0, 1, num_images), whole[:, wanted])
+
+
+@pytest.mark.parametrize("num_images", [1, 5, 10, 24])
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_sample_is_the_same_for_any_number_of_ranks(num_images: int, world_size: int) -> None:
+    """Without a process group the sum over ranks is ours to make."""
+    parts = [sample_of_rank(rank, world_size, num_images) for rank in range(world_size)]
+    assert torch.equal(torch.stack(parts).sum(0), sample_of_rank(0, 1, num_images))
+
+
+def examined(rank: int, world_size: int) -> Findings:
+    """A step of a small network with global BatchNorm on 32 images, looked at."""
+    network = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4)).double()
+    generator = torch.Generator().manual_seed(3)
+    for p in network.parameters():
+        p.data = torch.randn(p.shape, generator=generator).double()
+    network = convert_to_global_batch_norm(network, torch.device("cpu"))  # type: ignore[assignment]
+    views = torch.randn(2, 32, 5, generator=generator).double()
+    B = 32 // world_size
+    own = views[:, rank * B : (rank + 1) * B].flatten(0, 1)
+    model: nn.Module = network if world_size == 1 else nn.parallel.DistributedDataParallel(network)
+    checkup = Checkup(2, network, World(rank, world_size))
+    with checkup.watching(2):
+        z = model(own)
+        z.square().mean().backward()
+    return checkup.examine(own.sin(), z, RankFacts(data_wait_share=0.1 * rank, memory_peak_gib=float(rank)))
+
+
+def norms_of_rank(rank: int, world_size: int) -> tuple[float, float, float]:
+    """The own gradient's norm as measured under DDP, without DDP, and the averaged one's."""
+    torch.manual_seed(0)
+    network = nn.Linear(5, 3)
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(rank))
+    model = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
+    with health.local_gradient_norm(network.parameters()) as norms:
+        model(x).square().sum().backward()
+    averaged = torch.cat([p.grad.flatten() for p in network.parameters()]).norm()  # type: ignore[union-attr]
+    alone = torch.autograd.grad(network(x).square().sum(), list(network.parameters()))
+    return float(health.norm_of(norms)), float(torch.cat([g.flatten() for g in alone]).norm()), float(averaged)
+
+
+def ranks_apart(rank: int, world_size: int) -> Findings:
+    """Two ranks whose averages differ, as after a broken all-reduce: each has a model of its own, without DDP."""
+    torch.manual_seed(rank)
+    network = nn.Linear(5, 3)
+    checkup = Checkup(1, network, World(rank, world_size))
+    with checkup.watching(1):
+        z = network(torch.randn(8, 5))
+        z.square().sum().backward()
+    return checkup.examine(z, z, RankFacts(0.0, 0.0))
+
+
+def everything_of_rank(rank: int, world_size: int) -> dict[str, Any]:
+    return {
+        "examined": examined(rank, world_size),
+        "norms": norms_of_rank(rank, world_size),
+        "apart": ranks_apart(rank, world_size),
+    }
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[Any]:
+    """Starting processes is dear: one pair for all tests."""
+    return run_ranks(2, everything_of_rank)
+
+
+@pytest.mark.distributed
+def test_values_are_the_same_on_one_and_two_ranks(two_ranks: list[Any]) -> None:
+    alone = examined(0, 1)
+    first, second = (of_rank["examined"] for of_rank in two_ranks)
+    assert second == Findings()  # the first rank speaks
+    shared = {tag: value for tag, value in first.scalars.items() if not tag.startswith("ranks/")}
+    assert shared == pytest.approx(alone.scalars, rel=1e-6)
+    assert len(shared) == 14
+    for tag, histogram in alone.histograms.items():
+        assert first.histograms[tag].counts == histogram.counts
+    assert first.warnings == alone.warnings == []
+    assert first.scalars["ranks/data_wait_share_max"] == pytest.approx(0.1)
+    assert first.scalars["ranks/memory_peak_gib_max"] == 1
+    assert first.scalars["ranks/grad_norm_min"] < first.scalars["ranks/grad_norm_max"]
+    assert first.scalars["ranks/grad_disagreement"] > 0
+
+
+@pytest.mark.distributed
+def test_local_gradient_norm_is_taken_before_ranks_average(two_ranks: list[Any]) -> None:
+    for measured, alone, averaged in (of_rank["norms"] for of_rank in two_ranks):
+        assert measured == pytest.approx(alone, rel=1e-6)
+        assert measured != pytest.approx(averaged, rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Alarms
+
+
+class Patient:
+    """A step with given h and z, examined again and again."""
+
+    def __init__(self) -> None:
+        self.network = nn.Linear(3, 3)
+        self.checkup = Checkup(1, self.network, World())
+
+    def examine(self, h: Tensor, z: Tensor, wait: float = 0.0) -> list[str]:
+        with self.checkup.watching(1):
+            self.network.zero_grad()
+            self.network(torch.ones(2, 3)).sum().backward()
+        return self.checkup.examine(h, z, RankFacts(wait, 0.0)).warnings
+
+
+def test_collapse_is_told_once_an_episode() -> None:
+    generator = torch.Generator().manual_seed(0)
+    well = torch.randn(64, 16, generator=generator)
+    collapsed = torch.ones(64, 16) + 0.001 * well
+    patient = Patient()
+    told = [patient.examine(well, z) for z in (well, collapsed, collapsed, collapsed, collapsed, well, collapsed)]
+    assert [len(w) for w in told] == [0, 0, 0, 1, 0, 0, 0]
+    assert "collapsed" in told[3][0]
+
+
+def test_collapse_of_h_to_one_dimension_is_told() -> None:
+    well = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    line = well[:, :1] * torch.ones(64, 16)
+    patient = Patient()
+    told = [patient.examine(line, well) for _ in range(3)]
+    assert [len(w) for w in told] == [0, 0, 1]
+
+
+def test_waiting_for_data_is_told() -> None:
+    well = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    patient = Patient()
+    told = [patient.examine(well, well, wait=0.8) for _ in range(4)]
+    assert [len(w) for w in told] == [0, 0, 1, 0]
+    assert "80%" in told[2][0]
+
+
+@pytest.mark.distributed
+def test_ranks_that_part_are_told_at_once(two_ranks: list[Any]) -> None:
+    found = two_ranks[0]["apart"]
+    assert len(found.warnings) == 1
+    assert "no longer train the same model" in found.warnings[0]
+
+
+def test_only_steps_that_are_due_are_watched() -> None:
+    checkup = Checkup(10, nn.Linear(2, 2), World())
+    assert [step for step in range(1, 31) if checkup.is_due(step)] == [10, 20, 30]
+    assert not Checkup(None, nn.Linear(2, 2), World()).is_due(10)
