@@ -1,6 +1,7 @@
 # make demo      install what is missing and run the whole way on real images: prepare, pretrain, evaluate, table
-# make test      lint, types, tests (unit and 1 to 4 processes): what CI runs
-# make test-all  also the slow ones and those on a throw-away SLURM (apt install slurm-wlm munge)
+# make test      lint, types, tests (1 to 4 processes; on a throw-away SLURM if installed): what CI runs
+# make test-all  also the slow ones
+#                SLURM for the tests, as root: bash tools/install_slurm.sh
 # make lock      renew requirements.lock
 # make clean     remove runs and prepared data; `rm -rf .venv` removes the installation
 
@@ -18,7 +19,7 @@ demo: install
 	$(BIN)/simclr-dist demo
 
 test: install lint
-	$(BIN)/pytest -m "not slow and not gpu and not slurm"
+	$(BIN)/pytest -m "not slow and not gpu"
 
 test-all: install lint
 	$(BIN)/pytest
