@@ -44,9 +44,6 @@ class Monitor:
     def warn(self, text: str) -> None:
         """A line for people who should do something."""
 
-    def show_table(self, title: str, rows: Mapping[str, str]) -> None:
-        """A few facts, each with its name."""
-
     def advance(self, step: int) -> None:
         """`step` steps are done."""
 
@@ -115,9 +112,6 @@ class RunMonitor(Monitor):
 
     def warn(self, text: str) -> None:
         self._terminal.warn(text)
-
-    def show_table(self, title: str, rows: Mapping[str, str]) -> None:
-        self._terminal.show_table(title, rows)
 
     def advance(self, step: int) -> None:
         self._terminal.advance(step)

@@ -18,7 +18,7 @@ from simclr_dist.monitor.projector import write_projector
 LAYOUT = {
     "1 Does it learn?": {
         "loss": ["Multiline", ["train/loss$"]],
-        "accuracy of kNN and probe": ["Multiline", ["eval/.*top1$"]],
+        "accuracy of kNN": ["Multiline", ["eval/.*top1$"]],
         "the positive is nearest, among the nearest 5": ["Multiline", ["health/contrastive_top[15]$"]],
         "learning rate": ["Multiline", ["train/lr$"]],
     },
@@ -38,7 +38,6 @@ LAYOUT = {
         "images/s": ["Multiline", ["speed/images_per_s.*$"]],
         "share of time waiting for data": ["Multiline", ["speed/data_wait_share$", "ranks/data_wait_share_max$"]],
         "peak memory, GiB": ["Multiline", ["speed/memory_peak_gib$", "ranks/memory_peak_gib_max$"]],
-        "use of the device's FLOP/s": ["Multiline", ["speed/model_flop_utilisation$"]],
         "seconds of a checkpoint, of a health check": ["Multiline", ["speed/(checkpoint|health_check)_s$"]],
     },
 }

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
 TerminalStyle = Literal["auto", "plain", "quiet", "json"]
 
@@ -24,7 +23,6 @@ _SHORT: dict[str, Callable[[float], str]] = {
     "speed/images_per_s": lambda v: f"{v:,.0f} img/s",
     "eval/knn_top1": lambda v: f"kNN {v:.2%}",
     "speed/data_wait_share": lambda v: f"wait {v:.0%}",
-    "eval/online_probe_top1": lambda v: f"probe {v:.2%}",
 }
 
 
@@ -46,9 +44,6 @@ class Quiet:
     def warn(self, text: str) -> None:
         self._errors.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
 
-    def show_table(self, title: str, rows: Mapping[str, str]) -> None:
-        pass
-
     def advance(self, step: int) -> None:
         pass
 
@@ -57,16 +52,13 @@ class Quiet:
 
 
 class JsonLines(Quiet):
-    """One JSON object a line on stdout, told apart by "event": log, message, table, warning."""
+    """One JSON object a line on stdout, told apart by "event": log, message, warning."""
 
     def say(self, text: str) -> None:
         self._write("message", {"text": text})
 
     def warn(self, text: str) -> None:
         self._write("warning", {"text": text})
-
-    def show_table(self, title: str, rows: Mapping[str, str]) -> None:
-        self._write("table", {"title": title, "rows": dict(rows)})
 
     def log(self, record: Mapping[str, Any]) -> None:
         self._write("log", record)
@@ -89,10 +81,6 @@ class Lines(Quiet):
 
     def say(self, text: str) -> None:
         self._console.print(escape(text), highlight=False, soft_wrap=True)
-
-    def show_table(self, title: str, rows: Mapping[str, str]) -> None:
-        width = max(map(len, rows), default=0)
-        self.say("\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows.items())]))
 
     def log(self, record: Mapping[str, Any]) -> None:
         numbers = _numbers(record)
@@ -131,15 +119,6 @@ class Live(Lines):
 
     def stop(self) -> None:
         self._progress.stop()
-
-    def show_table(self, title: str, rows: Mapping[str, str]) -> None:
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="bold", no_wrap=True)
-        grid.add_column(overflow="fold")
-        for name, text in rows.items():
-            grid.add_row(name, escape(text))
-        self._console.print(f"[bold]{escape(title)}[/bold]", highlight=False)
-        self._console.print(grid, highlight=False)
 
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step, description=self._line(step))
