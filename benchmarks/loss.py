@@ -328,6 +328,7 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=list(CLOCKS), default="wall", help="cpu: this process's CPU time, for a busy machine"
     )
+    parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
@@ -382,8 +383,8 @@ def main() -> None:
     if absent:
         say(f"absent, so not compared: {', '.join(sorted(absent))} (pip install lightly pytorch-metric-learning)")
     report["absent"] = sorted(absent)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"loss_{datetime.now(UTC):%Y%m%d_%H%M%S}.json"
+    Path(args.out).mkdir(exist_ok=True)
+    path = Path(args.out) / f"loss_{datetime.now(UTC):%Y%m%d_%H%M%S}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
     print(f"written: {path}")

@@ -1,0 +1,240 @@
+"""What a training step spends its time on, against the bare encoder's forward and backward: the floor.
+
+    python -m benchmarks.step --device cuda                                  ResNet-18, 512 CIFAR images
+    python -m benchmarks.step --device cuda --encoder resnet50 --stem imagenet --image-size 224 --batch-size 256
+    python -m benchmarks.step --device cpu --encoder resnet_small --batch-size 32 --precision fp32 --repetitions 3
+
+The step is the trainer's own. Whole steps and the bare encoder take turns, so that a busy machine slows both alike; the
+parts come from further steps with a mark after each. Times are medians: of CUDA events on a GPU, of the host's clock
+elsewhere. Data wait is the share of a run with the real loader. The rate is the floating-point operations of the bare
+encoder over the time of the whole step, and as a share of what a large matrix product reaches here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from simclr_dist.config import Config
+from simclr_dist.data import Batch
+from simclr_dist.model import build_encoder
+from simclr_dist.trainer import Trainer
+
+AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Stopwatch:
+    """Marks in the order of the device's work; on CUDA nobody waits before `laps_ms`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.names: list[str] = []
+        self.marks: list[Any] = []
+        self.mark("start")
+
+    def mark(self, name: str) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+        self.names.append(name)
+
+    def laps_ms(self) -> dict[str, float]:
+        """From each mark to the next, by the name of the latter."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        return {
+            name: a.elapsed_time(b) if self.cuda else 1e3 * (b - a)
+            for name, (a, b) in zip(self.names[1:], itertools.pairwise(self.marks), strict=True)
+        }
+
+
+def duration_ms(work: Callable[[], Any], device: torch.device) -> float:
+    watch = Stopwatch(device)
+    work()
+    watch.mark("work")
+    return watch.laps_ms()["work"]
+
+
+def step_in_parts(trainer: Trainer, batch: Batch) -> dict[str, float]:
+    """A training step with a mark after each part, milliseconds."""
+    watch = Stopwatch(trainer.device)
+    views = trainer.augment(batch)
+    watch.mark("augment")
+    trainer.optimizer.zero_grad(set_to_none=True)
+    _, z = trainer.model(views.flatten(0, 1))
+    watch.mark("forward")
+    loss = trainer.nt_xent(z, batch.sample_ids)
+    watch.mark("loss")
+    trainer.accelerator.backward(loss)
+    watch.mark("backward")
+    trainer.optimizer.step()
+    watch.mark("optimizer")
+    return watch.laps_ms()
+
+
+def bare_encoder(config: Config, views: Tensor) -> Callable[[], None]:
+    """Forward and backward of the encoder alone, on views that are there already."""
+    encoder: nn.Module = build_encoder(config.model)[0].to(views.device)
+    if config.train.channels_last:
+        encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.train.compile:
+        encoder.compile()
+    dtype = AUTOCAST[config.train.precision]
+
+    def run() -> None:
+        encoder.zero_grad(set_to_none=True)
+        with torch.autocast(views.device.type, dtype, enabled=dtype != torch.float32):
+            h = encoder(views)
+        h.float().square().mean().backward()
+
+    return run
+
+
+def matrix_product_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s of a large product of random matrices: the ceiling that this machine really has."""
+    n = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(n, n, device=device, dtype=AUTOCAST[precision]) for _ in range(2))
+    times = [duration_ms(lambda: a @ b, device) for _ in range(12)][2:]
+    return 2 * n**3 / (statistics.median(times) / 1e3)
+
+
+def wait_share(trainer: Trainer, batches: Any, steps: int) -> float:
+    """Share of the time that the training waits for the loader."""
+    for batch in itertools.islice(batches, 2):
+        trainer.train_step(batch)
+    synchronise(trainer.device)
+    begin, waited = time.perf_counter(), trainer.loader.wait_s
+    for batch in itertools.islice(batches, steps):
+        trainer.train_step(batch)
+    synchronise(trainer.device)
+    return (trainer.loader.wait_s - waited) / (time.perf_counter() - begin)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(config: Config, repetitions: int) -> dict[str, Any]:
+    trainer = Trainer(config)
+    device = trainer.device
+    with trainer.loader, trainer.monitor:
+        batches = trainer.loader.batches(0)
+        few = list(itertools.islice(batches, 3))  # several, so that no cache holds the input of the next step
+        with torch.no_grad():
+            views = trainer.augment(few[0]).flatten(0, 1).clone(memory_format=torch.preserve_format)
+        floor = bare_encoder(config, views)
+        with FlopCounterMode(display=False) as counter:
+            bare_encoder(
+                config.model_copy(update={"train": config.train.model_copy(update={"compile": False})}), views
+            )()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        times: dict[str, list[float]] = {"step": [], "floor": []}
+        parts: list[dict[str, float]] = []
+        for i in range(-3, repetitions):  # the first ones only warm up
+            batch = few[i % len(few)]
+            step_ms = duration_ms(lambda batch=batch: trainer.train_step(batch), device)  # type: ignore[misc]
+            floor_ms = duration_ms(floor, device)
+            laps = step_in_parts(trainer, batch)
+            if i >= 0:
+                times["step"].append(step_ms)
+                times["floor"].append(floor_ms)
+                parts.append(laps)
+        waiting = wait_share(trainer, batches, repetitions)
+        batches.close()
+    step_s, floor_s = (statistics.median(times[name]) / 1e3 for name in ("step", "floor"))
+    part_ms = {name: statistics.median(lap[name] for lap in parts) for name in parts[0]}
+    ceiling = matrix_product_flops(device, config.train.precision)
+    return {
+        "images_per_s": config.train.global_batch_size / step_s,
+        "step_ms": 1e3 * step_s,
+        "floor_ms": 1e3 * floor_s,
+        "floor_share": floor_s / step_s,
+        "parts_ms": part_ms,
+        "augment_share": part_ms["augment"] / sum(part_ms.values()),
+        "data_wait_share": waiting,
+        "tflops": counter.get_total_flops() / step_s / 1e12,
+        "matrix_product_tflops": ceiling / 1e12,
+        "share_of_matrix_product": counter.get_total_flops() / step_s / ceiling,
+        "memory_peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    parts = found["parts_ms"]
+    whole = sum(parts.values())
+    lines = [
+        f"{found['images_per_s']:,.0f} images/s: {found['step_ms']:.2f} ms a step; bare encoder "
+        f"{found['floor_ms']:.2f} ms, {found['floor_share']:.1%} of it (aim: 90 % or more)",
+        "  ".join(f"{name} {ms:.2f} ms ({ms / whole:.1%})" for name, ms in parts.items())
+        + "  (aim: augment 5 % or less)",
+        f"waiting for data {found['data_wait_share']:.2%} (aim: 1 % or less)",
+        f"{found['tflops']:.2f} TFLOP/s, {found['share_of_matrix_product']:.1%} of a large matrix product",
+    ]
+    if found["memory_peak_gib"] is not None:
+        lines.append(f"memory peak {found['memory_peak_gib']:.2f} GiB")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--data", default="synthetic", help="a .beton file; synthetic pictures need no decoding")
+    parser.add_argument("--encoder", default="resnet18")
+    parser.add_argument("--stem", choices=["cifar", "imagenet"], default="cifar")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--preset", default=None, help="of the augmentation; default: by --stem")
+    parser.add_argument("--optimizer", choices=["lars", "sgd", "adamw"], default="lars")
+    parser.add_argument("--precision", choices=list(AUTOCAST), default="bf16")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument("--out", type=Path, help="JSON file")
+    args = parser.parse_args()
+    if args.device == "cpu":
+        torch.cuda.is_available = lambda: False  # the trainer takes a GPU where it sees one
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as runs:
+        config = Config.model_validate(
+            {
+                "name": "step",
+                "runs_dir": runs,
+                "data": {"train": args.data, "image_size": args.image_size},
+                "augment": {"preset": args.preset or f"simclr_{args.stem}"},
+                "model": {"encoder": args.encoder, "stem": args.stem},
+                "optim": {"optimizer": args.optimizer},
+                "train": {
+                    "global_batch_size": args.batch_size,
+                    "epochs": 100,
+                    "precision": args.precision,
+                    "compile": args.compile,
+                    "channels_last": args.channels_last,
+                },
+            }
+        )
+        found = measure(config, args.repetitions)
+    print(table(found))
+    if args.out:
+        settings = {name: str(value) for name, value in vars(args).items()}
+        args.out.write_text(json.dumps({"settings": settings, **found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
