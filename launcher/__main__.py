@@ -91,6 +91,12 @@ def run_node(args: argparse.Namespace) -> int:
     raise AssertionError("execve does not return")
 
 
+def run_init(args: argparse.Namespace) -> int:
+    from launcher import init
+
+    return init.run(args)
+
+
 def run_plan(args: argparse.Namespace) -> int:
     from launcher import slurm_job
 
@@ -106,6 +112,7 @@ def run_finish(args: argparse.Namespace) -> int:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     **dict.fromkeys(("local", "slurm", "hosts"), run_backend),
     **dict.fromkeys(("status", "logs", "stop", "cancel", "resume"), run_on_run),
+    "init": run_init,
     "check": run_check,
     "node": run_node,
     "plan": run_plan,

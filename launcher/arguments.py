@@ -67,6 +67,10 @@ def parser() -> argparse.ArgumentParser:
         if name == "resume":
             command.add_argument("--dry-run", action="store_true", help="print what would be done")
 
+    text = "write a folder to work in: configurations, SLURM scripts, the next commands"
+    init = commands.add_parser("init", help=text, description=text)
+    init.add_argument("dir", metavar="DIR", type=Path, help="new, or empty")
+
     # Without `help` a command is not listed: these are for the backends and the scripts in slurm/.
     node = commands.add_parser("node", description="The entry of each node.")
     node.add_argument("--plan", type=Path, required=True)

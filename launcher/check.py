@@ -190,7 +190,7 @@ def deep_slurm(args: argparse.Namespace) -> Exit:
     command += [f"--partition={args.partition}"] if args.partition else []
     words = [f"--preflight-s={args.preflight_s:g}", f"--device={args.device}"]
     words += [f"--nproc={args.nproc}"] if args.nproc else []
-    command += ["bash", str(slurm.SCRIPTS / "check_nodes.sh"), *words]
+    command += ["bash", slurm.script_path("check_nodes.sh"), *words]
     env = os.environ | {"SIMCLR_PYTHON": str(Path(sys.executable).absolute())}
     try:
         return Exit.OK if subprocess.run(command, env=env, check=False).returncode == 0 else Exit.PREFLIGHT

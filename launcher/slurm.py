@@ -18,7 +18,7 @@ from launcher import build, local, outcome, scontrol, sweep
 from launcher.errors import Exit, LaunchError
 from launcher.plan import Plan, checked, looks_secret, one_line, prepare_run_dir
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "slurm"
+PACKAGED = (Path(__file__).resolve().parent / "starter" / "slurm").resolve()
 
 # What a job gets of the login shell. By default sbatch copies all of it into the job's record, tokens included; and
 # `--export=NAME=value` would cut values at commas. So sbatch itself is started with no more than this.
@@ -66,10 +66,16 @@ def submit_command(args: argparse.Namespace, name: str, log_dir: str, num_points
         if key in NOT_BY_HAND:
             raise LaunchError(f"--sbatch-arg={option}: {NOT_BY_HAND[key]}")
         command.append(option)
-    script = args.script or str(SCRIPTS / "train.sh")
+    script = args.script or script_path("train.sh")
     if num_points is not None:
         command.append(f"--array=0-{num_points - 1}")
     return [*command, one_line("--script", script), *job_arguments(args)]
+
+
+def script_path(name: str) -> str:
+    """A script of the folder that we stand in, whose EDIT lines somebody may have filled in; else the package's."""
+    own = Path.cwd() / "slurm" / name
+    return str(own if own.is_file() else PACKAGED / name)
 
 
 def job_arguments(args: argparse.Namespace) -> list[str]:

@@ -5,7 +5,7 @@ torchvision   a plain state dict (torch.save), for `torchvision.models.<encoder>
 safetensors   the encoder's weights under its library's names, without the class layer; configuration, step,
               normalisation and licence travel in the file's metadata.
 onnx          the encoder as a graph for onnxruntime and others: float32 `images` [n, 3, S, S], normalised, to `h`
-              [n, D]; n is free. The same metadata. Needs the extra `onnx`.
+              [n, D]; n is free. The same metadata. Needs the extra `export`.
 
 Each gets a model card (Markdown) beside it. Before a file is renamed into place it is read back into a network built
 from scratch, whose outputs must be those of the encoder in memory.
@@ -146,7 +146,7 @@ def _write_onnx(
         import onnxruntime
         import onnxscript  # noqa: F401  torch writes ONNX with it
     except ImportError as error:
-        raise ExportError(f"--format onnx needs {error.name}: pip install onnx onnxscript onnxruntime") from None
+        raise ExportError(f"--format onnx needs {error.name}: pip install 'simclr-dist[export]'") from None
     S = checkpoint.config.data.image_size
     program = torch.onnx.export(
         encoder,

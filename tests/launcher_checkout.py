@@ -99,7 +99,7 @@ def is_running(pid: int) -> bool:
 def make_checkout(root: Path) -> Checkout:
     root.mkdir(parents=True)
     for name in ("launcher", "slurm"):
-        shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(REPOSITORY / name, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "simclr_dist").mkdir()
     for name in ("__init__.py", "config.py"):
         shutil.copy(REPOSITORY / "simclr_dist" / name, root / "simclr_dist" / name)

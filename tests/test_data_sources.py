@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from simclr_dist.data.pictures import ArrayImages, ImageSource
 
 from simclr_dist.data import DataError, sources
+from simclr_dist.data.pictures import ArrayImages, ImageSource
 from simclr_dist.data.sources import find_dataset, open_source
 from simclr_dist.data.synthetic import synthetic_images
 from simclr_dist.data.writer import prepare

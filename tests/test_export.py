@@ -170,7 +170,7 @@ def test_self_check_refuses_nan_and_other_widths() -> None:
 )
 def test_onnx_runs_with_any_number_of_images(tmp_path: Path, encoder: str, stem: str) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"{package} is not installed (extra `onnx`)")
+        pytest.importorskip(package, reason=f"{package} is not installed (extra `export`)")
     if encoder.startswith("timm/"):
         pytest.importorskip("timm")
     import onnxruntime

@@ -132,7 +132,7 @@ def _register_export(subparsers: argparse._SubParsersAction) -> None:
             "encoder before it gets its name.\n\n"
             "torchvision   loads into torchvision.models.<encoder>() with strict=True; fc is zeros, not trained\n"
             "safetensors   weights without fc; configuration, normalisation and licence in the metadata\n"
-            "onnx          a graph from normalised images [n, 3, S, S] to h [n, D], n free; needs the extra `onnx`"
+            "onnx          a graph from normalised images [n, 3, S, S] to h [n, D], n free; needs the extra `export`"
         ),
         epilog="example: simclr-dist export runs/cifar10_demo --format safetensors --license cc-by-4.0",
     )
