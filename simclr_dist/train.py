@@ -21,7 +21,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="simclr_dist.train", description=__doc__.split("\n\n")[0])
     parser.add_argument("config", help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=5")
-    args = parser.parse_args(argv)
+    style = parser.add_mutually_exclusive_group()
+    for name, text in (("quiet", "print warnings and errors only"), ("json", "print JSON lines, for programs")):
+        style.add_argument(f"--{name}", dest="terminal", action="store_const", const=name, help=text)
+    args = parser.parse_intermixed_args(argv)
+    if args.terminal:
+        args.overrides.append(f"monitor.terminal={args.terminal}")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     try:
         config = load_config(args.config, args.overrides, world_size=world_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from contextlib import ExitStack
@@ -26,15 +27,17 @@ from simclr_dist.data import Batch, build_loader, describe, load_images
 from simclr_dist.evaluation.features import Features, extract_features_distributed
 from simclr_dist.evaluation.knn import knn_top1
 from simclr_dist.failures import NonFiniteAbortError, together
+from simclr_dist.flops import forward_flops, peak_flops, train_flops
 from simclr_dist.gallery import show_gallery
 from simclr_dist.loss import NonFiniteError, NTXentLoss
 from simclr_dist.micro_batch import backward_in_micro_batches
 from simclr_dist.model import build_model
 from simclr_dist.monitor import Monitor, RunMonitor, SilentMonitor, memory_peak_gib
-from simclr_dist.optim import build_optimizer, build_schedule, peak_learning_rate, set_learning_rate
+from simclr_dist.optim import build_optimizer, build_schedule, set_learning_rate
 from simclr_dist.requests import Request, Requests
 from simclr_dist.saving import Saver
 from simclr_dist.status import State, write_status
+from simclr_dist.summary import device_name, end_rows, start_rows
 
 
 class Trainer:
@@ -80,7 +83,9 @@ class Trainer:
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
 
         self.augment = Augment(config.augment, config.seed, config.data.image_size)
-        self.plain_model: nn.Module = build_model(config.model).to(self.device)
+        self.plain_model: nn.Module = build_model(config.model)
+        self.forward_flops = forward_flops(self.plain_model, config.data.image_size) if self.world.is_main else None
+        self.plain_model.to(self.device)
         if config.train.channels_last:
             self.plain_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.model.batch_norm == "global":
@@ -178,6 +183,7 @@ class Trainer:
             requests = stack.enter_context(Requests(config.run_dir, self.device))
             self._set_status("running")
             self._announce_start()
+            self._started = time.monotonic(), self.state.samples_seen
             if self.state.step >= self.last_step:
                 return self._end("finished")
             interval = _Interval(self)
@@ -330,18 +336,11 @@ class Trainer:
         )
 
     def _announce_start(self) -> None:
-        config, G = self.config, self.global_batch_size
-        rule = {"linear": f"{config.optim.base_lr:g} x {G}/256", "sqrt": f"{config.optim.base_lr:g} x sqrt({G})"}
-        lr = f"{peak_learning_rate(config.optim, G):.4g}"
-        formula = rule.get(config.optim.lr_scaling)
-        start = f"resumes at step {self.state.step}" if self.state.step else "starts at step 0"
-        self.monitor.say(
-            f"{config.name}: {start} of {self.last_step} ({self.steps_per_epoch} steps an epoch), "
-            f"{self.loader.num_samples:,} images\n"
-            f"global batch {G} = {self.world.size} x {self.batch_size_per_device} on {self.device.type}, "
-            f"{config.train.precision}; {config.optim.optimizer} peak rate {f'{formula} = ' if formula else ''}{lr}\n"
-            f"run directory: {config.run_dir}"
-        )
+        config = self.config
+        if self.world.is_main:
+            start = f"resumes at step {self.state.step}" if self.state.step else "starts at step 0"
+            rows = start_rows(config, self.world, self.device, self.loader, self.plain_model, self.forward_flops)
+            self.monitor.summarize("start", f"{config.name}: {start} of {self.last_step}", rows)
         if self.world.size > 1 and config.model.batch_norm == "per_device":
             self.monitor.warn(
                 "model.batch_norm=per_device: statistics, and so results, depend on the number of devices"
@@ -358,7 +357,14 @@ class Trainer:
         self._set_status(state)
         if state == "finished":
             self.monitor.finish(self.config.model_dump(mode="json"))
-        self.monitor.say(f"{state} at step {self.state.step} of {self.last_step}")
+        started_s, samples_before = self._started
+        rows = end_rows(
+            self.config,
+            self.monitor.latest,
+            seconds=time.monotonic() - started_s,
+            images=self.state.samples_seen - samples_before,
+        )
+        self.monitor.summarize("end", f"{state} at step {self.state.step} of {self.last_step}", rows)
         return state
 
     def _set_status(self, state: State) -> None:
@@ -367,7 +373,7 @@ class Trainer:
 
     def _warn_on_main(self, text: str) -> None:
         if self.world.is_main:
-            print(f"warning: {text}", flush=True)
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What is shown
@@ -427,12 +433,19 @@ class _Interval:
         values = {"train/loss": float(loss), "train/grad_norm": float(trainer.grad_norm())}  # waits for the device
         elapsed_s = max(time.monotonic() - self._from_s, 1e-9)
         steps = self.steps - self._from_step
+        images_per_s = steps * trainer.global_batch_size / elapsed_s
         values |= {
             "train/lr": trainer.optimizer.param_groups[0]["lr"],
-            "speed/images_per_s": steps * trainer.global_batch_size / elapsed_s,
+            "speed/images_per_s": images_per_s,
+            "speed/images_per_s_per_device": images_per_s / trainer.world.size,
             "speed/data_wait_share": (trainer.loader.wait_s - self._from_wait_s) / elapsed_s,
             "speed/memory_peak_gib": memory_peak_gib(trainer.device),
             "health/masked_duplicates": float(trainer.nt_xent.masked_duplicates),
         }
+        if trainer.forward_flops:
+            flops_per_s = train_flops(trainer.forward_flops) * images_per_s / trainer.world.size
+            values["speed/model_tflops_per_device"] = flops_per_s / 1e12
+            if peak := peak_flops(device_name(trainer.device), trainer.config.train.precision):
+                values["speed/model_flops_utilization"] = flops_per_s / peak
         self.restart()
         return values

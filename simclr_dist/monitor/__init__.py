@@ -17,7 +17,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ from simclr_dist.monitor.trackers import Trackers
 class Monitor:
     """Shows nothing. `RunMonitor` shows; both have these methods."""
 
+    latest: Mapping[str, float] = MappingProxyType({})  # the last figure of each tag
+
     def __enter__(self) -> Monitor:
         return self
 
@@ -43,6 +46,9 @@ class Monitor:
 
     def warn(self, text: str) -> None:
         """A line for people who should do something."""
+
+    def summarize(self, event: Literal["start", "end"], title: str, rows: Mapping[str, str]) -> None:
+        """A table for people, when the run begins and when it ends."""
 
     def advance(self, step: int) -> None:
         """`step` steps are done."""
@@ -112,6 +118,9 @@ class RunMonitor(Monitor):
 
     def warn(self, text: str) -> None:
         self._terminal.warn(text)
+
+    def summarize(self, event: Literal["start", "end"], title: str, rows: Mapping[str, str]) -> None:
+        self._terminal.summarize(event, title, rows)
 
     def advance(self, step: int) -> None:
         self._terminal.advance(step)

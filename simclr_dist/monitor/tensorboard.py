@@ -36,6 +36,8 @@ LAYOUT = {
     },
     "4 Is it fast?": {
         "images/s": ["Multiline", ["speed/images_per_s.*$"]],
+        "model TFLOP/s a device": ["Multiline", ["speed/model_tflops_per_device$"]],
+        "model FLOP/s utilization": ["Multiline", ["speed/model_flops_utilization$"]],
         "share of time waiting for data": ["Multiline", ["speed/data_wait_share$", "ranks/data_wait_share_max$"]],
         "peak memory, GiB": ["Multiline", ["speed/memory_peak_gib$", "ranks/memory_peak_gib_max$"]],
         "seconds of a checkpoint, of a health check": ["Multiline", ["speed/(checkpoint|health_check)_s$"]],

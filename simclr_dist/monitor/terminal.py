@@ -9,21 +9,26 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, redirect_stdout
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
 
 TerminalStyle = Literal["auto", "plain", "quiet", "json"]
 
 # What a line shows of a log record, the most wanted first: narrow terminals lose the end.
 _SHORT: dict[str, Callable[[float], str]] = {
     "train/loss": lambda v: f"loss {v:.4f}",
-    "speed/images_per_s": lambda v: f"{v:,.0f} img/s",
     "eval/knn_top1": lambda v: f"kNN {v:.2%}",
+    "speed/images_per_s": lambda v: f"{v:,.0f} img/s",
     "speed/data_wait_share": lambda v: f"wait {v:.0%}",
 }
+_SELDOM = ("eval/knn_top1",)  # stays on the line until there is a new one
+_NARROW = 60  # columns; below, a bar and the epoch leave no room for numbers
 
 
 class Quiet:
@@ -44,6 +49,9 @@ class Quiet:
     def warn(self, text: str) -> None:
         self._errors.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
 
+    def summarize(self, event: Literal["start", "end"], title: str, rows: Mapping[str, str]) -> None:
+        """What the run says of itself when it begins and when it ends."""
+
     def advance(self, step: int) -> None:
         pass
 
@@ -52,20 +60,33 @@ class Quiet:
 
 
 class JsonLines(Quiet):
-    """One JSON object a line on stdout, told apart by "event": log, message, warning."""
+    """One JSON object a line on stdout, told apart by "event": start, log, message, end. Whatever else is printed goes
+    to stderr meanwhile.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stdout = sys.stdout
+        self._redirection = ExitStack()
+
+    def start(self) -> None:
+        self._redirection.enter_context(redirect_stdout(sys.stderr))
+
+    def stop(self) -> None:
+        self._redirection.close()
 
     def say(self, text: str) -> None:
         self._write("message", {"text": text})
 
-    def warn(self, text: str) -> None:
-        self._write("warning", {"text": text})
+    def summarize(self, event: Literal["start", "end"], title: str, rows: Mapping[str, str]) -> None:
+        self._write(event, {"text": title, **rows})
 
     def log(self, record: Mapping[str, Any]) -> None:
         self._write("log", record)
 
     def _write(self, event: str, content: Mapping[str, Any]) -> None:
-        sys.stdout.write(json.dumps({"event": event, **content}) + "\n")
-        sys.stdout.flush()
+        self._stdout.write(json.dumps({"event": event, **content}) + "\n")
+        self._stdout.flush()
 
 
 class Lines(Quiet):
@@ -78,15 +99,25 @@ class Lines(Quiet):
         self._first_step = first_step
         self._steps_per_epoch = steps_per_epoch
         self._started = time.monotonic()
+        self._seldom: dict[str, Any] = {}
 
     def say(self, text: str) -> None:
         self._console.print(escape(text), highlight=False, soft_wrap=True)
 
+    def summarize(self, event: Literal["start", "end"], title: str, rows: Mapping[str, str]) -> None:
+        self.say(title)
+        width = max(map(len, rows), default=0)
+        for name, text in rows.items():
+            self.say(f"  {name:<{width}}  {text}")
+
     def log(self, record: Mapping[str, Any]) -> None:
-        numbers = _numbers(record)
-        if numbers:
-            step = record["step"]
-            self.say("  ".join([f"step {step}/{self._total_steps}", *numbers, *self._eta(step)]))
+        if not _numbers(record):
+            return
+        self._seldom |= {tag: record[tag] for tag in _SELDOM if tag in record}
+        step = record["step"]
+        self.say(
+            "  ".join([f"step {step}/{self._total_steps}", *_numbers({**record, **self._seldom}), *self._eta(step)])
+        )
 
     def _epoch(self, step: int) -> str:
         if self._steps_per_epoch is None:
@@ -108,9 +139,9 @@ class Live(Lines):
 
     def __init__(self, *, total_steps: int, first_step: int, steps_per_epoch: int | None) -> None:
         super().__init__(total_steps=total_steps, first_step=first_step, steps_per_epoch=steps_per_epoch)
-        self._numbers: dict[str, Any] = {}
+        self._latest: dict[str, Any] = {}
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=None), console=self._console, expand=True
+            TextColumn("{task.description}"), _Bar(self._console), console=self._console, expand=True
         )
         self._task = self._progress.add_task(self._line(first_step), total=total_steps, completed=first_step)
 
@@ -120,17 +151,41 @@ class Live(Lines):
     def stop(self) -> None:
         self._progress.stop()
 
+    def summarize(self, event: Literal["start", "end"], title: str, rows: Mapping[str, str]) -> None:
+        if event == "end":
+            self._progress.stop()  # the table is the last thing to be seen
+        table = Table.grid(Column(style="cyan"), Column(overflow="fold"), padding=(0, 2))
+        for name, text in rows.items():
+            table.add_row(f"  {name}", escape(text))
+        self._console.print(f"[bold]{escape(title)}[/bold]", highlight=False)
+        self._console.print(table, highlight=False)
+
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step, description=self._line(step))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        self._numbers |= record  # what comes seldom, such as kNN, stays in sight
+        self._latest |= record
         self.advance(record["step"])
 
     def _line(self, step: int) -> str:
-        position = [part for part in (self._epoch(step), f"step {step}/{self._total_steps}") if part]
-        parts = [*position, *self._eta(step), *_numbers(self._numbers)]
-        return escape(fit(parts, self._console.width - 10))  # a bar of fewer than 8 cells says nothing
+        width = self._console.width
+        if width < _NARROW:
+            parts, room = [f"{step}/{self._total_steps}"], width - 2
+        else:
+            parts, room = [part for part in (self._epoch(step), f"step {step}/{self._total_steps}") if part], width - 10
+        return escape(fit([*parts, *self._eta(step), *_numbers(self._latest)], room))
+
+
+class _Bar(ProgressColumn):
+    """As wide as there is room; none on a narrow terminal."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self._bar = BarColumn(bar_width=None)
+
+    def render(self, task: Task) -> RenderableType:
+        return Text("") if self._console.width < _NARROW else self._bar.render(task)
 
 
 def build_terminal(style: TerminalStyle, *, total_steps: int, first_step: int, steps_per_epoch: int | None) -> Quiet:
@@ -139,8 +194,8 @@ def build_terminal(style: TerminalStyle, *, total_steps: int, first_step: int, s
         return Quiet()
     if style == "json":
         return JsonLines()
-    console = Console()
-    live = style == "auto" and console.is_terminal and not console.is_dumb_terminal
+    # rich takes a pipe for a terminal where FORCE_COLOR is set, as it is in many CI systems.
+    live = style == "auto" and sys.stdout.isatty() and not Console().is_dumb_terminal
     return (Live if live else Lines)(total_steps=total_steps, first_step=first_step, steps_per_epoch=steps_per_epoch)
 
 

@@ -1,0 +1,59 @@
+"""How much arithmetic a network needs, and how much a device could do."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+VIEWS = 2
+# Dense bf16 and fp16, TFLOP/s, from NVIDIA's data sheets (the figures without sparsity). The first that fits counts.
+PEAK_TFLOPS_16_BIT = {
+    "B200": 2250.0,
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10": 125.0,
+    "V100": 125.0,
+}
+
+
+def forward_flops(model: nn.Module, image_size: int) -> int | None:
+    """Floating-point operations for one image, forward; a multiply-add counts as two. None: not known.
+
+    Counted on a copy without numbers (torch's meta device), so it takes neither memory nor arithmetic. What counts are
+    convolutions, matrix products and attention; the rest is less than a hundredth.
+    """
+    shape = copy.deepcopy(model).to("meta").eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            shape(torch.empty(1, 3, image_size, image_size, device="meta"))
+    except (NotImplementedError, RuntimeError):  # an encoder from elsewhere that asks tensors for their numbers
+        return None
+    return counter.get_total_flops()
+
+
+def train_flops(forward: int) -> int:
+    """Of one image in a training step: two views, and a backward twice as dear as its forward.
+
+    Model FLOPs in the sense of PaLM (arXiv:2204.02311, appendix B): forward passes that micro-batches repeat are no
+    useful work and do not count. Nor does the loss.
+    """
+    return 3 * VIEWS * forward
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """What a device can do in a second at best; None where it is not known. In fp32 it depends on the operation,
+    because TF32 serves convolutions and not products."""
+    if precision == "fp32":
+        return None
+    fits = (peak for name, peak in PEAK_TFLOPS_16_BIT.items() if re.search(rf"\b{name}\b", device_name))
+    tflops = next(fits, None)
+    return None if tflops is None else tflops * 1e12
