@@ -1,4 +1,4 @@
-"""Encoders by name: torchvision's networks, timm's as `timm/NAME`, and `resnet_small`. Images in, h out.
+"""Encoders by name: torchvision's networks, timm's as `timm/NAME`, `resnet_small`, and your own. Images in, h out.
 
 h is what the network's own class layer would have seen: pooled features of a ResNet, the normalised pooled features of
 a ConvNeXt, the class token of a ViT. Parameters keep their library's names, so that exporting is a matter of copying.
@@ -24,12 +24,16 @@ RESNETS: dict[str, Callable[..., ResNet]] = {
     for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 }
 NUM_CLASSES = 1000  # torchvision's default
+Build = Callable[[ModelConfig], tuple[nn.Module, int]]
+_REGISTERED: dict[str, Build] = {}
 # They give several outputs while they train, which no projection head understands.
 _AUXILIARY = frozenset({"googlenet", "inception_v3"})
 
 
 def build_encoder(config: ModelConfig) -> tuple[nn.Module, int]:
     """The freshly initialised encoder and D, the width of its h. Raises ConfigError."""
+    if config.encoder in _REGISTERED:
+        return _REGISTERED[config.encoder](config)
     if config.encoder == "resnet_small":
         small = SmallResNet(config.width, stride=1 if config.stem == "cifar" else 2)
         return small, small.feature_dim
@@ -39,6 +43,17 @@ def build_encoder(config: ModelConfig) -> tuple[nn.Module, int]:
         return _timm_encoder(config.encoder.removeprefix(TIMM), config.image_size)
     network = torchvision_network(config)
     return network, take_off_class_layer(network)
+
+
+def register(name: str, build: Build) -> None:
+    """Makes `model.encoder: NAME` mean what build(config.model) gives: images [n, 3, S, S] to h [n, D], and D.
+
+    For a script that then trains or evaluates (docs/guides/extending.md). A configuration cannot name code itself:
+    it may come from somebody else. Raises ValueError for a name that means something already.
+    """
+    if name in ("resnet_small", *torchvision_names()) or name.startswith(TIMM):
+        raise ValueError(f"encoder {name!r} is taken; choose another name")
+    _REGISTERED[name] = build
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,7 +149,7 @@ class _SizeIsSaid:
 
 def _near(name: str) -> str:
     """The rest of a message about a name that is not known."""
-    known = ["resnet_small", *torchvision_names()]
+    known = ["resnet_small", *_REGISTERED, *torchvision_names()]
     if name.startswith(TIMM):
         import timm
 

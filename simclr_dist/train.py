@@ -12,19 +12,26 @@ import os
 import signal
 import sys
 import traceback
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from simclr_dist.config import Config, ConfigError, load_config
 
+if TYPE_CHECKING:
+    from simclr_dist.trainer import Trainer
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="simclr_dist.train", description=__doc__.split("\n\n")[0])
-    parser.add_argument("config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=5")
-    style = parser.add_mutually_exclusive_group()
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="simclr_dist.train", description=__doc__.split("\n\n")[0])
+    found.add_argument("config", help="YAML file, see configs/")
+    found.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=5")
+    style = found.add_mutually_exclusive_group()
     for name, text in (("quiet", "print warnings and errors only"), ("json", "print JSON lines, for programs")):
         style.add_argument(f"--{name}", dest="terminal", action="store_const", const=name, help=text)
-    args = parser.parse_intermixed_args(argv)
+    return found
+
+
+def main(argv: list[str] | None = None, trainer_class: type[Trainer] | None = None) -> None:
+    args = parser().parse_intermixed_args(argv)
     if args.terminal:
         args.overrides.append(f"monitor.terminal={args.terminal}")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -34,11 +41,14 @@ def main(argv: list[str] | None = None) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             print(error, file=sys.stderr, flush=True)
         sys.exit(2)
-    train(config)
+    train(config, trainer_class)
 
 
-def train(config: Config) -> None:
-    """Runs to the end; on failure prints what the reader needs and leaves at once, with other ranks still waiting."""
+def train(config: Config, trainer_class: type[Trainer] | None = None) -> None:
+    """Runs to the end; on failure prints what the reader needs and leaves at once, with other ranks still waiting.
+
+    trainer_class: one's own subclass of Trainer (docs/guides/extending.md).
+    """
     from simclr_dist.checkpoint import CheckpointError
     from simclr_dist.data import DataError
     from simclr_dist.distributed import shut_down
@@ -55,7 +65,7 @@ def train(config: Config) -> None:
     _die_with_parent()
     trainer = None
     try:
-        trainer = Trainer(config)
+        trainer = (trainer_class or Trainer)(config)
         trainer.fit()
         shut_down()
     except FailedElsewhereError:

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 
@@ -43,8 +44,8 @@ from simclr_dist.summary import device_name, end_rows, start_rows
 class Trainer:
     """Pretrains as `config` says, on all processes together.
 
-    All of them construct it and call `fit`. Raises ConfigError, DataError or CheckpointError on the first failing
-    rank and FailedElsewhereError on the others.
+    All of them construct it and call `fit`; a subclass may exchange `augment` and `nt_xent` in between. Raises
+    ConfigError, DataError or CheckpointError on the first failing rank and FailedElsewhereError on the others.
     """
 
     def __init__(self, config: Config) -> None:
@@ -82,7 +83,7 @@ class Trainer:
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
 
-        self.augment = Augment(config.augment, config.seed, config.data.image_size)
+        self.augment: Callable[[Batch], Tensor] = Augment(config.augment, config.seed, config.data.image_size)
         self.plain_model: nn.Module = build_model(config.model)
         self.forward_flops = forward_flops(self.plain_model, config.data.image_size) if self.world.is_main else None
         self.plain_model.to(self.device)
@@ -94,7 +95,7 @@ class Trainer:
         self.schedule = build_schedule(
             config.optim, self.global_batch_size, self.steps_per_epoch * self.global_batch_size, config.train.epochs
         )
-        self.nt_xent = NTXentLoss(
+        self.nt_xent: Callable[[Tensor, Tensor], Tensor] = NTXentLoss(
             config.loss.temperature,
             config.loss.implementation,
             gather_dtype=getattr(torch, config.loss.gather_dtype),
@@ -440,7 +441,7 @@ class _Interval:
             "speed/images_per_s_per_device": images_per_s / trainer.world.size,
             "speed/data_wait_share": (trainer.loader.wait_s - self._from_wait_s) / elapsed_s,
             "speed/memory_peak_gib": memory_peak_gib(trainer.device),
-            "health/masked_duplicates": float(trainer.nt_xent.masked_duplicates),
+            "health/masked_duplicates": float(getattr(trainer.nt_xent, "masked_duplicates", 0)),
         }
         if trainer.forward_flops:
             flops_per_s = train_flops(trainer.forward_flops) * images_per_s / trainer.world.size

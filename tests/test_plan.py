@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.loss import PeakMemory, in_own_process
+from benchmarks.traffic import CountTraffic
 from simclr_dist import cli
 from simclr_dist.batchnorm import convert_to_global_batch_norm
 from simclr_dist.checkpoint import TrainState, write_checkpoint
@@ -31,7 +32,6 @@ from simclr_dist.plan.traffic import collectives
 from simclr_dist.requests import Requests
 from tests.conftest import REPOSITORY
 from tests.distributed.spawn import run_ranks
-from tests.distributed.test_loss_traffic import CountTraffic
 
 SMOKE = REPOSITORY / "configs" / "smoke.yaml"
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.traffic import CountTraffic
 from simclr_dist.loss import NTXentLoss
 from tests.distributed.spawn import run_ranks
 
@@ -15,27 +13,6 @@ pytestmark = pytest.mark.distributed
 
 ROWS, K = 1024, 128
 LIMITS = {torch.float32: 1.02, torch.bfloat16: 0.52}  # of one all-gather of z in float32
-
-
-class CountTraffic(TorchDispatchMode):
-    """Notes every collective with the bytes that a rank sends for it in a ring."""
-
-    def __init__(self, world_size: int) -> None:
-        super().__init__()
-        self.world_size = world_size
-        self.collectives: list[tuple[str, float]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        if function.namespace == "c10d":
-            name, others = function._opname, self.world_size - 1
-            if name == "_allgather_base_":
-                sent = others * args[1].nbytes
-            elif name == "allreduce_":
-                sent = 2 * others / self.world_size * sum(x.nbytes for x in args[0])
-            else:
-                raise AssertionError(f"an unexpected collective: {name}")
-            self.collectives.append((name, sent))
-        return function(*args, **(kwargs or {}))
 
 
 def traffic(rank: int, world_size: int) -> dict[torch.dtype, tuple[list, list]]:
