@@ -47,12 +47,11 @@ def show_started(args: argparse.Namespace) -> int:
 
 
 def show_slurm(args: argparse.Namespace) -> int:
-    from launcher import machine, show, slurm, sweep
+    from launcher import machine, show, slurm
 
     plan = slurm.shown_plan(args)
     log_dir = f"{plan.run_dir}/logs"
-    num_points = len(sweep.read_points(Path(args.sweep))) if args.sweep else None
-    command = slurm.submit_command(args, Path(plan.run_dir).name, log_dir, num_points)
+    command = slurm.submit_command(args, Path(plan.run_dir).name, log_dir, slurm.num_checked_points(args))
     files = [f"{plan.run_dir}/{name}" for name in ("plan.json", "attempts.jsonl", "logs/")]
     show.print_shown(show.as_dict(plan, machine.num_cpus(), [command], files), args.json)
     return Exit.OK

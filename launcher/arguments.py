@@ -94,7 +94,8 @@ def add_backend(command: argparse.ArgumentParser, backend: str) -> None:
     add_training_options(command, max_failures=3 if backend == "slurm" else 0)
     command.set_defaults(backend=backend)
     command.add_argument("--dry-run", action="store_true", help="print what would be done, and start nothing")
-    command.add_argument("--json", action="store_true", help="with --dry-run or show: for programs")
+    sweeps = ", or the table of a sweep" if backend == "local" else ""
+    command.add_argument("--json", action="store_true", help=f"what --dry-run and show print{sweeps}, for programs")
     if backend in ("local", "slurm"):
         command.add_argument("--sweep", metavar="FILE", help="many runs: `grid:` or `list:` of settings in a YAML file")
     if backend == "local":

@@ -188,8 +188,11 @@ def deep_slurm(args: argparse.Namespace) -> Exit:
     """Ask for nodes and wait for what slurm/check_nodes.sh finds on them."""
     command = ["salloc", f"--nodes={args.nodes}", "--ntasks-per-node=1", "--exclusive", "--mem=0", "--time=10"]
     command += [f"--partition={args.partition}"] if args.partition else []
-    words = [f"--preflight-s={args.preflight_s:g}", f"--device={args.device}"]
-    words += [f"--nproc={args.nproc}"] if args.nproc else []
+    words = [f"--preflight-s={args.preflight_s:g}", f"--device={args.device}", f"--runs-dir={args.runs_dir}"]
+    for name, value in (("nproc", args.nproc), ("port", args.port), ("head-addr", args.head_addr)):
+        words += [f"--{name}={value}"] if value else []
+    words += [f"--ifname={args.ifname}"] if args.ifname else []
+    words += [f"--env={setting}" for setting in args.env]
     command += ["bash", slurm.script_path("check_nodes.sh"), *words]
     env = os.environ | {"SIMCLR_PYTHON": str(Path(sys.executable).absolute())}
     try:

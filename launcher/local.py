@@ -235,6 +235,8 @@ class Requests:
 
     def __enter__(self) -> Requests:
         for number in self._signals:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # under nohup it is to go on when the terminal closes
             self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -184,6 +184,19 @@ def write_plan(plan: Plan) -> Path:
     return plan.path
 
 
+def refuse_foreign(path: Path, status: os.stat_result) -> None:
+    """LaunchError unless only the user can have written the file at `path`: what it says is going to be run."""
+    if not stat.S_ISREG(status.st_mode):
+        raise LaunchError(f"{path}: not a plain file")
+    if status.st_uid != os.geteuid():
+        raise LaunchError(f"{path}: belongs to user {status.st_uid}, not to you ({os.geteuid()}); refused")
+    if status.st_mode & 0o022:
+        raise LaunchError(
+            f"{path}: others may write to it (mode {stat.S_IMODE(status.st_mode):o}); refused. "
+            "If you trust its content: chmod go-w on it"
+        )
+
+
 def read_plan(path: Path) -> Plan:
     """The plan at `path`. It holds commands, so one that another user wrote, or could have, is refused."""
     try:
@@ -191,16 +204,7 @@ def read_plan(path: Path) -> Plan:
     except OSError as error:
         raise LaunchError(f"{path}: the plan cannot be read: {error.strerror}") from None
     with os.fdopen(descriptor, encoding="utf-8") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise LaunchError(f"{path}: the plan is not a plain file")
-        if status.st_uid != os.geteuid():
-            raise LaunchError(f"{path}: the plan belongs to user {status.st_uid}, not to you ({os.geteuid()}); refused")
-        if status.st_mode & 0o022:
-            raise LaunchError(
-                f"{path}: others may write to the plan (mode {stat.S_IMODE(status.st_mode):o}); refused. "
-                "If you trust its content: chmod go-w on it"
-            )
+        refuse_foreign(path, os.fstat(file.fileno()))
         try:
             values = json.load(file)
             unknown = set(values) - {field.name for field in fields(Plan)}

@@ -14,7 +14,7 @@ from typing import Any
 
 from launcher import local, outcome, scontrol
 from launcher.errors import Exit, LaunchError
-from launcher.plan import read_plan
+from launcher.plan import one_line, read_plan, refuse_foreign
 
 
 def run_dir_of(args: argparse.Namespace) -> Path:
@@ -96,9 +96,21 @@ def _newest_first(paths: Any) -> list[Path]:
 
 def stop(args: argparse.Namespace) -> Exit:
     run_dir = run_dir_of(args)
+    if is_over(run_dir):
+        raise LaunchError(f"{run_dir}: nothing runs there, and no job waits")
     (run_dir / local.STOP_FILE).touch()
     print(f"{run_dir}: it will save and stop within seconds of its next step; `resume` goes on")
     return Exit.OK
+
+
+def is_over(run_dir: Path) -> bool:
+    """Whether a request to stop would be left lying there for the next start."""
+    now, job = outcome.read_status(run_dir), slurm_job(run_dir)
+    if now is None or now.state == "running" or local.holder(run_dir):
+        return False
+    in_queue = scontrol.query(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]) if job else ""
+    # SLURM does not answer for jobs that it has forgotten, nor on machines without its commands.
+    return now.state != "preempted" if in_queue is None else not in_queue.strip()
 
 
 def cancel(args: argparse.Namespace) -> Exit:
@@ -127,13 +139,23 @@ def cancel(args: argparse.Namespace) -> Exit:
 def resume(args: argparse.Namespace, main: Callable[[Sequence[str]], int]) -> int:
     """The command that started the run, again, from where it was started."""
     run_dir = run_dir_of(args)
-    plan = read_plan(run_dir / "plan.json")
-    words = list(plan.again)
-    submitted = [entry for entry in outcome.read_records(run_dir) if entry["event"] == "submit"]
-    if submitted and submitted[-1]["job"] == plan.job.partition("_")[0]:
-        words = list(submitted[-1]["again"])  # what the job was asked to be, and not only what it got
+    words, workdir = started_with(run_dir)
     if any(word.startswith("resume=") for word in words):
         words.append("resume=auto")
-    (run_dir / local.STOP_FILE).unlink(missing_ok=True)
-    os.chdir(plan.workdir)
+    if not args.dry_run:
+        (run_dir / local.STOP_FILE).unlink(missing_ok=True)
+    os.chdir(workdir)
     return main([*words, *(["--dry-run"] if args.dry_run else [])])
+
+
+def started_with(run_dir: Path) -> tuple[list[str], str]:
+    """Arguments of the launcher, and the directory in which they were given."""
+    submitted = [entry for entry in outcome.read_records(run_dir) if entry["event"] == "submit"]
+    plan = read_plan(run_dir / "plan.json") if (run_dir / "plan.json").exists() or not submitted else None
+    # What the job was asked to be, and not only what it got; or it never started.
+    if submitted and (plan is None or submitted[-1]["job"] == plan.job.partition("_")[0]):
+        records = run_dir / "attempts.jsonl"
+        refuse_foreign(records, records.stat())
+        return [one_line("argument", word) for word in submitted[-1]["again"]], submitted[-1]["workdir"]
+    assert plan is not None
+    return list(plan.again), plan.workdir

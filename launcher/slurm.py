@@ -123,15 +123,20 @@ def shown_plan(args: argparse.Namespace) -> Plan:
     )
 
 
+def num_checked_points(args: argparse.Namespace) -> int | None:
+    """Of a sweep, with the configuration of each checked; None for a single run."""
+    if not args.sweep:
+        return None
+    points = sweep.read_points(Path(args.sweep))
+    for index in range(len(points)):
+        build.training(sweep.at_point(args, points, index), planned_world_size(args))
+    return len(points)
+
+
 def submit(args: argparse.Namespace) -> Exit:
     """Check everything that can be checked here, then hand the job to SLURM."""
     config, _ = build.training(args, planned_world_size(args))
-    num_points = None
-    if args.sweep:
-        points = sweep.read_points(Path(args.sweep))
-        num_points = len(points)
-        for index in range(num_points):
-            build.training(sweep.at_point(args, points, index), planned_world_size(args))
+    num_points = num_checked_points(args)
     run_dir = Path(os.path.abspath(config.run_dir))
     if "\\" in str(run_dir):
         raise LaunchError(
@@ -150,7 +155,7 @@ def submit(args: argparse.Namespace) -> Exit:
     if done.returncode:
         raise LaunchError(f"sbatch refused the job: {done.stderr.strip()}\n  {shlex.join(command)}", Exit.FAILED)
     job = checked("host", done.stdout.strip().partition(";")[0])
-    outcome.record(run_dir, "submit", f"{job}.0-000000", job=job, command=command, again=args.again)
+    outcome.record(run_dir, "submit", f"{job}.0-000000", job=job, workdir=os.getcwd(), again=args.again)
     log = f"{log_dir}/slurm-{job}.out" if num_points is None else f"{log_dir}/slurm-{job}_*.out"
     print(f"job {job}: {num_points or 1} run{'s' if (num_points or 1) > 1 else ''} of {config.name}")
     print(f"  log     {log}")
@@ -161,13 +166,15 @@ def submit(args: argparse.Namespace) -> Exit:
 
 def refuse_if_live(run_dir: Path, own: str | None = None) -> None:
     """Two jobs on one run directory would overwrite each other."""
-    starts = [entry for entry in outcome.read_records(run_dir) if entry["event"] == "start"]
-    job = starts[-1]["attempt"].partition(".")[0] if starts else ""
-    if not re.fullmatch(r"\d+(_\d+)?", job) or job == own:
-        return
-    state = scontrol.query(["squeue", "--noheader", f"--jobs={job}", "--format=%T"])
-    if state and state.strip():
-        raise LaunchError(
-            f"{run_dir}: job {job} still holds this run ({state.split()[0].lower()}); "
-            f"cancel it with `scancel {job}`, or give this run another name=…"
-        )
+    # One may run while another waits; of those that wait, the first to start wins.
+    for event in ("start",) if own else ("start", "submit"):
+        entries = [entry for entry in outcome.read_records(run_dir) if entry["event"] == event]
+        job = entries[-1]["attempt"].partition(".")[0] if entries else ""
+        if not re.fullmatch(r"\d+(_\d+)?", job) or job == own:
+            continue
+        state = scontrol.query(["squeue", "--noheader", f"--jobs={job}", "--format=%T"])
+        if state and state.strip():
+            raise LaunchError(
+                f"{run_dir}: job {job} still holds this run ({state.split()[0].lower()}); "
+                f"cancel it with `scancel {job}`, or give this run another name=…"
+            )

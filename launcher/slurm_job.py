@@ -44,7 +44,8 @@ def plan_attempt(args: argparse.Namespace) -> Plan:
     start = int(job.partition("_")[0]) * 10 + int(job.partition("_")[2] or 0) * 10 + restart
     values = build.common(args, config, local.continuing(command, restart))
     values["port"] = args.port or machine.free_port(head_addr, start)
-    values["again"] = ("slurm", f"--nodes={len(hosts)}", *partition_of(environ), *args.again[1:])
+    # A task of an array goes on as a run of its own.
+    values["again"] = ("slurm", f"--nodes={len(hosts)}", *partition_of(environ), *slurm.job_arguments(args))
     return Plan(
         backend="slurm",
         attempt=new_attempt(job, restart),

@@ -17,12 +17,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launcher import machine, outcome, processes
+from launcher import build, machine, outcome, processes
 from launcher.errors import Exit, LaunchError
 from simclr_dist.config import load_config
 
@@ -60,69 +62,114 @@ def _as_setting(value: Any) -> str:
 
 
 def at_point(args: argparse.Namespace, points: list[list[str]], index: int) -> argparse.Namespace:
-    """The command line of run `index`."""
+    """The command line of run `index`, which is a run like any other."""
     if not 0 <= index < len(points):
         raise LaunchError(f"run {index}: {args.sweep} has runs 0 to {len(points) - 1}")
     settings = [*args.overrides, *points[index]]
     name = load_config(args.config, settings, check_data=False).name
-    return argparse.Namespace(**{**vars(args), "overrides": [*settings, f"name={name}-{index:03d}"]})
+    overrides = [*settings, f"name={name}-{index:03d}"]
+    return argparse.Namespace(**{**vars(args), "sweep": None, "overrides": overrides})
+
+
+@dataclass(frozen=True)
+class Run:
+    settings: list[str]
+    run_dir: Path
+    command: list[str]
 
 
 def run(args: argparse.Namespace) -> Exit:
     """All runs on this machine, `--jobs` of them side by side, each with its share of the GPUs. Ends with a table."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     points = read_points(Path(args.sweep))
+    share, procs = _share(args)
+    runs = []
+    for index, settings in enumerate(points):
+        point = at_point(args, points, index)
+        config = load_config(point.config, point.overrides, world_size=procs)
+        runs.append(Run(settings, Path(os.path.abspath(config.run_dir)), _command(point, procs)))
+    code = Exit.OK
+    if not args.dry_run:
+        try:
+            code = _run_all(runs, args.jobs, share)
+        except KeyboardInterrupt:
+            code = Exit.PREEMPTED
+    if args.json:
+        print(json.dumps([_as_dict(run) for run in runs], indent=1))
+    else:
+        print_table(runs)
+    return code
+
+
+def _share(args: argparse.Namespace) -> tuple[int, int]:
+    """GPUs and processes of each run."""
+    device, procs = build.device_and_procs(args)
+    if device == "cpu":
+        return 0, procs
     gpus = machine.num_gpus()
-    share = max(1, gpus // args.jobs)
-    if gpus and args.jobs > gpus:
-        raise LaunchError(f"--jobs {args.jobs}: there are {gpus} GPUs here, and each run needs one")
-    procs = args.nproc or (share if gpus else 1)
-    runs = [at_point(args, points, index) for index in range(len(points))]
-    run_dirs = [Path(os.path.abspath(load_config(r.config, r.overrides, world_size=procs).run_dir)) for r in runs]
-    waiting = [index for index, run_dir in enumerate(run_dirs) if not _is_finished(run_dir)]
-    if args.dry_run:
-        print_table(points, run_dirs)
-        return Exit.OK
+    share = gpus // args.jobs
+    if (args.nproc or 1) > share:
+        raise LaunchError(
+            f"--jobs {args.jobs} with {args.nproc or 1} processes each: there are {gpus} GPUs here, "
+            "and each process needs its own"
+        )
+    return share, args.nproc or share
+
+
+def _run_all(runs: list[Run], jobs: int, share: int) -> Exit:
+    waiting = [run for run in runs if not _is_finished(run.run_dir)]
+    running: dict[int, tuple[Run, subprocess.Popen[bytes]]] = {}  # by slot: a slot keeps its GPUs
+    failed = False
+    # A shell's background jobs inherit that SIGINT is ignored; a supervisor says TERM.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     processes.adopt_orphans()
-    codes: dict[int, int] = {}
-    running: dict[int, tuple[int, subprocess.Popen[bytes]]] = {}  # slot: (run, launcher)
     try:
         while waiting or running:
-            for slot in range(args.jobs):
+            for slot in range(jobs):
                 if slot in running and (code := running[slot][1].poll()) is not None:
-                    index, _ = running.pop(slot)
-                    codes[index] = code
-                    print(f"launcher: {run_dirs[index].name} ended with exit code {code}", file=sys.stderr, flush=True)
+                    run, _ = running.pop(slot)
+                    failed |= code != 0
+                    print(f"launcher: {run.run_dir.name} ended with exit code {code}", file=sys.stderr, flush=True)
                 if slot not in running and waiting:
-                    index = waiting.pop(0)
-                    running[slot] = index, _start(runs[index], run_dirs[index], procs, slot, share if gpus else 0)
+                    run = waiting.pop(0)
+                    running[slot] = run, _start(run, devices_of_slot(slot, share, os.environ))
             time.sleep(0.1)
     except KeyboardInterrupt:
         for _, launcher in running.values():
             launcher.terminate()
         for _, launcher in running.values():
             launcher.wait()
-        print_table(points, run_dirs)
-        return Exit.PREEMPTED
+        raise
     finally:
         processes.end_descendants()
-    print_table(points, run_dirs)
-    return Exit.OK if not any(codes.values()) else Exit.FAILED
+    return Exit.FAILED if failed else Exit.OK
 
 
-def _start(args: argparse.Namespace, run_dir: Path, procs: int, slot: int, gpus: int) -> subprocess.Popen[bytes]:
-    env = dict(os.environ)
-    if gpus:
-        mine = env.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus * (slot + 1))))).split(",")
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(mine[slot * gpus : (slot + 1) * gpus])
+def devices_of_slot(slot: int, share: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """The GPUs of one of the runs side by side, from those that are visible here; nothing on a CPU."""
+    if not share:
+        return {}
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    first, last = slot * share, (slot + 1) * share
+    mine = visible.split(",")[first:last] if visible is not None else map(str, range(first, last))
+    return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
+
+
+def _command(args: argparse.Namespace, procs: int) -> list[str]:
     words = ["local", args.config, *args.overrides, f"--nproc={procs}", f"--max-failures={args.max_failures}"]
     words += [f"--device={args.device}", f"--stop-signal={args.stop_signal}", f"--save-budget-s={args.save_budget_s:g}"]
     words += [f"--env={setting}" for setting in args.env]
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True, mode=0o750)
-    with open(run_dir / "logs" / "local.out", "ab") as log:
+    words += [f"--port={args.port}"] if args.port else []
+    words += ["--no-requeue"] if args.no_requeue else []
+    return [sys.executable, "-m", "launcher", *words]
+
+
+def _start(run: Run, devices: dict[str, str]) -> subprocess.Popen[bytes]:
+    (run.run_dir / "logs").mkdir(parents=True, exist_ok=True, mode=0o750)
+    with open(run.run_dir / "logs" / "local.out", "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "launcher", *words],
-            env=env,
+            run.command,
+            env=os.environ | devices,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -136,19 +183,37 @@ def _is_finished(run_dir: Path) -> bool:
     return status is not None and status.state == "finished"
 
 
-def print_table(points: list[list[str]], run_dirs: list[Path]) -> None:
+def _as_dict(run: Run) -> dict[str, Any]:
+    status = outcome.read_status(run.run_dir)
+    return {
+        "name": run.run_dir.name,
+        "run_dir": str(run.run_dir),
+        "settings": run.settings,
+        "command": run.command,
+        "state": status.state if status else None,
+        "reason": (status.reason or None) if status else None,
+        "step": status.step if status else 0,
+        "results": last_results(run.run_dir),
+    }
+
+
+def print_table(runs: list[Run]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    results = [last_results(run_dir) for run_dir in run_dirs]
-    tags = sorted({tag for result in results for tag in result})
+    shown = [_as_dict(run) for run in runs]
+    tags = sorted({tag for entry in shown for tag in entry["results"]})
     table = Table(*("run", "settings", "state", "step", *tags))
-    for settings, run_dir, result in zip(points, run_dirs, results, strict=True):
-        status = outcome.read_status(run_dir)
-        state = (status.reason or status.state) if status else "-"
-        cells = [run_dir.name, " ".join(settings), state, str(status.step if status else 0)]
-        table.add_row(*(Text(cell) for cell in cells), *(f"{result[t]:.4g}" if t in result else "-" for t in tags))
+    for entry in shown:
+        cells = [
+            entry["name"],
+            " ".join(entry["settings"]),
+            entry["reason"] or entry["state"] or "-",
+            str(entry["step"]),
+        ]
+        cells += [f"{entry['results'][tag]:.4g}" if tag in entry["results"] else "-" for tag in tags]
+        table.add_row(*map(Text, cells))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 

@@ -81,6 +81,33 @@ def test_a_request_while_the_workers_still_import_is_not_lost(checkout: Checkout
     assert checkout.status()["state"] == "preempted"
 
 
+def test_under_nohup_a_closed_terminal_is_no_request(checkout: Checkout) -> None:
+    checkout.behave(steps=100_000)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        launcher = checkout.start("local", CONFIG)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for(checkout.newest_step, 60, "a step")
+    launcher.send_signal(signal.SIGHUP)
+    reached = checkout.newest_step()
+    wait_for(lambda: checkout.newest_step() > reached + 5, 60, "more steps")
+    assert "saving, then stopping" not in checkout.log()
+    launcher.terminate()
+    assert launcher.wait(30) == 75
+
+
+def test_secrets_of_the_environment_reach_no_file(checkout: Checkout) -> None:
+    done = checkout.launch("local", CONFIG, "--env=NOTE=kept", env={"HF_TOKEN": "hunter2"})
+    assert done.returncode == 0, done.stderr
+    (worker,) = checkout.ranks()
+    assert worker["env"]["HF_TOKEN"] == "hunter2"  # on one's own machine it is passed on, but by no file
+    for path in (checkout.run_dir / "plan.json", checkout.run_dir / "attempts.jsonl"):
+        assert "hunter2" not in path.read_text()
+    assert "NOTE" in (checkout.run_dir / "plan.json").read_text()
+    assert "hunter2" not in checkout.launch("show", "local", CONFIG, "--json", env={"HF_TOKEN": "hunter2"}).stdout
+
+
 def test_a_second_interrupt_kills_everything(checkout: Checkout) -> None:
     checkout.behave(steps=10_000, import_s=1000)
     launcher = checkout.start("local", CONFIG, "--nproc", "2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -11,6 +12,7 @@ from launcher import outcome
 from launcher.errors import Exit
 from launcher.outcome import Ended, Evidence, Status, decide
 from launcher.scontrol import read_job
+from simclr_dist.status import Reason
 
 FINISHED, STOPPED, PREEMPTED, RUNNING = (Status(state) for state in ("finished", "stopped", "preempted", "running"))
 GOOD, IDLE = Ended(failed=True, progressed=True), Ended(failed=True, progressed=False)
@@ -71,6 +73,32 @@ def test_two_failures_without_progress_are_enough() -> None:
 def test_errors_that_would_come_back_are_never_requeued(reason: str) -> None:
     code = Exit.USAGE if reason == "config_error" else Exit.FAILED
     assert action(failed(reason), "running", max_failures=99) == ("fail", code)
+
+
+# Whether another attempt can help, for everything that the trainer or a node may report. A reason that is missing here
+# has not been thought about: decide, and tell launcher.outcome.NEVER_AGAIN.
+CAN_ANOTHER_ATTEMPT_HELP = {
+    "config_error": False,
+    "data_error": False,
+    "checkpoint_error": False,
+    "nan_abort": False,
+    "crash": True,
+    "hang": True,
+    "preflight": True,
+}
+
+
+def test_every_reason_of_a_failure_has_a_verdict() -> None:
+    assert {*get_args(Reason), "preflight"} <= CAN_ANOTHER_ATTEMPT_HELP.keys()
+    assert set(outcome.NEVER_AGAIN) <= CAN_ANOTHER_ATTEMPT_HELP.keys()
+
+
+@pytest.mark.parametrize("reason", CAN_ANOTHER_ATTEMPT_HELP)
+def test_a_reason_is_tried_again_where_that_can_help_but_not_for_ever(reason: str) -> None:
+    helps = CAN_ANOTHER_ATTEMPT_HELP[reason]
+    assert action(failed(reason), "running")[0] == ("requeue" if helps else "fail")
+    assert action(failed(reason), "running", (10, 10), earlier=(IDLE,))[0] == "fail"
+    assert action(failed(reason), "running", earlier=(GOOD, GOOD, GOOD))[0] == "fail"
 
 
 def test_without_the_schedulers_word_nothing_is_requeued() -> None:

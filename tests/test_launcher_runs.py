@@ -58,8 +58,14 @@ def test_a_host_that_cannot_be_reached_ends_the_others(checkout: Checkout) -> No
     assert not checkout.ranks() if (checkout.run_dir / "ranks").exists() else True
 
 
-@pytest.mark.skipif(shutil.which("sshd", path="/usr/sbin:/usr/bin") is None, reason="sshd is not installed")
+SSHD = shutil.which("sshd", path="/usr/sbin:/usr/bin:/usr/local/sbin")
+
+
+@pytest.mark.skipif(SSHD is None, reason="sshd is not installed")
 def test_hosts_over_a_real_sshd(checkout: Checkout, tmp_path: Path) -> None:
+    assert SSHD
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # what its service would have made
     keys = tmp_path / "keys"
     keys.mkdir(mode=0o700)
     for name in ("host", "user"):
@@ -73,7 +79,7 @@ def test_hosts_over_a_real_sshd(checkout: Checkout, tmp_path: Path) -> None:
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {keys}/host\nAuthorizedKeysFile {keys}/authorized\n"
         f"PidFile {keys}/pid\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n"
     )
-    sshd = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", str(config)], stderr=subprocess.DEVNULL)
+    sshd = subprocess.Popen([SSHD, "-D", "-e", "-f", str(config)], stderr=subprocess.DEVNULL)
     try:
         time.sleep(0.5)
         if sshd.poll() is not None:
@@ -102,6 +108,53 @@ def test_a_sweep_runs_every_point_and_ends_with_a_table(checkout: Checkout) -> N
     again = checkout.launch("local", CONFIG, "--sweep", "sweep.yaml")
     assert again.returncode == 0
     assert len(checkout.ranks(checkout.root / "runs" / "fake-000")) == 1  # finished runs are not run again
+
+
+def test_a_sweep_speaks_json_before_and_after(checkout: Checkout) -> None:
+    (checkout.root / "sweep.yaml").write_text("list: [{seed: 1}, {seed: 2, optim.base_lr: 0.1}]")
+    words = ("local", CONFIG, "--nproc=1", "--sweep", "sweep.yaml", "--json")
+    shown = json.loads(checkout.launch(*words, "--dry-run").stdout)
+    assert not (checkout.root / "runs").exists()
+    assert [(run["name"], run["settings"], run["state"]) for run in shown] == [
+        ("fake-000", ["seed=1"], None),
+        ("fake-001", ["seed=2", "optim.base_lr=0.1"], None),
+    ]
+    assert shown[1]["command"][3:8] == ["local", CONFIG, "seed=2", "optim.base_lr=0.1", "name=fake-001"]
+    log = checkout.root / "runs" / "fake-000" / "log.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text('{"step": 1, "train/loss": 5.5}\n{"step": 2, "train/loss": 4.5, "eval/knn": 0.5, "speed/x": 1}\n')
+    done = checkout.launch(*words)
+    assert done.returncode == 0, done.stderr
+    ended = json.loads(done.stdout)
+    assert [(run["state"], run["step"]) for run in ended] == [("finished", 5)] * 2
+    assert ended[0]["results"] == {"train/loss": 4.5, "eval/knn": 0.5}
+    assert ended[0]["run_dir"] == str(checkout.root / "runs" / "fake-000")
+
+
+def test_a_failed_run_does_not_end_the_sweep_but_shows_in_its_table(checkout: Checkout) -> None:
+    (checkout.root / "sweep.yaml").write_text("list: [{seed: 1}, {seed: 2}]")
+    checkout.behave(end={"*": [2, "data_error"]})
+    done = checkout.launch("local", CONFIG, "--sweep", "sweep.yaml")
+    assert done.returncode == 4
+    assert done.stdout.count("data_error") == 2
+    assert "fake-001 ended with exit code 4" in done.stderr
+
+
+@pytest.mark.skipif(any(Path("/proc/driver/nvidia/gpus").glob("*")), reason="plays a machine with two GPUs")
+def test_runs_side_by_side_share_the_gpus(checkout: Checkout) -> None:
+    smi = checkout.root / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: pretended'\necho 'GPU 1: pretended'\n")
+    smi.chmod(0o755)
+    environment = {"PATH": f"{checkout.root}:{checkout.env['PATH']}"}
+    (checkout.root / "sweep.yaml").write_text("list: [{seed: 1}, {seed: 2}]")
+    words = ("local", CONFIG, "--sweep", "sweep.yaml", "--jobs=2")
+    done = checkout.launch(*words, env=environment)
+    assert done.returncode == 0, done.stderr
+    workers = [worker for index in range(2) for worker in checkout.ranks(checkout.root / "runs" / f"fake-00{index}")]
+    assert [worker["env"]["CUDA_VISIBLE_DEVICES"] for worker in workers] == ["0", "1"]
+    refused = checkout.launch(*words[:-1], "--jobs=3", env=environment)
+    assert refused.returncode == 2
+    assert "there are 2 GPUs here" in refused.stderr
 
 
 def test_check_looks_at_this_machine(checkout: Checkout) -> None:
@@ -153,6 +206,51 @@ def test_status_logs_cancel_and_resume(checkout: Checkout) -> None:
     assert checkout.launch("logs", "runs/fake", "-n", "1").stdout == '{"step": 2}\n'
 
 
+def test_stop_asks_a_local_run_and_is_refused_where_nothing_runs(checkout: Checkout) -> None:
+    checkout.behave(steps=100_000)
+    launcher = checkout.start("local", CONFIG, "--nproc=2")
+    wait_for(lambda: checkout.newest_step() >= 2, 60, "two steps")
+    assert checkout.launch("stop", "runs/fake").returncode == 0
+    assert launcher.wait(40) == 0, checkout.log()
+    assert checkout.status()["state"] == "stopped"
+    again = checkout.launch("stop", "runs/fake")
+    assert again.returncode == 2
+    assert "nothing runs there" in again.stderr
+
+
+def test_the_verbs_work_on_hosts(checkout: Checkout) -> None:
+    checkout.behave(steps=100_000)
+    launcher = checkout.start(*hosts_words(checkout, "n1 addr=127.0.0.1", "n2"))
+    wait_for(lambda: len(checkout.ranks()) == 2 and checkout.newest_step() >= 2, 60, "two steps of two workers")
+    shown = checkout.launch("status", "runs/fake").stdout
+    assert "running at step" in shown
+    assert "2 x 1" in shown
+    (checkout.run_dir / "log.jsonl").write_text('{"step": 1}\n')
+    assert checkout.launch("logs", "runs/fake").stdout == '{"step": 1}\n'
+    assert checkout.launch("stop", "runs/fake").returncode == 0
+    assert launcher.wait(40) == 0, checkout.log()
+    reached = checkout.newest_step()
+    launcher = checkout.start("resume", "runs/fake")
+    wait_for(lambda: checkout.newest_step() > reached, 60, "a later step")
+    assert [entry["step"] for entry in checkout.records("start")] == [0, reached]
+    assert {worker["env"]["HOST"] for worker in checkout.ranks()} == {"n1", "n2"}
+    cancelled = checkout.launch("cancel", "runs/fake")
+    assert cancelled.returncode == 0, cancelled.stderr
+    assert launcher.wait(20) in (4, 75)
+    wait_for(lambda: not checkout.pids_alive(), 5, "the workers' end")
+
+
+def test_records_that_others_can_write_are_not_resumed(checkout: Checkout) -> None:
+    checkout.run_dir.mkdir(parents=True)
+    records = checkout.run_dir / "attempts.jsonl"
+    entry = {"event": "submit", "attempt": "7.0-000000", "job": "7", "workdir": "/", "again": ["check"]}
+    records.write_text(json.dumps(entry) + "\n")
+    records.chmod(0o666)
+    done = checkout.launch("resume", "runs/fake")
+    assert done.returncode == 2
+    assert "others may write to it" in done.stderr
+
+
 @pytest.mark.parametrize("command", ["status", "logs", "stop", "cancel", "resume"])
 def test_a_folder_without_a_run_is_named(checkout: Checkout, command: str) -> None:
     done = checkout.launch(command, "runs/nothing")
@@ -173,13 +271,14 @@ def test_a_run_directory_below_a_file_is_an_error_before_anything_starts(checkou
     assert "the run directory cannot be made" in done.stderr
 
 
-def test_ctrl_c_ends_a_sweep_and_saves(checkout: Checkout) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_sweep_and_saves(checkout: Checkout, number: signal.Signals) -> None:
     checkout.behave(steps=100_000)
     (checkout.root / "sweep.yaml").write_text("list: [{seed: 1}, {seed: 2}]")
     launcher = checkout.start("local", CONFIG, "--sweep", "sweep.yaml")
     first = checkout.root / "runs" / "fake-000"
     wait_for(lambda: (first / "checkpoints").exists(), 60, "a step")
-    launcher.send_signal(signal.SIGINT)
+    launcher.send_signal(number)
     assert launcher.wait(30) == 75
     assert json.loads((first / "status.json").read_text())["state"] == "preempted"
     assert not (checkout.root / "runs" / "fake-001" / "status.json").exists()

@@ -6,6 +6,7 @@ nothing is enforced (no cgroups), so CPUs and GPUs are numbers only.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import re
@@ -151,6 +152,24 @@ class MiniSlurm:
         daemon = self.daemons[f"slurmd-n{number}"]
         daemon.kill()
         daemon.wait()
+
+    def lose_node(self, number: int) -> None:
+        """The node is gone with everything on it, as when its power fails."""
+        mark, tasks, parents = f"SLURMD_NODENAME=n{number}".encode(), [], set()
+        self.kill_node(number)
+        for pid in self.processes():
+            try:
+                if mark not in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    continue
+                parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+                tasks.append(pid)
+                if "slurmstepd" in Path(f"/proc/{parent}/cmdline").read_text():
+                    parents.add(parent)
+            except OSError:
+                continue
+        for pid in [*parents, *tasks]:  # the step's daemons first: they would report their tasks' end
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def reset(self) -> None:
         """For a cluster that several tests share: nothing of the last test goes on."""

@@ -82,6 +82,68 @@ def test_check_nodes_names_the_bad_node(cluster: MiniSlurm, checkout: Checkout) 
     assert "no word from n2 (node 1)" in log_of(checkout, job)
 
 
+def test_a_deep_check_from_the_login_node_names_the_bad_node(cluster: MiniSlurm, checkout: Checkout) -> None:
+    python = checkout.root / "python"
+    python.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME" = n2 ] && exec sleep 1000\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    script = checkout.root / "slurm" / "check_nodes.sh"
+    script.write_text(script.read_text().replace('NODE_PYTHON="$PYTHON"', f'NODE_PYTHON="{python}"'))
+    words = ("check", "slurm", "--deep", "--nproc=1", "--preflight-s=3", "--runs-dir=else where")
+    done = checkout.launch(*words, env=cluster.env)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "no word from n2 (node 1)" in done.stdout
+    assert list((checkout.root / "else where" / ".check").iterdir())
+
+
+def test_sweep_sh_gives_each_point_a_directory_and_one_can_be_resumed(cluster: MiniSlurm, checkout: Checkout) -> None:
+    (checkout.root / "sweep.yaml").write_text("list: [{seed: 1}, {seed: 2, optim.base_lr: 0.1}]")
+    cluster.env["SIMCLR_PYTHON"] = sys.executable
+    words = ("slurm/sweep.sh", "sweep.yaml", "fake.yaml", "--nproc=1", "train.epochs=30")
+    array = cluster.submit("--array=0-1", *words, cwd=checkout.root)
+    settings = [["seed=1"], ["seed=2", "optim.base_lr=0.1"]]
+    for index in range(2):
+        log = checkout.root / f"slurm-{array}_{index}.out"
+        assert end(cluster, checkout, f"{array}_{index}") == "COMPLETED", log.read_text()
+        (worker,) = checkout.ranks(checkout.root / "runs" / f"fake-00{index}")
+        assert worker["argv"][1:] == ["train.epochs=30", *settings[index], f"name=fake-00{index}"]
+        assert "finished at step" in log.read_text()
+    # That point alone, and not the array.
+    done = checkout.launch("resume", "runs/fake-001", "--dry-run", env=cluster.env)
+    assert done.returncode == 0, done.stderr
+    assert "fake.yaml train.epochs=30 seed=2 optim.base_lr=0.1 name=fake-001" in done.stdout
+    assert "--array" not in done.stdout
+    assert "--sweep" not in done.stdout
+    assert "--job-name=fake-001 " in done.stdout
+
+
+def test_a_job_that_still_waits_is_seen_stopped_and_cancelled(cluster: MiniSlurm, checkout: Checkout) -> None:
+    def submit_held() -> str:
+        words = ("fake.yaml", "--nodes=1", "--nproc=1", "--sbatch-arg=--hold")
+        done = checkout.launch("slurm", *words, env=cluster.env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()[1].rstrip(":")
+
+    job = submit_held()
+    assert f"SLURM job   {job}: PENDING" in checkout.launch("status", "runs/fake", env=cluster.env).stdout
+    assert "no log yet" in checkout.launch("logs", "runs/fake", env=cluster.env).stderr
+    again = checkout.launch("slurm", "fake.yaml", "--nodes=1", env=cluster.env)
+    assert again.returncode == 2
+    assert f"job {job} still holds this run (pending)" in again.stderr
+    assert checkout.launch("stop", "runs/fake", env=cluster.env).returncode == 0
+    cluster.run("scontrol", "release", job, check=True)
+    assert end(cluster, checkout, job) == "COMPLETED"
+    log = checkout.run_dir / "logs" / f"slurm-{job}.out"
+    assert "a stop was requested while the job was waiting; not started" in log.read_text()
+    assert not checkout.ranks()
+    # It never had a plan: what it was asked to be is in the record of its submission.
+    resumed = checkout.launch("resume", "runs/fake", "--dry-run", env=cluster.env)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "--nodes=1" in resumed.stdout
+    job = submit_held()
+    assert checkout.launch("cancel", "runs/fake", env=cluster.env).returncode == 0
+    assert end(cluster, checkout, job) == "CANCELLED"
+
+
 def test_a_wrong_head_address_is_named_in_seconds(cluster: MiniSlurm, checkout: Checkout) -> None:
     job = submit(
         cluster, checkout, job_args=("fake.yaml", "--head-addr=192.0.2.99", "--max-failures=0", "--preflight-s=5")

@@ -1,0 +1,221 @@
+"""What `show` prints (golden files), and words that are unlucky or hostile. Run: pytest tests/test_launcher_show.py
+
+REGOLD=1 writes the golden files anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher import __main__ as cli
+from launcher import slurm
+from launcher.errors import LaunchError
+from launcher.plan import checked_env, masked
+from tests.launcher_checkout import Checkout, make_checkout
+
+GOLDEN = Path(__file__).parent / "golden" / "launcher"
+CONFIG = "fake.yaml"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return make_checkout(tmp_path / "checkout")
+
+
+# -- golden files -----------------------------------------------------------------------------------------------------
+
+SHOWN = {
+    "local": ["local", CONFIG, "seed=1", "--nproc", "2", "--env", "NOTE=x y"],
+    "slurm": ["slurm", CONFIG, "--nodes=2", "--nproc=4", "--gpus-per-node=4", "--time=1-0", "--sbatch-arg=--nice=5"],
+    "slurm_sweep": ["slurm", CONFIG, "--sweep", "sweep.yaml", "--partition=gpu", "--no-requeue"],
+    "local_sweep": ["local", CONFIG, "--nproc=1", "--sweep", "sweep.yaml", "--jobs=2"],
+    "hosts_odd": ["hosts", CONFIG, "--hostfile", "hosts.txt", "--device=cpu", "runs_dir='it''s $HOME, \"100%x\"'"],
+    "hosts": ["hosts", CONFIG, "--hostfile", "hosts.txt", "--device", "cuda", "name=test"],
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize("form", ["txt", "json"])
+def test_show_prints_what_the_golden_file_says(checkout: Checkout, name: str, form: str) -> None:
+    (checkout.root / "sweep.yaml").write_text("grid: {seed: [1, 2], optim.base_lr: [0.1, 1.0e-3]}")
+    (checkout.root / "hosts.txt").write_text("# two nodes\nnode1 slots=2 addr=10.0.0.1\nnode2 slots=2\n")
+    done = checkout.launch("show", *SHOWN[name], *(["--json"] if form == "json" else []))
+    assert done.returncode == 0, done.stderr
+    assert not (checkout.root / "runs").exists()
+    if form == "json":
+        json.loads(done.stdout)
+    shown = done.stdout.replace(str(checkout.root), "/CHECKOUT").replace(
+        str(Path(sys.executable).absolute()), "/PYTHON"
+    )
+    path = GOLDEN / f"{name}.{form}"
+    shown = "\n".join(line for line in shown.splitlines() if "OMP_NUM_THREADS" not in line) + "\n"  # the machine's
+    if os.environ.get("REGOLD"):
+        path.write_text(shown)
+    assert shown == path.read_text()
+
+
+def test_dry_run_is_show(checkout: Checkout) -> None:
+    shown = checkout.launch("show", "slurm", CONFIG, "--nodes=2").stdout
+    assert checkout.launch("slurm", CONFIG, "--nodes=2", "--dry-run").stdout == shown != ""
+
+
+# -- hostile and unlucky words ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words", [["--nproc", "0"], ["--nproc", "two"], ["stray"], ["--max-failures=-1"], ["--no-such"]]
+)
+def test_a_wrong_command_line_is_refused_by_name(checkout: Checkout, words: list[str]) -> None:
+    done = checkout.launch("local", CONFIG, *words)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert words[-1].partition("=")[0] in done.stderr or words[0] in done.stderr
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "%x", "-rf", "a b", "a\nb", "$(touch pwned)", "a;b", "é", "x" * 65])
+def test_run_names_cannot_leave_their_folder_or_become_words(checkout: Checkout, name: str) -> None:
+    done = checkout.launch("show", "slurm", CONFIG, f"name={name}")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "value", ["runs x", "it's", 'say "runs"', "a,b", "$(touch pwned)", "%x-%j", "a;b", "`id`", "-n"]
+)
+def test_strange_paths_stay_single_words(checkout: Checkout, value: str) -> None:
+    done = checkout.launch("show", "slurm", CONFIG, f"runs_dir='{value}'".replace("it's", "it''s"), "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    run_dir = str(checkout.root / value / "fake")
+    assert shown["plan"]["run_dir"] == run_dir
+    assert f"--output={run_dir.replace('%', '%%')}/logs/slurm-%j.out" in shown["start"][0]
+
+
+BACKENDS = ("local", "slurm", "hosts")
+ODD = ["two words", "it's", 'say "hi"', "a,b", "100%x-%j", "-rf", "--wrap=id", "$(touch pwned)", "`id`", "a;b&c|d", "*"]
+
+
+def shown_json(capsys: pytest.CaptureFixture[str], backend: str, *words: str) -> dict:
+    hostfile = ["--hostfile=hosts.txt"] if backend == "hosts" else []
+    assert cli.main(["show", backend, *words, *hostfile, "--device=cpu", "--json"]) == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+@pytest.fixture
+def inside(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Checkout:
+    """The checkout, as working directory of this process."""
+    (checkout.root / "hosts.txt").write_text("node1 addr=10.0.0.1\nnode2\n")
+    monkeypatch.chdir(checkout.root)
+    return checkout
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("odd", ODD)
+def test_an_override_arrives_as_one_word(
+    inside: Checkout, capsys: pytest.CaptureFixture[str], backend: str, odd: str
+) -> None:
+    setting = f"runs_dir={json.dumps(odd)}"
+    shown = shown_json(capsys, backend, CONFIG, setting)
+    run_dir = str(inside.root / odd / "fake")
+    assert shown["plan"]["run_dir"] == run_dir
+    assert all(argv[-1] == setting for argv in shown["agents"])
+    started = shown["start"][0]
+    if backend == "slurm":
+        assert started[-1] == setting
+    elif backend == "local":
+        assert started[-1] == f"{run_dir}/plan.json"
+    else:
+        remote = subprocess.run(
+            ["sh", "-c", started[-1].replace("env ", "printf '%s\\n' ", 1)], capture_output=True, text=True, check=True
+        )
+        assert f"{run_dir}/plan.json" in remote.stdout.splitlines()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("odd", [odd for odd in ODD if not odd.startswith("-")])
+def test_a_configuration_may_lie_anywhere(
+    inside: Checkout, capsys: pytest.CaptureFixture[str], backend: str, odd: str
+) -> None:
+    (inside.root / odd).mkdir()
+    path = inside.root / odd / "-c.yaml"
+    path.write_text((inside.root / CONFIG).read_text())
+    shown = shown_json(capsys, backend, f"{odd}/-c.yaml")
+    assert all(argv[-1] == str(path) for argv in shown["agents"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--wrap=id",),
+        ("-x=1",),
+        ("runs_dir=a\nb",),
+        ('runs_dir="a\\nb"',),
+        ("name=a,b",),
+        ("name='a''b'",),
+        ('name="x y"',),
+        ("name=%x",),
+        ("name=--x",),
+        ("--env=A=b\nc",),
+    ],
+)
+def test_words_that_could_act_are_refused_on_every_backend(
+    inside: Checkout, capsys: pytest.CaptureFixture[str], backend: str, words: tuple[str, ...]
+) -> None:
+    hostfile = ["--hostfile=hosts.txt"] if backend == "hosts" else []
+    try:
+        code = cli.main(["show", backend, CONFIG, *words, *hostfile, "--device=cpu"])
+    except SystemExit as left:  # argparse
+        code = int(str(left.code))
+    assert code == 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("word", ["seed=1\n#SBATCH --wrap=id", "seed=\x1b[2J", "seed=1\r"])
+def test_control_characters_are_refused(checkout: Checkout, word: str) -> None:
+    done = checkout.launch("show", "slurm", CONFIG, word)
+    assert done.returncode == 2
+    assert "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--wrap=id", "train.sh"),
+        ("--ntasks=8", "--nproc"),
+        ("--array=1-3", "--sweep"),
+        ("--export=ALL,A=b", "--env"),
+        ("-N4", "expected --option"),
+        ("nodes=2", "expected --option"),
+        ("--comment=a\nb", "control characters"),
+    ],
+)
+def test_sbatch_options_that_would_break_the_job_are_refused(checkout: Checkout, option: str, hint: str) -> None:
+    done = checkout.launch("show", "slurm", CONFIG, f"--sbatch-arg={option}")
+    assert done.returncode == 2
+    assert hint in done.stderr
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["RANK=0", "MASTER_ADDR=x", "PET_NNODES=3", "SIMCLR_ATTEMPT=x", "HF_TOKEN=x", "A B=c", "NOVALUE", "=x", "A=b\nc"],
+)
+def test_environment_that_would_break_or_leak_is_refused(setting: str) -> None:
+    with pytest.raises(LaunchError):
+        checked_env([setting])
+
+
+def test_environment_values_are_kept_whole_and_secrets_masked() -> None:
+    assert checked_env(["A=b,c d='e'=f", "B="]) == {"A": "b,c d='e'=f", "B": ""}
+    assert masked({"WANDB_API_KEY": "s3cret", "A": "b"}) == {"A": "b", "WANDB_API_KEY": "***"}
+
+
+def test_jobs_get_no_tokens_from_the_login_shell() -> None:
+    shell = {"PATH": "/bin", "HF_TOKEN": "x", "AWS_SECRET_ACCESS_KEY": "x", "NCCL_DEBUG": "INFO", "SLURM_JOB_ID": "7"}
+    assert slurm.passed_on(shell).keys() == {"PATH", "NCCL_DEBUG", "SIMCLR_PYTHON"}
