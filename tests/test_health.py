@@ -238,11 +238,23 @@ def ranks_apart(rank: int, world_size: int) -> Findings:
     return checkup.examine(z, z, RankFacts(0.0, 0.0))
 
 
+def crafted(rank: int, world_size: int) -> Findings:
+    """The loss of each rank is linear: its gradient is what it is multiplied with."""
+    network = nn.Linear(2, 1, bias=False)
+    model = nn.parallel.DistributedDataParallel(network)
+    checkup = Checkup(1, network, World(rank, world_size))
+    with checkup.watching(1):
+        model(torch.tensor([[[3.0, 0.0], [1.0, 2.0]][rank]])).sum().backward()
+    well = torch.randn(32, 16, generator=torch.Generator().manual_seed(rank))
+    return checkup.examine(well, well, RankFacts(0.0, 0.0))
+
+
 def everything_of_rank(rank: int, world_size: int) -> dict[str, Any]:
     return {
         "examined": examined(rank, world_size),
         "norms": norms_of_rank(rank, world_size),
         "apart": ranks_apart(rank, world_size),
+        "crafted": crafted(rank, world_size),
     }
 
 
@@ -331,3 +343,24 @@ def test_only_steps_that_are_due_are_watched() -> None:
     checkup = Checkup(10, nn.Linear(2, 2), World())
     assert [step for step in range(1, 31) if checkup.is_due(step)] == [10, 20, 30]
     assert not Checkup(None, nn.Linear(2, 2), World()).is_due(10)
+
+
+@pytest.mark.distributed
+def test_disagreement_of_ranks_is_that_of_their_gradients(two_ranks: list[Any]) -> None:
+    """Gradients (3, 0) and (1, 2): their mean is (2, 1), each lies (1, -1) away from it: 2 / 5."""
+    found = two_ranks[0]["crafted"]
+    assert found.scalars["ranks/grad_disagreement"] == pytest.approx(2 / 5)
+    assert found.scalars["ranks/grad_norm_min"] == pytest.approx(math.sqrt(5))
+    assert found.scalars["ranks/grad_norm_max"] == pytest.approx(3)
+    assert found.warnings == []  # to disagree is no fault, to have different averages is
+
+
+def test_a_scaled_loss_does_not_show_in_gradient_norms() -> None:
+    """fp16's scaler multiplies the loss; ranks/ shows what it would be without."""
+    ranks = torch.tensor([[6.0, 4.0, 0.0, 0.0], [4.0, 4.0, 0.0, 0.0]], dtype=torch.float64)
+    found = Findings()
+    checkup = Checkup(1, nn.Linear(3, 3), World(0, 2))
+    checkup._look_at_ranks(ranks, 2.0, found)
+    assert (found.scalars["ranks/grad_norm_min"], found.scalars["ranks/grad_norm_max"]) == (2, 3)
+    assert found.scalars["ranks/grad_disagreement"] == pytest.approx(26 / 16 - 1)
+    assert found.histograms["ranks/grad_norm"].high == 3
