@@ -127,13 +127,12 @@ def test_the_ordered_page_shows_every_curve_and_nothing_else(watched: Watched) -
     assert titles == sorted(titles)
     assert [title[0] for title in titles] == ["1", "2", "3", "4"]
     patterns = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
-    only_gpu = {"model FLOP/s utilization"}
     shown = {tag for tag in watched.tags for found in patterns.values() if any(re.match(p, tag) for p in found)}
     assert shown == watched.tags
-    empty = {title for title, found in patterns.items() if not any(re.match(p, t) for p in found for t in watched.tags)}
-    assert empty == only_gpu
     unused = {p for found in patterns.values() for p in found if not any(re.match(p, tag) for tag in watched.tags)}
-    assert unused == {"speed/model_flops_utilization$"}
+    assert unused == {"speed/model_flops_utilization$"}  # of a CPU the peak is not known
+    for found in patterns.values():
+        assert set(found) - unused, "an empty chart"
 
 
 @pytest.mark.distributed
@@ -160,6 +159,8 @@ def test_runs_are_compared_by_settings_and_final_accuracies(watched: Watched) ->
     assert session.hparams["optim.base_lr"].number_value == 0.001
     assert session.hparams["model.encoder"].string_value == "resnet_small"
     assert session.hparams["train.global_batch_size"].number_value == 64
+    assert {"seed", "name"} < {name for name in session.hparams if "." not in name}
+    assert not [name for name in session.hparams if name.startswith(("monitor.", "checkpoint.", "timeout."))]
     # The metrics are curves of the same name in the same folder: their last points are the final accuracies.
     last = [line for line in watched.lines if "eval/knn_top1" in line][-1]
     events = EventAccumulator(str(watched.run_dir / "tensorboard")).Reload()

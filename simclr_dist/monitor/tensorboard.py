@@ -37,12 +37,16 @@ LAYOUT = {
     "4 Is it fast?": {
         "images/s": ["Multiline", ["speed/images_per_s.*$"]],
         "model TFLOP/s a device": ["Multiline", ["speed/model_tflops_per_device$"]],
-        "model FLOP/s utilization": ["Multiline", ["speed/model_flops_utilization$"]],
-        "share of time waiting for data": ["Multiline", ["speed/data_wait_share$", "ranks/data_wait_share_max$"]],
+        "share of peak FLOP/s, of time waiting for data": [
+            "Multiline",
+            ["speed/model_flops_utilization$", "speed/data_wait_share$", "ranks/data_wait_share_max$"],
+        ],
         "peak memory, GiB": ["Multiline", ["speed/memory_peak_gib$", "ranks/memory_peak_gib_max$"]],
         "seconds of a checkpoint, of a health check": ["Multiline", ["speed/(checkpoint|health_check)_s$"]],
     },
 }
+
+NO_HPARAMS = ("resume", "runs_dir", "evaluation", "checkpoint", "monitor", "timeout")  # they change no result
 
 
 class TensorBoard:
@@ -92,7 +96,8 @@ class TensorBoard:
 
     def compare_runs(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
         """A row in the tab HParams: nested settings, flat, and the run's last figures."""
-        flat = {key: value for key, value in flatten(settings).items() if isinstance(value, (bool, int, float, str))}
+        shown = flatten({key: value for key, value in settings.items() if key not in NO_HPARAMS})
+        flat = {key: value for key, value in shown.items() if isinstance(value, (bool, int, float, str))}
         for summary in hparams(flat, dict(figures)):
             # add_hparams would write into a folder of its own, and the run would stand there twice.
             self._writer._get_file_writer().add_summary(summary)

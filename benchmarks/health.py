@@ -1,0 +1,164 @@
+"""What the health check costs: a step that is examined against a plain one, as a share of training at a cadence.
+
+    python -m benchmarks.health                                       the demo's network on the CPU: a minute
+    python -m benchmarks.health --config configs/cifar10_resnet18_100ep.yaml --device cuda
+
+Both steps are the trainer's parts on the same views (forward, loss, backward, update), and take turns, so that a busy
+machine slows both alike. The examined one also watches gradients and BatchNorm, works out all figures and writes them
+to TensorBoard and log.jsonl, as the trainer does. Its cost is the median of the differences of neighbours; the share is
+that of `every` steps with one check among them. Loading is in neither. The result is a table and
+benchmarks/results/health_<date>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simclr_dist.checkup import Checkup, RankFacts
+from simclr_dist.config import Config, MonitorConfig, load_config
+from simclr_dist.distributed import World
+from simclr_dist.loss import NTXentLoss
+from simclr_dist.model import build_model
+from simclr_dist.monitor import RunMonitor
+from simclr_dist.optim import build_optimizer, set_learning_rate
+
+RESULTS = Path(__file__).parent / "results"
+EVERY = MonitorConfig().health_every_steps or 100  # the shipped default
+CHECKED = 1
+
+
+class Steps:
+    """One network and one batch of noise; every step is a real update."""
+
+    def __init__(self, config: Config, device: torch.device, monitor: RunMonitor) -> None:
+        torch.manual_seed(0)
+        self.device, self.monitor = device, monitor
+        self.precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+        self.model = build_model(config.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = build_optimizer(self.model, config.optim)
+        set_learning_rate(self.optimizer, 1e-3)
+        self.nt_xent = NTXentLoss(config.loss.temperature)
+        self.checkup = Checkup(CHECKED, self.model, World())
+        G, S = config.train.global_batch_size, config.data.image_size
+        self.views = torch.randn(2 * G, 3, S, S, device=device)
+        self.ids = torch.arange(G, device=device)
+
+    def forward_backward(self) -> tuple[Tensor, Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+            h, z = self.model(self.views)
+        self.nt_xent(z, self.ids).backward()
+        return h.detach(), z.detach()
+
+    def plain(self) -> None:
+        self.forward_backward()
+        self.optimizer.step()
+
+    def examined(self, step: int) -> None:
+        with self.checkup.watching(CHECKED):
+            h, z = self.forward_backward()
+        self.optimizer.step()
+        found = self.checkup.examine(h, z, RankFacts(0.0, 0.0))
+        self.monitor.log(found.scalars, step=step, samples_seen=step)
+        self.monitor.log_histograms(found.histograms, samples_seen=step)
+
+    def seconds(self, step: int, examined: bool) -> float:
+        self._wait()
+        start = time.perf_counter()
+        if examined:
+            self.examined(step)
+        else:
+            self.plain()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure(config: Config, device: torch.device, repetitions: int) -> dict[str, Any]:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        RunMonitor(
+            Path(folder), MonitorConfig(terminal="quiet"), total_steps=repetitions, first_step=0, samples_seen=0
+        ) as monitor,
+    ):
+        steps = Steps(config, device, monitor)
+        plain, differences = [], []
+        for step in range(-1, repetitions):  # the first only warms up
+            order = (True, False) if step % 2 else (False, True)
+            found = {examined: steps.seconds(step + 1, examined) for examined in order}
+            if step >= 0:
+                plain.append(found[False])
+                differences.append(found[True] - found[False])
+    step_s, check_s = statistics.median(plain), statistics.median(differences)
+    return {
+        "step_ms": 1e3 * step_s,
+        "check_ms": 1e3 * check_s,
+        "check_ms_quartiles": [1e3 * q for q in statistics.quantiles(differences, n=4)[::2]],
+        "every": EVERY,
+        "share": check_s / (EVERY * step_s + check_s),
+    }
+
+
+def commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", nargs="*", default=["configs/cifar10_demo.yaml"])
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[256, 1024], help="images; 1,024 are examined")
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    report: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "load_average": os.getloadavg(),
+        "arguments": vars(args),
+        "found": {},
+    }
+    lines = [f"{'configuration':32} {'images':>6} {'step, ms':>9} {'check, ms':>9} {f'share at every {EVERY}':>18}"]
+    print(lines[0])
+    for path in args.config:
+        for batch_size in args.batch_sizes:
+            settings = [f"train.global_batch_size={batch_size}", "train.micro_batch_size=null"]
+            config = load_config(path, settings, check_data=False)
+            found = measure(config, device, args.repetitions)
+            report["found"][f"{config.name}, {batch_size} images"] = found
+            row = f"{config.name:32} {batch_size:6} {found['step_ms']:9.1f} {found['check_ms']:9.1f}"
+            lines.append(f"{row} {found['share']:18.2%}")
+            print(lines[-1], flush=True)
+    Path(args.out).mkdir(exist_ok=True)
+    path = Path(args.out) / f"health_{datetime.now(UTC):%Y%m%d_%H%M%S}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
