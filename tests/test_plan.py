@@ -145,7 +145,11 @@ def step_traffic(rank: int, world_size: int, config: Config) -> list[tuple[str, 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("world_size", "overrides"),
-    [(2, []), (2, ["train.micro_batch_size=16", "loss.gather_dtype=bfloat16"]), (4, [])],
+    [
+        (2, []),
+        (2, ["train.micro_batch_size=16", "loss.gather_dtype=bfloat16"]),
+        pytest.param(4, [], marks=pytest.mark.slow),
+    ],
     ids=["2 ranks", "micro-batches", "4 ranks"],
 )
 @pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")
