@@ -205,8 +205,12 @@ def check_key(dotted: str) -> None:
 
 
 def check_path(word: str) -> None:
-    """A word that looks like a file of the repository must be one."""
-    path = word.partition("::")[0].rstrip("/")
-    ours = path.partition("/")[0] in FOLDERS and "/" in path and not re.search(r"[*<>…{}=]|[A-Z]{3,}", path)
-    if ours and not (REPOSITORY / path).exists():
+    """A word that looks like a file of the repository, or `file::test`, must be one."""
+    path, _, test = word.partition("::")
+    path = path.rstrip("/")
+    if path.partition("/")[0] not in FOLDERS or "/" not in path or re.search(r"[*<>…{}=()]|[A-Z]{3,}", path):
+        return
+    if not (REPOSITORY / path).exists():
         raise WrongDocumentationError(f"there is no {path}")
+    if test and f"def {test}(" not in (REPOSITORY / path).read_text():
+        raise WrongDocumentationError(f"{path} has no {test}")

@@ -16,6 +16,7 @@ from simclr_dist.config import Config, load_config
 from tests import doc_commands
 from tests.conftest import REPOSITORY
 from tests.doc_commands import OURS, WrongDocumentationError, blocks, check, commands, inline_code
+from tests.test_architecture import LAYERS
 
 PAGES = sorted(path for pattern in ("*.md", "docs/**/*.md", "slurm/*.md") for path in REPOSITORY.glob(pattern))
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -69,9 +70,17 @@ def test_commands_and_settings_in_the_text_exist(page: Path) -> None:
         if code.startswith(OURS) and not code.startswith("python -m pip"):
             for words in commands(code):
                 check([*words, "…"])
+        for word in code.split():
+            doc_commands.check_path(word)
         section, _, key = code.partition("=")[0].partition(".")
         if section in Config.model_fields and key.isidentifier() and key not in ("py", "md", "sh", "yaml", "beton"):
             doc_commands.check_key(f"{section}.{key}")
+
+
+def test_the_architecture_names_every_part() -> None:
+    text = (REPOSITORY / "docs" / "architecture.md").read_text()
+    missing = {name for layer in LAYERS for name in layer if f"`{name}`" not in text}
+    assert not missing
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +146,7 @@ def test_python_blocks_compile_and_marked_ones_run(page: Path, tmp_path: Path) -
         ("python examples/own_parts.py train configs/smoke.yaml loss.tau=1", "no setting loss.tau"),
         ("sbatch slurm/trian.sh CONFIG", "there is no slurm/trian.sh"),
         ("make everything", "make has no"),
+        ("pytest tests/test_docs.py::test_nothing", "has no test_nothing"),
         ("frobnicate --all", "nobody knows"),
     ],
 )

@@ -218,7 +218,7 @@ class TestUnusablePictures:
         ({"mode": "tiff"}, "mode `tiff`: expected one of auto, jpg, raw, smart"),
         ({"on_error": "cry"}, "on_error `cry`: expected one of skip, refuse"),
         ({"quality": 101}, "JPEG quality 101: expected 1 to 100"),
-        ({"out": "missing/out.beton"}, "there is no folder"),
+        ({"out": "missing/too/out.beton"}, "there is no folder"),
         ({"out": ""}, "is a folder"),
     ],
 )

@@ -103,6 +103,8 @@ def prepare(
         raise DataError(f"on_error `{on_error}`: expected one of {', '.join(get_args(OnError))}")
     if not 1 <= quality <= 100:
         raise DataError(f"JPEG quality {quality}: expected 1 to 100")
+    if out.parent.parent.is_dir():  # `data/` of a fresh checkout; a longer way that is not there is a slip of the pen
+        out.parent.mkdir(exist_ok=True)
     if out.is_dir() or not out.parent.is_dir():
         raise DataError(f"{out}: {'is a folder' if out.is_dir() else f'there is no folder {out.parent}'}")
     images = open_source(source, split)
