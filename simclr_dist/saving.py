@@ -100,6 +100,8 @@ class Saver:
                 self._write(state)
             except (OSError, NonFiniteAbortError) as error:
                 failure = error
+        # After the commit, and on every rank: none may leave while the main process writes, because the first task that
+        # ends can make SLURM or the agent end the others.
         failed = distributed.first_failing_rank(failure is not None, self.device) is not None
         self._last_save_s = time.monotonic()
         if not failed:
@@ -130,6 +132,7 @@ class Saver:
             grad_scaler=self._scaler.state_dict() if self._scaler is not None else {},
             versions=versions(),
         )
+        # Only now: whoever deletes before writing has nothing left when the write fails.
         checkpoint.prune(self.config.run_dir, self.config.checkpoint.keep)
 
     def _refuse_non_finite(self, state: TrainState) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from launcher import outcome
+from launcher import local, outcome
 from launcher.errors import Exit
 from launcher.outcome import Ended, Evidence, Status, decide
+from launcher.plan import Plan
 from launcher.scontrol import read_job
 from simclr_dist.status import Reason
 
@@ -172,6 +174,19 @@ def test_the_newest_checkpoint_ignores_unfinished_and_damaged_ones(tmp_path: Pat
     for name in ("step_00000012", "step_00000020.tmp-7.0-aaaaaa", "step_00000019.corrupt", "other"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert outcome.newest_step(tmp_path) == 12
+
+
+def test_the_word_of_another_attempt_is_not_believed(tmp_path: Path) -> None:
+    """On a lost node a trainer may live on and write its status when the next attempt runs already."""
+    plan = Plan(
+        backend="slurm", attempt="7.1-bbbbbb", run_dir=str(tmp_path), workdir="/", python=sys.executable,
+        command=(), again=(), device="cpu", num_nodes=1, procs_per_node=1,
+    )  # fmt: skip
+    write_records(tmp_path, ("start", "7.1-bbbbbb", {"step": 0}))
+    outcome.write_status(tmp_path, Status("finished", attempt="7.0-aaaaaa"))
+    assert local.conclude(plan, 1, "running").failed
+    outcome.write_status(tmp_path, Status("finished", attempt="7.1-bbbbbb"))
+    assert local.conclude(plan, 1, "running").action == "done"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"state": "running", "step": "many"}'])

@@ -12,49 +12,68 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
     exit 2
 fi
 
-headers_present() {
-    command -v g++ >/dev/null && command -v pkg-config >/dev/null &&
-        pkg-config --exists opencv4 libturbojpeg 2>/dev/null
-}
+want_ffcv=1
+[ -z "${SIMCLR_WITHOUT_FFCV:-}" ] || want_ffcv=
 
-venv_works() {
-    "$python" -c 'import ensurepip, venv' 2>/dev/null
+# What is missing, a line each; nothing where all is there.
+missing() {
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || echo "the module venv of $python"
+    [ -n "$want_ffcv" ] || return 0
+    command -v g++ >/dev/null || echo "a C++ compiler (g++)"
+    if command -v pkg-config >/dev/null; then
+        pkg-config --exists opencv4 2>/dev/null || echo "the headers of OpenCV 4"
+        pkg-config --exists libturbojpeg 2>/dev/null || echo "the headers of libjpeg-turbo"
+    else
+        echo "pkg-config, by which the headers of OpenCV 4 and libjpeg-turbo are found"
+    fi
 }
 
 explain() {
-    cat >&2 <<'TEXT'
-ffcv, the fast image loader, is built from source and needs a C++ compiler and the headers of OpenCV 4 and
-libjpeg-turbo. Install them with one of these, then run make again:
+    {
+        echo "Missing here, and to be installed before make is run again:"
+        missing | sed 's/^/  - /'
+        cat <<'TEXT'
 
   Debian, Ubuntu:  sudo apt-get install -y g++ pkg-config python3-dev python3-venv libopencv-dev libturbojpeg0-dev
-                   (Ubuntu names the last one libturbojpeg0-dev or libturbojpeg-dev)
+                   (some Ubuntus name the last one libturbojpeg-dev)
   Fedora, RHEL:    sudo dnf install -y gcc-c++ pkgconf-pkg-config python3-devel opencv-devel turbojpeg-devel
-  conda:           conda install -y -c conda-forge 'opencv>=4' libjpeg-turbo pkg-config compilers
-
-Or go on without it, with a slower loader that reads the same files:  make SIMCLR_WITHOUT_FFCV=1 demo
+  conda, no root:  conda install -y -c conda-forge 'opencv>=4' libjpeg-turbo pkg-config compilers
 TEXT
+        [ -z "$want_ffcv" ] || cat <<'TEXT'
+
+The compiler and the headers are for ffcv, the fast image loader, which is built from source. Or go on without it, with
+a slower loader that reads the same files:  make SIMCLR_WITHOUT_FFCV=1 demo
+TEXT
+    } >&2
     exit 2
 }
 
-want_ffcv=1
-[ -n "${SIMCLR_WITHOUT_FFCV:-}" ] && want_ffcv=
-if { [ -n "$want_ffcv" ] && ! headers_present; } || ! venv_works; then
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "installing system packages with apt-get"
-        export DEBIAN_FRONTEND=noninteractive
-        apt-get update -qq
-        packages=(g++ pkg-config libopencv-dev)
-        for turbojpeg in libturbojpeg0-dev libturbojpeg-dev; do
-            if apt-cache show "$turbojpeg" >/dev/null 2>&1; then packages+=("$turbojpeg"); break; fi
-        done
-        venv_works || packages+=(python3-venv)
-        # Only the distribution's own Python takes its headers from a package.
-        case $("$python" -c 'import sys; print(sys.base_prefix)') in /usr) packages+=(python3-dev) ;; esac
-        apt-get install -y -qq --no-install-recommends "${packages[@]}"
-    else
-        explain
-    fi
+install_packages() {
+    local options=(-qq -o Acquire::Retries=3 -o Acquire::http::Timeout=30 -o DPkg::Lock::Timeout=120) pause packages name
+    export DEBIAN_FRONTEND=noninteractive
+    for pause in 5 20 60 0; do
+        if apt-get "${options[@]}" update; then
+            packages=()
+            if [ -n "$want_ffcv" ]; then
+                packages+=(g++ pkg-config libopencv-dev)
+                for name in libturbojpeg0-dev libturbojpeg-dev; do
+                    if apt-cache show "$name" >/dev/null 2>&1; then packages+=("$name"); break; fi
+                done
+            fi
+            "$python" -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3-venv)
+            # Only the distribution's own Python takes its headers from a package.
+            case $("$python" -c 'import sys; print(sys.base_prefix)') in /usr) packages+=(python3-dev) ;; esac
+            apt-get "${options[@]}" install -y --no-install-recommends "${packages[@]}" >/dev/null && return
+        fi
+        [ "$pause" = 0 ] || { echo "apt-get failed; once more in $pause s" >&2; sleep "$pause"; }
+    done
+}
+
+if [ -n "$(missing)" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "installing system packages with apt-get"
+    install_packages || true   # what it did not bring is named below
 fi
+[ -z "$(missing)" ] || explain
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --upgrade pip

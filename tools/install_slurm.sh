@@ -14,7 +14,7 @@ missing() {
 
 [ -n "$(missing)" ] || exit 0
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-    echo "missing for the tests on SLURM:" $(missing) >&2
+    echo "missing for the tests on SLURM: $(missing | tr '\n' ' ')" >&2
     echo "install them as root: apt-get install -y --no-install-recommends ${packages[*]}" >&2
     exit 2
 fi
@@ -34,4 +34,4 @@ for pause in 5 20 60 0; do
         apt-get "${options[@]}" install -y --no-install-recommends "${packages[@]}" >/dev/null && break
     [ "$pause" = 0 ] || { echo "apt-get failed; once more in $pause s" >&2; sleep "$pause"; }
 done
-[ -z "$(missing)" ] || { echo "apt-get did not bring:" $(missing) >&2; exit 1; }
+[ -z "$(missing)" ] || { echo "apt-get did not bring: $(missing | tr '\n' ' ')" >&2; exit 1; }

@@ -1,8 +1,9 @@
 """Random numbers without state: every draw of a view is a hash of (seed, epoch, sample id, view, draw number).
 
 A view therefore does not depend on rank, number of threads, order or loader, and a resumed run needs no generator
-state. The hash is SplitMix64's finaliser (Steele, Lea and Flood 2014); all operations are exact, so the numbers are
-the same on every machine and under every version of numpy.
+state: numba's generators, one a thread, cannot be seeded from Python, and skipping batches would draw from others. The
+hash is SplitMix64's finaliser (Steele, Lea and Flood 2014); all operations are exact, so the numbers are the same on
+every machine and under every version of numpy.
 """
 
 from __future__ import annotations
