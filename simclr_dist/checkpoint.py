@@ -83,8 +83,11 @@ def write_checkpoint(
     optimizer: Optimizer,
     grad_scaler: dict[str, float],
     versions: dict[str, str],
+    before_commit: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Writes `folder`/step_…; the directory appears complete or not at all. One process only. Raises OSError."""
+    """Writes `folder`/step_…; the directory appears complete or not at all. One process only. Raises OSError, and what
+    `before_commit` raises just before the directory gets its name.
+    """
     final = folder / f"step_{state.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".tmp-{final.name}-{attempt}"
@@ -117,6 +120,7 @@ def write_checkpoint(
     if final.exists():  # an earlier attempt saved this very step; its content is the same
         shutil.rmtree(temporary)
         return final
+    before_commit()
     os.rename(temporary, final)
     _flush(folder)
     return final

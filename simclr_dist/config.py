@@ -157,10 +157,13 @@ class MonitorConfig(Section):
 
 
 class TimeoutConfig(Section):
-    """When a silent process group is called dead."""
+    """How long a rank may be busy with one thing before all give up: something hangs."""
 
-    first_step_s: Positive = 300.0
-    step_s: Positive = 120.0
+    first_step_s: Positive = Field(300.0, description="compiles, and meets cold caches")
+    step_s: Positive = Field(120.0, description="a step, or waiting for its images")
+    evaluation_s: Positive = Field(1800.0, description="what is done between two epochs")
+    save_s: Positive = 900.0
+    stop_s: Positive = Field(60.0, description="a step that began before a stop signal")
 
 
 class Config(Section):

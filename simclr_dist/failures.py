@@ -11,8 +11,11 @@ from simclr_dist import distributed
 from simclr_dist.checkpoint import CheckpointError
 from simclr_dist.config import ConfigError
 from simclr_dist.data import DataError
+from simclr_dist.owner import OwnershipError
 
 T = TypeVar("T")
+
+EXPECTED = (ConfigError, DataError, CheckpointError, OwnershipError, OSError)  # all that a user can cause
 
 
 class NonFiniteAbortError(Exception):
@@ -26,13 +29,13 @@ class FailedElsewhereError(Exception):
 def together(build: Callable[[], T], device: torch.device) -> T:
     """`build()` on every rank; if it fails on any, no rank goes on, and one rank tells why.
 
-    Raises what `build` raised (ConfigError, DataError, CheckpointError, OSError) on the first failing rank, and
+    Raises what `build` raised (one of EXPECTED) on the first failing rank, and
     FailedElsewhereError on the others.
     """
     result, failure = None, None
     try:
         result = build()
-    except (ConfigError, DataError, CheckpointError, OSError) as error:  # all that a user can cause
+    except EXPECTED as error:
         failure = error
     first = distributed.first_failing_rank(failure is not None, device)
     if first is None:

@@ -44,7 +44,7 @@ class Requests:
         self._pending: Callable[[], int] | None = None
 
     def __enter__(self) -> Requests:
-        for number in self._signals():
+        for number in self.signals():
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -53,7 +53,7 @@ class Requests:
             signal.signal(number, handler)
 
     @staticmethod
-    def _signals() -> set[int]:
+    def signals() -> set[int]:
         chosen = os.environ.get("SIMCLR_STOP_SIGNAL", "USR1").removeprefix("SIG")
         return {signal.SIGTERM, getattr(signal, f"SIG{chosen}", signal.SIGUSR1)}
 

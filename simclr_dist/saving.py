@@ -70,6 +70,7 @@ class Saver:
         optimizer: Optimizer,
         scaler: Any,
         fingerprint: str,
+        still_ours: Callable[[], None],
     ) -> None:
         self.config = config
         self.device = device
@@ -78,6 +79,7 @@ class Saver:
         self._optimizer = optimizer
         self._scaler = scaler
         self._fingerprint = fingerprint
+        self._still_ours = still_ours
         self._is_main = distributed.rank() == 0
         self._last_save_s = time.monotonic()
         self._failed_saves = 0
@@ -120,6 +122,7 @@ class Saver:
             raise CheckpointError(f"{self._failed_saves} save(s) in a row failed, the last with: {failure}")
 
     def _write(self, state: TrainState) -> None:
+        self._still_ours()  # and not into a directory that has vanished
         self._refuse_non_finite(state)
         checkpoint.write_checkpoint(
             self.config.run_dir / "checkpoints",
@@ -131,6 +134,7 @@ class Saver:
             optimizer=self._optimizer,
             grad_scaler=self._scaler.state_dict() if self._scaler is not None else {},
             versions=versions(),
+            before_commit=self._still_ours,
         )
         # Only now: whoever deletes before writing has nothing left when the write fails.
         checkpoint.prune(self.config.run_dir, self.config.checkpoint.keep)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 State = Literal["running", "finished", "preempted", "stopped", "failed"]
-Reason = Literal["config_error", "data_error", "checkpoint_error", "nan_abort", "crash"]
+Reason = Literal["config_error", "data_error", "checkpoint_error", "nan_abort", "hang", "crash"]
 
 
 def write_status(run_dir: Path, state: State, *, step: int, reason: Reason | None = None, message: str = "") -> None:
@@ -30,6 +30,14 @@ def write_status(run_dir: Path, state: State, *, step: int, reason: Reason | Non
         os.replace(temporary, run_dir / "status.json")
     except OSError:
         temporary.unlink(missing_ok=True)
+
+
+def has_failed(run_dir: Path) -> bool:
+    """Has some rank said already why this start of the run fails?"""
+    try:
+        return bool(json.loads((run_dir / "status.json").read_text())["state"] == "failed")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def attempt_name() -> str:

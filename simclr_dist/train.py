@@ -11,13 +11,25 @@ import ctypes
 import os
 import signal
 import sys
+import time
 import traceback
 from typing import TYPE_CHECKING, NoReturn
 
 from simclr_dist.config import Config, ConfigError, load_config
 
 if TYPE_CHECKING:
+    from simclr_dist.status import Reason
     from simclr_dist.trainer import Trainer
+
+# What gloo and NCCL say when the other side is gone.
+_LOST_A_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "NCCL",
+    "Timed out waiting",
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,7 +65,7 @@ def train(config: Config, trainer_class: type[Trainer] | None = None) -> None:
     from simclr_dist.data import DataError
     from simclr_dist.distributed import shut_down
     from simclr_dist.failures import FailedElsewhereError, NonFiniteAbortError
-    from simclr_dist.status import Reason
+    from simclr_dist.owner import OwnershipError
     from simclr_dist.trainer import Trainer
 
     reasons: dict[type[BaseException], Reason] = {
@@ -69,6 +81,9 @@ def train(config: Config, trainer_class: type[Trainer] | None = None) -> None:
         trainer.fit()
         shut_down()
     except FailedElsewhereError:
+        _leave(2)
+    except OwnershipError as error:  # the status is the other training's
+        print(f"\n{error}", file=sys.stderr, flush=True)
         _leave(2)
     except tuple(reasons) as error:
         _report(config, trainer, reasons[type(error)], str(error))
@@ -89,15 +104,25 @@ def _die_with_parent() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _report(config: Config, trainer: object, reason: str, message: str) -> None:
-    from simclr_dist.status import write_status
+def _report(config: Config, trainer: object, reason: Reason, message: str) -> None:
+    """Prints why this rank fails and writes it down, unless another rank has failed before: that one is the reason."""
+    from simclr_dist.status import has_failed, write_status
 
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     rank = int(os.environ.get("RANK", 0))
-    where = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    print(f"\n{where}{message}", file=sys.stderr, flush=True)
+    where = f"rank {rank}: " if several else ""
+    if several and trainer is not None:
+        if reason == "crash" and any(words in message for words in _LOST_A_PEER):
+            deadline = time.monotonic() + 2  # its own word may be on its way
+            while not has_failed(config.run_dir) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        if has_failed(config.run_dir):
+            print(f"\n{where}ends, because another rank has failed", file=sys.stderr, flush=True)
+            return
     step = getattr(getattr(trainer, "state", None), "step", 0)
     if config.run_dir.is_dir():
-        write_status(config.run_dir, "failed", step=step, reason=reason, message=message)  # type: ignore[arg-type]
+        write_status(config.run_dir, "failed", step=step, reason=reason, message=message)
+    print(f"\n{where}{message}", file=sys.stderr, flush=True)
 
 
 def _leave(code: int) -> NoReturn:

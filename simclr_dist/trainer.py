@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 
 import numpy as np
@@ -27,25 +25,30 @@ from simclr_dist.config import Config, ConfigError
 from simclr_dist.data import Batch, build_loader, describe, load_images
 from simclr_dist.evaluation.features import Features, extract_features_distributed
 from simclr_dist.evaluation.knn import knn_top1
-from simclr_dist.failures import NonFiniteAbortError, together
+from simclr_dist.failures import together
 from simclr_dist.flops import forward_flops, peak_flops, train_flops
 from simclr_dist.gallery import show_gallery
-from simclr_dist.loss import NonFiniteError, NTXentLoss
+from simclr_dist.heartbeat import Heartbeats
+from simclr_dist.loss import NTXentLoss
 from simclr_dist.micro_batch import backward_in_micro_batches
 from simclr_dist.model import build_model
 from simclr_dist.monitor import Monitor, RunMonitor, SilentMonitor, memory_peak_gib
+from simclr_dist.non_finite import NonFiniteGradientError, NonFinitePolicy, StepFacts
 from simclr_dist.optim import build_optimizer, build_schedule, set_learning_rate
+from simclr_dist.owner import Ownership, claim
 from simclr_dist.requests import Request, Requests
 from simclr_dist.saving import Saver
-from simclr_dist.status import State, write_status
+from simclr_dist.status import State, has_failed, write_status
 from simclr_dist.summary import device_name, end_rows, start_rows
+from simclr_dist.watchdog import BACKSTOP_S, Watchdog
 
 
 class Trainer:
     """Pretrains as `config` says, on all processes together.
 
     All of them construct it and call `fit`; a subclass may exchange `augment` and `nt_xent` in between. Raises
-    ConfigError, DataError or CheckpointError on the first failing rank and FailedElsewhereError on the others.
+    ConfigError, DataError, CheckpointError or OwnershipError on the first failing rank and FailedElsewhereError on the
+    others.
     """
 
     def __init__(self, config: Config) -> None:
@@ -54,7 +57,7 @@ class Trainer:
             cpu=not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true",
             mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout.first_step_s)),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout.first_step_s + BACKSTOP_S)),
                 DistributedDataParallelKwargs(
                     broadcast_buffers=config.model.batch_norm == "per_device", gradient_as_bucket_view=True
                 ),
@@ -66,6 +69,8 @@ class Trainer:
         self.global_batch_size = config.train.global_batch_size
         self.batch_size_per_device = self.global_batch_size // self.world.size
 
+        self.ownership = together(self._claim_run_dir, self.device)
+        self.watchdog = self._build_watchdog()
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.resumed = together(lambda: saving.choose(config, self.device, self._warn_on_main), self.device)
         self.loader = together(
@@ -126,10 +131,13 @@ class Trainer:
             optimizer=self.plain_optimizer,
             scaler=self.accelerator.scaler,
             fingerprint=self.loader.fingerprint,
+            still_ours=self._still_ours,
+        )
+        self.finite = NonFinitePolicy(
+            config.train, config.run_dir, self.world.rank, self.plain_model, self.device, self.monitor.warn
         )
         self.checkup = Checkup(config.monitor.health_every_steps, self.plain_model, self.world)
         self.latest: list[tuple[Tensor, Tensor]] = []  # h and z of the last step, micro-batch by micro-batch
-        self._skipped_steps = 0
 
     # -----------------------------------------------------------------------------------------------------------------
     # The step
@@ -143,8 +151,17 @@ class Trainer:
             loss = self.backward(views, batch.sample_ids)
         if self.config.optim.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            self.finite.check_gradient(self.grad_norm(), self._facts(batch))
         self.optimizer.step()
+        # Under fp16 the scaler skips steps until its scale fits; below 1 it is the gradient that does not.
+        if scaler is not None and self.optimizer.step_was_skipped and scaler.get_scale() < 1:
+            raise NonFiniteGradientError("the gradient is infinite in fp16 at any loss scale", self._facts(batch))
         return loss
+
+    def _facts(self, batch: Batch) -> StepFacts:
+        return StepFacts(self.state.step, self.schedule(self.state.samples_seen), batch.sample_ids)
 
     def _seed_step(self) -> None:
         """Dropout and its like draw from a generator that depends on the step alone: a resume finds the same draws."""
@@ -182,6 +199,7 @@ class Trainer:
             stack.enter_context(self.loader)
             stack.enter_context(self.monitor)
             requests = stack.enter_context(Requests(config.run_dir, self.device))
+            stack.enter_context(self.watchdog)
             self._set_status("running")
             self._announce_start()
             self._started = time.monotonic(), self.state.samples_seen
@@ -189,66 +207,41 @@ class Trainer:
                 return self._end("finished")
             interval = _Interval(self)
             self._last_checkup = time.monotonic(), self.loader.wait_s
+            self._watch("waiting for images", first=True)
             for batch in self.loader.batches(self.state.step):
+                self._watch("training", first=interval.steps == 0)
                 if self.saver.is_due():
                     requests.ask(Request.SAVE)
                 requests.announce()
                 if self.state.step % self.steps_per_epoch == 0 or self.state.step == 0:
                     self._show_pairs(batch)
-                loss = self._guarded_step(batch)
+                loss = self.finite.run(lambda batch=batch: self.train_step(batch), self._facts(batch))  # type: ignore[misc]
                 if interval.steps == 0:
-                    distributed.set_timeout(config.timeout.step_s)
+                    distributed.set_timeout(config.timeout.step_s + BACKSTOP_S)
                 self.state.advance(self.global_batch_size)
                 interval.steps += 1
                 self.monitor.advance(self.state.step)
                 ended = self.state.step >= self.last_step
                 if self.state.step % config.monitor.log_every_steps == 0 or ended:
                     self._log(interval.measure(loss))
-                if self.checkup.is_due(self.state.step) and self._skipped_steps == 0:
+                if self.checkup.is_due(self.state.step) and self.finite.skipped_in_a_row == 0:
                     self._check_health()
                 if self.state.step % self.steps_per_epoch == 0:
-                    self._end_epoch(self.state.step // self.steps_per_epoch)
+                    with self.watchdog.busy("evaluating", config.timeout.evaluation_s, "evaluation_s"):
+                        self._end_epoch(self.state.step // self.steps_per_epoch)
                     interval.restart()
                 request = requests.agreed()
                 if ended or request >= Request.SAVE:
-                    self.saver.save(self.state, final=ended or request >= Request.STOP)
+                    with self.watchdog.busy("saving", config.timeout.save_s, "save_s"):
+                        self.saver.save(self.state, final=ended or request >= Request.STOP)
                 if ended:
                     return self._end("finished")
                 if request >= Request.STOP:
                     if self.world.is_main:
                         requests.forget_files()
                     return self._end("preempted" if request == Request.PREEMPT else "stopped")
+                self._watch("waiting for images")
         raise AssertionError("the loader ended before the run did")
-
-    def _guarded_step(self, batch: Batch) -> Tensor:
-        """`train_step`, held to the policy for NaN and infinity. The loss itself refuses non-finite z on every rank."""
-        skip = self.config.train.on_non_finite == "skip"
-        # The forward that brings NaN has moved BatchNorm's statistics by the time anybody notices.
-        buffers = [b.clone() for b in self.plain_model.buffers()] if skip else []
-        try:
-            loss = self.train_step(batch)
-            self._skipped_steps = 0
-            return loss
-        except NonFiniteError as error:
-            self._skipped_steps += 1
-            record = {
-                "step": self.state.step,
-                "lr": self.schedule(self.state.samples_seen),
-                "error": str(error),
-                "sample_ids": batch.sample_ids.tolist(),
-            }
-            path = self.config.run_dir / f"non_finite_step_{self.state.step:08d}_rank_{self.world.rank}.json"
-            path.write_text(json.dumps(record))
-            if skip and self._skipped_steps <= self.config.train.max_skipped_steps:
-                for buffer, before in zip(self.plain_model.buffers(), buffers, strict=True):
-                    buffer.copy_(before)
-                self.monitor.warn(f"step {self.state.step} skipped: {error}")
-                return torch.tensor(math.nan)
-            raise NonFiniteAbortError(
-                f"step {self.state.step}, learning rate {record['lr']:g}: {error}\n"
-                f"The batch's sample ids are in {path}. Usual causes: a learning rate or temperature that does not fit "
-                "the batch, fp16 without need (try train.precision=bf16), damaged images."
-            ) from None
 
     def _end_epoch(self, epoch: int) -> None:
         every = self.config.evaluation.knn_every_epochs
@@ -321,10 +314,6 @@ class Trainer:
         if not self.world.is_main:
             return SilentMonitor()
         run_dir = self.config.run_dir
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
-        except OSError as error:
-            raise ConfigError([f"runs_dir: {run_dir} cannot be made: {error.strerror}"]) from None
         provenance.record(self.config)
         return RunMonitor(
             run_dir,
@@ -356,6 +345,8 @@ class Trainer:
 
     def _end(self, state: State) -> State:
         self._set_status(state)
+        if self.ownership is not None:
+            self.ownership.release()
         if state == "finished":
             self.monitor.finish(self.config.model_dump(mode="json"))
         started_s, samples_before = self._started
@@ -370,7 +361,53 @@ class Trainer:
 
     def _set_status(self, state: State) -> None:
         if self.world.is_main:
-            write_status(self.config.run_dir, state, step=self.state.step)
+            with suppress(OSError):  # a run directory that has vanished: the save has said so
+                self._still_ours()
+                write_status(self.config.run_dir, state, step=self.state.step)
+
+    def _claim_run_dir(self) -> Ownership | None:
+        """By the main process, before anything is read or written there."""
+        if not self.world.is_main:
+            return None
+        run_dir = self.config.run_dir
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+            ownership = claim(run_dir)
+        except OSError as error:
+            raise ConfigError([f"runs_dir: {run_dir} cannot be written to: {error.strerror}"]) from None
+        write_status(run_dir, "running", step=0)
+        return ownership
+
+    def _still_ours(self) -> None:
+        """Raises OwnershipError where another training has taken the run over, OSError where its directory is gone."""
+        if self.ownership is not None:
+            self.ownership.check()
+
+    def _build_watchdog(self) -> Watchdog:
+        session = int(self.ownership.session, 16) if self.ownership else 0
+        shared = int(distributed.broadcast_from_main_(torch.tensor([session], device=self.device)))
+        limits = self.config.timeout
+        return Watchdog(
+            Heartbeats(self.config.run_dir, f"{shared:012x}", self.world.rank, self.world.size, limits.step_s),
+            stop_signals=Requests.signals(),
+            stop_s=limits.stop_s,
+            on_hang=self._report_hang,
+            ownership=self.ownership,
+        )
+
+    def _watch(self, doing: str, *, first: bool = False) -> None:
+        limits = self.config.timeout
+        if first:  # compiles, and meets cold caches
+            self.watchdog.doing(doing, self.state.step, limits.first_step_s, "first_step_s")
+        else:
+            self.watchdog.doing(doing, self.state.step, limits.step_s, "step_s", stoppable=True)
+
+    def _report_hang(self, message: str) -> None:
+        """On every rank that hangs, but told once."""
+        run_dir = self.config.run_dir
+        if not has_failed(run_dir):
+            write_status(run_dir, "failed", step=self.state.step, reason="hang", message=message)
+            print(f"\nrank {self.world.rank}: {message}", file=sys.stderr, flush=True)
 
     def _warn_on_main(self, text: str) -> None:
         if self.world.is_main:
@@ -411,8 +448,12 @@ class Trainer:
                 self.monitor.show_pairs(self.augment(few).cpu(), samples_seen=self.state.samples_seen)
 
     def grad_norm(self) -> Tensor:
-        """The global 2-norm of the gradients as the optimiser saw them (still scaled under fp16)."""
+        """The global 2-norm of the gradients as the optimiser saw them (still scaled under fp16); NaN if there are none,
+        as after a step that was skipped.
+        """
         grads = [p.grad for p in self.plain_model.parameters() if p.grad is not None]
+        if not grads:
+            return torch.tensor(torch.nan)
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
 

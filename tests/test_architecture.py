@@ -19,12 +19,13 @@ LAYERS = (
     ("checkup", "gallery", "summary"),
     ("evaluation", "export", "plan"),
     ("saving",),
-    ("failures",),
-    ("checkpoint", "monitor", "provenance", "requests", "status"),
+    ("failures", "non_finite", "watchdog"),
+    ("checkpoint", "heartbeat", "monitor", "owner", "provenance", "requests"),
+    ("status",),
     ("micro_batch",),
     ("augment", "augment_kernel", "data", "flops", "health", "loss", "batchnorm", "encoders", "model", "optim"),
     ("atomic", "distributed"),
-    ("config", "finding", "torch_probe"),
+    ("config", "finding", "process", "torch_probe"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -48,12 +48,19 @@ class Training:
     """One start of a run with `world_size` processes on this machine."""
 
     def __init__(
-        self, images: Path, runs_dir: Path, name: str, *overrides: str, world_size: int = 1, **env: str
+        self,
+        images: Path,
+        runs_dir: Path,
+        name: str,
+        *overrides: str,
+        world_size: int = 1,
+        module: str = "simclr_dist.train",
+        **env: str,
     ) -> None:
         self.run_dir = runs_dir / name
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        command = [sys.executable, "-m", "simclr_dist.train", str(REPOSITORY / "configs" / "smoke.yaml")]
+        command = [sys.executable, "-m", module, str(REPOSITORY / "configs" / "smoke.yaml")]
         command += [*TINY, f"data.train={images}", f"name={name}", f"runs_dir={runs_dir}", *overrides]
         shared = {
             **os.environ,

@@ -1,0 +1,191 @@
+"""What a cluster does to a training, done to a real one: who is named, what status says, and that nobody is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.training import STEPS, TINY, Training, write_images
+
+FAULTY = "tests.faulty_train"
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "noise.beton")
+
+
+def steps(training: Training) -> list[int]:
+    return [json.loads(line)["step"] for line in (training.run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_second_training_is_refused_and_disturbs_nothing(images: Path, tmp_path: Path) -> None:
+    first = Training(images, tmp_path, "one", "train.epochs=2000")
+    first.wait_until(lambda: first.has_logged(2))
+    second = Training(images, tmp_path, "one", "train.epochs=2000", world_size=2)
+    assert second.wait() == [2, 2]
+    holder = f"already being trained by process {first.ranks[0].pid}"
+    assert sum(holder in output for output in second.output) == 1
+    assert not any("Traceback" in output for output in second.output)
+    assert first.status()["state"] == "running"
+    first.ranks[0].send_signal(signal.SIGTERM)
+    assert first.wait() == [0], first.output
+    assert not (first.run_dir / "owner.json").exists()
+
+
+def test_a_killed_owner_is_followed_at_once(images: Path, tmp_path: Path) -> None:
+    first = Training(images, tmp_path, "one", "checkpoint.every_epochs=1")
+    first.wait_until(lambda: first.has_logged(9))
+    first.kill()
+    assert (first.run_dir / "owner.json").exists()
+    second = Training(images, tmp_path, "one", "checkpoint.every_epochs=1")
+    assert second.wait() == [0], second.output
+    assert second.status()["state"] == "finished"
+
+
+def test_one_that_was_taken_over_writes_no_more(images: Path, tmp_path: Path) -> None:
+    first = Training(images, tmp_path, "one", "train.epochs=2000")
+    first.wait_until(lambda: first.has_logged(2))
+    owner = json.loads((first.run_dir / "owner.json").read_text())
+    (first.run_dir / "owner.json").write_text(json.dumps({**owner, "session": "0" * 12, "attempt": "812.1-bbbbbb"}))
+    status = (first.run_dir / "status.json").read_bytes()
+    (first.run_dir / "SAVE").touch()
+    assert first.wait() == [2]
+    assert "taken over by" in first.output[0]
+    assert list((first.run_dir / "checkpoints").glob("step_*")) == []
+    assert (first.run_dir / "status.json").read_bytes() == status
+
+
+def test_the_rank_that_fails_first_is_the_one_that_tells(images: Path, tmp_path: Path) -> None:
+    training = Training(images, tmp_path, "raise", world_size=2, module=FAULTY, FAULT="raise 1 3")
+    assert training.wait() == [1, 1]
+    assert "ArithmeticError: made to fail" in training.output[1]
+    assert "Traceback" not in training.output[0]
+    assert "another rank has failed" in training.output[0]
+    status = training.status()
+    assert (status["state"], status["reason"], status["step"]) == ("failed", "crash", 3)
+    assert "made to fail" in str(status["message"])
+
+
+def test_a_killed_rank_is_missed_and_the_run_goes_on_afterwards(images: Path, tmp_path: Path) -> None:
+    first = Training(images, tmp_path, "kill", "checkpoint.every_epochs=1", world_size=2)
+    first.wait_until(lambda: first.has_logged(9))
+    first.ranks[1].kill()
+    assert first.wait() == [1, -signal.SIGKILL]
+    assert first.status()["state"] == "failed"
+    assert first.status()["reason"] == "crash"
+    second = Training(images, tmp_path, "kill", "checkpoint.every_epochs=1", world_size=2)
+    assert second.wait() == [0, 0], second.output
+    assert steps(second)[-1] == STEPS
+
+
+def test_a_frozen_rank_is_named_with_its_last_step(images: Path, tmp_path: Path) -> None:
+    training = Training(images, tmp_path, "frozen", "train.epochs=2000", "timeout.step_s=4", world_size=2)
+    training.wait_until(lambda: training.has_logged(9))
+    training.ranks[1].send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 60
+    while training.ranks[0].poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert training.ranks[0].poll() == 1
+    training.kill()
+    status = training.status()
+    assert (status["state"], status["reason"]) == ("failed", "hang")
+    message = str(status["message"])
+    assert "rank 1 (" in message
+    assert f"process {training.ranks[1].pid}) has given no sign of life" in message
+    assert int(status["step"]) >= 9  # type: ignore[call-overload]
+
+
+def test_a_rank_that_is_stuck_outside_the_collective_stands_out(images: Path, tmp_path: Path) -> None:
+    training = Training(images, tmp_path, "stuck", "timeout.step_s=3", world_size=2, module=FAULTY, FAULT="stuck 1 3")
+    assert training.wait() == [1, 1]
+    status = training.status()
+    assert (status["reason"], status["step"]) == ("hang", 3)
+    lines = [line.strip() for line in str(status["message"]).splitlines() if line.startswith("  ")]
+    where = {line.partition(":")[0]: line.partition(", in ")[2] for line in lines}
+    assert set(where) == {"rank 0", "rank 1"}
+    assert where["rank 0"] != where["rank 1"]
+    assert all("what its threads are doing" in output for output in training.output)
+    assert sum("no progress for 3 s" in output for output in training.output) >= 1
+
+
+def test_a_stop_signal_ends_a_rank_that_waits_in_a_collective(images: Path, tmp_path: Path) -> None:
+    training = Training(images, tmp_path, "wait", "timeout.stop_s=2", world_size=2, module=FAULTY, FAULT="stuck 1 3")
+    training.wait_until(lambda: training.has_logged(3))
+    time.sleep(1)
+    for process in training.ranks:
+        process.send_signal(signal.SIGUSR1)
+    assert training.wait(60) == [1, 1]
+    assert "2 s after a stop signal" in str(training.status()["message"])
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_nan_on_one_rank_stops_all_and_is_written_down(images: Path, tmp_path: Path, kind: str) -> None:
+    training = Training(images, tmp_path, kind, world_size=2, module=FAULTY, FAULT=f"{kind} 1 3")
+    assert training.wait() == [2, 2]
+    assert training.status()["reason"] == "nan_abort"
+    for rank in range(2):
+        record = json.loads((training.run_dir / f"non_finite_step_00000003_rank_{rank}.json").read_text())
+        assert len(record["sample_ids"]) == 32
+        assert record["lr"] > 0
+    assert not list((training.run_dir / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_nan_is_skipped_on_all_ranks_when_so_configured(images: Path, tmp_path: Path, kind: str) -> None:
+    training = Training(
+        images, tmp_path, kind, "train.on_non_finite=skip", world_size=2, module=FAULTY, FAULT=f"{kind} 1 3"
+    )
+    assert training.wait() == [0, 0], training.output
+    assert "step 3 skipped" in training.output[0]
+    lines = [json.loads(line) for line in (training.run_dir / "log.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert [i + 1 for i, loss in enumerate(losses) if loss is None] == [4]
+    assert len(losses) == STEPS
+    assert list((training.run_dir / "checkpoints").glob(f"step_*{STEPS}"))
+
+
+def test_ranks_die_with_their_agent(images: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launcher", "local", str(REPOSITORY / "configs" / "smoke.yaml"), "--nproc", "2"]
+    agent = subprocess.Popen(
+        [*command, *TINY, f"data.train={images}", f"runs_dir={tmp_path}", "name=orphans", "train.epochs=2000"],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        log, deadline = tmp_path / "orphans" / "log.jsonl", time.monotonic() + 100
+        while not (log.exists() and '"step": 2,' in log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(trainings(tmp_path)) >= 2
+    finally:
+        agent.kill()
+        agent.wait()
+    deadline = time.monotonic() + 30
+    while trainings(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert trainings(tmp_path) == []
+
+
+def trainings(runs_dir: Path) -> list[str]:
+    """Command lines of living processes that train in `runs_dir`."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if f"runs_dir={runs_dir}" in command and "simclr_dist.train" in command:
+            found.append(command)
+    return found
