@@ -448,8 +448,9 @@ class Trainer:
                 self.monitor.show_pairs(self.augment(few).cpu(), samples_seen=self.state.samples_seen)
 
     def grad_norm(self) -> Tensor:
-        """The global 2-norm of the gradients as the optimiser saw them (still scaled under fp16); NaN if there are none,
-        as after a step that was skipped.
+        """The global 2-norm of the gradients as the optimiser saw them (still scaled under fp16).
+
+        NaN if there are none, as after a step that was skipped.
         """
         grads = [p.grad for p in self.plain_model.parameters() if p.grad is not None]
         if not grads:
