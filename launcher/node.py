@@ -44,7 +44,7 @@ def run_node(plan_path: Path, node_rank: int | None) -> None:
         )
     ifname = plan.ifname or machine.interface_towards(plan.head_addr)
     if rank == 0:
-        print(f"launcher: {describe(plan, ifname)}", flush=True)
+        print(f"launcher: {describe(plan, ifname)}", file=sys.stderr, flush=True)  # stdout is the training's
     os.chdir(plan.workdir)
     # In a container the interpreter is another one than where the plan was made.
     argv = agent_argv(replace(plan, python=str(Path(sys.executable).absolute())), rank)

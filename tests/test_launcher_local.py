@@ -43,6 +43,8 @@ def test_one_process_needs_no_rendezvous(checkout: Checkout) -> None:
     done = checkout.launch("local", CONFIG, "--nproc", "1")
     assert done.returncode == 0, done.stderr
     assert [worker["env"]["SIMCLR_EXPECTED_WORLD_SIZE"] for worker in checkout.ranks()] == ["1"]
+    assert "1 process on cpu" in done.stderr
+    assert done.stdout == "rank 0 of 1: finished at step 5\n"  # the training's alone: it may be JSON lines
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_any_process_starts(checkout: Checkout) -> None:

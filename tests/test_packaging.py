@@ -17,6 +17,7 @@ import pytest
 import simclr_dist
 from simclr_dist.config import load_config
 from tests.conftest import REPOSITORY
+from tests.pictures import make_folder
 
 BUILT_FROM = ("simclr_dist", "launcher", "configs", "slurm", "pyproject.toml", "README.md", "LICENSE")
 
@@ -153,11 +154,12 @@ def test_init_works_from_a_checkout(project: Path, tmp_path: Path) -> None:
     assert files[1].keys() <= files[0].keys()  # another test may have added data
 
 
-def test_commands_of_the_starters_readme_are_accepted(scripts: Path, project: Path) -> None:
+def test_commands_of_the_starters_readme_work(scripts: Path, project: Path, tmp_path: Path) -> None:
     text = (project / "README.md").read_text().split("```sh\n")[1].split("```")[0].replace("\\\n", "")
-    smoke, _, own = (line.partition("#")[0].split() for line in text.strip().splitlines())
-    (project / "data").mkdir()
-    (project / "data" / "train.beton").touch()
+    smoke, prepare, own = (line.partition("#")[0].split() for line in text.strip().splitlines())
+    assert prepare[:3] == ["simclr-dist", "prepare", "PATH/TO/IMAGES"]
+    make_folder(tmp_path, 6)
+    run(scripts / "simclr-dist", "prepare", tmp_path, *prepare[3:], cwd=project)
     for command in (smoke, own):
         assert command[:2] == ["simclr-launch", "local"]
         run(scripts / "simclr-launch", "show", *command[1:], cwd=project)
