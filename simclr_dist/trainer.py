@@ -189,6 +189,24 @@ class Trainer:
         self.accelerator.backward(loss)
         return loss.detach()
 
+    def _settle_order_of_sums(self) -> None:
+        """A backward that counts for nothing, so that the first step of a resume rounds as the same step elsewhere.
+
+        DDP lays gradients out in its buckets anew after its first backward, in the order in which they came. From three
+        ranks on, a gradient's place decides in which order the ranks' shares are added. All ranks together.
+        """
+        if self.world.size < 3:
+            return
+        buffers = [b.clone() for b in self.plain_model.buffers()]
+        batch_size, side = self.global_batch_size // self.world.size, self.config.data.image_size
+        noise = torch.randn(2, batch_size, 3, side, side, device=self.device)
+        first = self.world.rank * batch_size
+        self.backward(noise, torch.arange(first, first + batch_size, device=self.device))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.latest.clear()
+        for buffer, before in zip(self.plain_model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
     # -----------------------------------------------------------------------------------------------------------------
     # The loop
 
@@ -205,6 +223,7 @@ class Trainer:
             self._started = time.monotonic(), self.state.samples_seen
             if self.state.step >= self.last_step:
                 return self._end("finished")
+            self._settle_order_of_sums()
             interval = _Interval(self)
             self._last_checkup = time.monotonic(), self.loader.wait_s
             self._watch("waiting for images", first=True)

@@ -83,6 +83,19 @@ def test_kill_and_resume_are_bit_identical(images: Path, undisturbed: Training, 
 
 
 @pytest.mark.distributed
+def test_a_resume_with_four_processes_is_bit_identical(images: Path, tmp_path: Path) -> None:
+    """From three ranks on, the order of a sum over ranks depends on where DDP keeps a gradient."""
+    whole = Training(images, tmp_path, "whole", "train.max_steps=4", world_size=4)
+    assert whole.wait() == [0] * 4, whole.output
+    for max_steps in (2, 4):
+        parts = Training(images, tmp_path, "parts", f"train.max_steps={max_steps}", world_size=4)
+        assert parts.wait() == [0] * 4, parts.output
+    assert "resumes at step 2" in parts.output[0]
+    assert parts.losses() == whole.losses()
+    assert parts.final_bytes() == whole.final_bytes()
+
+
+@pytest.mark.distributed
 def test_stop_heard_by_one_rank_stops_all_and_goes_on_with_another_number(
     images: Path, undisturbed: Training, tmp_path: Path
 ) -> None:
