@@ -10,6 +10,7 @@ import contextlib
 import getpass
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -44,6 +45,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
+FirstJobId={first_job}
 JobRequeue=1
 KillWait=5
 SlurmdTimeout=10
@@ -99,7 +101,10 @@ class MiniSlurm:
             key.write(os.urandom(128))
         ports = free_ports(self.num_nodes + 1)
         host = socket.gethostname().partition(".")[0]
-        lines = [CONFIG.format(root=self.root, host=host, user=getpass.getuser(), ctld_port=ports[0])]
+        # Jobs take their ports from their numbers: two clusters on one machine should not count alike.
+        first_job = 1 + secrets.randbelow(900)
+        names = {"host": host, "user": getpass.getuser(), "first_job": first_job}
+        lines = [CONFIG.format(root=self.root, ctld_port=ports[0], **names)]
         gres = ""
         if self.gpus:
             devices = ["/dev/zero", "/dev/null", "/dev/full", "/dev/random"][: self.gpus]
