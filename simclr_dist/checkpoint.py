@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simclr_dist import distributed
+from simclr_dist.atomic import replaces
 from simclr_dist.config import Config
 from simclr_dist.model import SimCLR, build_model
 from simclr_dist.optim import parameter_order
@@ -89,12 +90,38 @@ def write_checkpoint(
     `before_commit` raises just before the directory gets its name.
     """
     final = folder / f"step_{state.step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True, mode=0o750)  # its parent, the run's directory, may have vanished: no new one then
     temporary = folder / f".tmp-{final.name}-{attempt}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(mode=0o750)
+    try:
+        _fill(temporary, attempt, config, state, fingerprint, model, optimizer, grad_scaler, versions)
+        if final.exists():  # an earlier attempt saved this very step; its content is the same
+            return final
+        before_commit()
+        os.rename(temporary, final)
+        _flush(folder)
+        return final
+    except SafetensorError as error:  # its way to say that the disk is full
+        raise OSError(str(error)) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fill(
+    temporary: Path,
+    attempt: str,
+    config: Config,
+    state: TrainState,
+    fingerprint: str,
+    model: nn.Module,
+    optimizer: Optimizer,
+    grad_scaler: dict[str, float],
+    versions: dict[str, str],
+) -> None:
+    """All files of a checkpoint, on disk when this returns."""
     save_file(_contiguous(model.state_dict()), temporary / "model.safetensors")
-    save_file(_contiguous(_named_optimizer_state(model, optimizer)), temporary / "optimizer.safetensors")
+    save_file(_contiguous(named_optimizer_state(model, optimizer)), temporary / "optimizer.safetensors")
     (temporary / "state.json").write_text(
         json.dumps(
             {
@@ -117,13 +144,6 @@ def write_checkpoint(
         os.chmod(temporary / name, 0o640)
         _flush(temporary / name)
     _flush(temporary)
-    if final.exists():  # an earlier attempt saved this very step; its content is the same
-        shutil.rmtree(temporary)
-        return final
-    before_commit()
-    os.rename(temporary, final)
-    _flush(folder)
-    return final
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -175,7 +195,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> T
     return TrainState(checkpoint.step, checkpoint.samples_seen)
 
 
-def _named_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def named_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     names = parameter_order(model)
     return {
         f"{names[index]}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
@@ -267,10 +287,45 @@ def _free_name(path: Path) -> Path:
     return path if not path.exists() else next(p for p in numbered if not p.exists())
 
 
+@dataclass(frozen=True)
+class Kept:
+    """RUN/checkpoints/kept.json: the checkpoints that no pruning removes."""
+
+    milestones: tuple[int, ...] = ()
+    """Their steps."""
+    best_step: int | None = None
+    best_knn_top1: float = -1.0
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Kept:
+        """Nothing is kept where there is no readable file: a lost file must not stop a run."""
+        try:
+            values = json.loads((run_dir / "checkpoints" / "kept.json").read_text(encoding="utf-8"))
+            best = values["best_step"]
+            return cls(
+                tuple(int(step) for step in values["milestones"]),
+                int(best) if best is not None else None,
+                float(values["best_knn_top1"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls()
+
+    def write(self, run_dir: Path) -> None:
+        """Raises OSError."""
+        with replaces(run_dir / "checkpoints" / "kept.json") as temporary:
+            temporary.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    def holds(self, path: Path) -> bool:
+        return int(path.name[5:]) in (*self.milestones, self.best_step)
+
+
 def prune(run_dir: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and temporary directories that died half-written."""
+    """Removes all but the newest `keep` checkpoints and those that are kept, and what died half-written."""
     folder = run_dir / "checkpoints"
+    kept = Kept.read(run_dir)
     for path in list_checkpoints(run_dir)[:-keep]:
+        if kept.holds(path):
+            continue
         trash = path.with_name(f".trash-{path.name}")
         os.rename(path, trash)
         shutil.rmtree(trash, ignore_errors=True)

@@ -129,9 +129,12 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
+    every_steps: Count | None = Field(None, description="Save at every n-th step.")
     every_epochs: Count | None = Field(None, description="Save at every n-th epoch's end.")
     every_min: Positive | None = Field(10.0, description="Save when this many minutes have passed.")
-    keep: Annotated[int, Field(ge=2)] = Field(3, description="Checkpoints that stay.")
+    keep: Annotated[int, Field(ge=2)] = Field(3, description="The newest that stay.")
+    milestone_epochs: Count | None = Field(None, description="Save at every n-th epoch's end, and keep it for ever.")
+    keep_best: bool = Field(False, description="Save and keep the one with the best kNN accuracy of the run.")
 
 
 class MonitorConfig(Section):

@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -40,6 +41,7 @@ class Requests:
         self.device = device
         self.heard = Request.NONE
         self._next_poll = 0.0
+        self._answered = 0  # when the last SAVE was made
         self._previous: dict[int, Any] = {}
         self._pending: Callable[[], int] | None = None
 
@@ -84,11 +86,16 @@ class Requests:
             self.ask(Request.PREEMPT)
         if (self.run_dir / "STOP").exists():
             self.ask(Request.STOP)
-        if (self.run_dir / "SAVE").exists():
-            (self.run_dir / "SAVE").unlink(missing_ok=True)
-            self.ask(Request.SAVE)
+        with suppress(OSError):
+            # In a directory that cannot be written to the file stays; it is answered once.
+            touched = (self.run_dir / "SAVE").stat().st_mtime_ns
+            if touched != self._answered:
+                self._answered = touched
+                self.ask(Request.SAVE)
+            (self.run_dir / "SAVE").unlink()
 
     def forget_files(self) -> None:
         """Removes the files that asked for the stop, so that the next start does not stop at once."""
         for path in [self.run_dir / "STOP", *self.run_dir.glob("STOP_REQUEST.*")]:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()

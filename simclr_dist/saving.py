@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from simclr_dist import checkpoint, distributed
-from simclr_dist.checkpoint import Checkpoint, CheckpointError, TrainState
+from simclr_dist.checkpoint import Checkpoint, CheckpointError, Kept, TrainState
 from simclr_dist.config import Config, ConfigError
 from simclr_dist.failures import FailedElsewhereError, NonFiniteAbortError
 from simclr_dist.monitor import Monitor
@@ -83,11 +84,41 @@ class Saver:
         self._is_main = distributed.rank() == 0
         self._last_save_s = time.monotonic()
         self._failed_saves = 0
+        self._saved_step: int | None = None
 
-    def is_due(self) -> bool:
-        """Has enough time passed? Decided by the main process alone, since clocks differ."""
-        every_min = self.config.checkpoint.every_min
-        return self._is_main and every_min is not None and time.monotonic() - self._last_save_s >= 60 * every_min
+    def is_due(self, step: int) -> bool:
+        """At the border after `step` steps: by steps, or by time. Decided by the main process alone: clocks differ."""
+        every = self.config.checkpoint
+        return self._is_main and (
+            (every.every_steps is not None and step % every.every_steps == 0)
+            or (every.every_min is not None and time.monotonic() - self._last_save_s >= 60 * every.every_min)
+        )
+
+    def save_at_epoch_end(self, state: TrainState, epoch: int, knn_top1: float | None) -> None:
+        """What the settings want saved after `epoch` epochs; knn_top1: measured there, if it was."""
+        settings = self.config.checkpoint
+        kept = Kept.read(self.config.run_dir) if self._is_main else Kept()
+        milestone = settings.milestone_epochs is not None and epoch % settings.milestone_epochs == 0
+        best = settings.keep_best and knn_top1 is not None and self._agreed(knn_top1 > kept.best_knn_top1)
+        if milestone:  # noted before it exists: a kill in between must not lose it
+            kept = replace(kept, milestones=tuple(sorted({*kept.milestones, state.step})))
+            self._note(kept)
+        if milestone or best or (settings.every_epochs is not None and epoch % settings.every_epochs == 0):
+            self.save(state)
+        if best and knn_top1 is not None and self._saved_step == state.step:  # the best so far stays until then
+            self._note(replace(kept, best_step=state.step, best_knn_top1=knn_top1))
+
+    def _note(self, kept: Kept) -> None:
+        if not self._is_main:
+            return
+        try:
+            kept.write(self.config.run_dir)
+        except OSError as error:
+            self.monitor.warn(f"what is to be kept for ever could not be noted and may be pruned: {error}")
+
+    def _agreed(self, decision: bool) -> bool:
+        """The main process's decision."""
+        return bool(distributed.broadcast_from_main_(torch.tensor([int(decision)], device=self.device)))
 
     def save(self, state: TrainState, final: bool = False) -> None:
         """A checkpoint by the main process, agreed by all: either every rank counts it as saved or none does.
@@ -95,6 +126,8 @@ class Saver:
         A failure is a warning as long as there will be another try; if there is none (`final`), or MAX_FAILED_SAVES
         have failed in a row, CheckpointError.
         """
+        if self._saved_step == state.step:
+            return
         failure: Exception | None = None
         started = time.monotonic()
         if self._is_main:
@@ -108,6 +141,7 @@ class Saver:
         self._last_save_s = time.monotonic()
         if not failed:
             self._failed_saves = 0
+            self._saved_step = state.step
             spent = {"speed/checkpoint_s": time.monotonic() - started}
             self.monitor.log(spent, step=state.step, samples_seen=state.samples_seen)
             return
@@ -140,6 +174,7 @@ class Saver:
         checkpoint.prune(self.config.run_dir, self.config.checkpoint.keep)
 
     def _refuse_non_finite(self, state: TrainState) -> None:
-        for name, tensor in self._model.state_dict().items():
+        tensors = {**self._model.state_dict(), **checkpoint.named_optimizer_state(self._model, self._optimizer)}
+        for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteAbortError(f"{name} holds NaN or infinity after step {state.step}; nothing was saved")

@@ -223,13 +223,14 @@ class Trainer:
             self._started = time.monotonic(), self.state.samples_seen
             if self.state.step >= self.last_step:
                 return self._end("finished")
+            self._watch("settling the order of sums", first=True)
             self._settle_order_of_sums()
             interval = _Interval(self)
             self._last_checkup = time.monotonic(), self.loader.wait_s
             self._watch("waiting for images", first=True)
             for batch in self.loader.batches(self.state.step):
                 self._watch("training", first=interval.steps == 0)
-                if self.saver.is_due():
+                if self.saver.is_due(self.state.step + 1):
                     requests.ask(Request.SAVE)
                 requests.announce()
                 if self.state.step % self.steps_per_epoch == 0 or self.state.step == 0:
@@ -264,8 +265,10 @@ class Trainer:
 
     def _end_epoch(self, epoch: int) -> None:
         every = self.config.evaluation.knn_every_epochs
+        knn_top1 = None
         if every and (epoch % every == 0 or self.state.step >= self.last_step):
-            self._log({"eval/knn_top1": self._knn_top1()})
+            knn_top1 = self._knn_top1()
+            self._log({"eval/knn_top1": knn_top1})
         every = self.config.monitor.projector_every_epochs
         if every and epoch % every == 0:
             show_gallery(
@@ -276,8 +279,7 @@ class Trainer:
                 device=self.device,
                 normalize=normalize,
             )
-        if self.config.checkpoint.every_epochs and epoch % self.config.checkpoint.every_epochs == 0:
-            self.saver.save(self.state)
+        self.saver.save_at_epoch_end(self.state, epoch, knn_top1)
 
     def _knn_top1(self) -> float:
         """Weighted kNN on h of data.test against data.train: how good is the representation by now?"""

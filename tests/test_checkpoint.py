@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from simclr_dist import checkpoint
-from simclr_dist.checkpoint import CheckpointError, TrainState
+from simclr_dist.checkpoint import CheckpointError, Kept, TrainState
 from simclr_dist.config import Config
 from simclr_dist.model import SimCLR, build_model
 from simclr_dist.optim import build_optimizer, set_learning_rate
@@ -123,6 +124,61 @@ def test_a_write_that_dies_leaves_nothing_under_the_final_name(tmp_path: Path, m
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step_00000001"]
     checkpoint.prune(tmp_path, keep=2)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_pruning_leaves_milestones_and_the_best(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    for step in range(1, 7):
+        save(tmp_path, step, model, optimizer)
+    Kept(milestones=(2,), best_step=3, best_knn_top1=0.5).write(tmp_path)
+    checkpoint.prune(tmp_path, keep=2)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == [f"step_{n:08d}" for n in (2, 3, 5, 6)]
+    assert Kept.read(tmp_path) == Kept((2,), 3, 0.5)
+    (tmp_path / "checkpoints" / "kept.json").write_text("{")
+    checkpoint.prune(tmp_path, keep=2)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step_00000005", "step_00000006"]
+
+
+@pytest.mark.parametrize("failing", ["save_file", "_flush"])
+def test_a_write_on_a_full_disk_is_an_os_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    model, optimizer = trained()
+
+    def full(*_: object) -> None:
+        raise SafetensorError("No space left on device") if failing == "save_file" else OSError(28, "No space left")
+
+    monkeypatch.setattr(checkpoint, failing, full)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2, model, optimizer)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_vanished_run_directory_is_not_made_anew(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    with pytest.raises(FileNotFoundError):
+        save(tmp_path / "gone", 2, model, optimizer)
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_name_in_the_manifest_cannot_lead_elsewhere(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    path = save(tmp_path, 2, model, optimizer)
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    for name in ("../../elsewhere", "/etc/hostname"):
+        crafted = {**manifest, "files": {**manifest["files"], name: manifest["files"]["state.json"]}}
+        (path / "MANIFEST.json").write_text(json.dumps(crafted))
+        with pytest.raises(CheckpointError, match="not a manifest"):
+            checkpoint.read_checkpoint(path)
+
+
+def test_a_link_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    path = save(tmp_path, 2, model, optimizer)
+    (path / "model.safetensors").rename(tmp_path / "moved")
+    (path / "model.safetensors").symlink_to(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="missing"):
+        checkpoint.read_checkpoint(path)
 
 
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:

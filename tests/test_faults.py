@@ -154,6 +154,52 @@ def test_nan_is_skipped_on_all_ranks_when_so_configured(images: Path, tmp_path: 
     assert list((training.run_dir / "checkpoints").glob(f"step_*{STEPS}"))
 
 
+def test_the_best_and_the_milestones_stay(images: Path, tmp_path: Path) -> None:
+    training = Training(
+        images,
+        tmp_path,
+        "kept",
+        *(
+            "checkpoint.every_steps=2",
+            "checkpoint.keep=2",
+            "checkpoint.milestone_epochs=2",
+            "checkpoint.keep_best=true",
+        ),
+        *(f"data.test={images}", "evaluation.knn_every_epochs=1", "evaluation.knn_k=5"),
+    )
+    assert training.wait() == [0], training.output
+    kept = json.loads((training.run_dir / "checkpoints" / "kept.json").read_text())
+    lines = [json.loads(line) for line in (training.run_dir / "log.jsonl").read_text().splitlines()]
+    accuracy = {line["step"]: line["eval/knn_top1"] for line in lines if "eval/knn_top1" in line}
+    assert kept["milestones"] == [16]
+    assert kept["best_step"] == max(accuracy, key=lambda step: (accuracy[step], -step))
+    there = {int(path.name[5:]) for path in (training.run_dir / "checkpoints").glob("step_*")}
+    assert there == {16, 22, 24, kept["best_step"]}
+
+
+def test_a_full_disk_skips_saves_and_training_goes_on_until_three_have_failed(images: Path, tmp_path: Path) -> None:
+    # No file may grow beyond 60 kB: the log fits, the optimiser's state does not.
+    training = Training(
+        images, tmp_path, "full", "checkpoint.every_steps=2", module="tests.limited_train", LIMIT_BYTES="60000"
+    )
+    assert training.wait() == [2]
+    assert training.output[0].count("not saved") == 3
+    assert "3 save(s) in a row failed" in training.output[0]
+    assert "Traceback" not in training.output[0]
+    assert training.status()["reason"] == "checkpoint_error"
+    assert training.has_logged(6)
+    assert list((training.run_dir / "checkpoints").iterdir()) == []
+
+
+def test_a_vanished_run_directory_ends_the_run_and_is_not_made_anew(images: Path, tmp_path: Path) -> None:
+    training = Training(images, tmp_path, "gone", "train.epochs=2000", "checkpoint.every_steps=2")
+    training.wait_until(lambda: training.has_logged(3))
+    training.run_dir.rename(tmp_path / "moved")
+    assert training.wait() == [2]
+    assert "3 save(s) in a row failed" in training.output[0]
+    assert not training.run_dir.exists()
+
+
 def test_ranks_die_with_their_agent(images: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launcher", "local", str(REPOSITORY / "configs" / "smoke.yaml"), "--nproc", "2"]
     agent = subprocess.Popen(

@@ -15,7 +15,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -67,6 +68,95 @@ class Monitor:
 
     def show_embedding(self, h: Tensor, images: Tensor, labels: Sequence[str], *, samples_seen: int) -> None:
         """h [n, D], thumbnails uint8 [n, S, S, 3] and a label each, for the embedding projector."""
+
+    def finish(self, settings: Mapping[str, Any]) -> None:
+        """The run has come to its end: its settings stand beside its last figures."""
+
+
+SilentMonitor = Monitor
+
+
+class RunMonitor(Monitor):
+    """Writes under `run_dir` and to the terminal. `samples_seen`: where a resumed run goes on; later points vanish.
+
+    settings_of_run: the configuration, for other loggers. Raises ConfigError when a tracker cannot be had.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        settings: MonitorConfig | None = None,
+        *,
+        total_steps: int,
+        first_step: int,
+        samples_seen: int,
+        steps_per_epoch: int | None = None,
+        settings_of_run: Mapping[str, Any] | None = None,
+    ) -> None:
+        settings = settings or MonitorConfig()
+        self.run_dir = run_dir
+        self.latest: dict[str, float] = {}
+        self._broken: set[str] = set()
+        self._terminal = build_terminal(
+            settings.terminal, total_steps=total_steps, first_step=first_step, steps_per_epoch=steps_per_epoch
+        )
+        self._trackers = Trackers(settings.trackers, run_dir, settings_of_run or {}, self.warn)
+        _drop_later_lines(run_dir / "log.jsonl", samples_seen)
+        self._log = (run_dir / "log.jsonl").open("a", encoding="utf-8")
+        self._tensorboard = TensorBoard(run_dir / "tensorboard", samples_seen)
+
+    def __enter__(self) -> RunMonitor:
+        self._try("terminal", self._terminal.start)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for name, part in (("trackers", self._trackers), ("TensorBoard", self._tensorboard), ("log.jsonl", self._log)):
+            self._try(name, part.close)
+        self._try("terminal", self._terminal.stop)
+
+    def _try(self, part: str, show: Callable[[], None]) -> None:
+        """Full disks, closed pipes and vanished directories end what is shown, not the training; said once a part."""
+        try:
+            show()
+        except OSError as error:
+            if part not in self._broken:
+                self._broken.add(part)
+                with suppress(OSError):
+                    self._terminal.warn(f"{part} cannot be written to ({error}); training goes on without it")
+
+    def say(self, text: str) -> None:
+        self._try("terminal", lambda: self._terminal.say(text))
+
+    def warn(self, text: str) -> None:
+        self._try("terminal", lambda: self._terminal.warn(text))
+
+    def summarize(self, event: Literal["start", "end"], title: str, rows: Mapping[str, str]) -> None:
+        self._try("terminal", lambda: self._terminal.summarize(event, title, rows))
+
+    def advance(self, step: int) -> None:
+        self._try("terminal", lambda: self._terminal.advance(step))
+
+    def log(self, values: Mapping[str, float], *, step: int, samples_seen: int) -> None:
+        self.latest |= values
+        # JSON knows no NaN: a step that was skipped has no loss.
+        finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+        line = {"step": step, "samples_seen": samples_seen, "time": round(time.time(), 3), **finite}
+        self._try("TensorBoard", lambda: self._tensorboard.log(values, samples_seen))
+        self._try("log.jsonl", lambda: print(json.dumps(line), file=self._log, flush=True))
+        self._try("terminal", lambda: self._terminal.log(line))
+        self._try("trackers", lambda: self._trackers.log(values, step=step, samples_seen=samples_seen))
+
+    def log_histograms(self, histograms: Mapping[str, Histogram], *, samples_seen: int) -> None:
+        self._try("TensorBoard", lambda: self._tensorboard.log_histograms(histograms, samples_seen))
+
+    def show_pairs(self, views: Tensor, *, samples_seen: int) -> None:
+        self._try("TensorBoard", lambda: self._tensorboard.show_pairs(views, samples_seen))
+
+    def show_neighbours(self, rows: Tensor, *, samples_seen: int) -> None:
+        self._try("TensorBoard", lambda: self._tensorboard.show_neighbours(rows, samples_seen))
+
+    def show_embedding(self, h: Tensor, images: Tensor, labels: Sequence[str], *, samples_seen: int) -> None:
+        self._try("TensorBoard", lambda: self._tensorboard.show_embedding(h, images, labels, samples_seen=samples_seen))
 
     def finish(self, settings: Mapping[str, Any]) -> None:
         """The run has come to its end: its settings stand beside its last figures."""
@@ -151,7 +241,7 @@ class RunMonitor(Monitor):
     def finish(self, settings: Mapping[str, Any]) -> None:
         final = {tag: value for tag, value in self.latest.items() if tag.startswith(("eval/", "train/loss"))}
         if final:
-            self._tensorboard.compare_runs(settings, final)
+            self._try("TensorBoard", lambda: self._tensorboard.compare_runs(settings, final))
 
 
 def _drop_later_lines(path: Path, samples_seen: int) -> None:

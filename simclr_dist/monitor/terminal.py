@@ -6,6 +6,7 @@ Numbers and news go to stdout, warnings to stderr. rich honours NO_COLOR and TER
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -31,11 +32,19 @@ _SELDOM = ("eval/knn_top1",)  # stays on the line until there is a new one
 _NARROW = 60  # columns; below, a bar and the epoch leave no room for numbers
 
 
+class _Console(Console):
+    """rich ends the program when its reader has gone, as in `… | head`; a training goes on without one."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Quiet:
     """Warnings only; the others build on it."""
 
     def __init__(self) -> None:
-        self._errors = Console(stderr=True)
+        self._errors = _Console(stderr=True)
 
     def start(self) -> None:
         pass
@@ -94,7 +103,7 @@ class Lines(Quiet):
 
     def __init__(self, *, total_steps: int, first_step: int, steps_per_epoch: int | None) -> None:
         super().__init__()
-        self._console = Console()
+        self._console = _Console()
         self._total_steps = total_steps
         self._first_step = first_step
         self._steps_per_epoch = steps_per_epoch

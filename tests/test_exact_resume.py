@@ -1,0 +1,56 @@
+"""Interrupted anywhere, by anything: the same bytes. With other numbers of processes: the same curve.
+
+Each case has what could spoil it: layer-wise rates and global statistics, random depth and bf16, batches in parts.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.training import STEPS, Training, write_images
+
+CASES = {
+    "lars, global BatchNorm": (2, "optim.optimizer=lars", "optim.base_lr=0.2"),
+    # efficientnet_b0 drops whole layers at random
+    "stochastic depth, bf16": (1, "model.encoder=efficientnet_b0", "model.stem=imagenet", "train.precision=bf16"),
+    "micro-batches, adamw": (1, "train.micro_batch_size=16", "optim.optimizer=adamw", "optim.lr_scaling=none"),
+}
+OFTEN = "checkpoint.every_steps=3"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "noise.beton", count=512)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES)
+def test_interrupted_by_everything_ends_with_the_same_bytes(images: Path, tmp_path: Path, case: str) -> None:
+    world_size, *settings = CASES[case]
+    undisturbed = Training(images, tmp_path, "undisturbed", *settings, world_size=world_size)
+    assert undisturbed.wait() == [0] * world_size, undisturbed.output
+    for at_step, number in ((4, signal.SIGTERM), (10, signal.SIGKILL), (16, signal.SIGUSR1)):
+        part = Training(images, tmp_path, "disturbed", OFTEN, *settings, world_size=world_size)
+        part.wait_until(lambda part=part, step=at_step: part.has_logged(step))  # type: ignore[misc]
+        part.ranks[-1].send_signal(number)
+        codes = part.wait()
+        assert (codes == [0] * world_size) == (number != signal.SIGKILL), part.output
+    last = Training(images, tmp_path, "disturbed", OFTEN, *settings, world_size=world_size)
+    assert last.wait() == [0] * world_size, last.output
+    assert "resumes at step" in last.output[0]
+    assert last.final_bytes() == undisturbed.final_bytes()
+    assert last.losses() == undisturbed.losses()
+
+
+@pytest.mark.distributed
+def test_one_two_four_and_one_process_again_have_the_curve_of_one(images: Path, tmp_path: Path) -> None:
+    alone = Training(images, tmp_path, "alone")
+    assert alone.wait() == [0], alone.output
+    for end, world_size in ((6, 1), (12, 2), (18, 4), (STEPS, 1)):  # in the middle of epochs of 8 steps
+        part = Training(images, tmp_path, "elastic", f"train.max_steps={end}", world_size=world_size)
+        assert part.wait() == [0] * world_size, part.output
+    assert part.losses() == pytest.approx(alone.losses(), rel=1e-4)
+    assert len(part.losses()) == STEPS
