@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -54,11 +56,20 @@ class TensorBoard:
 
     def __init__(self, folder: Path, samples_seen: int) -> None:
         self._folder = folder
+        # Its thread's failure is raised at the next write; a traceback in between would only frighten.
+        self._excepthook, threading.excepthook = threading.excepthook, self._on_thread_failure
         self._writer = SummaryWriter(str(folder), purge_step=samples_seen + 1)
         self._writer.add_custom_scalars(LAYOUT)
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._excepthook
+
+    def _on_thread_failure(self, failure: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failure.exc_value, OSError) and isinstance(failure.thread, _AsyncWriterThread)):
+            self._excepthook(failure)
 
     def log(self, values: Mapping[str, float], samples_seen: int) -> None:
         for tag, value in values.items():
