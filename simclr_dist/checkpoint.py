@@ -90,7 +90,7 @@ def write_checkpoint(
     `before_commit` raises just before the directory gets its name.
     """
     final = folder / f"step_{state.step:08d}"
-    folder.mkdir(exist_ok=True, mode=0o750)  # its parent, the run's directory, may have vanished: no new one then
+    folder.mkdir(parents=True, exist_ok=True, mode=0o750)
     temporary = folder / f".tmp-{final.name}-{attempt}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(mode=0o750)

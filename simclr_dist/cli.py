@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     from simclr_dist import doctor
     from simclr_dist.evaluation import commands as evaluation
     from simclr_dist.plan import command as plan
+    from simclr_dist.report import command as report
 
     top = argparse.ArgumentParser(
         prog="simclr-dist",
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     warmup = commands.add_parser("warmup", help="compile the loader's kernels, once a machine, before training does")
     warmup.set_defaults(run=_run_warmup)
     evaluation.register(commands)
+    report.register(commands)
     _add_config(commands)
     plan.register(commands)
     doctor.register(commands)

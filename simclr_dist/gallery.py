@@ -53,7 +53,7 @@ def show_gallery(
         return
     thumbnails = torch.cat(
         [
-            _shrink(images)
+            shrink(images)
             for images, _, _ in load_images(
                 source, data.image_size, batch_size=config.evaluation.batch_size, ids=ids, loader=data.loader
             )
@@ -77,7 +77,7 @@ def neighbour_rows(h: Tensor, queries: Tensor) -> Tensor:
     return torch.tensor(rows)
 
 
-def _shrink(images: Tensor) -> Tensor:
+def shrink(images: Tensor) -> Tensor:
     """uint8 [b, S, S, 3], at most LARGEST_SIDE wide."""
     if images.shape[1] <= LARGEST_SIDE:
         return images

@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 LAYERS = (
     ("cli", "demo"),
     ("train",),
-    ("doctor", "trainer"),
+    ("doctor", "report", "trainer"),
     ("checkup", "gallery", "summary"),
     ("evaluation", "export", "plan"),
     ("saving",),

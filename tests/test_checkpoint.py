@@ -154,13 +154,6 @@ def test_a_write_on_a_full_disk_is_an_os_error_and_leaves_nothing(
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_a_vanished_run_directory_is_not_made_anew(tmp_path: Path) -> None:
-    model, optimizer = trained()
-    with pytest.raises(FileNotFoundError):
-        save(tmp_path / "gone", 2, model, optimizer)
-    assert not (tmp_path / "gone").exists()
-
-
 def test_a_name_in_the_manifest_cannot_lead_elsewhere(tmp_path: Path) -> None:
     model, optimizer = trained()
     path = save(tmp_path, 2, model, optimizer)

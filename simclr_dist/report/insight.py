@@ -1,0 +1,185 @@
+"""What a run's encoder does to images: two views of them, neighbours, a map, a probe's confusion, similarities.
+
+Letters: n images, D width of h, C classes, S side of an image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from simclr_dist.augment import Augment, normalize
+from simclr_dist.checkpoint import load_pretrained
+from simclr_dist.config import Config
+from simclr_dist.data import DataError, build_loader, describe, load_images
+from simclr_dist.distributed import World
+from simclr_dist.evaluation.features import Features, extract_features
+from simclr_dist.evaluation.linear import linear_probe
+from simclr_dist.evaluation.offline import open_labelled
+from simclr_dist.gallery import neighbour_rows, shrink
+from simclr_dist.model import SimCLR
+
+PAIRS, QUERIES = 8, 8
+MAP_IMAGES = 1000  # t-SNE of more takes long, and the points hide each other
+SIMILARITY_IMAGES = 256
+SMALLEST_MAP = 8
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """pictures uint8 [1 + k, S, S, 3], the query first, and their classes."""
+
+    pictures: Tensor
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """counts int64 [C, C]: true class by predicted class, of a linear probe on `fitted_to` training images."""
+
+    counts: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    top1: float
+    fitted_to: int
+
+
+@dataclass(frozen=True)
+class EmbeddingMap:
+    """Points float [n, 2] of the same images; labels int64 [n], -1 where there is none."""
+
+    pca: NDArray[np.float64]
+    tsne: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+
+
+@dataclass
+class Insight:
+    """positives [n], negatives [n (n - 1)]: cosine similarities of z. pairs: float [2, PAIRS, 3, S, S], normalised.
+
+    notes: what could not be had, and why.
+    """
+
+    step: int
+    pairs: Tensor
+    positives: NDArray[np.float32]
+    negatives: NDArray[np.float32]
+    neighbours: list[Neighbours]
+    map: EmbeddingMap | None = None
+    confusion: Confusion | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def look_into(
+    run: Path, *, train: str | None = None, test: str | None = None, images: int, device: torch.device
+) -> Insight:
+    """Of the run's newest checkpoint, on at most `images` of its training and as many of its test images.
+
+    Raises CheckpointError, DataError.
+    """
+    model, checkpoint = load_pretrained(run)
+    model.to(device)
+    config = checkpoint.config
+    given = {key: value for key, value in (("train", train), ("test", test)) if value is not None}
+    config = config.model_copy(update={"data": config.data.model_copy(update=given)})
+    pairs, z = _views(config, model, device)
+    positives, negatives = similarities(z)
+    insight = Insight(checkpoint.step, pairs, positives, negatives, [])
+
+    source = config.data.test or config.data.train
+    shown = _features(config, model, source, images, device)
+    names = describe(source).class_names
+    some = shown[torch.from_numpy(_spread(min(MAP_IMAGES, len(shown)), len(shown)))]
+    insight.neighbours = _neighbours(config, source, some, names)
+    if len(some) >= SMALLEST_MAP:
+        insight.map = EmbeddingMap(*two_dimensions(some.h.numpy()), some.labels.numpy(), names)
+    else:
+        insight.notes.append(f"no map: {len(some)} images are too few")
+    if config.data.test is None:
+        insight.notes.append("no probe: data.test is null; --test gives held-out images")
+        return insight
+    try:
+        open_labelled(config)
+        fitted = _features(config, model, config.data.train, images, device)
+        insight.confusion = confusion(fitted, shown, names, device)
+    except DataError as error:
+        insight.notes.append(f"no probe: {error}")
+    return insight
+
+
+def similarities(z: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cosine of the two views of each image, and of views 0 and 1 of different images; z [2, n, K]."""
+    first, second = F.normalize(z.float(), dim=2)
+    cosine = (first @ second.T).cpu()
+    same = torch.eye(len(first), dtype=torch.bool)
+    return cosine[same].numpy(), cosine[~same].numpy()
+
+
+def two_dimensions(h: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """h [n, D] by its first two principal components, and by t-SNE of the 50 first; rows of length 1, as kNN sees."""
+    from sklearn.decomposition import PCA  # type: ignore[import-untyped]
+    from sklearn.manifold import TSNE  # type: ignore[import-untyped]
+
+    unit = h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12)
+    components = PCA(min(50, *unit.shape), random_state=0).fit_transform(unit.astype(np.float64))
+    perplexity = min(30.0, (len(h) - 1) / 3)
+    return components[:, :2], TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(components)
+
+
+def confusion(train: Features, test: Features, class_names: tuple[str, ...], device: torch.device) -> Confusion:
+    """Of a linear probe. Raises DataError when the labels do not fit."""
+    C = len(class_names)
+    probe = linear_probe(train, test, num_classes=C, device=device)
+    predicted = probe.predict(test.h).argmax(dim=1)
+    counts = torch.bincount(test.labels * C + predicted, minlength=C * C).view(C, C)
+    return Confusion(counts.numpy(), class_names, probe.top1, len(train))
+
+
+def _views(config: Config, model: SimCLR, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first augmented pairs on the CPU, and z [2, n, K] of the first batch of epoch 0."""
+    count = min(SIMILARITY_IMAGES, describe(config.data.train).num_samples)
+    loader = build_loader(
+        config.data, config.augment, seed=config.seed, global_batch_size=count, world=World(), device=device
+    )
+    with loader, torch.no_grad():
+        views = Augment(config.augment, config.seed, config.data.image_size)(next(iter(loader.batches(0))))
+        z = model(views.flatten(0, 1))[1].unflatten(0, (2, -1))
+        return views[:, :PAIRS].clone().cpu(), z
+
+
+def _spread(count: int, total: int) -> NDArray[np.int64]:
+    """`count` of 0..total-1, evenly."""
+    return np.arange(count, dtype=np.int64) * total // count
+
+
+def _features(config: Config, model: SimCLR, source: str, images: int, device: torch.device) -> Features:
+    total = describe(source).num_samples
+    data, batch_size = config.data, config.evaluation.batch_size
+    batches = load_images(
+        source,
+        data.image_size,
+        batch_size=batch_size,
+        ids=_spread(min(images, total), total),
+        num_threads=data.num_threads,
+        loader=data.loader,
+    )
+    return extract_features(model.encoder, batches, device=device, normalize=normalize)
+
+
+def _neighbours(config: Config, source: str, features: Features, names: tuple[str, ...]) -> list[Neighbours]:
+    rows = neighbour_rows(features.h, torch.from_numpy(_spread(min(QUERIES, len(features)), len(features))))
+    wanted, place = features.sample_ids[rows].unique(return_inverse=True)
+    data = config.data
+    loaded = load_images(source, data.image_size, batch_size=64, ids=wanted.numpy(), loader=data.loader)
+    pictures = torch.cat([shrink(batch) for batch, _, _ in loaded])
+    labels = features.labels[rows].tolist()
+    return [
+        Neighbours(pictures[at], tuple(names[label] if label >= 0 else "unlabelled" for label in classes))
+        for at, classes in zip(place, labels, strict=True)
+    ]

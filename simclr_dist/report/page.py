@@ -1,0 +1,205 @@
+"""The page: every topic a section, in it the runs side by side, or in one chart."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from simclr_dist.report import figures
+from simclr_dist.report.html import Html, element, join, picture, table
+from simclr_dist.report.insight import Insight
+from simclr_dist.report.record import RunRecord
+
+# In the order in which one asks: does it learn, is it healthy, is it fast?
+CHARTS = (
+    r"train/loss",
+    r"eval/.*top1",
+    r"train/lr",
+    r"health/contrastive_top1",
+    r"health/[hz]_rankme",
+    r"health/similarity_.*",
+    r"train/grad_norm",
+    r"speed/images_per_s",
+    r"speed/data_wait_share",
+    r"speed/memory_peak_gib",
+)
+# Nothing is loaded from anywhere and nothing runs, whatever a run may have written into its names.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+CSS = Html("""
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --mark: #f5b70055 }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 80rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif }
+h1, h2, h3 { line-height: 1.2; overflow-wrap: anywhere }
+h2 { border-top: 1px solid var(--line); margin-top: 2.5rem; padding-top: 1rem }
+nav { display: flex; flex-wrap: wrap; gap: 0 1em }
+.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)) }
+.grid > * { min-width: 0 }
+figure { margin: 0 0 .75rem }
+img { display: block; height: auto; width: 100% }
+img.pixels { image-rendering: pixelated }
+figcaption, .note { font-size: .875rem; opacity: .8; overflow-wrap: anywhere }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top }
+tbody th { font-weight: normal; opacity: .8 }
+td { min-width: 6rem; overflow-wrap: anywhere }
+table.marked td { background: var(--mark) }
+summary { cursor: pointer; margin-top: 1rem }
+""")
+
+
+def render(runs: Mapping[str, RunRecord], insights: Mapping[str, Insight | str], written: str) -> str:
+    """The whole page. runs: by the name to show. insights: of each, or why there is none. written: date, version."""
+    sections = [
+        ("Results", _results(runs, insights)),
+        ("Curves", _curves(runs)),
+        ("Augmented pairs", _side_by_side(insights, _pairs)),
+        ("Nearest neighbours", _side_by_side(insights, _neighbours)),
+        ("Map of embeddings", _side_by_side(insights, _map)),
+        ("Confusion of the probe", _side_by_side(insights, _confusion)),
+        ("Similarities", _side_by_side(insights, _similarities)),
+        ("Configuration", _comparison({name: run.settings for name, run in runs.items()})),
+        ("Environment", _comparison({name: run.environment for name, run in runs.items()})),
+    ]
+    title = " · ".join(runs)
+    anchors = [title.lower().replace(" ", "-") for title, _ in sections]
+    body = [
+        element("h1", title),
+        element("p", f"Report of {len(runs)} run{'s' if len(runs) > 1 else ''}, {written}", class_="note"),
+        element(
+            "nav",
+            *(element("a", name, href=f"#{anchor}") for (name, _), anchor in zip(sections, anchors, strict=True)),
+        ),
+    ]
+    for (name, content), anchor in zip(sections, anchors, strict=True):
+        body.append(element("section", element("h2", name), content, id=anchor))
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        element("meta", name_="viewport", content="width=device-width, initial-scale=1"),
+        element("title", title),
+        element("style", CSS),
+    )
+    return "<!doctype html>\n" + element("html", head, element("body", *body), lang="en") + "\n"
+
+
+def _results(runs: Mapping[str, RunRecord], insights: Mapping[str, Insight | str]) -> Html:
+    rows: dict[str, dict[str, str]] = {}
+    for name, run in runs.items():
+        facts = {"state": f"{run.status.get('state', 'unknown')} at step {run.status.get('step', '?')}"}
+        for evaluation in run.evaluations:
+            setting = f"k={evaluation.get('k')}" if evaluation.get("method") == "knn" else evaluation.get("solver")
+            what = f"{evaluation.get('method')} ({setting}) top-1 on {evaluation.get('test')}"
+            facts[what] = f"{_share(evaluation.get('top1'))} (step {evaluation.get('step')})"
+        insight = insights[name]
+        if isinstance(insight, Insight) and insight.confusion is not None:
+            facts["probe of this page, top-1"] = f"{insight.confusion.top1:.2%}"
+        for tag, label, form in (
+            ("speed/images_per_s", "images/s, median", "{:,.0f}"),
+            ("speed/data_wait_share", "time waiting for data, median", "{:.1%}"),
+            ("speed/memory_peak_gib", "peak memory, GiB", "{:.2f}"),
+        ):
+            if tag in run.curves:
+                pick = max if "peak" in tag else statistics.median
+                facts[label] = form.format(pick(run.curves[tag].values))
+        for key, value in facts.items():
+            rows.setdefault(key, {})[name] = value
+    return table(["", *runs], [[key, *(values.get(name, "–") for name in runs)] for key, values in rows.items()])
+
+
+def _share(value: Any) -> str:
+    return f"{value:.2%}" if isinstance(value, float) else str(value)
+
+
+def _curves(runs: Mapping[str, RunRecord]) -> Html:
+    tags = list(dict.fromkeys(tag for run in runs.values() for tag in run.curves))
+    charts = []
+    for pattern in CHARTS:
+        for tag in sorted(tag for tag in tags if re.fullmatch(pattern, tag)):
+            curves = {name: run.curves[tag] for name, run in runs.items() if tag in run.curves}
+            last = ", ".join(f"{name} {curve.values[-1]:.4g}" for name, curve in curves.items())
+            charts.append(picture(figures.curve_chart(curves, tag), tag, f"at the end: {last}"))
+    return element("div", *charts, class_="grid") if charts else element("p", "There are no event files.")
+
+
+def _side_by_side(insights: Mapping[str, Insight | str], show: Any) -> Html:
+    parts = []
+    for name, insight in insights.items():
+        content = element("p", insight, class_="note") if isinstance(insight, str) else show(insight)
+        parts.append(element("div", *([element("h3", name)] if len(insights) > 1 else []), content))
+    return element("div", *parts, class_="grid") if len(parts) > 1 else join(parts)
+
+
+def _pairs(insight: Insight) -> Html:
+    caption = "Two views of an image, one above the other, as the network sees them in training."
+    return picture(figures.pair_picture(insight.pairs), "augmented pairs", caption, "pixels")
+
+
+def _neighbours(insight: Insight) -> Html:
+    rows = []
+    for row in insight.neighbours:
+        query, *others = row.classes
+        caption = f"{query}: {others.count(query)} of {len(others)} neighbours share its class"
+        rows.append(picture(figures.row_picture(row.pictures), "query and neighbours", caption, "pixels"))
+    return join(
+        [
+            element("p", f"Left the query, then the nearest by cosine of h, step {insight.step}.", class_="note"),
+            element("div", *rows, class_="grid"),
+        ]
+    )
+
+
+def _map(insight: Insight) -> Html:
+    found = insight.map
+    if found is None:
+        return _missing(insight, "no map")
+    maps = [
+        picture(figures.map_chart(points, found.labels, found.class_names, name), name, f"{len(points):,} images")
+        for name, points in (("PCA of h", found.pca), ("t-SNE of h", found.tsne))
+    ]
+    return element("div", *maps, class_="grid")
+
+
+def _confusion(insight: Insight) -> Html:
+    found = insight.confusion
+    if found is None:
+        return _missing(insight, "no probe")
+    caption = (
+        f"Linear probe on h, fitted to {found.fitted_to:,} training images: top-1 {found.top1:.2%} of "
+        f"{int(found.counts.sum()):,} test images. Cells: % of the true class."
+    )
+    return element("div", picture(figures.confusion_chart(found), "confusion matrix", caption), class_="grid")
+
+
+def _similarities(insight: Insight) -> Html:
+    n = len(insight.positives)
+    caption = (
+        f"{n} images in evaluation mode. Positives: two views of an image, mean {insight.positives.mean():.3f}; "
+        f"negatives: views of different images, mean {insight.negatives.mean():.3f}."
+    )
+    return element("div", picture(figures.similarity_chart(insight), "similarities", caption), class_="grid")
+
+
+def _missing(insight: Insight, what: str) -> Html:
+    return element("p", *(note for note in insight.notes if note.startswith(what)), class_="note")
+
+
+def _comparison(columns: Mapping[str, Mapping[str, Any]]) -> Html:
+    """All settings; with several runs those that differ come first, marked."""
+    keys = list(dict.fromkeys(key for settings in columns.values() for key in settings))
+    rows = {key: [str(settings.get(key, "–")) for settings in columns.values()] for key in keys}
+    everything = table(["", *columns], [[key, *values] for key, values in rows.items()])
+    if len(columns) == 1:
+        return everything
+    different = [[key, *values] for key, values in rows.items() if len(set(values)) > 1]
+    first = table(["", *columns], different, class_="marked") if different else element("p", "No difference.")
+    return join([first, element("details", element("summary", "everything"), everything)])
+
+
+def names_of(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
+    """Runs by name, or by path where two have the same name."""
+    names = [run.name for run in runs]
+    return {run.name if names.count(run.name) == 1 else str(run.path): run for run in runs}

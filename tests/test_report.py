@@ -1,0 +1,184 @@
+"""The page of `simclr-dist report`. pytest tests/test_report.py"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simclr_dist import cli
+from simclr_dist.checkpoint import read_checkpoint
+from simclr_dist.config import render_config
+from simclr_dist.evaluation.features import Features
+from simclr_dist.monitor.tensorboard import TensorBoard
+from simclr_dist.report.html import Html, element
+from simclr_dist.report.insight import confusion, similarities
+from simclr_dist.report.page import POLICY
+from simclr_dist.report.record import read_curves
+from tests.test_evaluate import run  # noqa: F401
+
+EVIL = "<script>alert('x')</script>\"><img src=http://example.org/x>$\\frac{1}$"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text of everything."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == [], "a tag was left open"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+def recorded(run: Path) -> Path:  # noqa: F811
+    """The small run with everything that a training leaves behind, and strangers' words in it."""
+    checkpoint = read_checkpoint(next((run / "checkpoints").iterdir()))
+    (run / "config.yaml").write_text(render_config(checkpoint.config))
+    (run / "environment.jsonl").write_text(json.dumps({"git": EVIL, "versions": {"torch": "2.11"}}) + "\n{half")
+    (run / "status.json").write_text(json.dumps({"state": EVIL, "step": 7}))
+    line = {"step": 7, "method": "linear", "solver": EVIL, "test": "t", "top1": 0.625}
+    (run / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
+    board = TensorBoard(run / "tensorboard", 0)
+    for samples_seen in range(8, 64, 8):
+        board.log({"train/loss": 3.0 - samples_seen / 64, "speed/images_per_s": 10.0}, samples_seen)
+    board.close()
+    return run
+
+
+def report(*arguments: object) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", *map(str, arguments), "--device", "cpu"])
+    assert ended.value.code == 0
+
+
+def test_the_page_has_every_section_and_loads_nothing(recorded: Path) -> None:
+    report(recorded)
+    page = Page((recorded / "report.html").read_text())
+    headings = {tag["id"] for name, tag in page.tags if name == "section"}
+    assert headings >= {"results", "curves", "augmented-pairs", "nearest-neighbours", "map-of-embeddings"}
+    assert headings >= {"confusion-of-the-probe", "similarities", "configuration", "environment"}
+    sources = [tag["src"] or "" for name, tag in page.tags if name == "img"]
+    assert len(sources) >= 2 + 1 + 8 + 2 + 1 + 1  # curves, pairs, neighbours, two maps, confusion, similarities
+    assert all(re.match(r"data:image/(png|svg\+xml);base64,", source) for source in sources)
+    assert not {"script", "link", "iframe", "object", "base"} & {name for name, _ in page.tags}
+    assert POLICY in {tag.get("content") for _, tag in page.tags}
+    assert "62.50%" in page.text
+    assert "resnet_small" in page.text
+    assert "no probe" not in page.text
+
+
+def test_every_entry_of_the_contents_leads_to_a_section(recorded: Path) -> None:
+    report(recorded)
+    tags = Page((recorded / "report.html").read_text()).tags
+    links = [attributes["href"] for tag, attributes in tags if tag == "a"]
+    assert links == [f"#{attributes['id']}" for tag, attributes in tags if tag == "section"]
+    assert len(links) == 9
+
+
+def test_what_a_run_says_is_shown_as_text(recorded: Path) -> None:
+    report(recorded)
+    text = (recorded / "report.html").read_text()
+    assert "<script" not in text
+    assert "<img src=http" not in text
+    assert Page(text).text.count(EVIL) == 3  # the git id, the state, the solver
+
+
+def test_runs_stand_side_by_side_and_differences_come_first(recorded: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "$weird_name"
+    other.mkdir(parents=True)
+    settings = (recorded / "config.yaml").read_text()
+    (other / "config.yaml").write_text(re.sub(r"temperature: [0-9.]+", "temperature: 0.25", settings))
+    (other / "tensorboard").symlink_to(recorded / "tensorboard")
+    out = tmp_path / "both.html"
+    report(recorded, other, "--out", out)
+    page = Page(out.read_text())
+    assert "$weird_name: the page" not in page.text
+    assert "no checkpoint in it" in page.text  # why there are no pictures of the second run
+    marked = out.read_text().split('class="marked"')[1].split("</table>")[0]
+    assert "loss.temperature" in marked
+    assert "model.encoder" not in marked
+
+
+def test_a_run_without_labels_says_why_there_is_no_probe(recorded: Path) -> None:
+    folder = Path(read_checkpoint(next((recorded / "checkpoints").iterdir())).config.data.train)
+    report(recorded, "--test", folder / "nowhere", "--out", recorded / "a.html")
+    assert "nowhere" in Page((recorded / "a.html").read_text()).text
+
+
+def test_a_missing_package_is_named(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(recorded)])
+    assert ended.value.code == 2
+    assert "pip install 'simclr_dist[eval]'" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(tmp_path)])
+    assert ended.value.code == 2
+    assert f"{tmp_path}: is no run's folder" in capsys.readouterr().err
+
+
+def test_curves_forget_what_a_resume_took_back(tmp_path: Path) -> None:
+    first = TensorBoard(tmp_path, 0)
+    for samples_seen in (8, 16, 24):
+        first.log({"train/loss": 1.0}, samples_seen)
+    first.close()
+    # Event files sort by second and host; a resume within the same second would need a later name.
+    for file in tmp_path.glob("events*"):
+        file.rename(tmp_path / "events.out.tfevents.0000000001.x")
+    second = TensorBoard(tmp_path, 8)
+    second.log({"train/loss": 2.0}, 16)
+    second.close()
+    curve = read_curves(tmp_path)["train/loss"]
+    assert (curve.samples_seen, curve.values) == ((8, 16), (1.0, 2.0))
+
+
+def test_similarities_separate_pairs_from_the_rest() -> None:
+    z = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    positives, negatives = similarities(z)
+    unit = (z / z.norm(dim=2, keepdim=True)).numpy()
+    expected = [float(unit[0, i] @ unit[1, i]) for i in range(5)]
+    np.testing.assert_allclose(positives, expected, atol=1e-6)
+    others = [float(unit[0, i] @ unit[1, j]) for i in range(5) for j in range(5) if i != j]
+    np.testing.assert_allclose(np.sort(negatives), np.sort(others), atol=1e-6)
+
+
+def test_confusion_has_true_classes_in_rows() -> None:
+    labels = torch.arange(90) % 3
+    h = torch.nn.functional.one_hot(labels, 3).float() + 0.01 * torch.randn(90, 3)
+    test_labels = torch.tensor([0, 1, 2, 2])
+    seen_as = torch.tensor([0, 1, 2, 1])  # the last image of class 2 looks like class 1
+    test = Features(torch.nn.functional.one_hot(seen_as, 3).float(), test_labels, torch.arange(4))
+    found = confusion(Features(h, labels, torch.arange(90)), test, ("a", "b", "c"), torch.device("cpu"))
+    assert found.counts.tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+    assert found.top1 == 0.75
+
+
+def test_elements_escape_texts_and_attributes() -> None:
+    made = element("p", "<b>", element("i", "&"), title='"x"')
+    assert made == Html('<p title="&quot;x&quot;">&lt;b&gt;<i>&amp;</i></p>')
