@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from datetime import timedelta
 
 import numpy as np
@@ -22,25 +22,23 @@ from simclr_dist.batchnorm import convert_to_global_batch_norm
 from simclr_dist.checkpoint import TrainState
 from simclr_dist.checkup import Checkup, RankFacts
 from simclr_dist.config import Config, ConfigError
-from simclr_dist.data import Batch, build_loader, describe, load_images
-from simclr_dist.evaluation.features import Features, extract_features_distributed
-from simclr_dist.evaluation.knn import knn_top1
+from simclr_dist.custody import Custody
+from simclr_dist.data import Batch, build_loader
+from simclr_dist.evaluation.while_training import knn_while_training
 from simclr_dist.failures import together
 from simclr_dist.flops import forward_flops, peak_flops, train_flops
 from simclr_dist.gallery import show_gallery
-from simclr_dist.heartbeat import Heartbeats
 from simclr_dist.loss import NTXentLoss
 from simclr_dist.micro_batch import backward_in_micro_batches
 from simclr_dist.model import build_model
 from simclr_dist.monitor import Monitor, RunMonitor, SilentMonitor, memory_peak_gib
 from simclr_dist.non_finite import NonFiniteGradientError, NonFinitePolicy, StepFacts
 from simclr_dist.optim import build_optimizer, build_schedule, set_learning_rate
-from simclr_dist.owner import Ownership, claim
 from simclr_dist.requests import Request, Requests
 from simclr_dist.saving import Saver
-from simclr_dist.status import State, has_failed, write_status
+from simclr_dist.status import State
 from simclr_dist.summary import device_name, end_rows, start_rows
-from simclr_dist.watchdog import BACKSTOP_S, Watchdog
+from simclr_dist.watchdog import BACKSTOP_S
 
 
 class Trainer:
@@ -69,8 +67,7 @@ class Trainer:
         self.global_batch_size = config.train.global_batch_size
         self.batch_size_per_device = self.global_batch_size // self.world.size
 
-        self.ownership = together(self._claim_run_dir, self.device)
-        self.watchdog = self._build_watchdog()
+        self.custody = Custody(config, self.device)
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.resumed = together(lambda: saving.choose(config, self.device, self._warn_on_main), self.device)
         self.loader = together(
@@ -112,6 +109,7 @@ class Trainer:
                 lambda: saving.restore(resumed, config, fingerprint, self.plain_model, self.plain_optimizer),
                 self.device,
             )
+        self.custody.state = self.state
         if config.train.compile:
             self.plain_model.compile()
         with warnings.catch_warnings():
@@ -131,7 +129,7 @@ class Trainer:
             optimizer=self.plain_optimizer,
             scaler=self.accelerator.scaler,
             fingerprint=self.loader.fingerprint,
-            still_ours=self._still_ours,
+            still_ours=self.custody.check,
         )
         self.finite = NonFinitePolicy(
             config.train, config.run_dir, self.world.rank, self.plain_model, self.device, self.monitor.warn
@@ -217,19 +215,19 @@ class Trainer:
             stack.enter_context(self.loader)
             stack.enter_context(self.monitor)
             requests = stack.enter_context(Requests(config.run_dir, self.device))
-            stack.enter_context(self.watchdog)
-            self._set_status("running")
+            stack.enter_context(self.custody.watchdog)
+            self.custody.set_status("running")
             self._announce_start()
             self._started = time.monotonic(), self.state.samples_seen
             if self.state.step >= self.last_step:
                 return self._end("finished")
-            self._watch("settling the order of sums", first=True)
+            self.custody.watch("settling the order of sums", first=True)
             self._settle_order_of_sums()
             interval = _Interval(self)
             self._last_checkup = time.monotonic(), self.loader.wait_s
-            self._watch("waiting for images", first=True)
+            self.custody.watch("waiting for images", first=True)
             for batch in self.loader.batches(self.state.step):
-                self._watch("training", first=interval.steps == 0)
+                self.custody.watch("training", first=interval.steps == 0)
                 if self.saver.is_due(self.state.step + 1):
                     requests.ask(Request.SAVE)
                 requests.announce()
@@ -247,12 +245,12 @@ class Trainer:
                 if self.checkup.is_due(self.state.step) and self.finite.skipped_in_a_row == 0:
                     self._check_health()
                 if self.state.step % self.steps_per_epoch == 0:
-                    with self.watchdog.busy("evaluating", config.timeout.evaluation_s, "evaluation_s"):
+                    with self.custody.watchdog.busy("evaluating", config.timeout.evaluation_s, "evaluation_s"):
                         self._end_epoch(self.state.step // self.steps_per_epoch)
                     interval.restart()
                 request = requests.agreed()
                 if ended or request >= Request.SAVE:
-                    with self.watchdog.busy("saving", config.timeout.save_s, "save_s"):
+                    with self.custody.watchdog.busy("saving", config.timeout.save_s, "save_s"):
                         self.saver.save(self.state, final=ended or request >= Request.STOP)
                 if ended:
                     return self._end("finished")
@@ -260,14 +258,14 @@ class Trainer:
                     if self.world.is_main:
                         requests.forget_files()
                     return self._end("preempted" if request == Request.PREEMPT else "stopped")
-                self._watch("waiting for images")
+                self.custody.watch("waiting for images")
         raise AssertionError("the loader ended before the run did")
 
     def _end_epoch(self, epoch: int) -> None:
         every = self.config.evaluation.knn_every_epochs
         knn_top1 = None
         if every and (epoch % every == 0 or self.state.step >= self.last_step):
-            knn_top1 = self._knn_top1()
+            knn_top1 = knn_while_training(self.plain_model.get_submodule("encoder"), self.config, self.device)
             self._log({"eval/knn_top1": knn_top1})
         every = self.config.monitor.projector_every_epochs
         if every and epoch % every == 0:
@@ -280,36 +278,6 @@ class Trainer:
                 normalize=normalize,
             )
         self.saver.save_at_epoch_end(self.state, epoch, knn_top1)
-
-    def _knn_top1(self) -> float:
-        """Weighted kNN on h of data.test against data.train: how good is the representation by now?"""
-        evaluation, data = self.config.evaluation, self.config.data
-        assert data.test is not None
-        train, test = describe(data.train), describe(data.test)
-        bank = np.random.Generator(np.random.Philox(self.config.seed)).permutation(train.num_samples)
-        bank = np.sort(bank[: evaluation.knn_max_train])
-
-        def features_of(source: str, ids: np.ndarray) -> Features:
-            return extract_features_distributed(
-                self.plain_model.get_submodule("encoder"),
-                lambda part: load_images(
-                    source, data.image_size, batch_size=evaluation.batch_size, ids=part, loader=data.loader
-                ),
-                ids,
-                device=self.device,
-                precision=self.config.train.precision,
-                normalize=normalize,
-            )
-
-        result = knn_top1(
-            features_of(data.train, bank),
-            features_of(data.test, np.arange(test.num_samples)),
-            k=min(evaluation.knn_k, len(bank)),
-            temperature=evaluation.knn_temperature,
-            num_classes=len(train.class_names),
-            device=self.device,
-        )
-        return result.top1
 
     # -----------------------------------------------------------------------------------------------------------------
     # Start and end
@@ -365,9 +333,8 @@ class Trainer:
             )
 
     def _end(self, state: State) -> State:
-        self._set_status(state)
-        if self.ownership is not None:
-            self.ownership.release()
+        self.custody.set_status(state)
+        self.custody.release()
         if state == "finished":
             self.monitor.finish(self.config.model_dump(mode="json"))
         started_s, samples_before = self._started
@@ -379,56 +346,6 @@ class Trainer:
         )
         self.monitor.summarize("end", f"{state} at step {self.state.step} of {self.last_step}", rows)
         return state
-
-    def _set_status(self, state: State) -> None:
-        if self.world.is_main:
-            with suppress(OSError):  # a run directory that has vanished: the save has said so
-                self._still_ours()
-                write_status(self.config.run_dir, state, step=self.state.step)
-
-    def _claim_run_dir(self) -> Ownership | None:
-        """By the main process, before anything is read or written there."""
-        if not self.world.is_main:
-            return None
-        run_dir = self.config.run_dir
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
-            ownership = claim(run_dir)
-        except OSError as error:
-            raise ConfigError([f"runs_dir: {run_dir} cannot be written to: {error.strerror}"]) from None
-        write_status(run_dir, "running", step=0)
-        return ownership
-
-    def _still_ours(self) -> None:
-        """Raises OwnershipError where another training has taken the run over, OSError where its directory is gone."""
-        if self.ownership is not None:
-            self.ownership.check()
-
-    def _build_watchdog(self) -> Watchdog:
-        session = int(self.ownership.session, 16) if self.ownership else 0
-        shared = int(distributed.broadcast_from_main_(torch.tensor([session], device=self.device)))
-        limits = self.config.timeout
-        return Watchdog(
-            Heartbeats(self.config.run_dir, f"{shared:012x}", self.world.rank, self.world.size, limits.step_s),
-            stop_signals=Requests.signals(),
-            stop_s=limits.stop_s,
-            on_hang=self._report_hang,
-            ownership=self.ownership,
-        )
-
-    def _watch(self, doing: str, *, first: bool = False) -> None:
-        limits = self.config.timeout
-        if first:  # compiles, and meets cold caches
-            self.watchdog.doing(doing, self.state.step, limits.first_step_s, "first_step_s")
-        else:
-            self.watchdog.doing(doing, self.state.step, limits.step_s, "step_s", stoppable=True)
-
-    def _report_hang(self, message: str) -> None:
-        """On every rank that hangs, but told once."""
-        run_dir = self.config.run_dir
-        if not has_failed(run_dir):
-            write_status(run_dir, "failed", step=self.state.step, reason="hang", message=message)
-            print(f"\nrank {self.world.rank}: {message}", file=sys.stderr, flush=True)
 
     def _warn_on_main(self, text: str) -> None:
         if self.world.is_main:

@@ -18,7 +18,7 @@ LAYERS = (
     ("doctor", "report", "trainer"),
     ("checkup", "gallery", "summary"),
     ("evaluation", "export", "plan"),
-    ("saving",),
+    ("custody", "saving"),
     ("failures", "non_finite", "watchdog"),
     ("checkpoint", "heartbeat", "monitor", "owner", "provenance", "requests"),
     ("status",),

@@ -1,0 +1,44 @@
+"""How good is the representation by now? Asked between two epochs, answered by all ranks together."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from simclr_dist.augment import normalize
+from simclr_dist.config import Config
+from simclr_dist.data import describe, load_images
+from simclr_dist.evaluation.features import Features, extract_features_distributed
+from simclr_dist.evaluation.knn import knn_top1
+
+
+def knn_while_training(encoder: nn.Module, config: Config, device: torch.device) -> float:
+    """Top-1 of weighted kNN on h of data.test against (at most evaluation.knn_max_train of) data.train."""
+    evaluation, data = config.evaluation, config.data
+    assert data.test is not None
+    train, test = describe(data.train), describe(data.test)
+    bank = np.random.Generator(np.random.Philox(config.seed)).permutation(train.num_samples)
+    bank = np.sort(bank[: evaluation.knn_max_train])
+
+    def features_of(source: str, ids: np.ndarray) -> Features:
+        return extract_features_distributed(
+            encoder,
+            lambda part: load_images(
+                source, data.image_size, batch_size=evaluation.batch_size, ids=part, loader=data.loader
+            ),
+            ids,
+            device=device,
+            precision=config.train.precision,
+            normalize=normalize,
+        )
+
+    result = knn_top1(
+        features_of(data.train, bank),
+        features_of(data.test, np.arange(test.num_samples)),
+        k=min(evaluation.knn_k, len(bank)),
+        temperature=evaluation.knn_temperature,
+        num_classes=len(train.class_names),
+        device=device,
+    )
+    return result.top1
