@@ -4,6 +4,7 @@
         model.safetensors        parameters and buffers, by name
         optimizer.safetensors    optimiser state as "<parameter name>/<state key>"
         state.json               step, samples seen, configuration, data fingerprint, versions
+        online_probe.safetensors if there is a probe: its weights and moments
         MANIFEST.json            size and sha256 of each file above; written last
 
 A save writes into a temporary directory named after its attempt, flushes everything to disk and renames: the rename is
@@ -36,6 +37,7 @@ from simclr_dist.optim import parameter_order
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+PROBE = "online_probe.safetensors"
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -67,6 +69,7 @@ class Checkpoint:
     model_state: dict[str, Tensor] = field(repr=False)
     optimizer_state: dict[str, Tensor] = field(repr=False)
     grad_scaler: dict[str, float] = field(default_factory=dict)
+    probe_state: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,6 +87,7 @@ def write_checkpoint(
     optimizer: Optimizer,
     grad_scaler: dict[str, float],
     versions: dict[str, str],
+    probe_state: dict[str, Tensor] | None = None,
     before_commit: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes `folder`/step_…; the directory appears complete or not at all. One process only. Raises OSError, and what
@@ -95,7 +99,7 @@ def write_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(mode=0o750)
     try:
-        _fill(temporary, attempt, config, state, fingerprint, model, optimizer, grad_scaler, versions)
+        _fill(temporary, attempt, config, state, fingerprint, model, optimizer, grad_scaler, versions, probe_state)
         if final.exists():  # an earlier attempt saved this very step; its content is the same
             return final
         before_commit()
@@ -118,6 +122,7 @@ def _fill(
     optimizer: Optimizer,
     grad_scaler: dict[str, float],
     versions: dict[str, str],
+    probe_state: dict[str, Tensor] | None,
 ) -> None:
     """All files of a checkpoint, on disk when this returns."""
     save_file(_contiguous(model.state_dict()), temporary / "model.safetensors")
@@ -137,10 +142,13 @@ def _fill(
             indent=1,
         )
     )
-    files = {name: {"size": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in FILES}
+    if probe_state is not None:
+        save_file(_contiguous(probe_state), temporary / PROBE)
+    names = FILES if probe_state is None else (*FILES, PROBE)
+    files = {name: {"size": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in names}
     manifest = {"format": FORMAT, "step": state.step, "attempt": attempt, "files": files}
     (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
-    for name in (*FILES, "MANIFEST.json"):
+    for name in (*names, "MANIFEST.json"):
         os.chmod(temporary / name, 0o640)
         _flush(temporary / name)
     _flush(temporary)
@@ -150,9 +158,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in directory `path`, every byte checked against its manifest. Raises CheckpointError."""
     manifest = _read_json(path / "MANIFEST.json")
     files = manifest.get("files")
-    if manifest.get("format") != FORMAT or not isinstance(files, dict) or set(files) != set(FILES):
+    if manifest.get("format") != FORMAT or not isinstance(files, dict) or set(files) - {PROBE} != set(FILES):
         raise CheckpointError(f"{path}/MANIFEST.json: not a manifest of format {FORMAT}")
-    for name in FILES:
+    for name in files:
         file, expected = path / name, files[name]
         if file.is_symlink() or not file.is_file():
             raise CheckpointError(f"{file}: missing")
@@ -172,6 +180,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             model_state=load_file(path / "model.safetensors"),
             optimizer_state=load_file(path / "optimizer.safetensors"),
             grad_scaler={str(k): float(v) for k, v in state["grad_scaler"].items()},
+            probe_state=load_file(path / PROBE) if PROBE in files else {},
         )
     except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: written by another version of simclr_dist: {error}") from None

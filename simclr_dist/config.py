@@ -125,6 +125,7 @@ class EvaluationConfig(Section):
     knn_k: Count = 200
     knn_temperature: Positive = 0.1
     knn_max_train: Count | None = Field(None, description="Images of the online kNN's bank; null: all.")
+    online_probe: bool = Field(False, description="A linear classifier learns beside the encoder; needs labels.")
     batch_size: Count = 512
 
 

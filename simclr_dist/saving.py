@@ -16,6 +16,7 @@ from simclr_dist.checkpoint import Checkpoint, CheckpointError, Kept, TrainState
 from simclr_dist.config import Config, ConfigError
 from simclr_dist.failures import FailedElsewhereError, NonFiniteAbortError
 from simclr_dist.monitor import Monitor
+from simclr_dist.online_probe import OnlineProbe
 from simclr_dist.provenance import versions
 from simclr_dist.status import attempt_name
 
@@ -36,8 +37,18 @@ def choose(config: Config, device: torch.device, warn: Callable[[str], None]) ->
     return checkpoint.find_checkpoint(resume, warn)
 
 
-def restore(found: Checkpoint, config: Config, fingerprint: str, model: nn.Module, optimizer: Optimizer) -> TrainState:
-    """Goes on from `found`. Raises CheckpointError if that would be another training than the one it comes from."""
+def restore(
+    found: Checkpoint,
+    config: Config,
+    fingerprint: str,
+    model: nn.Module,
+    optimizer: Optimizer,
+    probe: OnlineProbe | None = None,
+) -> TrainState:
+    """Goes on from `found`. Raises CheckpointError if that would be another training than the one it comes from.
+
+    A probe that `found` knows nothing of begins here.
+    """
     then, now = found.config, config
     changes = [
         f"{key}: {before} then, {after} now"
@@ -55,6 +66,11 @@ def restore(found: Checkpoint, config: Config, fingerprint: str, model: nn.Modul
             f"{found.path} cannot be continued, because these differ: {'; '.join(changes)}. "
             "Put them back, or choose another name=… to start a new run"
         )
+    if probe is not None and found.probe_state:
+        try:
+            probe.load_state_dict(found.probe_state)
+        except ValueError as error:
+            raise CheckpointError(f"{found.path}: {error}") from None
     return checkpoint.restore(found, model, optimizer)
 
 
@@ -70,6 +86,7 @@ class Saver:
         model: nn.Module,
         optimizer: Optimizer,
         scaler: Any,
+        probe: OnlineProbe | None,
         fingerprint: str,
         still_ours: Callable[[], None],
     ) -> None:
@@ -79,6 +96,7 @@ class Saver:
         self._model = model
         self._optimizer = optimizer
         self._scaler = scaler
+        self._probe = probe
         self._fingerprint = fingerprint
         self._still_ours = still_ours
         self._is_main = distributed.rank() == 0
@@ -168,6 +186,7 @@ class Saver:
             optimizer=self._optimizer,
             grad_scaler=self._scaler.state_dict() if self._scaler is not None else {},
             versions=versions(),
+            probe_state=self._probe.state_dict() if self._probe is not None else None,
             before_commit=self._still_ours,
         )
         # Only now: whoever deletes before writing has nothing left when the write fails.

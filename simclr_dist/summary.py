@@ -52,6 +52,7 @@ def end_rows(config: Config, latest: Mapping[str, float], *, seconds: float, ima
     for name, tag, form in (
         ("loss", "train/loss", "{:.4f}"),
         ("kNN top-1", "eval/knn_top1", "{:.2%}"),
+        ("online probe top-1", "eval/probe_top1", "{:.2%}"),
         ("waited for data", "speed/data_wait_share", "{:.0%} of the last steps' time"),
         ("peak memory", "speed/memory_peak_gib", "{:.2f} GiB"),
     ):

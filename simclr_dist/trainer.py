@@ -23,8 +23,8 @@ from simclr_dist.checkpoint import TrainState
 from simclr_dist.checkup import Checkup, RankFacts
 from simclr_dist.config import Config, ConfigError
 from simclr_dist.custody import Custody
-from simclr_dist.data import Batch, build_loader
-from simclr_dist.evaluation.while_training import knn_while_training
+from simclr_dist.data import Batch, build_loader, describe
+from simclr_dist.evaluation.while_training import evaluate_while_training
 from simclr_dist.failures import together
 from simclr_dist.flops import forward_flops, peak_flops, train_flops
 from simclr_dist.gallery import show_gallery
@@ -33,6 +33,7 @@ from simclr_dist.micro_batch import backward_in_micro_batches
 from simclr_dist.model import build_model
 from simclr_dist.monitor import Monitor, RunMonitor, SilentMonitor, memory_peak_gib
 from simclr_dist.non_finite import NonFiniteGradientError, NonFinitePolicy, StepFacts
+from simclr_dist.online_probe import OnlineProbe
 from simclr_dist.optim import build_optimizer, build_schedule, set_learning_rate
 from simclr_dist.requests import Request, Requests
 from simclr_dist.saving import Saver
@@ -86,7 +87,9 @@ class Trainer:
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
 
         self.augment: Callable[[Batch], Tensor] = Augment(config.augment, config.seed, config.data.image_size)
-        self.plain_model: nn.Module = build_model(config.model)
+        model = build_model(config.model)
+        self.feature_dim = model.feature_dim
+        self.plain_model: nn.Module = model
         self.forward_flops = forward_flops(self.plain_model, config.data.image_size) if self.world.is_main else None
         self.plain_model.to(self.device)
         if config.train.channels_last:
@@ -102,11 +105,14 @@ class Trainer:
             config.loss.implementation,
             gather_dtype=getattr(torch, config.loss.gather_dtype),
         )
+        self.probe = together(self._build_probe, self.device)
         self.state = TrainState()
         if self.resumed is not None:
             resumed, fingerprint = self.resumed, self.loader.fingerprint
             self.state = together(
-                lambda: saving.restore(resumed, config, fingerprint, self.plain_model, self.plain_optimizer),
+                lambda: saving.restore(
+                    resumed, config, fingerprint, self.plain_model, self.plain_optimizer, self.probe
+                ),
                 self.device,
             )
         self.custody.state = self.state
@@ -128,6 +134,7 @@ class Trainer:
             model=self.plain_model,
             optimizer=self.plain_optimizer,
             scaler=self.accelerator.scaler,
+            probe=self.probe,
             fingerprint=self.loader.fingerprint,
             still_ours=self.custody.check,
         )
@@ -236,13 +243,16 @@ class Trainer:
                 loss = self.finite.run(lambda batch=batch: self.train_step(batch), self._facts(batch))  # type: ignore[misc]
                 if interval.steps == 0:
                     distributed.set_timeout(config.timeout.step_s + BACKSTOP_S)
+                learnt = self.finite.skipped_in_a_row == 0
+                if self.probe is not None and learnt:
+                    self.probe.update(self._latest_outputs()[0], batch.labels)
                 self.state.advance(self.global_batch_size)
                 interval.steps += 1
                 self.monitor.advance(self.state.step)
                 ended = self.state.step >= self.last_step
                 if self.state.step % config.monitor.log_every_steps == 0 or ended:
                     self._log(interval.measure(loss))
-                if self.checkup.is_due(self.state.step) and self.finite.skipped_in_a_row == 0:
+                if self.checkup.is_due(self.state.step) and learnt:
                     self._check_health()
                 if self.state.step % self.steps_per_epoch == 0:
                     with self.custody.watchdog.busy("evaluating", config.timeout.evaluation_s, "evaluation_s"):
@@ -263,10 +273,12 @@ class Trainer:
 
     def _end_epoch(self, epoch: int) -> None:
         every = self.config.evaluation.knn_every_epochs
-        knn_top1 = None
+        found: dict[str, float] = {}
         if every and (epoch % every == 0 or self.state.step >= self.last_step):
-            knn_top1 = knn_while_training(self.plain_model.get_submodule("encoder"), self.config, self.device)
-            self._log({"eval/knn_top1": knn_top1})
+            found = evaluate_while_training(
+                self.plain_model.get_submodule("encoder"), self.config, self.device, self.probe
+            )
+            self._log(found)
         every = self.config.monitor.projector_every_epochs
         if every and epoch % every == 0:
             show_gallery(
@@ -277,7 +289,7 @@ class Trainer:
                 device=self.device,
                 normalize=normalize,
             )
-        self.saver.save_at_epoch_end(self.state, epoch, knn_top1)
+        self.saver.save_at_epoch_end(self.state, epoch, found.get("eval/knn_top1"))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Start and end
@@ -298,6 +310,19 @@ class Trainer:
                     f"{self.world.size} processes"
                 ]
             )
+
+    def _build_probe(self) -> OnlineProbe | None:
+        if not self.config.evaluation.online_probe:
+            return None
+        num_classes = int(describe(self.config.data.train).labels.max()) + 1
+        if num_classes < 2:
+            raise ConfigError(
+                [
+                    f"evaluation.online_probe: the labels of {self.config.data.train} name {num_classes} classes, "
+                    "and a classifier needs two; switch it off, or train on labelled images"
+                ]
+            )
+        return OnlineProbe(self.feature_dim, num_classes, self.device)
 
     def _open_monitor(self) -> Monitor:
         if not self.world.is_main:
@@ -357,13 +382,18 @@ class Trainer:
     def _log(self, values: dict[str, float]) -> None:
         self.monitor.log(values, step=self.state.step, samples_seen=self.state.samples_seen)
 
-    def _check_health(self) -> None:
-        started, wait_s = time.monotonic(), self.loader.wait_s
-        since_s, waited_s = self._last_checkup
+    def _latest_outputs(self) -> tuple[Tensor, Tensor]:
+        """h [2B, D] and z [2B, K] of the last step, view after view, whatever the micro-batches were."""
         h, z = (
             torch.cat([x.unflatten(0, (2, -1)) for x in part], dim=1).flatten(0, 1)
             for part in zip(*self.latest, strict=True)
         )
+        return h, z
+
+    def _check_health(self) -> None:
+        started, wait_s = time.monotonic(), self.loader.wait_s
+        since_s, waited_s = self._last_checkup
+        h, z = self._latest_outputs()
         scaler = self.accelerator.scaler
         findings = self.checkup.examine(
             h,
@@ -423,6 +453,8 @@ class _Interval:
             "speed/memory_peak_gib": memory_peak_gib(trainer.device),
             "health/masked_duplicates": float(getattr(trainer.nt_xent, "masked_duplicates", 0)),
         }
+        if trainer.probe is not None:
+            values["train/probe_top1"], values["train/probe_top5"] = trainer.probe.recent_accuracy()
         if trainer.forward_flops:
             flops_per_s = train_flops(trainer.forward_flops) * images_per_s / trainer.world.size
             values["speed/model_tflops_per_device"] = flops_per_s / 1e12

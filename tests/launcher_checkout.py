@@ -124,6 +124,7 @@ options, host, words = sys.argv[1:-2], sys.argv[-2], sys.argv[-1]
 assert options == ["-tt", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=30", "--"], options
 if host == "unreachable":
     sys.exit(f"ssh: connect to host {host} port 22: Connection refused")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what nohup ignores here, it does not ignore there
 enter = json.loads(open(sys.path[0] + "/fake_ssh.json").read()).get(host, [])
 env = os.environ | {"HOST": host}
 remote = subprocess.Popen([*enter, "/bin/sh", "-c", f"exec {words}"], cwd="/", env=env, start_new_session=True)

@@ -15,7 +15,11 @@ from tests.training import STEPS, Training, write_images
 CASES = {
     "lars, global BatchNorm": (2, "optim.optimizer=lars", "optim.base_lr=0.2"),
     # efficientnet_b0 drops whole layers at random
-    "stochastic depth, bf16": (1, "model.encoder=efficientnet_b0", "model.stem=imagenet", "train.precision=bf16"),
+    "stochastic depth, bf16": (
+        1,
+        *("model.encoder=efficientnet_b0", "model.stem=imagenet", "train.precision=bf16"),
+        *("train.global_batch_size=16", f"train.max_steps={STEPS}"),
+    ),
     "micro-batches, adamw": (1, "train.micro_batch_size=16", "optim.optimizer=adamw", "optim.lr_scaling=none"),
 }
 OFTEN = "checkpoint.every_steps=3"

@@ -11,10 +11,15 @@ from simclr_dist.config import Config
 from simclr_dist.data import describe, load_images
 from simclr_dist.evaluation.features import Features, extract_features_distributed
 from simclr_dist.evaluation.knn import knn_top1
+from simclr_dist.online_probe import OnlineProbe
 
 
-def knn_while_training(encoder: nn.Module, config: Config, device: torch.device) -> float:
-    """Top-1 of weighted kNN on h of data.test against (at most evaluation.knn_max_train of) data.train."""
+def evaluate_while_training(
+    encoder: nn.Module, config: Config, device: torch.device, probe: OnlineProbe | None = None
+) -> dict[str, float]:
+    """Top-1 on data.test, by TensorBoard tag: of weighted kNN against h of (at most evaluation.knn_max_train of)
+    data.train, and of the probe if there is one.
+    """
     evaluation, data = config.evaluation, config.data
     assert data.test is not None
     train, test = describe(data.train), describe(data.test)
@@ -33,12 +38,16 @@ def knn_while_training(encoder: nn.Module, config: Config, device: torch.device)
             normalize=normalize,
         )
 
-    result = knn_top1(
-        features_of(data.train, bank),
-        features_of(data.test, np.arange(test.num_samples)),
+    looked_up, asked = features_of(data.train, bank), features_of(data.test, np.arange(test.num_samples))
+    knn = knn_top1(
+        looked_up,
+        asked,
         k=min(evaluation.knn_k, len(bank)),
         temperature=evaluation.knn_temperature,
         num_classes=len(train.class_names),
         device=device,
     )
-    return result.top1
+    found = {"eval/knn_top1": knn.top1}
+    if probe is not None:
+        found["eval/probe_top1"] = probe.top1(asked.h, asked.labels)
+    return found
