@@ -71,6 +71,7 @@ class Watched:
             "monitor.projector_every_epochs=1",
             "monitor.trackers=[wandb]",
             "evaluation.knn_every_epochs=1",
+            "evaluation.online_probe=true",
             world_size=2,
             PYTHONPATH=str(package),
             FAKE_WANDB_FILE=str(folder / "heard"),
