@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     folder: Path = args.dir
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LaunchError(f"{folder}: exists and is not an empty folder; choose another name, nothing was written")
-    for source in sorted(STARTER.glob("configs/*.yaml")) + sorted(STARTER.glob("slurm/*.sh")):
-        copy = folder / source.parent.name / source.name
+    for source in sorted(STARTER.glob("configs/**/*.yaml")) + sorted(STARTER.glob("slurm/*.sh")):
+        copy = folder / source.relative_to(STARTER)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(source.read_text(encoding="utf-8").replace(f"../simclr_dist/{SCHEMA}", f"../{SCHEMA}"), "utf-8")
         copy.chmod(source.stat().st_mode & 0o777 | 0o600)

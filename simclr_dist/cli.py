@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--nproc", type=int, help="processes (default: all GPUs, or two on the CPU)")
     demo.add_argument("overrides", nargs="*", metavar="key=value")
     demo.set_defaults(run=_run_demo)
+    _add_recipe(commands)
     return top
 
 
@@ -229,6 +230,42 @@ def _add_config(commands: Any) -> None:
 def _run_config_show(args: argparse.Namespace) -> int:
     print(render_config(load_config(args.config, args.overrides, check_data=False)), end="")
     return 0
+
+
+def _add_recipe(commands: Any) -> None:
+    recipe = commands.add_parser(
+        "recipe",
+        help="SimCLR v2 from images to a table: pretrain, fine-tune with few labels, distil",
+        description="Pretrains, fine-tunes with each share of the labels, and distils each into every student\n"
+        "(SimCLR v2, arXiv 2006.10029). Started again it goes on where it was interrupted.",
+        epilog="examples:\n"
+        "  simclr-dist recipe configs/recipes/cifar10_v2_cpu.yaml\n"
+        "  simclr-dist recipe configs/recipes/imagenet_v2_resnet50.yaml --run runs/imagenet_v2  # pretrained elsewhere",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    recipe.add_argument("recipe", metavar="RECIPE", type=Path, help="a YAML file, see configs/recipes/")
+    recipe.add_argument(
+        "--run", dest="pretrained", metavar="RUN", type=Path, help="take this pretrained run instead of pretraining"
+    )
+    recipe.add_argument("--nproc", type=int, help="processes that pretrain (default: all GPUs, or two on the CPU)")
+    recipe.add_argument("--device", help="of fine-tuning and distillation (default: a GPU if there is one)")
+    recipe.add_argument("--dry-run", action="store_true", help="check everything, print the stages, do nothing")
+    recipe.add_argument("overrides", nargs="*", metavar="key=value", help="for pretraining")
+    recipe.set_defaults(run=_run_recipe)
+
+
+def _run_recipe(args: argparse.Namespace) -> int:
+    from simclr_dist.evaluation.terminal import choose_device
+    from simclr_dist.recipe import run_recipe
+
+    return run_recipe(
+        args.recipe,
+        args.overrides,
+        choose_device(args.device),
+        run=args.pretrained,
+        nproc=args.nproc,
+        dry_run=args.dry_run,
+    )
 
 
 def _run_demo(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -242,6 +242,7 @@ _SCIENTIFIC = re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$")
 _PLAIN_TAGS = ("map", "seq", "str", "bool", "int", "float", "null")
 
 KeyPath = tuple[str, ...]
+_S = TypeVar("_S", bound=Section)
 
 
 @dataclass
@@ -343,6 +344,20 @@ def load_config(
     return config
 
 
+def load_section(path: Path, kind: type[_S]) -> _S:
+    """Another YAML file of the project, read as strictly. Raises ConfigError with all problems at once."""
+    reader = _Reader({}, [])
+    values = reader.read_file(path)
+    problems, found = reader.problems, None
+    try:
+        found = kind.model_validate(values)
+    except ValidationError as error:
+        problems += [_explain(detail, reader.origins, path, kind) for detail in error.errors()]
+    if problems or found is None:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return found
+
+
 def _cross_checks(
     values: dict[str, Any], origins: dict[KeyPath, str], path: Path, world_size: int | None, check_data: bool
 ) -> list[str]:
@@ -390,13 +405,14 @@ def _place(key_path: KeyPath, origins: dict[KeyPath, str], path: Path) -> str:
     return str(path)
 
 
-def _explain(detail: typing.Any, origins: dict[KeyPath, str], path: Path) -> str:
+def _explain(detail: typing.Any, origins: dict[KeyPath, str], path: Path, kind_of_file: type[Section] = Config) -> str:
     """One problem found by pydantic, as a line for people."""
     # Union members appear in pydantic's location; they are no keys of ours.
     keys: list[str] = []
-    model: Any = Config
+    model: Any = kind_of_file
     for part in detail["loc"]:
-        fields = getattr(model, "model_fields", None)
+        if fields := getattr(model, "model_fields", None):
+            names = list(fields)
         if fields is not None and part in fields:
             keys.append(str(part))
             model = fields[part].annotation
@@ -405,16 +421,13 @@ def _explain(detail: typing.Any, origins: dict[KeyPath, str], path: Path) -> str
             break
         elif isinstance(part, int):
             keys.append(str(part))
+            model = (*typing.get_args(model), None)[0]  # of tuple[Section, ...]
     key_path = tuple(keys)
     key = ".".join(key_path)
     where = _place(key_path, origins, path)
     prefix = f"{where}: {key}: " if key else f"{where}: "
     value, kind = detail["input"], detail["type"]
     if kind == "extra_forbidden":
-        section = Config
-        for part in key_path[:-1]:
-            section = section.model_fields[part].annotation  # type: ignore[assignment]
-        names = list(section.model_fields)
         near = difflib.get_close_matches(key_path[-1], names, n=1, cutoff=0.5)
         hint = f"did you mean `{near[0]}`?" if near else "known keys: " + ", ".join(names)
         return f"{prefix}unknown key; {hint}"

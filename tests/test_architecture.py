@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 
 # Each layer may import those after it, and its own.
 LAYERS = (
-    ("cli", "demo"),
+    ("cli", "demo", "recipe"),
     ("train",),
     ("doctor", "report", "trainer"),
     ("checkup", "gallery", "summary"),

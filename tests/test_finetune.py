@@ -19,9 +19,10 @@ from simclr_dist.data.errors import DataError
 from simclr_dist.evaluation.classifier import Classifier, accuracy, load_classifier, save_classifier
 from simclr_dist.evaluation.distill import distil, distillation_loss
 from simclr_dist.evaluation.features import digest
+from simclr_dist.evaluation.few_labels import Settings, distill_classifier
 from simclr_dist.evaluation.finetune import Training, default_epochs, fine_tune, linear_protocol
 from simclr_dist.evaluation.random_crops import RandomCrops
-from simclr_dist.evaluation.subsets import draw_subset, load_subset, save_subset
+from simclr_dist.evaluation.subsets import Subset, draw_subset, load_subset, save_subset
 from simclr_dist.model import SimCLR, build_model
 from tests.test_evaluate import save_images
 
@@ -257,3 +258,20 @@ def test_the_student_learns_from_the_teacher_without_labels(images: str) -> None
         with torch.no_grad():
             logits[name] = network(x).argmax(dim=1)
     assert (logits["teacher"] == logits["student"]).float().mean() > 0.6
+
+
+def test_a_student_of_other_classes_is_refused(tmp_path: Path) -> None:
+    teacher = tmp_path / "classifier.safetensors"
+    save_classifier(teacher, Classifier(make_model(), 2), make_config(), ("cat", "dog"), {})
+    train, test = (str(save_images(tmp_path / name, 4, seed=0)) for name in ("train", "test"))
+    settings = Settings(torch.device("cpu"), epochs=1)
+    with pytest.raises(DataError, match="has other classes than the teacher"):
+        distill_classifier(teacher, tmp_path / "out", settings, unlabelled=train, test=test, say=print)
+    assert not (tmp_path / "out" / "classifier.safetensors").exists()
+
+
+def test_a_subset_without_a_class_is_refused_by_name(tmp_path: Path) -> None:
+    info = info_with([0, 0, 1, 1, 2], 3)
+    save_subset(tmp_path / "subset.json", Subset((0, 2), info.fingerprint, 0.4, 0))
+    with pytest.raises(DataError, match=r"has no image of the class\(es\) class2"):
+        load_subset(tmp_path / "subset.json", info)

@@ -153,7 +153,7 @@ def test_runs_are_compared_by_settings_and_final_accuracies(watched: Watched) ->
     experiment = plugin_data_pb2.HParamsPluginData.FromString(
         plugin_content(watched.run_dir, "_hparams_/experiment")
     ).experiment
-    assert {info.name.tag for info in experiment.metric_infos} == {"eval/knn_top1", "train/loss"}
+    assert {info.name.tag for info in experiment.metric_infos} == {"eval/knn_top1", "eval/probe_top1", "train/loss"}
     session = plugin_data_pb2.HParamsPluginData.FromString(
         plugin_content(watched.run_dir, "_hparams_/session_start_info")
     ).session_start_info

@@ -16,6 +16,7 @@ import pytest
 
 import simclr_dist
 from simclr_dist.config import load_config
+from simclr_dist.recipe import read_recipe
 from tests.conftest import REPOSITORY
 from tests.pictures import make_folder
 
@@ -128,6 +129,8 @@ def test_a_starter_project_holds_what_the_repository_does(project: Path) -> None
         schema = re.search(r"\$schema=(\S+)", (project / "configs" / config.name).read_text())
         assert schema
         assert (project / "configs" / schema[1]).is_file()
+    for recipe in sorted((REPOSITORY / "configs" / "recipes").glob("*.yaml")):
+        read_recipe(project / "configs" / "recipes" / recipe.name)
     for script in sorted((REPOSITORY / "slurm").glob("*.sh")):
         assert (project / "slurm" / script.name).read_bytes() == script.read_bytes()
 

@@ -224,7 +224,8 @@ def _train(
         "test": data.test,
     }
     save_classifier(out / "classifier.safetensors", classifier, config, data.train_info.class_names, history)
-    result = {**history, "top1": found.top1, "top5": found.top5}
+    num_parameters = sum(p.numel() for p in classifier.parameters())
+    result = {**history, "num_parameters": num_parameters, "top1": found.top1, "top5": found.top5}
     with replaces(out / "result.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result

@@ -20,7 +20,7 @@ from simclr_dist.monitor.projector import write_projector
 LAYOUT = {
     "1 Does it learn?": {
         "loss": ["Multiline", ["train/loss$"]],
-        "accuracy of kNN and probe": ["Multiline", ["eval/.*top1$", "train/probe_top1$"]],
+        "accuracy of kNN and probe": ["Multiline", ["eval/.*top1$", "train/probe_top[15]$"]],
         "the positive is nearest, among the nearest 5": ["Multiline", ["health/contrastive_top[15]$"]],
         "learning rate": ["Multiline", ["train/lr$"]],
     },
