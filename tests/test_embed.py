@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,10 @@ import pytest
 from PIL import Image
 
 from simclr_dist.checkpoint import CheckpointError
+from simclr_dist.cli import main
 from simclr_dist.data.errors import DataError
-from simclr_dist.evaluation.embed import (
-    Embeddings,
-    embed,
-    load_embeddings,
-    neighbours_of,
-    query_embedding,
-    save_embeddings,
-)
+from simclr_dist.evaluation.embed import embed, neighbours_of, query_embedding
+from simclr_dist.evaluation.embeddings_file import Embeddings, load_embeddings, save_embeddings
 from tests.test_evaluate import save_images
 from tests.test_export import save_run
 
@@ -28,16 +24,18 @@ def run(tmp_path: Path) -> Path:
     return save_run(tmp_path, encoder="resnet_small", image_size=16)[0]
 
 
-def test_embeddings_come_back_with_names_and_classes(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["npz", "parquet"])
+def test_embeddings_come_back_with_names_and_classes(run: Path, tmp_path: Path, ending: str) -> None:
+    pytest.importorskip("pyarrow" if ending == "parquet" else "numpy")
     folder = save_images(tmp_path / "pictures", 3, seed=0)
     embeddings = embed(run, str(folder), device="cpu", precision="fp32")
-    save_embeddings(tmp_path / "out.npz", embeddings)
-    found = load_embeddings(tmp_path / "out.npz")
-    np.testing.assert_array_equal(found.h, embeddings.h)
+    save_embeddings(tmp_path / f"out.{ending}", embeddings)
+    found = load_embeddings(tmp_path / f"out.{ending}")
+    for name, value in vars(embeddings).items():
+        np.testing.assert_array_equal(getattr(found, name), value)
     assert found.h.shape == (9, 32)
     assert found.class_names == ("blue", "green", "red")
     assert [found.class_names[label] for label in found.labels] == [Path(name).parent.name for name in found.names]
-    assert found.encoder_digest == embeddings.encoder_digest
 
 
 def test_a_flat_folder_of_any_sizes_needs_no_labels(run: Path, tmp_path: Path) -> None:
@@ -96,11 +94,35 @@ def test_bad_input_is_named(run: Path, tmp_path: Path) -> None:
     embeddings = embed(run, str(folder), device="cpu")
     with pytest.raises(DataError, match=r"nothing.jpg: neither an embedded image's name nor a readable picture"):
         query_embedding(embeddings, "nothing.jpg")
-    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 not really")
-    with pytest.raises(DataError, match="is no file of `simclr-dist embed`"):
-        load_embeddings(tmp_path / "bad.npz")
+    for name in ("bad.npz", "bad.parquet"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04 not really")
+        with pytest.raises(DataError, match="is no file of `simclr-dist embed`"):
+            load_embeddings(tmp_path / name)
     other, _ = save_run(tmp_path / "other", encoder="resnet_small", image_size=16)
     picture = shutil.copy(folder / "red" / "000.png", tmp_path / "copy.png")
     moved = Embeddings(**{**vars(embeddings), "encoder_digest": "another"})
     with pytest.raises(CheckpointError, match="not the one that made these embeddings"):
         query_embedding(moved, str(picture), checkpoint=other)
+
+
+def test_a_file_that_could_not_be_written_is_refused_before_anything_is_embedded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for out, said in (("x.parquet", "pip install 'simclr-dist[eval]'"), ("x.csv", "kept in .npz or .parquet")):
+        with pytest.raises(SystemExit) as caught:
+            main(["embed", str(tmp_path / "no_run"), str(tmp_path / "no_images"), out])
+        assert caught.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_other_programs_read_the_parquet(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    h = np.arange(6, dtype=np.float32).reshape(3, 2)
+    names = ("a.jpg", "b.jpg", "c.jpg")
+    save_embeddings(tmp_path / "x.parquet", Embeddings(h, np.array([0, -1, 0]), names, ("cat",), "", "", "", ""))
+    assert parquet.read_table(tmp_path / "x.parquet").to_pydict() == {
+        "name": list(names),
+        "label": [0, -1, 0],
+        "h": h.tolist(),
+    }

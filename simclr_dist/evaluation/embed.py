@@ -1,12 +1,7 @@
-"""Embeddings of anyone's images, in one file, and what looks like what in it.
-
-The .npz holds plain arrays, no pickles: h float32 [n, D], labels int64 [n] (-1: none), names [n], class_names [C], and
-how they were made: checkpoint, encoder_digest, source, data_fingerprint.
-"""
+"""Embeddings of anyone's images, and what looks like what among them."""
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from simclr_dist.atomic import replaces
 from simclr_dist.augment import normalize
 from simclr_dist.checkpoint import CheckpointError, load_pretrained
 from simclr_dist.data import describe, load_images
@@ -23,22 +17,9 @@ from simclr_dist.data.crops import center_crops
 from simclr_dist.data.errors import DataError
 from simclr_dist.data.pictures import decode_image
 from simclr_dist.data.sources import open_source
+from simclr_dist.evaluation.embeddings_file import Embeddings
 from simclr_dist.evaluation.features import Precision, digest, extract_features
 from simclr_dist.evaluation.knn import nearest
-
-_REQUIRED = ("h", "labels", "names", "class_names", "checkpoint", "encoder_digest", "source", "data_fingerprint")
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    h: NDArray[np.float32]
-    labels: NDArray[np.int64]
-    names: tuple[str, ...]
-    class_names: tuple[str, ...]
-    checkpoint: str
-    encoder_digest: str
-    source: str
-    data_fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -85,29 +66,6 @@ def _names(source: str, n: int) -> tuple[str, ...]:
         return tuple(f"{source}[{i}]" for i in range(n))
     pictures = open_source(source)
     return tuple(pictures.name(i) for i in range(n))
-
-
-def save_embeddings(path: Path, embeddings: Embeddings) -> None:
-    """Writes the .npz; atomic."""
-    arrays = {name: np.asarray(getattr(embeddings, name)) for name in _REQUIRED}
-    with replaces(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-
-
-def load_embeddings(path: Path) -> Embeddings:
-    """Reads what `save_embeddings` wrote. Raises DataError."""
-    try:
-        # Opened here, because np.load leaves a damaged archive open.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as entries:
-            arrays = {name: entries[name] for name in _REQUIRED}
-        h, labels = arrays["h"], arrays["labels"]
-        if h.ndim != 2 or h.dtype != np.float32 or labels.shape != (len(h),) or arrays["names"].shape != (len(h),):
-            raise ValueError("its arrays do not fit together")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: is no file of `simclr-dist embed`: {error}") from None
-    text = {name: str(arrays[name]) for name in _REQUIRED[4:]}
-    names, class_names = (tuple(arrays[name].astype(str).tolist()) for name in ("names", "class_names"))
-    return Embeddings(h, labels, names, class_names, **text)
 
 
 def neighbours_of(embeddings: Embeddings, h: NDArray[np.float32], k: int) -> list[Neighbour]:

@@ -22,16 +22,16 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         subparsers,
         "embed",
         _run_embed,
-        help="write h of every image of a folder to an .npz",
+        help="write h of every image of a folder to one file",
         description=(
-            "Write the encoder's h of every image, labelled or not, to one .npz: arrays h [n, D], labels, names,\n"
-            "class_names, without pickles."
+            "Write the encoder's h of every image, labelled or not, to one file without pickles: an .npz with arrays\n"
+            "h [n, D], labels, names, class_names, or a .parquet with columns name, label, h."
         ),
         epilog="example: simclr-dist embed runs/cifar10_demo ~/Pictures holiday.npz",
     )
     embed.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=SOURCE_HELP)
     embed.add_argument("images", metavar="IMAGES", help="a folder, a tar archive or a .beton file")
-    embed.add_argument("out", metavar="OUT.npz", type=Path)
+    embed.add_argument("out", metavar="OUT", type=Path)
     add_compute_arguments(embed)
 
     neighbours = add_command(
@@ -39,10 +39,10 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "neighbours",
         _run_neighbours,
         help="which embedded images look most like a picture",
-        description="Nearest neighbours of a picture, by cosine similarity of h, among the images of an .npz.",
+        description="Nearest neighbours of a picture, by cosine similarity of h, among embedded images.",
         epilog="example: simclr-dist neighbours holiday.npz beach.jpg --k 5",
     )
-    neighbours.add_argument("embeddings", metavar="EMBEDDINGS.npz", type=Path)
+    neighbours.add_argument("embeddings", metavar="EMBEDDINGS", type=Path)
     neighbours.add_argument("query", metavar="PICTURE", help="any picture file, or the name of an embedded image")
     neighbours.add_argument("--k", type=positive_int, default=10, help="default: 10")
     neighbours.add_argument("--checkpoint", metavar="RUN_OR_CHECKPOINT", help="the encoder, if it has moved since")
@@ -50,8 +50,10 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _run_embed(args: argparse.Namespace) -> int:
-    from simclr_dist.evaluation.embed import embed, save_embeddings
+    from simclr_dist.evaluation.embed import embed
+    from simclr_dist.evaluation.embeddings_file import check_format, save_embeddings
 
+    check_format(args.out)
     embeddings = embed(
         args.source,
         args.images,
@@ -65,7 +67,8 @@ def _run_embed(args: argparse.Namespace) -> int:
 
 
 def _run_neighbours(args: argparse.Namespace) -> int:
-    from simclr_dist.evaluation.embed import load_embeddings, neighbours_of, query_embedding
+    from simclr_dist.evaluation.embed import neighbours_of, query_embedding
+    from simclr_dist.evaluation.embeddings_file import load_embeddings
 
     embeddings = load_embeddings(args.embeddings)
     found = neighbours_of(embeddings, query_embedding(embeddings, args.query, checkpoint=args.checkpoint), args.k)
