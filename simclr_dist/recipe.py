@@ -22,15 +22,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from simclr_dist.atomic import replaces
 from simclr_dist.checkpoint import Checkpoint, find_checkpoint
-from simclr_dist.config import Config, ConfigError, Count, NonNegative, Positive, Section, load_config, load_section
+from simclr_dist.config import (
+    Config,
+    ConfigError,
+    Count,
+    ModelConfig,
+    NonNegative,
+    Positive,
+    Section,
+    load_config,
+    load_section,
+)
 from simclr_dist.evaluation.classifier import Start
 from simclr_dist.evaluation.few_labels import Settings, distill_classifier, finetune_checkpoint
 from simclr_dist.evaluation.offline import evaluate
 from simclr_dist.evaluation.terminal import percent, print_table, say
+from simclr_dist.model import build_model
 
 Share = Annotated[float, Field(gt=0, le=1)]
 COLUMNS = ("top1", "top5", "num_parameters")
@@ -64,6 +75,14 @@ class Student(Schedule):
     temperature: Positive = 1.0
     alpha: Share = Field(1.0, description="Weight of the teacher; the rest goes to the labels it was tuned with.")
 
+    def changes(self) -> dict[str, Any]:
+        """To the teacher's model section."""
+        return self.model_dump(include={"encoder", "width"}, exclude_none=True)
+
+    def model(self, config: Config) -> ModelConfig:
+        """Raises pydantic's ValidationError."""
+        return ModelConfig.model_validate({**config.model.model_dump(), **self.changes()})
+
 
 class Recipe(Section):
     pretrain: Pretraining
@@ -78,7 +97,9 @@ def read_recipe(path: Path, overrides: Sequence[str] = (), *, check_data: bool =
     config = load_config(
         path.parent / recipe.pretrain.config, [*recipe.pretrain.overrides, *overrides], check_data=check_data
     )
-    problems = []
+    problems = [
+        problem for i, student in enumerate(recipe.distill) for problem in _problems_of(i, student, config, path)
+    ]
     if len(set(recipe.labels)) < len(recipe.labels):
         problems.append(f"{path}: labels: {list(recipe.labels)} names a share twice")
     if config.data.test is None:
@@ -86,6 +107,18 @@ def read_recipe(path: Path, overrides: Sequence[str] = (), *, check_data: bool =
     if problems:
         raise ConfigError(problems)
     return recipe, config
+
+
+def _problems_of(number: int, student: Student, config: Config, path: Path) -> list[str]:
+    """What building the student would run into, hours later."""
+    try:
+        with torch.device("meta"):  # neither memory nor time
+            build_model(student.model(config))
+    except ConfigError as error:
+        return [f"{path}: distill.{number}: {problem}" for problem in error.problems]
+    except ValidationError as error:
+        return [f"{path}: distill.{number}: {detail['msg']}" for detail in error.errors()]
+    return []
 
 
 def run_recipe(
@@ -153,7 +186,7 @@ class Stage:
 def stages(recipe: Recipe, root: Path, checkpoint: Checkpoint | None, device: torch.device) -> list[Stage]:
     """In the order in which they are done. Without a checkpoint they can be looked at, not done."""
     source = checkpoint.path if checkpoint else root.parent
-    pretrained = {"checkpoint": source.name, "images": checkpoint.fingerprint if checkpoint else None}
+    pretrained = {"checkpoint": source.name, **(_identity(checkpoint) if checkpoint else {})}
     linear = root / "linear"
     found = [Stage("linear probe", 1.0, linear, {**pretrained}, partial(_probe, source, linear, device))]
     for share in recipe.labels:
@@ -164,13 +197,12 @@ def stages(recipe: Recipe, root: Path, checkpoint: Checkpoint | None, device: to
         )
         found.append(Stage(f"fine-tuned from the {tuning.start}", share, folder, tuned, make))
         for number, student in enumerate(recipe.distill, 1):
-            changes = student.model_dump(include={"encoder", "width"}, exclude_none=True)
             make = partial(
                 distill_classifier,
                 folder / "classifier.safetensors",
                 folder / f"student_{number}",
                 student.settings(device),
-                student=changes,
+                student=student.changes(),
                 temperature=student.temperature,
                 alpha=student.alpha,
                 subset_file=folder / "subset.json" if student.alpha < 1 else None,
@@ -181,6 +213,12 @@ def stages(recipe: Recipe, root: Path, checkpoint: Checkpoint | None, device: to
             asked = {**student.model_dump(), "teacher": tuned}
             found.append(Stage(title, share, folder / f"student_{number}", asked, make))
     return found
+
+
+def _identity(checkpoint: Checkpoint) -> dict[str, str]:
+    """Its images, and its weights: a run that was trained anew under its old name is another one."""
+    manifest = _read(checkpoint.path / "MANIFEST.json")
+    return {"images": checkpoint.fingerprint, "weights": manifest["files"]["model.safetensors"]["sha256"][:16]}
 
 
 def _probe(source: Path, folder: Path, device: torch.device) -> None:

@@ -140,6 +140,16 @@ def test_other_words_for_a_finished_stage_are_refused(
     assert "remove the folder" in str(caught.value)
 
 
+def test_results_of_a_run_that_was_trained_anew_are_refused(finished: Path) -> None:
+    root = finished / "runs" / "tiny" / "recipe" / "linear"
+    asked = json.loads((root / "asked.json").read_text())
+    assert re.fullmatch("[0-9a-f]{16}", asked["weights"])
+    (root / "asked.json").write_text(json.dumps({**asked, "weights": "0" * 16}))
+    with pytest.raises(ConfigError, match=f"weights: 0000000000000000 then, {asked['weights']} now"):
+        run_recipe(finished / "recipe.yaml", [], CPU, run=finished / "runs" / "tiny")
+    (root / "asked.json").write_text(json.dumps(asked))
+
+
 def test_a_damaged_result_is_named(finished: Path) -> None:
     path = finished / "runs" / "tiny" / "recipe" / "linear" / "asked.json"
     before = path.read_bytes()
@@ -177,6 +187,10 @@ BAD = {
     "no test images": (
         {**RECIPE, "pretrain": {"config": "tiny.yaml", "overrides": ["data.test=null"]}},
         "accuracy is measured on data.test",
+    ),
+    "a student that cannot be built": (
+        changed(lambda r: r["distill"][0].update(encoder="resnet81")),
+        "distill.0: model.encoder.*resnet81",
     ),
     "a start that is none": (changed(lambda r: r["finetune"].update(start="middle")), 'finetune.start: .*"middle"'),
 }
