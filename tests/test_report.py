@@ -58,6 +58,12 @@ def recorded(run: Path) -> Path:  # noqa: F811
     (run / "status.json").write_text(json.dumps({"state": EVIL, "step": 7}))
     line = {"step": 7, "method": "linear", "solver": EVIL, "test": "t", "top1": 0.625}
     (run / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
+    for folder, found in (
+        ("finetune/0.1_head_seed0", {"method": "finetune", "num_labels": 5000, "top1": 0.375}),
+        ("recipe/labels_0.1/student_1", {"method": "distill", "student": EVIL, "top1": 0.3125}),
+    ):
+        (run / folder).mkdir(parents=True)
+        (run / folder / "result.json").write_text(json.dumps(found))
     board = TensorBoard(run / "tensorboard", 0)
     for samples_seen in range(8, 64, 8):
         board.log({"train/loss": 3.0 - samples_seen / 64, "speed/images_per_s": 10.0}, samples_seen)
@@ -83,6 +89,8 @@ def test_the_page_has_every_section_and_loads_nothing(recorded: Path) -> None:
     assert not {"script", "link", "iframe", "object", "base"} & {name for name, _ in page.tags}
     assert POLICY in {tag.get("content") for _, tag in page.tags}
     assert "62.50%" in page.text
+    assert "finetune (5000 labels) top-1, finetune/0.1_head_seed037.50%" in page.text
+    assert "top-1, recipe/labels_0.1/student_131.25%" in page.text
     assert "resnet_small" in page.text
     assert "no probe" not in page.text
 
@@ -100,7 +108,7 @@ def test_what_a_run_says_is_shown_as_text(recorded: Path) -> None:
     text = (recorded / "report.html").read_text()
     assert "<script" not in text
     assert "<img src=http" not in text
-    assert Page(text).text.count(EVIL) == 3  # the git id, the state, the solver
+    assert Page(text).text.count(EVIL) == 4  # the git id, the state, the solver, the student
 
 
 def test_runs_stand_side_by_side_and_differences_come_first(recorded: Path, tmp_path: Path) -> None:

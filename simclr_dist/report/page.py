@@ -94,6 +94,13 @@ def _results(runs: Mapping[str, RunRecord], insights: Mapping[str, Insight | str
             setting = f"k={evaluation.get('k')}" if evaluation.get("method") == "knn" else evaluation.get("solver")
             what = f"{evaluation.get('method')} ({setting}) top-1 on {evaluation.get('test')}"
             facts[what] = f"{_share(evaluation.get('top1'))} (step {evaluation.get('step')})"
+        for folder, found in run.classifiers.items():
+            kind = (
+                f"to {found.get('student')}"
+                if found.get("method") == "distill"
+                else f"{found.get('num_labels')} labels"
+            )
+            facts[f"{found.get('method')} ({kind}) top-1, {folder}"] = _share(found.get("top1"))
         insight = insights[name]
         if isinstance(insight, Insight) and insight.confusion is not None:
             facts["probe of this page, top-1"] = f"{insight.confusion.top1:.2%}"

@@ -24,7 +24,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """settings: flat, "model.encoder" -> value. curves: by TensorBoard tag. evaluations: newest last."""
+    """settings: flat, "model.encoder" -> value. curves: by TensorBoard tag. evaluations: newest last.
+
+    classifiers: what `finetune`, `distill` and `recipe` have left in the run's folder, by their folder in it.
+    """
 
     name: str
     path: Path
@@ -33,6 +36,7 @@ class RunRecord:
     status: Mapping[str, Any]
     curves: Mapping[str, Curve]
     evaluations: tuple[Mapping[str, Any], ...]
+    classifiers: Mapping[str, Mapping[str, Any]]
 
 
 def read_run(path: Path) -> RunRecord:
@@ -55,6 +59,13 @@ def read_run(path: Path) -> RunRecord:
         next(iter(_objects(path / "status.json", whole=True)), {}),
         read_curves(path / "tensorboard"),
         tuple(_objects(path / "evaluations.jsonl")),
+        {
+            str(file.parent.relative_to(path)): found
+            for folder in ("finetune", "recipe")
+            for file in sorted((path / folder).rglob("result.json"))
+            for found in _objects(file, whole=True)
+            if "method" in found  # the recipe's linear probe stands among the evaluations
+        },
     )
 
 
