@@ -242,4 +242,5 @@ class Requests:
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            # Who has been asked to stop is on the way out: a late second Ctrl-C must not spoil the exit code.
+            signal.signal(number, signal.SIG_IGN if self.stop else handler)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,9 @@ def cancel(args: argparse.Namespace) -> Exit:
     if node != os.uname().nodename:
         raise LaunchError(f"{run_dir}: process {pid} on {node} runs it; cancel it there")
     for _ in range(2):  # the first asks, the second kills
-        os.kill(pid, signal.SIGINT)
+        if local.holder(run_dir) == holder:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGINT)
         time.sleep(1)
     print(f"{run_dir}: process {pid} cancelled")
     return Exit.OK

@@ -1,6 +1,7 @@
 """Interrupted anywhere, by anything: the same bytes. With other numbers of processes: the same curve.
 
-Each case has what could spoil it: layer-wise rates and global statistics, random depth and bf16, batches in parts.
+Each case has what could spoil it: layer-wise rates and global statistics, random depth and bf16. Micro-batches with
+AdamW: tests/test_online_probe.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ CASES = {
         *("model.encoder=efficientnet_b0", "model.stem=imagenet", "train.precision=bf16"),
         *("train.global_batch_size=16", f"train.max_steps={STEPS}"),
     ),
-    "micro-batches, adamw": (1, "train.micro_batch_size=16", "optim.optimizer=adamw", "optim.lr_scaling=none"),
 }
 OFTEN = "checkpoint.every_steps=3"
 

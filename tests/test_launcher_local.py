@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.launcher_checkout import Checkout, is_running, make_checkout, wait_for
+from tests.launcher_checkout import REPOSITORY, Checkout, is_running, make_checkout, wait_for
 
 pytestmark = pytest.mark.distributed
 CONFIG = "fake.yaml"
@@ -212,3 +214,23 @@ def test_a_closed_pipe_ends_quietly(checkout: Checkout) -> None:
     assert "Traceback" not in shown.stderr.read()
     shown.stderr.close()
     shown.wait(10)
+
+
+LATE = """
+import os, signal
+from launcher.local import Requests
+
+with Requests("USR1"):
+    pass
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+with Requests("USR1") as requests:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert requests.stop and not requests.kill
+os.kill(os.getpid(), signal.SIGINT)
+print("ended as it meant to")
+"""
+
+
+def test_a_second_interrupt_that_comes_too_late_does_not_spoil_the_end() -> None:
+    done = subprocess.run([sys.executable, "-c", LATE], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "ended as it meant to\n"), done.stderr

@@ -133,6 +133,7 @@ def probe_bytes(run_dir: Path) -> bytes:
 @pytest.mark.distributed
 def test_it_leaves_pretraining_alone_and_resumes_exactly(images: Path, tmp_path: Path) -> None:
     settings = ("train.micro_batch_size=16", "monitor.log_every_steps=4", f"data.test={images}")
+    settings += ("optim.optimizer=adamw", "optim.lr_scaling=none")  # micro-batches and AdamW resume exactly too
     settings += ("evaluation.knn_every_epochs=3", "evaluation.knn_k=5")
     without = Training(images, tmp_path, "without", *settings, world_size=2)
     assert without.wait() == [0, 0], without.output
@@ -150,6 +151,7 @@ def test_it_leaves_pretraining_alone_and_resumes_exactly(images: Path, tmp_path:
     assert f"resumes at step {stopped_at}" in parts.output[0]
     assert probe_figures(parts.run_dir) == probe_figures(whole.run_dir)
     assert probe_bytes(parts.run_dir) == probe_bytes(whole.run_dir)
+    assert parts.final_bytes() == whole.final_bytes()
 
     figures = probe_figures(whole.run_dir)
     assert list(figures) == [4, 8, 12, 16, 20, 24]
