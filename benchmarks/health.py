@@ -139,7 +139,7 @@ def main() -> None:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "load_average": os.getloadavg(),
-        "arguments": vars(args),
+        "arguments": {name: value for name, value in vars(args).items() if name != "out"},
         "found": {},
     }
     lines = [f"{'configuration':32} {'images':>6} {'step, ms':>9} {'check, ms':>9} {f'share at every {EVERY}':>18}"]

@@ -345,7 +345,7 @@ def main() -> None:
         "torch": torch.__version__,
         "device": device_name,
         "load_average": os.getloadavg(),
-        "arguments": vars(args),
+        "arguments": {name: value for name, value in vars(args).items() if name != "out"},
         "one_process": {},
         "several_ranks": {},
         "micro_batches": {},

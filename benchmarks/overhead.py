@@ -211,7 +211,7 @@ def main() -> None:
     print("\n".join(lines))
     args.out.mkdir(exist_ok=True)
     path = args.out / f"overhead_{datetime.now(UTC):%Y%m%d_%H%M%S}.json"
-    settings = {name: value if isinstance(value, int | list) else str(value) for name, value in vars(args).items()}
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
     report = {"torch": torch.__version__, "load_average": load, "arguments": settings, "processes": found}
     path.write_text(json.dumps(report, indent=1) + "\n")
     path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
