@@ -30,17 +30,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from simclr_dist.augment import Augment, normalize
 from simclr_dist.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig
-from simclr_dist.data import build_loader, describe, load_images
-from simclr_dist.data.folder_loader import BetonSource
-from simclr_dist.distributed import world
+from simclr_dist.data.loading.build import build_loader, describe, load_images
+from simclr_dist.data.loading.pillow_images import BetonSource
 from simclr_dist.evaluation.features import extract_features
 from simclr_dist.evaluation.knn import knn_top1
 from simclr_dist.evaluation.linear import linear_probe
 from simclr_dist.loss import NTXentLoss
-from simclr_dist.model import SimCLR, build_model
-from simclr_dist.optim import build_optimizer, build_schedule, set_learning_rate
+from simclr_dist.network.simclr import SimCLR, build_model
+from simclr_dist.optim.lars import build_optimizer, build_schedule, set_learning_rate
+from simclr_dist.parallel.distributed import world
+from simclr_dist.views.augment import Augment, normalize
 
 BATCH = 256
 TEMPERATURE = 0.2

@@ -65,7 +65,7 @@ def main() -> None:
 
 def stage(source: Path, split: str | None, place: Path) -> dict[str, str]:
     """The pictures as a .beton file and as a folder of files."""
-    from simclr_dist.data.writer import prepare
+    from simclr_dist.data.beton.writer import prepare
 
     folder = source
     if source.is_file():
@@ -158,10 +158,10 @@ Batches = Callable[[], Iterator[Any]]
 
 
 def ours(side: int, complete: bool, beton: str, folder: str) -> Batches:
-    from simclr_dist.augment import Augment
     from simclr_dist.config import AugmentConfig, DataConfig
-    from simclr_dist.data import build_loader
-    from simclr_dist.distributed import World
+    from simclr_dist.data.loading.build import build_loader
+    from simclr_dist.parallel.distributed import World
+    from simclr_dist.views.augment import Augment
 
     config = AugmentConfig(preset="simclr_cifar" if side == 32 else "simclr_imagenet")
     augment = Augment(config, 0, side)

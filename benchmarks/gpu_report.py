@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from simclr_dist.provenance import git_id, versions
+from simclr_dist.run.provenance import git_id, versions
 
 
 def describe(found: dict[str, Any]) -> str:

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simclr_dist.checkup import Checkup, RankFacts
 from simclr_dist.config import Config, MonitorConfig, load_config
-from simclr_dist.distributed import World
+from simclr_dist.health.check import Checkup, RankFacts
 from simclr_dist.loss import NTXentLoss
-from simclr_dist.model import build_model
-from simclr_dist.monitor import RunMonitor
-from simclr_dist.optim import build_optimizer, set_learning_rate
+from simclr_dist.monitor.monitor import RunMonitor
+from simclr_dist.network.simclr import build_model
+from simclr_dist.optim.lars import build_optimizer, set_learning_rate
+from simclr_dist.parallel.distributed import World
 
 RESULTS = Path(__file__).parent / "results"
 EVERY = MonitorConfig().health_every_steps or 100  # the shipped default

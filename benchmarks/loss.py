@@ -34,10 +34,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr_dist import distributed
 from simclr_dist.loss import NTXentLoss, implementations
 from simclr_dist.loss.tiled import Tiles, spans, triangle
-from simclr_dist.micro_batch import backward_in_micro_batches
+from simclr_dist.optim.micro_batch import backward_in_micro_batches
+from simclr_dist.parallel import distributed
 
 K, TEMPERATURE = 128, 0.1
 RESULTS = Path(__file__).parent / "results"

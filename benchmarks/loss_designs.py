@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simclr_dist import distributed
 from simclr_dist.loss import NTXentLoss
+from simclr_dist.parallel import distributed
 from simclr_dist.plan.traffic import HEADER_BYTES, Collective
 
 TEMPERATURE = 0.1

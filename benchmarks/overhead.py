@@ -32,16 +32,16 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr_dist import distributed
-from simclr_dist.augment import Augment
-from simclr_dist.batchnorm import convert_to_global_batch_norm
 from simclr_dist.config import Config
 from simclr_dist.data import Batch
 from simclr_dist.loss import NTXentLoss
-from simclr_dist.model import build_model
-from simclr_dist.optim import build_optimizer
-from simclr_dist.requests import Requests
-from simclr_dist.trainer import Trainer
+from simclr_dist.network.batchnorm import convert_to_global_batch_norm
+from simclr_dist.network.simclr import build_model
+from simclr_dist.optim.lars import build_optimizer
+from simclr_dist.parallel import distributed
+from simclr_dist.run.stop_requests import Requests
+from simclr_dist.training.trainer import Trainer
+from simclr_dist.views.augment import Augment
 
 RESULTS = Path(__file__).parent / "results"
 LOG_EVERY = 10  # the shipped default

@@ -36,7 +36,7 @@ from benchmarks.scaling_model import (
 from simclr_dist.config import Config, load_config
 from simclr_dist.plan.memory import device_memory, loss_workspace
 from simclr_dist.plan.traffic import collectives
-from simclr_dist.provenance import git_id
+from simclr_dist.run.provenance import git_id
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED_CONFIG = ROOT / "configs" / "cifar10_demo.yaml"

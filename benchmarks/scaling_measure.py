@@ -18,16 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.loss_designs import FULL, GATHERED, OURS
 from benchmarks.traffic import CountTraffic
-from simclr_dist import distributed
-from simclr_dist.augment import Augment
-from simclr_dist.batchnorm import convert_to_global_batch_norm
 from simclr_dist.config import Config
 from simclr_dist.data import Batch
 from simclr_dist.loss import NTXentLoss
-from simclr_dist.model import build_model
-from simclr_dist.optim import build_optimizer
+from simclr_dist.network.batchnorm import convert_to_global_batch_norm
+from simclr_dist.network.simclr import build_model
+from simclr_dist.optim.lars import build_optimizer
+from simclr_dist.parallel import distributed
 from simclr_dist.plan.memory import LiveBytes
-from simclr_dist.requests import Requests
+from simclr_dist.run.stop_requests import Requests
+from simclr_dist.views.augment import Augment
 
 K = 128
 DESIGNS = {design.name: design for design in (OURS, GATHERED, FULL)}

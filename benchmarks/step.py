@@ -29,8 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simclr_dist.config import Config
 from simclr_dist.data import Batch
-from simclr_dist.model import build_encoder
-from simclr_dist.trainer import Trainer
+from simclr_dist.network.simclr import build_encoder
+from simclr_dist.training.trainer import Trainer
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr_dist import cli, distributed, encoders, train
+from simclr_dist import cli, train
 from simclr_dist.config import Config, ModelConfig
 from simclr_dist.data import Batch
 from simclr_dist.data.randomness import keys, uniform
+from simclr_dist.network import encoders
+from simclr_dist.parallel import distributed
 from simclr_dist.trainer import Trainer
 
 # ---------------------------------------------------------------------------------------------------------------------

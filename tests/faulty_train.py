@@ -11,7 +11,7 @@ import time
 import torch
 
 from simclr_dist import train
-from simclr_dist.trainer import Trainer
+from simclr_dist.training.trainer import Trainer
 
 kind, rank, step = os.environ["FAULT"].split()
 sound_step = Trainer.train_step

@@ -101,8 +101,12 @@ def make_checkout(root: Path) -> Checkout:
     for name in ("launcher", "slurm"):
         shutil.copytree(REPOSITORY / name, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "simclr_dist").mkdir()
-    for name in ("__init__.py", "config.py"):
-        shutil.copy(REPOSITORY / "simclr_dist" / name, root / "simclr_dist" / name)
+    shutil.copy(REPOSITORY / "simclr_dist" / "__init__.py", root / "simclr_dist" / "__init__.py")
+    shutil.copytree(
+        REPOSITORY / "simclr_dist" / "config",
+        root / "simclr_dist" / "config",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     shutil.copy(REPOSITORY / "tests" / "fake_trainer.py", root / "simclr_dist" / "train.py")
     (root / "fake.yaml").write_text(CONFIG)
     return Checkout(root, clean_environment())

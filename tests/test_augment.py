@@ -12,8 +12,11 @@ import torchvision.transforms.functional as reference
 from torch import Tensor
 from torchvision.transforms import ColorJitter
 
-from simclr_dist import augment as module
-from simclr_dist.augment import (
+from simclr_dist.config import AugmentConfig
+from simclr_dist.data.batch import Batch
+from simclr_dist.data.decode.presets import resolve_recipe
+from simclr_dist.views import augment as module
+from simclr_dist.views.augment import (
     Augment,
     Parameters,
     blend_,
@@ -23,9 +26,6 @@ from simclr_dist.augment import (
     normalize,
     rotate_hue_,
 )
-from simclr_dist.config import AugmentConfig
-from simclr_dist.data.batch import Batch
-from simclr_dist.data.recipe import resolve_recipe
 
 SIDE = 24
 TOLERANCE = 5e-6  # of a value in [0, 1]; a grey level is 4e-3

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from simclr_dist import checkpoint
-from simclr_dist.checkpoint import CheckpointError, Kept, TrainState
+from simclr_dist.checkpoint import files as checkpoint
+from simclr_dist.checkpoint.files import CheckpointError, Kept, TrainState
 from simclr_dist.config import Config
-from simclr_dist.model import SimCLR, build_model
-from simclr_dist.optim import build_optimizer, set_learning_rate
+from simclr_dist.network.simclr import SimCLR, build_model
+from simclr_dist.optim.lars import build_optimizer, set_learning_rate
 
 CONFIG = Config.model_validate(
     {

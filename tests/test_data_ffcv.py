@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simclr_dist.data import describe
-from simclr_dist.data.ffcv_import import unavailable
-from simclr_dist.data.folder_loader import BetonSource
-from simclr_dist.data.writer import prepare
+from simclr_dist.data.beton.writer import prepare
+from simclr_dist.data.decode.ffcv_import import unavailable
+from simclr_dist.data.loading.build import describe
+from simclr_dist.data.loading.pillow_images import BetonSource
 from tests.pictures import make_folder, picture
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailabl
 PREAMBLE = """
 import sys, threading
 import numpy as np, torch
-from simclr_dist.data.ffcv_import import import_ffcv
+from simclr_dist.data.decode.ffcv_import import import_ffcv
 ffcv = import_ffcv()
 """
 
@@ -50,9 +50,9 @@ def test_ffcvs_loader_runs_our_crops_over_two_epochs(tmp_path: Path) -> None:
     script = """
         from ffcv.loader import Loader, OrderOption
         from simclr_dist.config import AugmentConfig, DataConfig
-        from simclr_dist.data import build_loader
-        from simclr_dist.data.ffcv_operation import SampleIds, TwoCrops
-        from simclr_dist.distributed import World
+        from simclr_dist.data.loading.build import build_loader
+        from simclr_dist.data.loading.ffcv_operation import SampleIds, TwoCrops
+        from simclr_dist.parallel.distributed import World
 
         ours = {}
         settings = DataConfig(train=sys.argv[1], image_size=24, num_threads=1)
@@ -132,7 +132,7 @@ def test_we_read_what_ffcvs_writer_writes(tmp_path: Path) -> None:
         assert info.labels.tolist() == [i % 4 for i in range(30)]
         assert info.class_names == ("0", "1", "2", "3")
         source = BetonSource(path)
-        from simclr_dist.data.inspect import inspect_beton
+        from simclr_dist.data.loading.inspect import inspect_beton
 
         assert inspect_beton(path, verify=True).damaged == {}
         for i in range(30):

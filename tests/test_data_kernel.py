@@ -10,12 +10,12 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from simclr_dist.data.crops import center_crops, random_crops
+from simclr_dist.data.decode.crops import center_crops, random_crops
 from simclr_dist.data.randomness import keys, uniform
 from tests.pictures import picture
 
 pytest.importorskip("numba")
-kernel = pytest.importorskip("simclr_dist.data.kernel")
+kernel = pytest.importorskip("simclr_dist.data.decode.kernel")
 
 
 def resized(

@@ -21,13 +21,15 @@ import torch
 import torchvision.transforms.functional as reference
 
 from simclr_dist.config import AugmentConfig, DataConfig
-from simclr_dist.data import Batch, DataError, Loader, build_loader, describe, ffcv_import, load_images
-from simclr_dist.data.beton import open_beton
-from simclr_dist.data.crops import random_crops
-from simclr_dist.data.ffcv_loader import BetonImages
+from simclr_dist.data import Batch, DataError, Loader
+from simclr_dist.data.beton.reader import open_beton
+from simclr_dist.data.beton.writer import prepare
+from simclr_dist.data.decode import ffcv_import
+from simclr_dist.data.decode.crops import random_crops
+from simclr_dist.data.loading.build import build_loader, describe, load_images
+from simclr_dist.data.loading.ffcv_images import BetonImages
 from simclr_dist.data.randomness import keys
-from simclr_dist.data.writer import prepare
-from simclr_dist.distributed import World
+from simclr_dist.parallel.distributed import World
 from tests.pictures import make_folder
 
 needs_ffcv = pytest.mark.skipif(ffcv_import.unavailable() is not None, reason=str(ffcv_import.unavailable()))
@@ -190,8 +192,8 @@ def test_page_local_order_of_a_folder_is_refused(folder: Path) -> None:
 GOLDEN_SCRIPT = """
     import hashlib, sys
     import numpy as np
-    from simclr_dist.data import kernel
-    from simclr_dist.data.crops import random_crops
+    from simclr_dist.data.decode import kernel
+    from simclr_dist.data.decode.crops import random_crops
     from simclr_dist.data.randomness import keys
     from tests.pictures import SIZES, picture
 
@@ -250,7 +252,7 @@ def test_a_picture_is_decoded_once_for_both_views(beton: Path) -> None:
     """With a codec of our own in ffcv's place, which counts."""
     script = """
         import ctypes, sys, types
-        from simclr_dist.data import ffcv_import
+        from simclr_dist.data.loading.build import ffcv_import
 
         calls = []
         kinds = [ctypes.c_void_p, ctypes.c_uint64, *[ctypes.c_uint32] * 2, ctypes.c_void_p, *[ctypes.c_uint32] * 6]
@@ -262,8 +264,8 @@ def test_a_picture_is_decoded_once_for_both_views(beton: Path) -> None:
         ffcv_import.codec = lambda: types.SimpleNamespace(imdecode=fake)
 
         import numpy as np
-        from simclr_dist.data.crops import random_crops
-        from simclr_dist.data.ffcv_loader import BetonImages
+        from simclr_dist.data.decode.crops import random_crops
+        from simclr_dist.data.loading.ffcv_images import BetonImages
         from simclr_dist.data.randomness import keys
 
         images = BetonImages(sys.argv[1])
@@ -423,8 +425,8 @@ def test_exit_with_an_open_loader_is_quick_and_clean(beton: Path) -> None:
     script = """
         import sys
         from simclr_dist.config import AugmentConfig, DataConfig
-        from simclr_dist.data import build_loader
-        from simclr_dist.distributed import World
+        from simclr_dist.data.loading.build import build_loader
+        from simclr_dist.parallel.distributed import World
         loader = build_loader(DataConfig(train=sys.argv[1], image_size=24), AugmentConfig(), seed=0,
                               global_batch_size=8, world=World(), device="cpu")
         for batch in loader.batches(0):
@@ -451,7 +453,7 @@ def test_works_when_bound_to_one_cpu(beton: Path) -> None:
     script = """
         import os, sys
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        from simclr_dist.data import load_images
+        from simclr_dist.data.loading.build import load_images
         print(sum(len(ids) for _, _, ids in load_images(sys.argv[1], 24, batch_size=8)))
     """
     assert run_python(script, str(beton)) == str(NUM_SAMPLES)
@@ -464,7 +466,7 @@ def test_more_threads_than_cpus_are_not_started(folder: Path, monkeypatch: pytes
 
 
 def test_ranks_of_a_node_share_its_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    from simclr_dist.data.threads import default_num_threads
+    from simclr_dist.parallel.threads import default_num_threads
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     assert [default_num_threads(None, ranks) for ranks in (1, 4, 16, 64)] == [16, 4, 1, 1]

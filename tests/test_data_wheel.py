@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from simclr_dist.data.ffcv_import import unavailable
-from simclr_dist.data.writer import prepare
+from simclr_dist.data.beton.writer import prepare
+from simclr_dist.data.decode.ffcv_import import unavailable
 from tests.pictures import make_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -33,9 +33,9 @@ exec "$@"
 READ = """
 import hashlib, itertools, sys
 from simclr_dist.config import AugmentConfig, DataConfig
-from simclr_dist.data import build_loader
-from simclr_dist.data.ffcv_import import codec
-from simclr_dist.distributed import World
+from simclr_dist.data.loading.build import build_loader
+from simclr_dist.data.decode.ffcv_import import codec
+from simclr_dist.parallel.distributed import World
 
 content = hashlib.sha256()
 settings = DataConfig(train=sys.argv[1], image_size=32, num_threads=1, loader="ffcv")

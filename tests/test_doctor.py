@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from simclr_dist import doctor
-from simclr_dist.data.doctor import cpu_quota
-from simclr_dist.finding import Finding
+from simclr_dist.doctor import checks as doctor
+from simclr_dist.doctor.data import cpu_quota
+from simclr_dist.doctor.finding import Finding
 from tests.conftest import REPOSITORY
 
 

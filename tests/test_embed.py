@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_dist.checkpoint import CheckpointError
+from simclr_dist.checkpoint.files import CheckpointError
 from simclr_dist.cli import main
 from simclr_dist.data.errors import DataError
 from simclr_dist.evaluation.embed import embed, neighbours_of, query_embedding

@@ -9,11 +9,11 @@ import torch
 import torchvision
 from torch import nn
 
-from simclr_dist import distributed
-from simclr_dist.batchnorm import convert_to_global_batch_norm
 from simclr_dist.config import Config, ConfigError, ModelConfig
-from simclr_dist.encoders import build_encoder
-from simclr_dist.model import build_model
+from simclr_dist.network.batchnorm import convert_to_global_batch_norm
+from simclr_dist.network.encoders import build_encoder
+from simclr_dist.network.simclr import build_model
+from simclr_dist.parallel import distributed
 from tests.distributed.spawn import run_ranks
 
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from simclr_dist.checkpoint import TrainState, write_checkpoint
+from simclr_dist.checkpoint.files import TrainState, write_checkpoint
+from simclr_dist.cli import evaluate as commands
 from simclr_dist.config import Config, ConfigError
 from simclr_dist.data.errors import DataError
-from simclr_dist.evaluation import commands
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
-from simclr_dist.evaluation.classifier import load_classifier
 from simclr_dist.evaluation.features import Features, digest
-from simclr_dist.export import ExportError
-from simclr_dist.model import build_model
+from simclr_dist.export.export import ExportError
+from simclr_dist.few_labels.classifier import load_classifier
+from simclr_dist.network.simclr import build_model
 
 CLASSES = ("blue", "green", "red")
 
@@ -217,7 +217,7 @@ def test_every_command_explains_itself(command: tuple[str, ...], capsys: pytest.
 
 def test_help_does_not_import_torch() -> None:
     code = (
-        "import argparse, sys; from simclr_dist.evaluation import commands;"
+        "import argparse, sys; from simclr_dist.cli import evaluate as commands;"
         "commands.register(argparse.ArgumentParser().add_subparsers());"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )

@@ -13,12 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from simclr_dist import export as export_module
-from simclr_dist.augment import MEAN
-from simclr_dist.checkpoint import TrainState, write_checkpoint
+from simclr_dist.checkpoint.files import TrainState, write_checkpoint
 from simclr_dist.config import Config
-from simclr_dist.export import ExportError, check_same_outputs, export
-from simclr_dist.model import SimCLR, build_model
+from simclr_dist.export import export as export_module
+from simclr_dist.export.export import ExportError, check_same_outputs, export
+from simclr_dist.network.simclr import SimCLR, build_model
+from simclr_dist.views.augment import MEAN
 
 
 def save_run(folder: Path, *, encoder: str, stem: str = "imagenet", image_size: int = 32) -> tuple[Path, SimCLR]:

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.own_parts import AlignmentAndUniformity, Occluded
-from simclr_dist import encoders
-from simclr_dist.augment import Augment
 from simclr_dist.config import AugmentConfig, ConfigError, ModelConfig
 from simclr_dist.data import Batch
+from simclr_dist.network import encoders
+from simclr_dist.views.augment import Augment
 from tests.conftest import REPOSITORY
 from tests.distributed.spawn import run_ranks
 

@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from simclr_dist.augment import normalize
-from simclr_dist.checkpoint import CheckpointError
+from simclr_dist.checkpoint.files import CheckpointError
 from simclr_dist.config import Config, ModelConfig
-from simclr_dist.data import DatasetInfo, describe, load_images
 from simclr_dist.data.errors import DataError
-from simclr_dist.evaluation.classifier import Classifier, accuracy, load_classifier, save_classifier
-from simclr_dist.evaluation.distill import distil, distillation_loss
+from simclr_dist.data.loading.build import DatasetInfo, describe, load_images
 from simclr_dist.evaluation.features import digest
-from simclr_dist.evaluation.few_labels import Settings, distill_classifier
-from simclr_dist.evaluation.finetune import Training, default_epochs, fine_tune, linear_protocol
-from simclr_dist.evaluation.random_crops import RandomCrops
-from simclr_dist.evaluation.subsets import Subset, draw_subset, load_subset, save_subset
-from simclr_dist.model import SimCLR, build_model
+from simclr_dist.few_labels.classifier import Classifier, accuracy, load_classifier, save_classifier
+from simclr_dist.few_labels.distill import distil, distillation_loss
+from simclr_dist.few_labels.finetune import Training, default_epochs, fine_tune, linear_protocol
+from simclr_dist.few_labels.random_crops import RandomCrops
+from simclr_dist.few_labels.subsets import Subset, draw_subset, load_subset, save_subset
+from simclr_dist.few_labels.train import Settings, distill_classifier
+from simclr_dist.network.simclr import SimCLR, build_model
+from simclr_dist.views.augment import normalize
 from tests.test_evaluate import save_images
 
 

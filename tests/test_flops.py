@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from simclr_dist.config import load_config
-from simclr_dist.flops import forward_flops, peak_flops, train_flops
-from simclr_dist.model import build_model
+from simclr_dist.network.flops import forward_flops, peak_flops, train_flops
+from simclr_dist.network.simclr import build_model
 from tests.conftest import REPOSITORY
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simclr_dist import distributed
 from simclr_dist.loss import NTXentLoss
+from simclr_dist.parallel import distributed
 from tests.devices import CUDA, needs_cuda, on_every_device, unwritten_memory_is_nan
 from tests.distributed.spawn import run_ranks
 

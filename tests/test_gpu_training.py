@@ -16,12 +16,12 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from simclr_dist.batchnorm import convert_to_global_batch_norm
-from simclr_dist.checkpoint import find_checkpoint
+from simclr_dist.checkpoint.files import find_checkpoint
 from simclr_dist.config import load_config
-from simclr_dist.export import export
-from simclr_dist.model import build_model
-from simclr_dist.trainer import Trainer
+from simclr_dist.export.export import export
+from simclr_dist.network.batchnorm import convert_to_global_batch_norm
+from simclr_dist.network.simclr import build_model
+from simclr_dist.training.trainer import Trainer
 from tests.conftest import REPOSITORY
 from tests.devices import CUDA, needs_cuda, on_every_device, unwritten_memory_is_nan
 from tests.distributed.spawn import run_ranks

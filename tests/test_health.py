@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simclr_dist import health
-from simclr_dist.batchnorm import convert_to_global_batch_norm
-from simclr_dist.checkup import Checkup, Findings, RankFacts, gather_sample
-from simclr_dist.distributed import World
+from simclr_dist.health import figures as health
+from simclr_dist.health.check import Checkup, Findings, RankFacts, gather_sample
+from simclr_dist.network.batchnorm import convert_to_global_batch_norm
+from simclr_dist.parallel.distributed import World
 from tests.distributed.spawn import run_ranks
 
 M, K = 23, 7

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr_dist.loss import NTXentLoss, nt_xent
-from simclr_dist.micro_batch import backward_in_micro_batches
+from simclr_dist.optim.micro_batch import backward_in_micro_batches
 
 
 class TwoOutputs(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from simclr_dist.config import ModelConfig
-from simclr_dist.model import build_model, build_projection_head
+from simclr_dist.network.simclr import build_model, build_projection_head
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.plugins.projector import projector_config_pb2
 
 from simclr_dist.config import ConfigError, MonitorConfig
-from simclr_dist.monitor import RunMonitor
+from simclr_dist.monitor.monitor import RunMonitor
 from tests.training import Training
 
 # Stands for the package of that name, with as much of it as Accelerate touches.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simclr_dist.online_probe import LEARNING_RATE, OnlineProbe
+from simclr_dist.evaluation.online_probe import LEARNING_RATE, OnlineProbe
 from tests.distributed.spawn import run_ranks
 from tests.training import Training, write_images
 

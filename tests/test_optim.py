@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from simclr_dist.config import OptimConfig
-from simclr_dist.optim import (
+from simclr_dist.optim.lars import (
     LARS,
     LearningRate,
     build_optimizer,

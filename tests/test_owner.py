@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from simclr_dist import owner
-from simclr_dist.owner import OwnershipError, claim
-from simclr_dist.process import Process
+from simclr_dist.run import owner
+from simclr_dist.run.owner import OwnershipError, claim
+from simclr_dist.run.process import Process
 
 
 def edit(run_dir: Path, **changes: object) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 import simclr_dist
 from simclr_dist.config import load_config
-from simclr_dist.recipe import read_recipe
+from simclr_dist.few_labels.recipe import read_recipe
 from tests.conftest import REPOSITORY
 from tests.pictures import make_folder
 

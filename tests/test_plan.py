@@ -12,13 +12,13 @@ import torch
 from benchmarks.loss import PeakMemory, in_own_process
 from benchmarks.traffic import CountTraffic
 from simclr_dist import cli
-from simclr_dist.batchnorm import convert_to_global_batch_norm
-from simclr_dist.checkpoint import TrainState, write_checkpoint
+from simclr_dist.checkpoint.files import TrainState, write_checkpoint
 from simclr_dist.config import Config, load_config
 from simclr_dist.loss import NTXentLoss
-from simclr_dist.micro_batch import backward_in_micro_batches
-from simclr_dist.model import build_model
-from simclr_dist.optim import build_optimizer
+from simclr_dist.network.batchnorm import convert_to_global_batch_norm
+from simclr_dist.network.simclr import build_model
+from simclr_dist.optim.lars import build_optimizer
+from simclr_dist.optim.micro_batch import backward_in_micro_batches
 from simclr_dist.plan.forecast import LINK_BYTES_PER_S, Forecast, Speed, forecast
 from simclr_dist.plan.memory import (
     LiveBytes,
@@ -29,7 +29,7 @@ from simclr_dist.plan.memory import (
     step_activations,
 )
 from simclr_dist.plan.traffic import collectives
-from simclr_dist.requests import Requests
+from simclr_dist.run.stop_requests import Requests
 from tests.conftest import REPOSITORY
 from tests.distributed.spawn import run_ranks
 

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_dist.data import DataError, describe
-from simclr_dist.data import writer as module
-from simclr_dist.data.beton import open_beton, sidecar_path
-from simclr_dist.data.ffcv_import import unavailable
-from simclr_dist.data.folder_loader import BetonSource
-from simclr_dist.data.inspect import inspect_beton
-from simclr_dist.data.writer import PAGE_BYTES, prepare
+from simclr_dist.data import DataError
+from simclr_dist.data.beton import writer as module
+from simclr_dist.data.beton.reader import open_beton, sidecar_path
+from simclr_dist.data.beton.writer import PAGE_BYTES, prepare
+from simclr_dist.data.decode.ffcv_import import unavailable
+from simclr_dist.data.loading.build import describe
+from simclr_dist.data.loading.inspect import inspect_beton
+from simclr_dist.data.loading.pillow_images import BetonSource
 from tests.pictures import make_folder, picture
 
 needs_ffcv = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))

@@ -16,11 +16,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from simclr_dist import recipe as recipes
 from simclr_dist.cli import main
 from simclr_dist.config import ConfigError
-from simclr_dist.evaluation.classifier import load_classifier
-from simclr_dist.recipe import read_recipe, run_recipe
+from simclr_dist.few_labels import recipe as recipes
+from simclr_dist.few_labels.classifier import load_classifier
+from simclr_dist.few_labels.recipe import read_recipe, run_recipe
 from tests.conftest import REPOSITORY
 from tests.test_evaluate import save_images
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from simclr_dist import cli
-from simclr_dist.checkpoint import read_checkpoint
+from simclr_dist.checkpoint.files import read_checkpoint
 from simclr_dist.config import render_config
 from simclr_dist.evaluation.features import Features
 from simclr_dist.monitor.tensorboard import TensorBoard

@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from simclr_dist.config import load_config
-from simclr_dist.distributed import World
-from simclr_dist.model import build_model
 from simclr_dist.monitor.terminal import Quiet, TerminalStyle, build_terminal
-from simclr_dist.optim import build_optimizer
-from simclr_dist.summary import kept_bytes, learning_rate_formula, split_of_batch
+from simclr_dist.network.simclr import build_model
+from simclr_dist.optim.lars import build_optimizer
+from simclr_dist.parallel.distributed import World
+from simclr_dist.training.summary import kept_bytes, learning_rate_formula, split_of_batch
 from tests.conftest import REPOSITORY
 from tests.training import TINY, Training
 

@@ -9,14 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-from simclr_dist.heartbeat import Heartbeats
+from simclr_dist.run.heartbeat import Heartbeats
 from tests.conftest import REPOSITORY
 
 PROGRAM = """
 import signal, sys, time
 from pathlib import Path
-from simclr_dist.heartbeat import Heartbeats
-from simclr_dist.watchdog import Watchdog
+from simclr_dist.run.heartbeat import Heartbeats
+from simclr_dist.run.watchdog import Watchdog
 signal.signal(signal.SIGUSR1, lambda *_: None)
 run, work = Path(sys.argv[1]), sys.argv[2]
 def on_hang(message): (run / "hang").write_text(message)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from simclr_dist.data.writer import prepare
+from simclr_dist.data.beton.writer import prepare
 from tests.conftest import REPOSITORY
 
 TINY = (

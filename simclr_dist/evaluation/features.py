@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simclr_dist import distributed
 from simclr_dist.data.errors import DataError
+from simclr_dist.parallel import distributed
 
 Precision = Literal["fp32", "bf16", "fp16"]
 ImageBatch = tuple[Tensor, Tensor, Tensor]  # images uint8 [b, H, W, 3], labels int64 [b], sample ids int64 [b]

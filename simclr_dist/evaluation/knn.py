@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from simclr_dist import distributed
 from simclr_dist.data.errors import DataError
 from simclr_dist.evaluation.features import Features, part_of_rank
 from simclr_dist.evaluation.labels import check_labels
+from simclr_dist.parallel import distributed
 
 BANK_ROWS = 65_536  # training rows compared at once
 

@@ -15,17 +15,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from simclr_dist import distributed
-from simclr_dist.augment import normalize
-from simclr_dist.checkpoint import Checkpoint, load_pretrained
+from simclr_dist.checkpoint.files import Checkpoint, load_pretrained
 from simclr_dist.config import Config, ConfigError
-from simclr_dist.data import DatasetInfo, describe, load_images
 from simclr_dist.data.errors import DataError
+from simclr_dist.data.loading.build import DatasetInfo, describe, load_images
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
 from simclr_dist.evaluation.features import Features, Precision, digest, extract_features_distributed, pixel_features
 from simclr_dist.evaluation.knn import knn_top1
 from simclr_dist.evaluation.linear import linear_probe
-from simclr_dist.model import build_model
+from simclr_dist.network.simclr import build_model
+from simclr_dist.parallel import distributed
+from simclr_dist.views.augment import normalize
 
 RESULTS = "evaluations.jsonl"
 Say = Callable[[str], None]

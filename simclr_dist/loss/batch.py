@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simclr_dist import distributed
+from simclr_dist.parallel import distributed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHORTEST_ROW = 1e-12  # F.normalize's; a shorter row has no direction

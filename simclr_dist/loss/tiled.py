@@ -22,8 +22,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from simclr_dist import distributed
 from simclr_dist.loss.batch import GlobalBatch
+from simclr_dist.parallel import distributed
 
 # exp(1/temperature) * N must stay inside the type's range (float32: e^88, float64: e^709).
 LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 700.0}

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simclr_dist import distributed
 from simclr_dist.loss.batch import GlobalBatch
+from simclr_dist.parallel import distributed
 
 LARGEST_WIDTH = 256
 WARPS_AND_STAGES = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid
 
-from simclr_dist.health import Histogram
+from simclr_dist.health.figures import Histogram
 from simclr_dist.monitor.projector import write_projector
 
 # The tab "Custom Scalars", top to bottom in the order in which one asks. Tags are regular expressions.

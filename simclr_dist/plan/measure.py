@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
-from simclr_dist.augment import Augment
 from simclr_dist.config import Config
-from simclr_dist.data import Batch, build_loader
-from simclr_dist.distributed import World
+from simclr_dist.data import Batch
+from simclr_dist.data.loading.build import build_loader
 from simclr_dist.loss import NTXentLoss
-from simclr_dist.micro_batch import backward_in_micro_batches
-from simclr_dist.model import build_model
-from simclr_dist.optim import build_optimizer
+from simclr_dist.network.simclr import build_model
+from simclr_dist.optim.lars import build_optimizer
+from simclr_dist.optim.micro_batch import backward_in_micro_batches
+from simclr_dist.parallel.distributed import World
+from simclr_dist.views.augment import Augment
 
 MOST_IMAGES_ON_CPU = 64
 LOADER_S = 3.0

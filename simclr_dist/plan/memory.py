@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simclr_dist.config import Config, OptimConfig
-from simclr_dist.model import SimCLR, build_model
-from simclr_dist.optim import parameter_order
+from simclr_dist.network.simclr import SimCLR, build_model
+from simclr_dist.optim.lars import parameter_order
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.bfloat16}  # the same bytes; CPUs know bf16 everywhere
 _SAFETENSORS = {torch.float32: "F32", torch.int64: "I64"}

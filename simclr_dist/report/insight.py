@@ -14,16 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from simclr_dist.augment import Augment, normalize
-from simclr_dist.checkpoint import load_pretrained
+from simclr_dist.checkpoint.files import load_pretrained
 from simclr_dist.config import Config
-from simclr_dist.data import DataError, build_loader, describe, load_images
-from simclr_dist.distributed import World
+from simclr_dist.data import DataError
+from simclr_dist.data.loading.build import build_loader, describe, load_images
 from simclr_dist.evaluation.features import Features, extract_features
+from simclr_dist.evaluation.gallery import neighbour_rows, shrink
 from simclr_dist.evaluation.linear import linear_probe
 from simclr_dist.evaluation.offline import open_labelled
-from simclr_dist.gallery import neighbour_rows, shrink
-from simclr_dist.model import SimCLR
+from simclr_dist.network.simclr import SimCLR
+from simclr_dist.parallel.distributed import World
+from simclr_dist.views.augment import Augment, normalize
 
 PAIRS, QUERIES = 8, 8
 MAP_IMAGES = 1000  # t-SNE of more takes long, and the points hide each other

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simclr_dist.batchnorm import convert_to_global_batch_norm
+from simclr_dist.network.batchnorm import convert_to_global_batch_norm
 from tests.distributed.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr_dist.loss import NTXentLoss, SupConLoss, tiled
-from simclr_dist.micro_batch import backward_in_micro_batches
+from simclr_dist.optim.micro_batch import backward_in_micro_batches
 from tests.distributed.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr_dist.batchnorm import convert_to_global_batch_norm
-from simclr_dist.encoders import SmallResNet
 from simclr_dist.loss import NTXentLoss
-from simclr_dist.model import SimCLR, build_projection_head
+from simclr_dist.network.batchnorm import convert_to_global_batch_norm
+from simclr_dist.network.encoders import SmallResNet
+from simclr_dist.network.simclr import SimCLR, build_projection_head
 from tests.distributed.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed

@@ -1,0 +1,80 @@
+"""The command lines `embed` and `neighbours`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from simclr_dist.terminal import (
+    SOURCE_HELP,
+    add_command,
+    add_compute_arguments,
+    choose_device,
+    positive_int,
+    print_table,
+)
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    embed = add_command(
+        subparsers,
+        "embed",
+        _run_embed,
+        help="write h of every image of a folder to one file",
+        description=(
+            "Write the encoder's h of every image, labelled or not, to one file without pickles: an .npz with arrays\n"
+            "h [n, D], labels, names, class_names, or a .parquet with columns name, label, h."
+        ),
+        epilog="example: simclr-dist embed runs/cifar10_demo ~/Pictures holiday.npz",
+    )
+    embed.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=SOURCE_HELP)
+    embed.add_argument("images", metavar="IMAGES", help="a folder, a tar archive or a .beton file")
+    embed.add_argument("out", metavar="OUT", type=Path)
+    add_compute_arguments(embed)
+
+    neighbours = add_command(
+        subparsers,
+        "neighbours",
+        _run_neighbours,
+        help="which embedded images look most like a picture",
+        description="Nearest neighbours of a picture, by cosine similarity of h, among embedded images.",
+        epilog="example: simclr-dist neighbours holiday.npz beach.jpg --k 5",
+    )
+    neighbours.add_argument("embeddings", metavar="EMBEDDINGS", type=Path)
+    neighbours.add_argument("query", metavar="PICTURE", help="any picture file, or the name of an embedded image")
+    neighbours.add_argument("--k", type=positive_int, default=10, help="default: 10")
+    neighbours.add_argument("--checkpoint", metavar="RUN_OR_CHECKPOINT", help="the encoder, if it has moved since")
+    neighbours.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+
+
+def _run_embed(args: argparse.Namespace) -> int:
+    from simclr_dist.evaluation.embed import embed
+    from simclr_dist.evaluation.embeddings_file import check_format, save_embeddings
+
+    check_format(args.out)
+    embeddings = embed(
+        args.source,
+        args.images,
+        device=choose_device(args.device),
+        precision=args.precision,
+        batch_size=args.batch_size,
+    )
+    save_embeddings(args.out, embeddings)
+    print(f"{args.out}: {embeddings.h.shape[0]} images, h of width {embeddings.h.shape[1]}")
+    return 0
+
+
+def _run_neighbours(args: argparse.Namespace) -> int:
+    from simclr_dist.evaluation.embed import neighbours_of, query_embedding
+    from simclr_dist.evaluation.embeddings_file import load_embeddings
+
+    embeddings = load_embeddings(args.embeddings)
+    found = neighbours_of(embeddings, query_embedding(embeddings, args.query, checkpoint=args.checkpoint), args.k)
+    if args.json:
+        print(json.dumps([asdict(neighbour) for neighbour in found]))
+        return 0
+    rows = [(neighbour.name, f"{neighbour.similarity:.4f}", neighbour.class_name or "") for neighbour in found]
+    print_table(f"nearest to {args.query}", ("image", "cosine", "class"), rows)
+    return 0

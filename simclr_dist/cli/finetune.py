@@ -1,0 +1,180 @@
+"""The command lines `finetune` and `distill`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simclr_dist.terminal import (
+    SOURCE_HELP,
+    add_command,
+    add_compute_arguments,
+    choose_device,
+    percent,
+    positive,
+    positive_int,
+    print_table,
+    say,
+)
+
+if TYPE_CHECKING:
+    from simclr_dist.few_labels.train import Settings
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    finetune = add_command(
+        subparsers,
+        "finetune",
+        _run_finetune,
+        help="train a classifier with few labels, from a checkpoint",
+        description=(
+            "Train encoder and classifier together on a class-balanced, seeded share of the labels (SimCLR, appendix\n"
+            "B.5; SimCLR v2 with --from head), or with --freeze the classifier alone (appendix B.6, the paper's\n"
+            "linear evaluation). Writes subset.json, classifier.safetensors and result.json."
+        ),
+        epilog=(
+            "examples:\n"
+            "  simclr-dist finetune runs/cifar10_demo --labels 0.01\n"
+            "  simclr-dist finetune runs/v2 --labels 0.1 --from head\n"
+            "  simclr-dist finetune runs/cifar10_demo --freeze"
+        ),
+    )
+    finetune.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=SOURCE_HELP)
+    labels = finetune.add_mutually_exclusive_group()
+    labels.add_argument("--labels", type=_share, default=1.0, metavar="SHARE", help="0.01, 0.1, 1 (default: 1, all)")
+    labels.add_argument("--subset", type=Path, metavar="FILE", help="use the samples of this subset.json")
+    finetune.add_argument(
+        "--from", dest="start", choices=("encoder", "head"), default="encoder", help="head: keep the head's first layer"
+    )
+    finetune.add_argument("--freeze", action="store_true", help="train the classifier only; 90 epochs, lr 0.1")
+    finetune.add_argument("--train", metavar="DATA", help="labelled images (default: data.train of the run)")
+    finetune.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/finetune/<labels>_<from>_seed<seed>")
+    _add_schedule(finetune, "0.05 x B/256; 60 epochs up to 1 %% of the labels, else 30")
+
+    distill = add_command(
+        subparsers,
+        "distill",
+        _run_distill,
+        help="teach a student what a fine-tuned classifier knows, with unlabelled images",
+        description="Distillation as in SimCLR v2 (arXiv 2006.10029, eq. 2; eq. 3 with --alpha below 1).",
+        epilog="example: simclr-dist distill runs/v2/finetune/0.1_head_seed0/classifier.safetensors --student resnet18",
+    )
+    distill.add_argument("teacher", metavar="CLASSIFIER", type=Path, help="a classifier.safetensors of `finetune`")
+    student = distill.add_mutually_exclusive_group()
+    student.add_argument("--student", metavar="ENCODER", help="a fresh encoder (default: one like the teacher's)")
+    student.add_argument("--student-from", metavar="RUN_OR_CHECKPOINT", help="begin with this pretrained encoder")
+    distill.add_argument("--student-width", type=positive_int, help="width of a fresh resnet_small")
+    distill.add_argument("--train", metavar="DATA", help="images; labels are not read (default: the teacher's)")
+    distill.add_argument("--temperature", type=positive, default=1.0, help="of both networks' answers (default: 1)")
+    distill.add_argument("--alpha", type=_share, default=1.0, help="weight of the teacher; the rest goes to labels")
+    distill.add_argument("--subset", type=Path, metavar="FILE", help="with --alpha: the samples whose labels are used")
+    distill.add_argument("--out", type=Path, metavar="FOLDER", help="default: distilled_<student>, beside the teacher")
+    _add_schedule(distill, "0.05 x B/256; 100 epochs")
+
+
+def _add_schedule(parser: argparse.ArgumentParser, defaults: str) -> None:
+    parser.add_argument("--test", metavar="DATA", help="held-out images (default: data.test of the run)")
+    parser.add_argument("--epochs", type=positive_int, help=f"default: {defaults}")
+    parser.add_argument("--lr", type=positive, help="for a batch of 256; scaled by the batch size")
+    parser.add_argument("--weight-decay", type=float, default=0.0, help="default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="draws subset, order and crops (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_compute_arguments(parser, batch_size=256)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text} (1 % is 0.01)")
+    return value
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from simclr_dist.config import ConfigError
+    from simclr_dist.few_labels.train import Settings
+    from simclr_dist.parallel.distributed import world
+
+    if world().size > 1:
+        raise ConfigError([f"{args.command} runs in one process on one device, not in {world().size}"])
+    return Settings(
+        choose_device(args.device),
+        args.epochs,
+        args.lr,
+        args.weight_decay,
+        args.batch_size,
+        args.seed,
+        args.precision,
+    )
+
+
+def _run_finetune(args: argparse.Namespace) -> int:
+    from simclr_dist.checkpoint.files import find_checkpoint
+    from simclr_dist.few_labels.train import finetune_checkpoint
+
+    settings = _settings(args)
+    checkpoint = find_checkpoint(args.source, say)
+    labels = args.subset.stem if args.subset else f"{args.labels:g}"
+    name = f"{labels}_{'frozen_' if args.freeze else ''}{args.start}_seed{args.seed}"
+    out = args.out or checkpoint.path.parent.parent / "finetune" / name
+    with _divergence_is_said():
+        result = finetune_checkpoint(
+            checkpoint.path,
+            out,
+            settings,
+            share=args.labels,
+            subset_file=args.subset,
+            start=args.start,
+            freeze=args.freeze,
+            train=args.train,
+            test=args.test,
+            say=say,
+        )
+    return _show(args, result, f"{result['num_labels']} labels", out)
+
+
+def _run_distill(args: argparse.Namespace) -> int:
+    from simclr_dist.few_labels.train import distill_classifier
+
+    settings = _settings(args)
+    changes = {"encoder": args.student, "width": args.student_width}
+    out = args.out or args.teacher.parent / f"distilled_{args.student or 'student'}"
+    with _divergence_is_said():
+        result = distill_classifier(
+            args.teacher,
+            out,
+            settings,
+            student={key: value for key, value in changes.items() if value is not None},
+            student_from=args.student_from,
+            unlabelled=args.train,
+            test=args.test,
+            temperature=args.temperature,
+            alpha=args.alpha,
+            subset_file=args.subset,
+            say=say,
+        )
+    return _show(args, result, f"student {result['student']}", out)
+
+
+@contextmanager
+def _divergence_is_said() -> Iterator[None]:
+    """It is for the person who chose the learning rate to mend."""
+    from simclr_dist.config import ConfigError
+
+    try:
+        yield
+    except FloatingPointError as error:
+        raise ConfigError([f"--lr: {error}"]) from None
+
+
+def _show(args: argparse.Namespace, result: dict[str, Any], what: str, out: Path) -> int:
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    rows = [(what, percent(result["top1"]), percent(result["top5"]))]
+    print_table(f"{result['method']} on {result['test']}", ("", "top-1", "top-5"), rows)
+    print(out)
+    return 0

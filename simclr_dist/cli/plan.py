@@ -1,0 +1,155 @@
+"""`simclr-dist plan CONFIG`: the command line, and how a forecast is shown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from simclr_dist.plan.forecast import Forecast
+    from simclr_dist.plan.measure import MeasuredStep
+
+EPILOG = """\
+examples:
+  simclr-dist plan configs/imagenet_resnet50_100ep.yaml --gpus 32 --images 1281167 --images-per-s 2500
+  simclr-dist plan configs/cifar10_resnet18_100ep.yaml --measure
+"""
+
+
+def register(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="memory, hours, traffic and bottleneck of a training, before it starts",
+        epilog=EPILOG,
+        description="Predicts what a training will need. Nothing is trained, and no GPU is used but by --measure.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan.add_argument("config", metavar="CONFIG")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("--gpus", type=_positive_int, help="devices in all (default: this machine's, or one CPU process)")
+    plan.add_argument("--images", type=_positive_int, help="images to train on, where the data is not here")
+    speed = plan.add_mutually_exclusive_group()
+    speed.add_argument(
+        "--images-per-s", type=_positive, help="images a second that one device trains on, for the hours"
+    )
+    speed.add_argument("--measure", action="store_true", help="measure that here, by a few steps and batches")
+    plan.add_argument("--json", action="store_true", help="for programs")
+    plan.set_defaults(run=run)
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e12:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from simclr_dist.config import ConfigError, load_config
+    from simclr_dist.data.loading.build import describe
+    from simclr_dist.plan.forecast import Speed, forecast
+    from simclr_dist.plan.measure import data_is_here, measure_loader, measure_step
+
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    world_size = args.gpus or here or 1
+    device_type = "cuda" if args.gpus or here else "cpu"
+    config = load_config(args.config, args.overrides, world_size=world_size, check_data=False)
+    if not args.images and not data_is_here(config):
+        raise ConfigError([f"data.train: {config.data.train} is not here; say how many images it holds with --images"])
+    num_images = args.images or describe(config.data.train).num_samples
+    if num_images < config.train.global_batch_size:
+        raise ConfigError(
+            [f"train.global_batch_size: {config.train.global_batch_size} is more than the {num_images} images"]
+        )
+    speed, step = Speed(args.images_per_s), None
+    if args.measure:
+        device = torch.device("cuda" if here else "cpu")
+        images = config.train.global_batch_size // world_size
+        step = measure_step(config, device, images)
+        loader = (
+            measure_loader(config, min(images, 256), max(1, min(here, world_size))) if data_is_here(config) else None
+        )
+        speed = Speed(step.images_per_s, loader)
+    found = forecast(config, num_images, world_size, device_type, speed)
+    device_bytes = torch.cuda.get_device_properties(0).total_memory if here else None
+    bottleneck = found.bottleneck(device_bytes, _memory_bytes())
+    if args.json:
+        values = asdict(found) | {
+            "memory_total": found.memory.total,
+            "sent_bytes_per_step": found.sent_bytes_per_step,
+            "seconds_per_step": found.seconds_per_step,
+            "hours": found.hours,
+            "bottleneck": bottleneck,
+            "measured_step": asdict(step) if step else None,
+        }
+        print(json.dumps(values, indent=1))
+    else:
+        print("\n".join(f"{key:15} {text}".rstrip() for key, text in render(found, bottleneck, step)))
+    return 0
+
+
+def render(found: Forecast, bottleneck: str, step: MeasuredStep | None) -> Iterator[tuple[str, str]]:
+    memory, speed = found.memory, found.speed
+    yield "devices", f"{found.num_devices} x {found.device_type}, {found.batch_size_per_device} images each a step"
+    yield "global batch", f"{found.global_batch_size:,}, peak learning rate {found.peak_learning_rate:.4g}"
+    yield "steps", f"{found.num_steps:,} ({found.steps_per_epoch:,} an epoch of {found.num_images:,} images)"
+    yield "parameters", f"{found.num_parameters:,}"
+    parts = ", ".join(f"{name} {size_of(value)}" for name, value in vars(memory).items())
+    yield "device memory", f"{size_of(memory.total)}: {parts}"
+    if step and step.peak_bytes is not None:
+        yield "", f"a step of {step.images} images was measured to hold {size_of(step.peak_bytes)}"
+    yield "host memory", f"{size_of(found.loader_bytes)} of batches decoded ahead, a process"
+    yield (
+        "page cache",
+        f"{size_of(found.data_bytes)} of data stay in memory for full speed" if found.data_bytes else "0",
+    )
+    yield "checkpoint", size_of(found.checkpoint_bytes)
+    if found.num_devices > 1:
+        yield "sent a step", f"{size_of(found.sent_bytes_per_step)} by each device:"
+        for name, num_bytes in traffic_by_part(found).items():
+            yield "", f"  {name}: {size_of(num_bytes)}"
+    if speed.device:
+        how = f" (measured here, {step.images} images a step)" if step else " (given)"
+        yield "speed", f"{speed.device:,.0f} images/s a device{how}"
+    if speed.loader:
+        yield "", f"{speed.loader:,.0f} images/s decoded by a process of this machine (measured)"
+    if found.hours is not None:
+        yield "time", hours(found.hours)
+    yield "bottleneck", bottleneck
+
+
+def traffic_by_part(found: Forecast) -> dict[str, float]:
+    """Bytes that a rank sends, by what they are for."""
+    parts: dict[str, float] = {}
+    for collective in found.collectives:
+        part = collective.what.partition(" ")[0].rstrip(":")
+        parts[part] = parts.get(part, 0.0) + collective.sent(found.num_devices)
+    return parts
+
+
+def size_of(num_bytes: float) -> str:
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.2f} GiB"
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.1f} KiB"
+
+
+def hours(value: float) -> str:
+    return f"{value:,.1f} h" if value >= 1 else f"{60 * value:.1f} min"
+
+
+def _memory_bytes() -> int:
+    import psutil  # type: ignore[import-untyped]
+
+    return int(psutil.virtual_memory().total)

@@ -1,0 +1,1 @@
+"""The .beton file: reading its tables, writing it."""

@@ -1,0 +1,75 @@
+"""Pictures of a .beton file, decoded by ffcv's codec inside our kernel."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simclr_dist.data.beton.reader import open_beton
+from simclr_dist.data.errors import DataError
+from simclr_dist.data.loading.loader import CropRule
+
+
+class BetonImages:
+    """Decodes samples of a .beton file; `fill` may be called from several threads at once."""
+
+    def __init__(self, path: str | Path) -> None:
+        from simclr_dist.data.decode import kernel  # compiles, and needs ffcv: only now
+
+        self._kernel = kernel
+        self.beton = open_beton(path)
+        self.class_names = self.beton.class_names
+        self.fingerprint = self.beton.fingerprint
+        self.labels = self.beton.labels
+        self._size_at_opening = os.fstat(self.beton.fd).st_size
+        self._scratch = threading.local()
+
+    def fill(self, ids: NDArray[np.int64], crop: CropRule, out: NDArray[np.uint8]) -> None:
+        """Writes the V crops of each picture to out [V, b, S, S, 3]."""
+        records = self.beton.records(ids)
+        status = self._decode(records, crop(records[:, self._kernel.HEIGHT], records[:, self._kernel.WIDTH]), out)
+        if status.any():
+            raise self._explain(ids, records, status)
+
+    def damaged(self, ids: NDArray[np.int64]) -> dict[int, str]:
+        """What is wrong with those of `ids` that cannot be decoded."""
+        none = np.empty((0, len(ids), 5), np.int32)
+        status = self._decode(self.beton.records(ids), none, np.empty((0, len(ids), 1, 1, 3), np.uint8))
+        return {int(ids[k]): self._kernel.STATUS_TEXT[int(status[k])] for k in np.flatnonzero(status)}
+
+    def _decode(
+        self, records: NDArray[np.int64], crops: NDArray[np.int32], out: NDArray[np.uint8]
+    ) -> NDArray[np.int32]:
+        status = np.zeros(len(records), np.int32)
+        if not hasattr(self._scratch, "pixels"):  # a thread's own, sized for the largest picture
+            self._scratch.encoded = np.empty((1, int(self.beton.record_bytes.max())), np.uint8)
+            self._scratch.pixels = np.empty((1, 3 * self.beton.max_pixels), np.uint8)
+        self._kernel.decode_and_crop(
+            self.beton.fd, records, crops, out, status, self._scratch.encoded, self._scratch.pixels
+        )
+        return status
+
+    def _explain(self, ids: NDArray[np.int64], records: NDArray[np.int64], status: NDArray[np.int32]) -> DataError:
+        first = int(np.flatnonzero(status)[0])
+        what = self._kernel.STATUS_TEXT[int(status[first])]
+        try:
+            now = os.fstat(self.beton.fd).st_size
+            if now < self._size_at_opening:
+                what = f"the file shrank from {self._size_at_opening} to {now} bytes since it was opened"
+            os.pread(self.beton.fd, 1, int(records[first, 0]))
+        except OSError as error:
+            what = f"it cannot be read: {error.strerror}"
+        return DataError(
+            f"{self.beton.path}: sample {int(ids[first])}: {what}; "
+            f"`simclr-dist inspect {self.beton.path} --verify` lists all damaged samples"
+        )
+
+    def pages(self) -> NDArray[np.int64]:
+        return self.beton.pages()
+
+    def close(self) -> None:
+        self.beton.close()

@@ -1,0 +1,70 @@
+"""What is in a .beton file, and whether all of it can be decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simclr_dist.data.beton.reader import JPEG, open_beton
+
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """sides: (smallest, median, largest) longer side in pixels. damaged: reason by sample; None: not looked."""
+
+    path: Path
+    num_bytes: int
+    num_samples: int
+    num_jpeg: int
+    sides: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    fingerprint: str
+    sidecar: dict[str, Any]
+    damaged: dict[int, str] | None
+
+
+def inspect_beton(
+    path: str | Path, verify: bool = False, progress: Callable[[int, int], None] | None = None
+) -> Inspection:
+    """Checks the file as every opening does; with `verify`, decodes every sample too, which needs ffcv.
+
+    progress: called with (samples decoded, samples in all). Raises DataError when the file cannot be opened.
+    """
+    with open_beton(path) as beton:
+        longer = np.sort(np.maximum(beton.images["width"], beton.images["height"]))
+        counts = np.bincount(beton.labels[beton.labels >= 0], minlength=len(beton.class_names))
+        return Inspection(
+            path=beton.path,
+            num_bytes=beton.path.stat().st_size,
+            num_samples=beton.num_samples,
+            num_jpeg=int((beton.images["mode"] == JPEG).sum()),
+            sides=(int(longer[0]), int(longer[len(longer) // 2]), int(longer[-1])),
+            class_names=beton.class_names,
+            class_counts=tuple(counts.tolist()),
+            fingerprint=beton.fingerprint,
+            sidecar=beton.sidecar,
+            damaged=_damaged(beton.path, beton.num_samples, progress) if verify else None,
+        )
+
+
+def _damaged(path: Path, num_samples: int, progress: Callable[[int, int], None] | None) -> dict[int, str]:
+    from simclr_dist.data.loading.ffcv_images import BetonImages
+
+    images = BetonImages(path)
+    try:
+        found: dict[int, str] = {}
+        for start in range(0, num_samples, _CHUNK):
+            ids = np.arange(start, min(start + _CHUNK, num_samples))
+            found |= images.damaged(ids)
+            if progress is not None:
+                progress(int(ids[-1]) + 1, num_samples)
+        return found
+    finally:
+        images.close()

@@ -1,0 +1,76 @@
+"""Pictures of any source, decoded by Pillow and cropped by torchvision: slower than ffcv, and needs nothing else."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resized_crop
+
+from simclr_dist.data.beton.reader import RAW, open_beton
+from simclr_dist.data.errors import DataError
+from simclr_dist.data.loading.loader import CropRule
+from simclr_dist.data.sources.images import UNREADABLE, Picture, Pictures, decode_image
+
+
+class SourceImages:
+    """The same crops as `BetonImages` for the same keys; pixels differ a little, as the resizing does."""
+
+    def __init__(self, source: Pictures) -> None:
+        self.source = source
+        self.class_names = source.class_names
+        self.labels = source.labels
+        self.fingerprint = source.fingerprint
+
+    def fill(self, ids: NDArray[np.int64], crop: CropRule, out: NDArray[np.uint8]) -> None:
+        """Writes the V crops of each picture to out [V, b, S, S, 3]."""
+        pictures = [self.source.read(int(i)) for i in ids]
+        heights, widths = (np.array([picture.shape[axis] for picture in pictures], np.int64) for axis in (0, 1))
+        crops = crop(heights, widths)
+        for k, picture in enumerate(pictures):
+            for v in range(len(out)):
+                out[v, k] = _cropped(picture, crops[v, k].tolist(), out.shape[2])
+
+    def pages(self) -> None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+def _cropped(picture: Picture, crop: list[int], size: int) -> Picture:
+    top, left, height, width, flip = crop
+    if (height, width) == (size, size):
+        view = picture[top : top + size, left : left + size]
+    else:
+        planar = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        resized = resized_crop(
+            planar, top, left, height, width, [size, size], InterpolationMode.BILINEAR, antialias=True
+        )
+        view = resized.permute(1, 2, 0).numpy()
+    return view[:, ::-1] if flip else view
+
+
+class BetonSource:
+    """A .beton file read without ffcv: records are raw pixels or plain JPEG, which Pillow knows as well."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._beton = open_beton(path)
+        self.class_names = self._beton.class_names
+        self.labels = self._beton.labels
+        self.fingerprint = self._beton.fingerprint
+
+    def read(self, index: int) -> Picture:
+        offset, size, mode, height, width = self._beton.records(np.array([index]))[0].tolist()
+        content = os.pread(self._beton.fd, size, offset)
+        try:
+            if mode == RAW:
+                return np.frombuffer(content, np.uint8).reshape(height, width, 3)
+            return decode_image(io.BytesIO(content))
+        except UNREADABLE as error:
+            raise DataError(f"{self._beton.path}: sample {index}: cannot be decoded: {error}") from None

@@ -1,0 +1,147 @@
+"""Is everything here that data loading needs, and is the data itself in order?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simclr_dist.data.decode.ffcv_import import codec, import_ffcv
+from simclr_dist.data.errors import DataError
+from simclr_dist.doctor.finding import Finding
+
+if TYPE_CHECKING:
+    from simclr_dist.config import DataConfig
+
+
+def examine_data_path() -> list[Finding]:
+    """The loader's libraries, where their compiled code is kept, and the CPUs they may use. Changes nothing."""
+    findings = [
+        _have("numba", "numba", "pip install numba; without it colour is slow and .beton files are read with Pillow"),
+        _have("setuptools", "setuptools", "pip install setuptools; ffcv imports distutils, newer Pythons lack it"),
+        _have("cv2", "opencv-python-headless", "pip install opencv-python-headless (opencv-python would need libGL)"),
+    ]
+    try:
+        codec()
+        findings.append(Finding("ok", "JPEG codec", "ffcv's library loads"))
+    except DataError as error:
+        findings.append(Finding("warning", "JPEG codec", str(error), "until then .beton files are read with Pillow"))
+    else:
+        try:
+            import_ffcv()
+            findings.append(Finding("ok", "ffcv", f"{importlib.metadata.version('ffcv')} imports"))
+        except (DataError, importlib.metadata.PackageNotFoundError) as error:
+            findings.append(Finding("warning", "ffcv", str(error), "training works; ffcv's own Loader does not"))
+    return [*findings, _cache_folder(), _processors()]
+
+
+def examine_data(data: DataConfig, global_batch_size: int) -> Iterator[Finding]:
+    """The images that a configuration names: are they there, whole, enough, and do they fit into memory?"""
+    from simclr_dist.data.loading.build import describe
+
+    if data.loader == "ffcv":
+        try:
+            codec()
+        except DataError as error:
+            yield Finding("problem", "data.loader", f"ffcv, but {error}", "or set data.loader: auto")
+    num_bytes = 0
+    for key, source in (("train", data.train), ("test", data.test)):
+        if source is None:
+            continue
+        what = f"data.{key}"
+        if source != "synthetic" and not Path(source).exists():
+            yield Finding("problem", what, f"{source} does not exist", f"simclr-dist prepare SOURCE {source}")
+            continue
+        try:
+            info = describe(source)
+        except DataError as error:
+            yield Finding("problem", what, str(error))
+            continue
+        size = size_on_disk(source)
+        num_bytes += size
+        found = f"{source}: {info.num_samples:,} images in {len(info.class_names)} classes, {size / 1e6:,.1f} MB"
+        few = key == "train" and info.num_samples < global_batch_size
+        advice = f"fewer than one global batch: lower train.global_batch_size ({global_batch_size})" if few else ""
+        yield Finding("problem" if few else "ok", what, found, advice)
+    memory = _available_memory()
+    if memory and num_bytes > memory:
+        yield Finding(
+            "warning",
+            "page cache",
+            f"{num_bytes / 2**30:.1f} GiB of images, {memory / 2**30:.1f} GiB of memory",
+            "every epoch reads from the disk: use a local NVMe disk, or `simclr-dist prepare … --max-side 400`",
+        )
+
+
+def size_on_disk(source: str) -> int:
+    """Bytes of the files behind a data source; 0 for synthetic images."""
+    path = Path(source)
+    if path.is_dir():
+        return sum(os.path.getsize(os.path.join(at, name)) for at, _, names in os.walk(path) for name in names)
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _available_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _have(module: str, package: str, how: str) -> Finding:
+    try:
+        there = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # something in sys.modules that is no real module
+        there = False
+    if not there:
+        return Finding("warning", package, "not installed", how)
+    try:
+        return Finding("ok", package, importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("ok", package, f"module {module} is there")
+
+
+def _cache_folder() -> Finding:
+    """numba keeps machine code in NUMBA_CACHE_DIR, else beside the module, else in the user's cache folder."""
+    named = os.environ.get("NUMBA_CACHE_DIR")
+    beside = Path(__file__).parents[1] / "data" / "decode" / "__pycache__"
+    places = (
+        [Path(named)] if named else [beside, Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "numba"]
+    )
+    for place in places:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place):
+                return Finding("ok", "compiled code", f"is kept in {place}")
+        except OSError:
+            continue
+    advice = "every process compiles for ten seconds: set NUMBA_CACHE_DIR to a folder on a local disk"
+    return Finding("warning", "compiled code", f"cannot be kept: {', '.join(map(str, places))}", advice)
+
+
+def _processors() -> Finding:
+    allowed, there, quota = len(os.sched_getaffinity(0)), os.cpu_count() or 1, cpu_quota()
+    found = f"{allowed} of {there} may be used"
+    if quota is not None and quota < allowed:
+        advice = (
+            f"the container's share is smaller than its affinity: set data.num_threads, OMP_NUM_THREADS={quota:.0f}"
+        )
+        return Finding("warning", "CPUs", f"{found}, for {quota:g} CPUs' time", advice)
+    if allowed > 1 or there == 1:
+        return Finding("ok", "CPUs", found)
+    return Finding(
+        "warning", "CPUs", found, "this process is bound to one CPU; ask SLURM for --cpus-per-task=4 or more a GPU"
+    )
+
+
+def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
+    """CPUs' time that this container may use, if it is limited (cgroup v2)."""
+    try:
+        quota, period = path.read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None

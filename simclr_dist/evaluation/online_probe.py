@@ -1,0 +1,103 @@
+"""A linear classifier that learns beside the encoder and never touches it: how good is h by now?
+
+It sees h without a gradient, so that pretraining with it is, byte for byte, pretraining without. What it says of
+training images is an early sign: they are augmented, and h moves on while it learns. docs/evaluation.md has the way to
+results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simclr_dist.parallel import distributed
+
+LEARNING_RATE = 1e-3
+
+
+class OnlineProbe:
+    """softmax(h W^T + b), fitted by Adam to the labels of every global batch; the same on every rank.
+
+    Letters: B images of a rank, V views, D width of h, C classes. All ranks must call `update` together.
+    """
+
+    def __init__(self, feature_dim: int, num_classes: int, device: torch.device | str) -> None:
+        self.weight = nn.Parameter(torch.zeros(num_classes, feature_dim, device=device))
+        self.bias = nn.Parameter(torch.zeros(num_classes, device=device))
+        self._optimizer = torch.optim.Adam([self.weight, self.bias], lr=LEARNING_RATE)
+        self._counts = torch.zeros(3, device=device)  # labelled views, hits of the first, of the first five
+
+    @torch.no_grad()
+    def update(self, h: Tensor, labels: Tensor) -> None:
+        """One step on h [V*B, D], view after view; labels int64 [B], those of -1 take no part."""
+        h, y = h.detach().float(), labels.to(h.device).repeat(len(h) // len(labels))
+        known = y >= 0
+        logits = self._logits(h)
+        # The cross-entropy's gradient is written out: summed over the ranks it is that of the global batch, however
+        # its labelled images are spread.
+        slope = (logits.softmax(1) - F.one_hot(y.clamp_min(0), len(self.bias))) * known[:, None]
+        counts = torch.stack([known.sum(), *_hits(logits, y).sum(0)])
+        sums = distributed.all_reduce_sum_(torch.cat([(slope.T @ h).flatten(), slope.sum(0), counts]))
+        self._counts += sums[-3:]
+        mean = sums[:-3] / sums[-3].clamp_min(1)
+        self.weight.grad = mean[: self.weight.numel()].view_as(self.weight)
+        self.bias.grad = mean[self.weight.numel() :]
+        self._optimizer.step()
+
+    def recent_accuracy(self) -> tuple[float, float]:
+        """Top-1 and top-5 share of the labelled views since the last call, each seen before it was learnt from.
+
+        NaN where there were none.
+        """
+        labelled, first, first_five = self._counts.tolist()
+        self._counts.zero_()
+        return (first / labelled, first_five / labelled) if labelled else (float("nan"), float("nan"))
+
+    @torch.no_grad()
+    def top1(self, h: Tensor, labels: Tensor) -> float:
+        """Share of the labelled rows of h [n, D] that are classified as labels int64 [n] says; NaN if none is."""
+        known = labels >= 0
+        logits = self._logits(h[known].to(self.weight))
+        return float(_hits(logits, labels[known].to(logits.device))[:, 0].float().mean())
+
+    def _logits(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.weight, self.bias)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, by name."""
+        moments = self._optimizer.state_dict()["state"]
+        return {
+            "weight": self.weight.detach(),
+            "bias": self.bias.detach(),
+            "counts": self._counts,
+            **{
+                f"{name}/{key}": value
+                for at, name in enumerate(("weight", "bias"))
+                for key, value in moments.get(at, {}).items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError when the state is that of other classes or another width of h."""
+        own = {"weight": self.weight.data, "bias": self.bias.data, "counts": self._counts}
+        for name, tensor in own.items():
+            if name not in state or state[name].shape != tensor.shape:
+                found = tuple(state[name].shape) if name in state else "nothing"
+                raise ValueError(f"{name} of the online probe: expected the shape {tuple(tensor.shape)}, found {found}")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for at, name in enumerate(("weight", "bias")):
+            mine = {key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")}
+            if mine:  # there are none before the first step
+                moments[at] = mine
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
+
+
+def _hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether the label is first, and among the first five, bool [n, 2]; -1 never is."""
+    found = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack([found[:, 0], found.any(1)], dim=1)

@@ -1,0 +1,1 @@
+"""A trained encoder as torchvision, safetensors or ONNX file."""

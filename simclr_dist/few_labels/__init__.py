@@ -1,0 +1,1 @@
+"""What h is worth with few labels: fine-tuning, distillation, recipes."""

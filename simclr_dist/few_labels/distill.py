@@ -1,0 +1,60 @@
+"""Distillation of a fine-tuned teacher into a student with unlabelled images (SimCLR v2, arXiv 2006.10029, section 2).
+
+With P = softmax(logits / T), the loss over all images x (eq. 2) and, where labels y are known, eq. 3:
+
+    L = alpha mean_x [ - sum_c P_teacher(c|x) log P_student(c|x) ] + (1 - alpha) mean_(x,y) [ - log softmax(student)_y ]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simclr_dist.evaluation.features import ImageBatch, frozen
+from simclr_dist.few_labels.classifier import Classifier
+from simclr_dist.few_labels.finetune import Training, train_supervised
+from simclr_dist.few_labels.random_crops import RandomCrops
+from simclr_dist.views.augment import normalize
+
+
+def distillation_loss(
+    student: Tensor, teacher: Tensor, temperature: float, labels: Tensor | None = None, alpha: float = 1.0
+) -> Tensor:
+    """The loss above for logits [n, C]; labels int64 [n], negative where unknown, weigh 1 - alpha (0: eq. 2)."""
+    soft = F.cross_entropy(student / temperature, (teacher / temperature).softmax(dim=1))
+    if labels is None or alpha == 1:
+        return soft
+    # A batch without any label has a labelled term of zero, not 0/0.
+    hard = F.cross_entropy(student, labels, ignore_index=-1, reduction="sum") / (labels >= 0).sum().clamp_min(1)
+    return alpha * soft + (1 - alpha) * hard
+
+
+def distil(
+    teacher: nn.Module,
+    student: Classifier,
+    data: RandomCrops,
+    training: Training,
+    *,
+    labelled_ids: Tensor | None = None,
+    temperature: float = 1.0,
+    alpha: float = 1.0,
+) -> None:
+    """Trains the student in place on all images of `data`; the teacher is frozen, and checked to be.
+
+    Labels are looked at for the samples in labelled_ids only, and only with alpha below 1.
+    """
+    teacher.to(training.device)
+    student.to(training.device).train()
+    known = labelled_ids if labelled_ids is not None else torch.empty(0, dtype=torch.int64)
+
+    def loss_of(logits: Tensor, batch: ImageBatch) -> Tensor:
+        images, labels, sample_ids = batch
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+            teacher_logits = teacher(normalize(images)).float()
+        seen = torch.where(torch.isin(sample_ids, known).to(labels.device), labels, -1)
+        return distillation_loss(logits, teacher_logits, temperature, seen, alpha)
+
+    with frozen(teacher):
+        train_supervised(student, student.parameters(), data, loss_of, training)
+    student.eval()

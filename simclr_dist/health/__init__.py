@@ -1,0 +1,1 @@
+"""Is the representation healthy? Figures, and the check that the trainer makes."""

@@ -1,0 +1,173 @@
+"""The health check of a training step, every n steps: what to keep before the backward, what to work out afterwards.
+
+Everything is computed from at most MAX_IMAGES images spread evenly over the *global* batch, the same ones for any
+number of processes. Nothing here draws a random number or writes to the model: a run with checks is the run without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from simclr_dist.health import figures as health
+from simclr_dist.health.figures import Alarm, Histogram
+from simclr_dist.parallel import distributed
+from simclr_dist.parallel.distributed import World
+
+MAX_IMAGES = 1024  # 2,047 negatives a row and a rank of up to 1,024; a millisecond on a GPU, and one eigenvalue problem
+PATIENCE = 3  # checks in a row before an alarm: a young network may look collapsed for a moment
+COLLAPSED_SPREAD = 0.1
+COLLAPSED_RANK = 2.0
+STARVING_SHARE = 0.5
+SAME_GRADIENT = 1e-3
+
+
+@dataclass
+class Findings:
+    """By TensorBoard tag; empty on all ranks but the first."""
+
+    scalars: dict[str, float] = field(default_factory=dict)
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """What only this rank knows; all ranks' are compared."""
+
+    data_wait_share: float
+    memory_peak_gib: float
+
+
+class Checkup:
+    """every: steps between two checks; None: never. All ranks must call `watching` and `examine` together."""
+
+    def __init__(self, every: int | None, model: nn.Module, world: World) -> None:
+        self._every = every
+        self._model = model
+        self._world = world
+        self._norms = health.tracking_norms(model)
+        self._running: list[tuple[Tensor, Tensor]] = []
+        self._gradient_norms: tuple[Tensor, Tensor] | None = None
+        self._collapse, self._starvation, self._divergence = Alarm(PATIENCE), Alarm(PATIENCE), Alarm(1)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the step that makes `step` steps complete is one to look at."""
+        return self._every is not None and step % self._every == 0
+
+    @contextmanager
+    def watching(self, step: int) -> Iterator[None]:
+        """Around the forward and backward of the step that makes `step` complete."""
+        if not self.is_due(step):
+            yield
+            return
+        parameters = list(self._model.parameters())
+        self._running = health.running_statistics(self._norms)
+        with health.local_gradient_norm(parameters) as local:
+            yield
+        averaged = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+        self._gradient_norms = health.norm_of(local), health.norm_of(averaged)
+
+    @torch.no_grad()
+    def examine(self, h: Tensor, z: Tensor, facts: RankFacts, *, grad_scale: float = 1.0) -> Findings:
+        """After a watched step. h [2B, D], z [2B, K], view after view; grad_scale: what a GradScaler multiplied by."""
+        assert self._gradient_norms is not None
+        h_sample = gather_sample(h[None, : len(h) // 2], self._world)[0]  # one view will do
+        z_sample = gather_sample(z.unflatten(0, (2, -1)), self._world)
+        own = torch.tensor([[0.0, 0.0, facts.data_wait_share, facts.memory_peak_gib]], dtype=torch.float64).to(z.device)
+        own[0, :2] = torch.stack(self._gradient_norms)
+        ranks = distributed.all_gather(own)  # [W, 4]
+        if not self._world.is_main:
+            return Findings()
+        found = Findings()
+        self._look_at_space(h_sample, z_sample, found)
+        self._look_at_batch_norm(found)
+        self._look_at_ranks(ranks.cpu(), grad_scale, found)
+        return found
+
+    def _look_at_space(self, h: Tensor, z: Tensor, found: Findings) -> None:
+        """h [M, D], z [2, M, K]."""
+        near = health.similarities(z)
+        h_spread, z_spread = health.spread(h), health.spread(z.flatten(0, 1))
+        values = {
+            "health/similarity_positive": near.positives.mean(),
+            "health/similarity_negative": near.negatives.mean(),
+            "health/contrastive_top1": health.contrastive_accuracy(near, 1),
+            "health/contrastive_top5": health.contrastive_accuracy(near, 5),
+            "health/alignment": health.alignment(near),
+            "health/uniformity": health.uniformity(z),
+            "health/h_std_mean": h_spread.mean(),
+            "health/h_std_min": h_spread.amin(),
+            "health/z_std_mean": z_spread.mean(),
+            "health/z_std_min": z_spread.amin(),
+            "health/h_rankme": health.rankme(h),
+            "health/z_rankme": health.rankme(z[0]),
+        }
+        found.scalars |= to_numbers(values)
+        found.histograms["health/similarity_of_positives"] = health.histogram(near.positives)
+        found.histograms["health/similarity_of_negatives"] = health.histogram(near.negatives)
+        spread, rank = found.scalars["health/z_std_mean"], found.scalars["health/h_rankme"]
+        if self._collapse.rings(spread < COLLAPSED_SPREAD or rank < COLLAPSED_RANK):
+            found.warnings.append(
+                "the representation has collapsed: different images get nearly the same vector "
+                f"(spread of z {spread:.2f} of 1, h uses {rank:.1f} of {h.shape[1]} dimensions). It rarely recovers by "
+                "itself. Usual causes: a learning rate too high, a warm-up too short, a temperature that does not fit, "
+                "views too much alike. health/ in TensorBoard shows when it began"
+            )
+
+    def _look_at_batch_norm(self, found: Findings) -> None:
+        if self._norms:
+            shift, ratio = health.batch_norm_drift(self._norms, self._running)
+            found.scalars |= to_numbers({"health/batch_norm_mean_shift": shift, "health/batch_norm_var_ratio": ratio})
+
+    def _look_at_ranks(self, ranks: Tensor, grad_scale: float, found: Findings) -> None:
+        """ranks [W, 4]: norm of the own gradient, norm after averaging, data wait share, memory peak."""
+        local, averaged, wait, memory = ranks.T
+        if self._world.size > 1:
+            found.scalars |= to_numbers(
+                {
+                    "ranks/grad_norm_min": local.amin() / grad_scale,
+                    "ranks/grad_norm_max": local.amax() / grad_scale,
+                    "ranks/grad_disagreement": health.gradient_disagreement(local, averaged[0]),
+                    "ranks/data_wait_share_max": wait.amax(),
+                    "ranks/memory_peak_gib_max": memory.amax(),
+                }
+            )
+            found.histograms["ranks/grad_norm"] = health.histogram(local / grad_scale, 0.0, float(local.amax()))
+        if self._divergence.rings(bool((averaged - averaged[0]).abs().amax() > SAME_GRADIENT * averaged[0])):
+            norms = ", ".join(f"{x:.6g}" for x in (averaged / grad_scale).tolist()[:8])
+            found.warnings.append(
+                f"the ranks no longer train the same model: the averaged gradient has the norms {norms} on the first "
+                "ranks. Stop, and go back to a checkpoint from before; `python -m launcher check` tests the machines"
+            )
+        worst_wait = float(wait.amax())
+        if self._starvation.rings(worst_wait > STARVING_SHARE):
+            found.warnings.append(
+                f"rank {int(wait.argmax())} spends {worst_wait:.0%} of its time waiting for images, and all others "
+                "with it. What helps: .beton files, more data.num_threads, smaller pictures (--max-side); docs/data.md"
+            )
+
+
+def gather_sample(x: Tensor, world: World, num_images: int = MAX_IMAGES) -> Tensor:
+    """x [V, B, d] of each rank -> [V, M, d] in float32 at least: M = min(G, num_images) images spread
+    evenly over the global batch (whose image r*B + b is image b of rank r), the same for any number of ranks.
+    """
+    V, B, d = x.shape
+    G, W = B * world.size, world.size
+    M = min(G, num_images)
+    # Sample j is image floor(j G / M). It lies on rank r if r B <= j G / M < (r + 1) B.
+    first, stop = -(-world.rank * M // W), -(-(world.rank + 1) * M // W)
+    own = torch.arange(first, stop, device=x.device) * G // M - world.rank * B
+    sample = x.new_zeros((V, M, d), dtype=torch.promote_types(x.dtype, torch.float32))
+    sample[:, first:stop] = x[:, own].to(sample.dtype)
+    return distributed.all_reduce_sum_(sample)  # of zeros everywhere else
+
+
+def to_numbers(values: dict[str, Tensor]) -> dict[str, float]:
+    """All at once: each reading of a single value would make the device wait."""
+    numbers = torch.stack([value.double() for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True))

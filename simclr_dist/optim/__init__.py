@@ -1,0 +1,1 @@
+"""LARS, the learning rate, and gradients in micro-batches."""

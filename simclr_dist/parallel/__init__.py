@@ -1,0 +1,1 @@
+"""Processes that work together: torch.distributed, and failing as one."""

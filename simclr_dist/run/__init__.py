@@ -1,0 +1,1 @@
+"""A run directory: its files, its owner, its state, requests to it."""

@@ -1,0 +1,43 @@
+"""With what a run was made: everything that can change a result, for the run directory and for checkpoints."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+from simclr_dist.config import Config, render_config
+from simclr_dist.run.status import attempt_name
+
+
+def record(config: Config) -> None:
+    """Writes config.yaml, and a line for this start in environment.jsonl. Raises OSError."""
+    run_dir = config.run_dir
+    (run_dir / "config.yaml").write_text(render_config(config), encoding="utf-8")
+    facts = {"git": git_id(), "versions": versions(), "seed": config.seed, "attempt": attempt_name()}
+    with (run_dir / "environment.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of everything that can change a result."""
+    names = ("simclr-dist", "torch", "torchvision", "accelerate", "numpy", "ffcv", "numba")
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_id() -> str | None:
+    """The commit of the code, with `-dirty` if files have changed; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,170 @@
+"""Sees that this rank no longer gets on, says who is missing, and ends it.
+
+A rank that waits for a lost one waits in C: no exception, no Python signal handler. So a thread watches. Each thing the
+main thread does has a limit; when it is passed, every rank dumps its stacks, the signs of life (heartbeat.py) say which
+rank is silent, late or somewhere else than the rest, and the process leaves. The process group's own time-out comes
+BACKSTOP_S later, for the case that this thread cannot run.
+
+A stop signal is seen here too, at once, through the signal's wake-up socket: if the step it finds running does not
+end within `timeout.stop_s`, nobody will ever agree to stop, and the scheduler's grace would only run out.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from simclr_dist.run.heartbeat import Heartbeats
+from simclr_dist.run.owner import TOUCH_EVERY_S, Ownership, OwnershipError
+
+BACKSTOP_S = 15.0
+REPORT_S = 10.0  # a report that takes longer (a file system that hangs as well) is cut short
+PACKAGE = str(Path(__file__).parents[1]) + os.sep
+
+
+@dataclass(frozen=True)
+class _Activity:
+    doing: str
+    step: int
+    since_s: float
+    limit_s: float
+    setting: str
+    """The configuration's name of the limit."""
+    stoppable: bool
+    """After a stop signal it has to end soon."""
+
+
+class Watchdog:
+    """Watches from __enter__ to __exit__. `on_hang` is told the message, once, before the process leaves."""
+
+    def __init__(
+        self,
+        heartbeats: Heartbeats,
+        *,
+        stop_signals: set[int],
+        stop_s: float,
+        on_hang: Callable[[str], None],
+        ownership: Ownership | None = None,
+    ) -> None:
+        self._heartbeats = heartbeats
+        self._stop_signals = stop_signals
+        self._stop_s = stop_s
+        self._on_hang = on_hang
+        self._ownership = ownership
+        self._activity = _Activity("starting", 0, time.monotonic(), float("inf"), "", False)
+        self._stop_heard_s: float | None = None
+        self._main_thread = threading.main_thread().ident
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._ear, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
+        self._previous_fd = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        if self._ownership is not None:
+            self._heartbeats.forget_earlier_starts()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        signal.set_wakeup_fd(self._previous_fd)
+        self._mouth.close()  # the thread reads the end and leaves
+        self._thread.join()
+        self._ear.close()
+        if kind is None:
+            self._heartbeats.end()
+
+    def doing(self, doing: str, step: int, limit_s: float, setting: str, *, stoppable: bool = False) -> None:
+        """The main thread begins something that must end within `limit_s`, which the setting `timeout.…` names."""
+        self._activity = _Activity(doing, step, time.monotonic(), limit_s, setting, stoppable)
+
+    @contextmanager
+    def busy(self, doing: str, limit_s: float, setting: str) -> Iterator[None]:
+        """Something in between; afterwards the clock of what was going on starts anew."""
+        before = self._activity
+        self.doing(doing, before.step, limit_s, setting)
+        yield
+        self.doing(before.doing, before.step, before.limit_s, before.setting, stoppable=before.stoppable)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The thread
+
+    def _watch(self) -> None:
+        next_sign = next_touch = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if now >= next_sign:
+                self._give_sign()
+                next_sign = now + self._heartbeats.interval_s
+            if self._ownership is not None and now >= next_touch:
+                self._touch(self._ownership)
+                next_touch = now + TOUCH_EVERY_S
+            if overdue := self._overdue():
+                self._give_up(overdue)
+            readable, _, _ = select.select([self._ear], [], [], min(1.0, max(0.05, next_sign - now)))
+            if readable:
+                heard = self._ear.recv(64)
+                if not heard:
+                    return
+                if self._stop_heard_s is None and self._stop_signals.intersection(heard):
+                    self._stop_heard_s = time.monotonic()
+
+    def _overdue(self) -> str | None:
+        activity, now = self._activity, time.monotonic()
+        if now - activity.since_s > activity.limit_s:
+            return f"for {activity.limit_s:g} s (timeout.{activity.setting})"
+        if activity.stoppable and self._stop_heard_s is not None:
+            since = max(activity.since_s, self._stop_heard_s)
+            if now - since > self._stop_s:
+                return f"for {self._stop_s:g} s after a stop signal (timeout.stop_s)"
+        return None
+
+    def _give_sign(self) -> None:
+        with suppress(OSError):  # a full disk must not end a training
+            self._heartbeats.write(self._activity.step, self._activity.doing, self._where())
+
+    @staticmethod
+    def _touch(ownership: Ownership) -> None:
+        try:
+            ownership.touch()
+        except OwnershipError as error:
+            print(f"\n{error}", file=sys.stderr, flush=True)
+            os._exit(2)
+        except OSError:  # the save will tell
+            pass
+
+    def _give_up(self, how_long: str) -> None:
+        threading.Timer(REPORT_S, os._exit, (1,)).start()
+        rank, activity = self._heartbeats.rank, self._activity
+        self._give_sign()
+        with suppress(Exception):
+            print(f"\nrank {rank}: no progress; what its threads are doing:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(all_threads=True)
+        time.sleep(min(REPORT_S / 2, 1.5 * self._heartbeats.interval_s))  # the others' last signs
+        self._give_sign()
+        with suppress(Exception):
+            self._on_hang(
+                f"no progress {how_long}: step {activity.step}, {activity.doing}\n{self._heartbeats.verdict()}\n"
+                "A rank without sign of life is dead or its machine is; one that is somewhere else than the rest keeps "
+                "them waiting. If a step may really take so long, raise the limit. The next start goes on from the "
+                "newest checkpoint"
+            )
+        os._exit(1)
+
+    def _where(self) -> str:
+        """The innermost line of this package in the main thread."""
+        frame = sys._current_frames().get(self._main_thread or 0)
+        while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
+            frame = frame.f_back
+        if frame is None:
+            return "no line of simclr_dist"
+        return f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_lineno} ({frame.f_code.co_name})"

@@ -1,0 +1,1 @@
+"""The trainer: what it consists of, its step, its loop."""

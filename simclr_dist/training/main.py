@@ -1,0 +1,136 @@
+"""Pretrain: `accelerate launch -m simclr_dist.train CONFIG [key=value …]`; with `python -m`, in one process.
+
+Exit code 0: finished, or stopped on request with everything saved; 2: bad input; 1: anything else. `status.json` in the
+run's directory says which (launchers between us and the caller turn every failure into 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from typing import TYPE_CHECKING, NoReturn
+
+from simclr_dist.config import Config, ConfigError, load_config
+
+if TYPE_CHECKING:
+    from simclr_dist.run.status import Reason
+    from simclr_dist.training.trainer import Trainer
+
+# What gloo and NCCL say when the other side is gone.
+_LOST_A_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "NCCL",
+    "Timed out waiting",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="simclr_dist.train", description=__doc__.split("\n\n")[0])
+    found.add_argument("config", help="YAML file, see configs/")
+    found.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=5")
+    style = found.add_mutually_exclusive_group()
+    for name, text in (("quiet", "print warnings and errors only"), ("json", "print JSON lines, for programs")):
+        style.add_argument(f"--{name}", dest="terminal", action="store_const", const=name, help=text)
+    return found
+
+
+def main(argv: list[str] | None = None, trainer_class: type[Trainer] | None = None) -> None:
+    args = parser().parse_intermixed_args(argv)
+    if args.terminal:
+        args.overrides.append(f"monitor.terminal={args.terminal}")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        config = load_config(args.config, args.overrides, world_size=world_size)
+    except ConfigError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(error, file=sys.stderr, flush=True)
+        sys.exit(2)
+    train(config, trainer_class)
+
+
+def train(config: Config, trainer_class: type[Trainer] | None = None) -> None:
+    """Runs to the end; on failure prints what the reader needs and leaves at once, with other ranks still waiting.
+
+    trainer_class: one's own subclass of Trainer (docs/guides/extending.md).
+    """
+    from simclr_dist.checkpoint.files import CheckpointError
+    from simclr_dist.data import DataError
+    from simclr_dist.parallel.distributed import shut_down
+    from simclr_dist.parallel.run_on_all_ranks import FailedElsewhereError, NonFiniteAbortError
+    from simclr_dist.run.owner import OwnershipError
+    from simclr_dist.training.trainer import Trainer
+
+    reasons: dict[type[BaseException], Reason] = {
+        ConfigError: "config_error",
+        DataError: "data_error",
+        CheckpointError: "checkpoint_error",
+        NonFiniteAbortError: "nan_abort",
+    }
+    _die_with_parent()
+    trainer = None
+    try:
+        trainer = (trainer_class or Trainer)(config)
+        trainer.fit()
+        shut_down()
+    except FailedElsewhereError:
+        _leave(2)
+    except OwnershipError as error:  # the status is the other training's
+        print(f"\n{error}", file=sys.stderr, flush=True)
+        _leave(2)
+    except tuple(reasons) as error:
+        _report(config, trainer, reasons[type(error)], str(error))
+        _leave(2)
+    except KeyboardInterrupt:
+        _leave(130)
+    except BaseException as error:
+        _report(config, trainer, "crash", "".join(traceback.format_exception(error)))
+        _leave(1)
+
+
+def _die_with_parent() -> None:
+    """Asks Linux to kill this process when the launcher's agent dies: nobody else would, and it would hold its GPU."""
+    if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
+        agent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+        if os.getppid() != agent:  # it died before we asked
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _report(config: Config, trainer: object, reason: Reason, message: str) -> None:
+    """Prints why this rank fails and writes it down, unless another rank has failed before: that one is the reason."""
+    from simclr_dist.run.status import has_failed, write_status
+
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    rank = int(os.environ.get("RANK", 0))
+    where = f"rank {rank}: " if several else ""
+    if several and trainer is not None:
+        if reason == "crash" and any(words in message for words in _LOST_A_PEER):
+            deadline = time.monotonic() + 2  # its own word may be on its way
+            while not has_failed(config.run_dir) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        if has_failed(config.run_dir):
+            print(f"\n{where}ends, because another rank has failed", file=sys.stderr, flush=True)
+            return
+    step = getattr(getattr(trainer, "state", None), "step", 0)
+    if config.run_dir.is_dir():
+        write_status(config.run_dir, "failed", step=step, reason=reason, message=message)
+    print(f"\n{where}{message}", file=sys.stderr, flush=True)
+
+
+def _leave(code: int) -> NoReturn:
+    """Without tearing the process group down: that waits for ranks that may be waiting for us."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

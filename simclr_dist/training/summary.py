@@ -1,0 +1,99 @@
+"""What a run says of itself when it begins and when it ends: rows of a name and a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from simclr_dist.checkpoint.files import list_checkpoints
+from simclr_dist.config import Config
+from simclr_dist.data import Loader
+from simclr_dist.monitor.terminal import duration
+from simclr_dist.optim.lars import peak_learning_rate
+from simclr_dist.parallel.distributed import World
+from simclr_dist.plan.memory import optimizer_state
+
+
+def start_rows(
+    config: Config, world: World, device: torch.device, loader: Loader, model: nn.Module, flops: int | None
+) -> dict[str, str]:
+    """model: encoder and head; flops: of one view's forward pass, if known."""
+    G, epoch = config.train.global_batch_size, loader.order.steps_per_epoch
+    size, head = config.data.image_size, config.model.head_out_dim
+    parameters = sum(p.numel() for p in model.parameters())
+    left_out = loader.num_samples - epoch * G
+    warmup = f" after {config.optim.warmup_epochs:g} epochs" if config.optim.warmup_epochs else ""
+    decay = "half a cosine to 0" if config.optim.schedule == "cosine" else "constant"
+    return {
+        "data": f"{config.data.train}: {loader.num_samples:,} images, 2 views of {size} px, {epoch:,} steps an epoch"
+        + (f"; each epoch leaves out another {left_out:,}" if left_out else ""),
+        "global batch": split_of_batch(G, world, config.train.micro_batch_size),
+        "learning rate": f"{config.optim.optimizer}, peak {learning_rate_formula(config)}{warmup}, then {decay}",
+        "loss": f"temperature {config.loss.temperature:g}, {2 * G - 2:,} negatives a row; guessing gives "
+        f"ln({2 * G - 1:,}) = {math.log(2 * G - 1):.2f}",
+        "model": f"{config.model.encoder} to {head} dimensions, {parameters:,} parameters"
+        + (f", {flops / 1e9:,.4f} GFLOP a view" if flops else ""),
+        "device": f"{world.size} x {device_name(device)}, {config.train.precision}"
+        + (", compiled" if config.train.compile else ""),
+        "memory": f"{_mib(kept_bytes(config, model))} a device for parameters, gradients and optimiser; `simclr-dist "
+        "plan` estimates the rest",
+        "run directory": str(config.run_dir),
+    }
+
+
+def end_rows(config: Config, latest: Mapping[str, float], *, seconds: float, images: int) -> dict[str, str]:
+    """seconds, images: of this start of the run; latest: the last figure of each tag."""
+    rows = {}
+    if images:
+        rows["time"] = f"{duration(seconds)}, {images:,} images, {images / max(seconds, 1e-9):,.0f} images/s in all"
+    for name, tag, form in (
+        ("loss", "train/loss", "{:.4f}"),
+        ("kNN top-1", "eval/knn_top1", "{:.2%}"),
+        ("online probe top-1", "eval/probe_top1", "{:.2%}"),
+        ("waited for data", "speed/data_wait_share", "{:.0%} of the last steps' time"),
+        ("peak memory", "speed/memory_peak_gib", "{:.2f} GiB"),
+    ):
+        if tag in latest:
+            rows[name] = form.format(latest[tag])
+    for newest in list_checkpoints(config.run_dir)[-1:]:
+        rows["checkpoint"] = str(newest)
+    rows["curves"] = f"tensorboard --logdir {config.runs_dir}"
+    return rows
+
+
+def split_of_batch(global_batch_size: int, world: World, micro_batch_size: int | None) -> str:
+    """4,096 = 8 nodes x 8 devices x 64 images, in micro-batches of 32"""
+    nodes, per_device = world.size // world.local_size, global_batch_size // world.size
+    parts = [_count(nodes, "node")] if nodes > 1 else []
+    parts += [_count(world.size // nodes, "device"), _count(per_device, "image")]
+    micro = f", in micro-batches of {micro_batch_size}" if micro_batch_size and micro_batch_size < per_device else ""
+    return f"{global_batch_size:,} = {' x '.join(parts)}{micro}"
+
+
+def learning_rate_formula(config: Config) -> str:
+    """0.3 x 4096/256 = 4.8"""
+    base, G = config.optim.base_lr, config.train.global_batch_size
+    formula = {"linear": f"{base:g} x {G}/256 = ", "sqrt": f"{base:g} x sqrt({G}) = ", "none": ""}
+    return f"{formula[config.optim.lr_scaling]}{peak_learning_rate(config.optim, G):.4g}"
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def kept_bytes(config: Config, model: nn.Module) -> int:
+    """What stays on a device from step to step."""
+    gradients = sum(p.nbytes for p in model.parameters())
+    numbers = sum(x.nbytes for x in model.state_dict().values())
+    return numbers + gradients + sum(x.nbytes for x in optimizer_state(model, config.optim).values())
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("s" if number != 1 else "")

@@ -1,0 +1,1 @@
+"""From cropped images to SimCLR views, on the device."""
