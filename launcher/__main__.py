@@ -128,7 +128,7 @@ def plain(error: Exception) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
-    from simclr_dist.config import ConfigError
+    from simclr_dist.errors import ConfigError
 
     try:
         return int(COMMANDS[args.command](args))

@@ -52,7 +52,7 @@ def choose_device(asked: str | None) -> torch.device:
         return PartialState().device
     device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        from simclr_dist.config import ConfigError
+        from simclr_dist.errors import ConfigError
 
         raise ConfigError([f"--device {asked}: torch {torch.__version__} sees no GPU; use --device cpu"])
     return device

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 
 from launcher import arguments as launcher
 from simclr_dist import cli, train
-from simclr_dist.config import Config, ConfigError, load_config
+from simclr_dist.config import Config, load_config
+from simclr_dist.errors import ConfigError
 from tests.conftest import REPOSITORY
 
 FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)

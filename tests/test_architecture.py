@@ -5,41 +5,12 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 from tests.conftest import REPOSITORY
 
-# Each layer may import those after it, and its own.
-LAYERS = (
-    ("cli", "demo", "recipe"),
-    ("train",),
-    ("doctor", "report", "trainer"),
-    ("checkup", "gallery", "summary"),
-    ("evaluation", "export", "plan"),
-    ("custody", "saving"),
-    ("failures", "non_finite", "watchdog"),
-    ("checkpoint", "heartbeat", "monitor", "owner", "provenance", "requests"),
-    ("status",),
-    ("micro_batch",),
-    (
-        "augment",
-        "augment_kernel",
-        "data",
-        "flops",
-        "health",
-        "loss",
-        "batchnorm",
-        "encoders",
-        "model",
-        "online_probe",
-        "optim",
-    ),
-    ("atomic", "distributed"),
-    ("config", "finding", "process", "torch_probe"),
-)
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MAX_FLOORS = 8
 
 
 def modules(package: str) -> list[Path]:
@@ -56,23 +27,28 @@ def imported_names(path: Path) -> set[str]:
     return names
 
 
-def part_of(dotted: str) -> str | None:
-    """`simclr_dist.data.order` -> `data`."""
-    pieces = dotted.split(".")
-    return pieces[1] if pieces[0] == "simclr_dist" and len(pieces) > 1 else None
+def room_of(dotted: str) -> str:
+    """The package a module lies in; a module at the top of simclr_dist is a room of its own."""
+    path = REPOSITORY.joinpath(*dotted.split("."))
+    if path.is_dir() or (path.parent == REPOSITORY / "simclr_dist" and path.with_suffix(".py").exists()):
+        return dotted
+    return room_of(dotted.rpartition(".")[0])
 
 
-@pytest.mark.parametrize("path", modules("simclr_dist"), ids=lambda p: str(p.relative_to(REPOSITORY)))
-def test_imports_point_down(path: Path) -> None:
-    own = path.relative_to(REPOSITORY / "simclr_dist").with_suffix("").parts[0]
-    if own == "__init__":
-        return
-    assert own in LEVEL, f"{own} has no place in the layers yet"
-    for name in imported_names(path):
-        other = part_of(name)
-        if other in LEVEL:
-            assert LEVEL[other] >= LEVEL[own], f"{path.name} imports {name}, which lies above it"
-        assert not name.startswith("launcher"), f"{path.name} imports the launcher"
+def test_a_package_imports_only_packages_below_it() -> None:
+    arrows: dict[str, set[str]] = {}
+    for path in [*modules("simclr_dist"), *modules("launcher")]:
+        own = room_of(".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"))
+        ours = {name for name in imported_names(path) if name.split(".")[0] in ("simclr_dist", "launcher")}
+        arrows.setdefault(own, set()).update({room_of(name) for name in ours} - {own})
+    floors = TopologicalSorter(arrows)
+    floors.prepare()  # raises CycleError where two packages import each other
+    num_floors = 0
+    while floors.is_active():
+        num_floors += 1
+        floors.done(*floors.get_ready())
+    assert num_floors <= MAX_FLOORS
+    assert not any("launcher" in names for room, names in arrows.items() if room != "launcher")
 
 
 def test_only_one_module_talks_to_torch_distributed() -> None:

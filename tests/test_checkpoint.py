@@ -11,10 +11,12 @@ import torch
 from safetensors import SafetensorError
 
 from simclr_dist.checkpoint import files as checkpoint
-from simclr_dist.checkpoint.files import CheckpointError, Kept, TrainState
+from simclr_dist.checkpoint.files import Kept
 from simclr_dist.config import Config
+from simclr_dist.errors import CheckpointError
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.optim.lars import build_optimizer, set_learning_rate
+from simclr_dist.run.state import TrainState
 
 CONFIG = Config.model_validate(
     {

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from simclr_dist.config import Config, ConfigError, json_schema, load_config, render_config
+from simclr_dist.config import Config, json_schema, load_config, render_config
+from simclr_dist.errors import ConfigError
 from tests.conftest import REPOSITORY
 
 GOOD = """\

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simclr_dist.data import DataError
 from simclr_dist.data.beton.reader import ALLOCATION, DESCRIPTOR, HEADER, metadata_type, open_beton, sidecar_path
 from simclr_dist.data.beton.writer import prepare
 from simclr_dist.data.loading.build import describe
+from simclr_dist.errors import DataError
 from tests.pictures import make_folder
 
 NUM_SAMPLES = 12

@@ -21,7 +21,7 @@ import torch
 import torchvision.transforms.functional as reference
 
 from simclr_dist.config import AugmentConfig, DataConfig
-from simclr_dist.data import Batch, DataError, Loader
+from simclr_dist.data import Batch, Loader
 from simclr_dist.data.beton.reader import open_beton
 from simclr_dist.data.beton.writer import prepare
 from simclr_dist.data.decode import ffcv_import
@@ -29,6 +29,7 @@ from simclr_dist.data.decode.crops import random_crops
 from simclr_dist.data.loading.build import build_loader, describe, load_images
 from simclr_dist.data.loading.ffcv_images import BetonImages
 from simclr_dist.data.randomness import keys
+from simclr_dist.errors import DataError
 from simclr_dist.parallel.distributed import World
 from tests.pictures import make_folder
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_dist.data import DataError
 from simclr_dist.data.beton.writer import prepare
 from simclr_dist.data.sources import find as sources
 from simclr_dist.data.sources.find import find_dataset, open_source
 from simclr_dist.data.sources.images import ArrayImages, ImageSource
 from simclr_dist.data.sources.synthetic import synthetic_images
+from simclr_dist.errors import DataError
 from tests.pictures import make_folder, picture
 
 

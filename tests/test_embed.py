@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_dist.checkpoint.files import CheckpointError
 from simclr_dist.cli import main
-from simclr_dist.data.errors import DataError
+from simclr_dist.errors import CheckpointError, DataError
 from simclr_dist.evaluation.embed import embed, neighbours_of, query_embedding
 from simclr_dist.evaluation.embeddings_file import Embeddings, load_embeddings, save_embeddings
 from tests.test_evaluate import save_images

@@ -9,7 +9,8 @@ import torch
 import torchvision
 from torch import nn
 
-from simclr_dist.config import Config, ConfigError, ModelConfig
+from simclr_dist.config import Config, ModelConfig
+from simclr_dist.errors import ConfigError
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
 from simclr_dist.network.encoders import build_encoder
 from simclr_dist.network.simclr import build_model

@@ -13,15 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from simclr_dist.checkpoint.files import TrainState, write_checkpoint
+from simclr_dist.checkpoint.files import write_checkpoint
 from simclr_dist.cli import evaluate as commands
-from simclr_dist.config import Config, ConfigError
-from simclr_dist.data.errors import DataError
+from simclr_dist.config import Config
+from simclr_dist.errors import ConfigError, DataError, ExportError
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
 from simclr_dist.evaluation.features import Features, digest
-from simclr_dist.export.export import ExportError
 from simclr_dist.few_labels.classifier import load_classifier
 from simclr_dist.network.simclr import build_model
+from simclr_dist.run.state import TrainState
 
 CLASSES = ("blue", "green", "red")
 

@@ -13,11 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from simclr_dist.checkpoint.files import TrainState, write_checkpoint
+from simclr_dist.checkpoint.files import write_checkpoint
 from simclr_dist.config import Config
+from simclr_dist.errors import ExportError
 from simclr_dist.export import export as export_module
-from simclr_dist.export.export import ExportError, check_same_outputs, export
+from simclr_dist.export.export import check_same_outputs, export
 from simclr_dist.network.simclr import SimCLR, build_model
+from simclr_dist.run.state import TrainState
 from simclr_dist.views.augment import MEAN
 
 

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.own_parts import AlignmentAndUniformity, Occluded
-from simclr_dist.config import AugmentConfig, ConfigError, ModelConfig
+from simclr_dist.config import AugmentConfig, ModelConfig
 from simclr_dist.data import Batch
+from simclr_dist.errors import ConfigError
 from simclr_dist.network import encoders
 from simclr_dist.views.augment import Augment
 from tests.conftest import REPOSITORY

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simclr_dist.data.errors import DataError
+from simclr_dist.errors import DataError
 from simclr_dist.evaluation.features import (
     Features,
     digest,

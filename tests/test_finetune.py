@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from simclr_dist.checkpoint.files import CheckpointError
 from simclr_dist.config import Config, ModelConfig
-from simclr_dist.data.errors import DataError
 from simclr_dist.data.loading.build import DatasetInfo, describe, load_images
+from simclr_dist.errors import CheckpointError, DataError
 from simclr_dist.evaluation.features import digest
 from simclr_dist.few_labels.classifier import Classifier, accuracy, load_classifier, save_classifier
 from simclr_dist.few_labels.distill import distil, distillation_loss

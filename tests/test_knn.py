@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from simclr_dist.data.errors import DataError
+from simclr_dist.errors import DataError
 from simclr_dist.evaluation import knn
 from simclr_dist.evaluation.features import Features
 from simclr_dist.evaluation.knn import KnnResult, knn_top1

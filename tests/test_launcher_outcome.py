@@ -14,7 +14,7 @@ from launcher.errors import Exit
 from launcher.outcome import Ended, Evidence, Status, decide
 from launcher.plan import Plan
 from launcher.scontrol import read_job
-from simclr_dist.run.status import Reason
+from simclr_dist.errors import Reason
 
 FINISHED, STOPPED, PREEMPTED, RUNNING = (Status(state) for state in ("finished", "stopped", "preempted", "running"))
 GOOD, IDLE = Ended(failed=True, progressed=True), Ended(failed=True, progressed=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from simclr_dist.data.errors import DataError
+from simclr_dist.errors import DataError
 from simclr_dist.evaluation import linear
 from simclr_dist.evaluation.features import Features
 from simclr_dist.evaluation.labels import split_by_class

@@ -19,7 +19,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.plugins.projector import projector_config_pb2
 
-from simclr_dist.config import ConfigError, MonitorConfig
+from simclr_dist.config import MonitorConfig
+from simclr_dist.errors import ConfigError
 from simclr_dist.monitor.monitor import RunMonitor
 from tests.training import Training
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simclr_dist.data import DataError, Order
+from simclr_dist.data import Order
+from simclr_dist.errors import DataError
 
 N, G, SEED = 103, 24, 5
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from simclr_dist.errors import OwnershipError
 from simclr_dist.run import owner
-from simclr_dist.run.owner import OwnershipError, claim
+from simclr_dist.run.owner import claim
 from simclr_dist.run.process import Process
 
 

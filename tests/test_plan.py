@@ -12,7 +12,7 @@ import torch
 from benchmarks.loss import PeakMemory, in_own_process
 from benchmarks.traffic import CountTraffic
 from simclr_dist import cli
-from simclr_dist.checkpoint.files import TrainState, write_checkpoint
+from simclr_dist.checkpoint.files import write_checkpoint
 from simclr_dist.config import Config, load_config
 from simclr_dist.loss import NTXentLoss
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
@@ -29,6 +29,7 @@ from simclr_dist.plan.memory import (
     step_activations,
 )
 from simclr_dist.plan.traffic import collectives
+from simclr_dist.run.state import TrainState
 from simclr_dist.run.stop_requests import Requests
 from tests.conftest import REPOSITORY
 from tests.distributed.spawn import run_ranks

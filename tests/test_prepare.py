@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_dist.data import DataError
 from simclr_dist.data.beton import writer as module
 from simclr_dist.data.beton.reader import open_beton, sidecar_path
 from simclr_dist.data.beton.writer import PAGE_BYTES, prepare
@@ -22,6 +21,7 @@ from simclr_dist.data.decode.ffcv_import import unavailable
 from simclr_dist.data.loading.build import describe
 from simclr_dist.data.loading.inspect import inspect_beton
 from simclr_dist.data.loading.pillow_images import BetonSource
+from simclr_dist.errors import DataError
 from tests.pictures import make_folder, picture
 
 needs_ffcv = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from simclr_dist.cli import main
-from simclr_dist.config import ConfigError
+from simclr_dist.errors import ConfigError
 from simclr_dist.few_labels import recipe as recipes
 from simclr_dist.few_labels.classifier import load_classifier
 from simclr_dist.few_labels.recipe import read_recipe, run_recipe

@@ -31,30 +31,16 @@ from torch.optim import Optimizer
 
 from simclr_dist.atomic import replaces
 from simclr_dist.config import Config
+from simclr_dist.errors import CheckpointError
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.optim.lars import parameter_order
 from simclr_dist.parallel import distributed
+from simclr_dist.run.state import TrainState
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 PROBE = "online_probe.safetensors"
 _NAME = re.compile(r"step_(\d{8,})")
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be used, or cannot go on with this configuration; the message says what to do."""
-
-
-@dataclass
-class TrainState:
-    """Where training stands, at the border between two steps."""
-
-    step: int = 0
-    samples_seen: int = 0
-
-    def advance(self, global_batch_size: int) -> None:
-        self.step += 1
-        self.samples_seen += global_batch_size
 
 
 @dataclass(frozen=True)

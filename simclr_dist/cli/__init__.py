@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simclr_dist.config import ConfigError, json_schema, load_config, render_config
+from simclr_dist.config import json_schema, load_config, render_config
+from simclr_dist.errors import UserError
 
 EPILOG = """\
 examples:
@@ -32,20 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except Exception as error:
-        if not _is_users(error):
-            raise
+    except UserError as error:
         print(error, file=sys.stderr, flush=True)
         sys.exit(2)
-
-
-def _is_users(error: Exception) -> bool:
-    """Whether the message alone helps. Asked by module, so that nothing heavy is imported for it."""
-    if isinstance(error, ConfigError):
-        return True
-    users = {("simclr_dist.data.errors", "DataError"), ("simclr_dist.checkpoint.files", "CheckpointError")}
-    users.add(("simclr_dist.export.export", "ExportError"))
-    return any((kind.__module__, kind.__name__) in users for kind in type(error).__mro__)
 
 
 def _parser() -> argparse.ArgumentParser:

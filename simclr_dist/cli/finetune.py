@@ -94,7 +94,7 @@ def _share(text: str) -> float:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    from simclr_dist.config import ConfigError
+    from simclr_dist.errors import ConfigError
     from simclr_dist.few_labels.train import Settings
     from simclr_dist.parallel.distributed import world
 
@@ -162,7 +162,7 @@ def _run_distill(args: argparse.Namespace) -> int:
 @contextmanager
 def _divergence_is_said() -> Iterator[None]:
     """It is for the person who chose the learning rate to mend."""
-    from simclr_dist.config import ConfigError
+    from simclr_dist.errors import ConfigError
 
     try:
         yield

@@ -57,8 +57,9 @@ def _positive(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from simclr_dist.config import ConfigError, load_config
+    from simclr_dist.config import load_config
     from simclr_dist.data.loading.build import describe
+    from simclr_dist.errors import ConfigError
     from simclr_dist.plan.forecast import Speed, forecast
     from simclr_dist.plan.measure import data_is_here, measure_loader, measure_step
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from simclr_dist import __version__
 from simclr_dist.atomic import replaces
-from simclr_dist.config import ConfigError
+from simclr_dist.errors import ConfigError
 from simclr_dist.terminal import add_command, choose_device, positive_int, say
 
 
@@ -41,8 +41,7 @@ def _run_report(args: argparse.Namespace) -> int:
         what = " and ".join({"sklearn": "scikit-learn"}.get(name, name) for name in missing)
         raise ConfigError([f"`simclr-dist report` needs {what}: pip install 'simclr_dist[eval]'"])
 
-    from simclr_dist.checkpoint.files import CheckpointError
-    from simclr_dist.data.errors import DataError
+    from simclr_dist.errors import CheckpointError, DataError
     from simclr_dist.report.insight import Insight, look_into
     from simclr_dist.report.page import names_of, render
     from simclr_dist.report.record import read_run

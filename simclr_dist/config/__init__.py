@@ -4,7 +4,6 @@ from simclr_dist.config.schema import (
     AugmentConfig,
     CheckpointConfig,
     Config,
-    ConfigError,
     Count,
     DataConfig,
     EvaluationConfig,
@@ -18,10 +17,9 @@ from simclr_dist.config.schema import (
     TimeoutConfig,
     TrainConfig,
     json_schema,
-    load_config,
-    load_section,
-    render_config,
 )
+from simclr_dist.config.yaml_source import load_config, load_section, render_config
+from simclr_dist.errors import ConfigError
 
 __all__ = [
     "AugmentConfig",

@@ -1,24 +1,16 @@
-"""What to learn: the configuration of a run, read from YAML and `key=value`, checked before anything starts.
+"""The settings of a run, section by section, and what must fit together.
 
-    config = load_config("configs/cifar10_resnet18_100ep.yaml", ["train.epochs=5"], world_size=2)
-
-Every part of the program takes its own section; only the trainer sees the whole. All problems of a file are
-reported together, each with its place, so that one look at the message is enough to mend it. This module
-imports neither torch nor numpy: the launcher reads it on login nodes.
+Each part of the program takes its own section; only the trainer sees the whole. This package imports neither torch nor
+numpy: the launcher reads configurations on login nodes.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
-import typing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -26,15 +18,6 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
-
-
-class ConfigError(Exception):
-    """The configuration cannot be used. `problems` holds one line each; str() is the whole message."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"configuration: {head}", *(f"  - {line}" for line in problems)]))
 
 
 class Section(BaseModel):
@@ -217,260 +200,6 @@ class Config(Section):
                 f"train.epochs ({self.train.epochs})"
             )
         return self
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML without YAML 1.1's surprises: `no` and `on` are text, 0123 and 12:30 are not numbers."""
-
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - the base class declares it so
-
-
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF"))
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)?\.[0-9_]*(?:[eE][-+]?[0-9]+)?$"),
-    list("-+0123456789."),
-)
-_SCIENTIFIC = re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$")
-
-_PLAIN_TAGS = ("map", "seq", "str", "bool", "int", "float", "null")
-
-KeyPath = tuple[str, ...]
-_S = TypeVar("_S", bound=Section)
-
-
-@dataclass
-class _Reader:
-    """Turns YAML into plain values and remembers where each key was written."""
-
-    origins: dict[KeyPath, str]
-    problems: list[str]
-
-    def read_file(self, path: Path) -> dict[str, Any]:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ConfigError([f"{path}: no such file"]) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError([f"{path}: cannot be read: {error}"]) from None
-        try:
-            node = yaml.compose(text, Loader=_Yaml)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f":{mark.line + 1}" if mark else ""
-            raise ConfigError([f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}"]) from None
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError([f"{path}: expected `key: value` lines, found {_kind_of(node)}"])
-        return self._value(node, (), lambda n: f"{path}:{n.start_mark.line + 1}")
-
-    def read_override(self, text: str) -> tuple[KeyPath, Any] | None:
-        origin = f"command line `{text}`"
-        key, equals, raw = text.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
-            self.problems.append(f"{origin}: expected key=value, for example train.epochs=100")
-            return None
-        try:
-            node = yaml.compose(raw, Loader=_Yaml)
-        except yaml.YAMLError as error:
-            self.problems.append(f"{origin}: the value is not valid YAML: {getattr(error, 'problem', error)}")
-            return None
-        path = tuple(key.split("."))
-        self.origins[path] = origin
-        return path, None if node is None else self._value(node, path, lambda _: origin)
-
-    def _value(self, node: yaml.Node, path: KeyPath, place: typing.Callable[[yaml.Node], str]) -> Any:
-        if node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
-            self.problems.append(f"{place(node)}: {'.'.join(path)}: the tag {node.tag} is not allowed")
-            return None
-        if isinstance(node, yaml.MappingNode):
-            values: dict[str, Any] = {}
-            for key_node, value_node in node.value:
-                key = str(key_node.value)
-                here = (*path, key)
-                if key in values:
-                    self.problems.append(
-                        f"{place(key_node)}: {'.'.join(here)}: written twice (first at {self.origins[here]}); keep one"
-                    )
-                    continue
-                self.origins[here] = place(key_node)
-                values[key] = self._value(value_node, here, place)
-            return values
-        if isinstance(node, yaml.SequenceNode):
-            return [self._value(child, (*path, str(i)), place) for i, child in enumerate(node.value)]
-        try:
-            return _Yaml("").construct_object(node)
-        except (yaml.YAMLError, ValueError, KeyError):  # a tag such as !!bool on a value that is none
-            self.problems.append(f"{place(node)}: {'.'.join(path)}: {node.value!r} does not fit its tag {node.tag}")
-            return None
-
-
-def load_config(
-    path: str | Path, overrides: typing.Sequence[str] = (), *, world_size: int | None = None, check_data: bool = True
-) -> Config:
-    """The checked configuration of `path` with `key=value` overrides applied in order.
-
-    world_size: number of processes that will train; the global batch must divide over them.
-    check_data: refuse data files that do not exist.
-    Raises ConfigError with all problems at once.
-    """
-    reader = _Reader({}, [])
-    values = reader.read_file(Path(path))
-    for text in overrides:
-        parsed = reader.read_override(text)
-        if parsed is None:
-            continue
-        key_path, value = parsed
-        target = values
-        for key in key_path[:-1]:
-            if not isinstance(target.get(key), dict):
-                target[key] = {}
-            target = target[key]
-        target[key_path[-1]] = value
-    problems = reader.problems
-    config: Config | None = None
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        problems += [_explain(detail, reader.origins, Path(path)) for detail in error.errors()]
-    problems += _cross_checks(values, reader.origins, Path(path), world_size, check_data)
-    if problems or config is None:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    return config
-
-
-def load_section(path: Path, kind: type[_S]) -> _S:
-    """Another YAML file of the project, read as strictly. Raises ConfigError with all problems at once."""
-    reader = _Reader({}, [])
-    values = reader.read_file(path)
-    problems, found = reader.problems, None
-    try:
-        found = kind.model_validate(values)
-    except ValidationError as error:
-        problems += [_explain(detail, reader.origins, path, kind) for detail in error.errors()]
-    if problems or found is None:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    return found
-
-
-def _cross_checks(
-    values: dict[str, Any], origins: dict[KeyPath, str], path: Path, world_size: int | None, check_data: bool
-) -> list[str]:
-    """Checks of single values that need the world: made on the raw values, so that they are reported with the rest."""
-    problems = []
-
-    def get(*keys: str) -> Any:
-        found: Any = values
-        for key in keys:
-            found = found.get(key) if isinstance(found, dict) else None
-        return found
-
-    global_batch, micro_batch = get("train", "global_batch_size"), get("train", "micro_batch_size")
-    if world_size and isinstance(global_batch, int) and global_batch > 0:
-        where = _place(("train", "global_batch_size"), origins, path)
-        if global_batch % world_size:
-            lower, upper = global_batch // world_size * world_size, -(-global_batch // world_size) * world_size
-            near = f"{lower} or {upper}" if lower else f"{upper}"
-            problems.append(
-                f"{where}: train.global_batch_size: {global_batch} does not divide over {world_size} processes; "
-                f"use {near}"
-            )
-        elif isinstance(micro_batch, int) and micro_batch > 0 and (global_batch // world_size) % micro_batch:
-            where = _place(("train", "micro_batch_size"), origins, path)
-            problems.append(
-                f"{where}: train.micro_batch_size: {micro_batch} does not divide the "
-                f"{global_batch // world_size} images of each process"
-            )
-    if check_data:
-        for key in ("train", "test"):
-            source = get("data", key)
-            if isinstance(source, str) and source != "synthetic" and not Path(source).exists():
-                problems.append(
-                    f"{_place(('data', key), origins, path)}: data.{key}: {source} does not exist; "
-                    f"make it with `simclr-dist prepare SOURCE {source}`"
-                )
-    return problems
-
-
-def _place(key_path: KeyPath, origins: dict[KeyPath, str], path: Path) -> str:
-    while key_path:
-        if key_path in origins:
-            return origins[key_path]
-        key_path = key_path[:-1]
-    return str(path)
-
-
-def _explain(detail: typing.Any, origins: dict[KeyPath, str], path: Path, kind_of_file: type[Section] = Config) -> str:
-    """One problem found by pydantic, as a line for people."""
-    # Union members appear in pydantic's location; they are no keys of ours.
-    keys: list[str] = []
-    model: Any = kind_of_file
-    for part in detail["loc"]:
-        if fields := getattr(model, "model_fields", None):
-            names = list(fields)
-        if fields is not None and part in fields:
-            keys.append(str(part))
-            model = fields[part].annotation
-        elif fields is not None:
-            keys.append(str(part))
-            break
-        elif isinstance(part, int):
-            keys.append(str(part))
-            model = (*typing.get_args(model), None)[0]  # of tuple[Section, ...]
-    key_path = tuple(keys)
-    key = ".".join(key_path)
-    where = _place(key_path, origins, path)
-    prefix = f"{where}: {key}: " if key else f"{where}: "
-    value, kind = detail["input"], detail["type"]
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(key_path[-1], names, n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else "known keys: " + ", ".join(names)
-        return f"{prefix}unknown key; {hint}"
-    if kind == "missing":
-        return f"{prefix}is missing and has no default"
-    if kind == "value_error":
-        return f"{prefix}{detail['ctx']['error']}"
-    message = detail["msg"][0].lower() + detail["msg"][1:]
-    if isinstance(value, str) and _SCIENTIFIC.match(value):
-        mantissa, exponent = re.split("[eE]", value)
-        return f"{prefix}YAML reads {value} as text, not as a number; write {mantissa}.0e{exponent} or {float(value):g}"
-    if isinstance(value, (dict, list)):
-        return f"{prefix}{message}, found {_kind_of(value)}"
-    return f"{prefix}{message}, found {json.dumps(value, default=str)}"
-
-
-def _kind_of(value: Any) -> str:
-    kinds: dict[Any, str] = {dict: "a section", list: "a list", type(None): "nothing"}
-    kinds |= {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}
-    return kinds.get(type(value), f"a {type(value).__name__}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-def render_config(config: Config) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal object."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_PlainDumper, sort_keys=False, width=110)
-
-
-class _PlainDumper(yaml.SafeDumper):
-    """Writes floats with a point, so that 1e-06 stays a number for every YAML reader."""
-
-
-def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
-    text = repr(value)
-    if "." not in text and "e" in text:
-        text = text.replace("e", ".0e")
-    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
-
-
-_PlainDumper.add_representer(float, _float)
 
 
 def json_schema() -> str:

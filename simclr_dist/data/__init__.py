@@ -4,7 +4,7 @@ Importing the package does not import torch: `simclr-dist prepare` and its worke
 """
 
 from simclr_dist.data.batch import Batch, Loader
-from simclr_dist.data.errors import DataError
 from simclr_dist.data.order import Order
+from simclr_dist.errors import DataError
 
 __all__ = ["Batch", "DataError", "Loader", "Order"]

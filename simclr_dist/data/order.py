@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.data.errors import DataError
 from simclr_dist.data.randomness import permutation
+from simclr_dist.errors import DataError
 
 # Streams of `permutation`: the order of pages must not be the order of samples.
 _SAMPLES, _PAGES = 0, 1

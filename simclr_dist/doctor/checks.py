@@ -275,7 +275,8 @@ def examine_folder(what: str, folder: Path, needed_bytes: int) -> Iterator[Findi
 
 
 def examine_config(path: str, overrides: Sequence[str], probe: dict[str, Any]) -> Iterator[Finding]:
-    from simclr_dist.config import ConfigError, load_config
+    from simclr_dist.config import load_config
+    from simclr_dist.errors import ConfigError
 
     try:
         config = load_config(path, overrides, check_data=False)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simclr_dist.data.decode.ffcv_import import codec, import_ffcv
-from simclr_dist.data.errors import DataError
+from simclr_dist.data.sources.size import size_on_disk
 from simclr_dist.doctor.finding import Finding
+from simclr_dist.errors import DataError
 
 if TYPE_CHECKING:
     from simclr_dist.config import DataConfig
@@ -75,14 +76,6 @@ def examine_data(data: DataConfig, global_batch_size: int) -> Iterator[Finding]:
             f"{num_bytes / 2**30:.1f} GiB of images, {memory / 2**30:.1f} GiB of memory",
             "every epoch reads from the disk: use a local NVMe disk, or `simclr-dist prepare … --max-side 400`",
         )
-
-
-def size_on_disk(source: str) -> int:
-    """Bytes of the files behind a data source; 0 for synthetic images."""
-    path = Path(source)
-    if path.is_dir():
-        return sum(os.path.getsize(os.path.join(at, name)) for at, _, names in os.walk(path) for name in names)
-    return path.stat().st_size if path.is_file() else 0
 
 
 def _available_memory() -> int:

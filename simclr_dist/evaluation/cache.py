@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simclr_dist.data.errors import DataError
+from simclr_dist.errors import DataError
 from simclr_dist.evaluation.features import Features
 
 _ARRAYS = {"h": np.float32, "labels": np.int64, "sample_ids": np.int64}

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from simclr_dist.checkpoint.files import CheckpointError, load_pretrained
+from simclr_dist.checkpoint.files import load_pretrained
 from simclr_dist.data.decode.crops import center_crops
-from simclr_dist.data.errors import DataError
 from simclr_dist.data.loading.build import describe, load_images
 from simclr_dist.data.sources.find import open_source
 from simclr_dist.data.sources.images import decode_image
+from simclr_dist.errors import CheckpointError, DataError
 from simclr_dist.evaluation.embeddings_file import Embeddings
 from simclr_dist.evaluation.features import Precision, digest, extract_features
 from simclr_dist.evaluation.knn import nearest

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.atomic import replaces
-from simclr_dist.data.errors import DataError
+from simclr_dist.errors import DataError
 
 _TEXTS = ("checkpoint", "encoder_digest", "source", "data_fingerprint")
 _ARRAYS = ("h", "labels", "names", "class_names")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from simclr_dist.data.errors import DataError
+from simclr_dist.errors import DataError
 from simclr_dist.evaluation.features import Features, part_of_rank
 from simclr_dist.evaluation.labels import check_labels
 from simclr_dist.parallel import distributed

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_dist.data.errors import DataError
+from simclr_dist.errors import DataError
 from simclr_dist.evaluation.features import Features
 
 

@@ -27,6 +27,7 @@ from simclr_dist import __version__
 from simclr_dist.atomic import replaces
 from simclr_dist.checkpoint.files import Checkpoint, load_pretrained
 from simclr_dist.config import Config, ModelConfig, render_config
+from simclr_dist.errors import ExportError
 from simclr_dist.network.encoders import (
     NUM_CLASSES,
     TIMM,
@@ -40,10 +41,6 @@ from simclr_dist.network.encoders import (
 from simclr_dist.views.augment import MEAN, STD
 
 Format = Literal["torchvision", "safetensors", "onnx"]
-
-
-class ExportError(Exception):
-    """The encoder cannot be written like this; the message says what to do."""
 
 
 @dataclass(frozen=True)

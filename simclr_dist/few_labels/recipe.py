@@ -26,17 +26,8 @@ from pydantic import Field, ValidationError
 
 from simclr_dist.atomic import replaces
 from simclr_dist.checkpoint.files import Checkpoint, find_checkpoint
-from simclr_dist.config import (
-    Config,
-    ConfigError,
-    Count,
-    ModelConfig,
-    NonNegative,
-    Positive,
-    Section,
-    load_config,
-    load_section,
-)
+from simclr_dist.config import Config, Count, ModelConfig, NonNegative, Positive, Section, load_config, load_section
+from simclr_dist.errors import ConfigError
 from simclr_dist.evaluation.offline import evaluate
 from simclr_dist.few_labels.classifier import Start
 from simclr_dist.few_labels.train import Settings, distill_classifier, finetune_checkpoint

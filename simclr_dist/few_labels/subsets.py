@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.atomic import replaces
-from simclr_dist.data.errors import DataError
 from simclr_dist.data.loading.build import DatasetInfo
+from simclr_dist.errors import DataError
 
 
 @dataclass(frozen=True)

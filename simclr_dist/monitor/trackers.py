@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import tracking
 
-from simclr_dist.config import ConfigError
+from simclr_dist.errors import ConfigError
 from simclr_dist.monitor.tensorboard import flatten
 
 PROJECT = "simclr_dist"

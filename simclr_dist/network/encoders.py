@@ -16,7 +16,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from simclr_dist.config import ConfigError, ModelConfig
+from simclr_dist.config import ModelConfig
+from simclr_dist.errors import ConfigError
 
 TIMM = "timm/"
 RESNETS: dict[str, Callable[..., ResNet]] = {

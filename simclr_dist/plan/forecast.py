@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from simclr_dist.config import Config
-from simclr_dist.doctor.data import size_on_disk
+from simclr_dist.data.sources.size import size_on_disk
 from simclr_dist.optim.lars import peak_learning_rate
 from simclr_dist.plan.memory import DeviceMemory, checkpoint_bytes, device_memory, loader_bytes, shape_of_model
 from simclr_dist.plan.traffic import Collective, collectives

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from simclr_dist.checkpoint.files import load_pretrained
 from simclr_dist.config import Config
-from simclr_dist.data import DataError
 from simclr_dist.data.loading.build import build_loader, describe, load_images
+from simclr_dist.errors import DataError
 from simclr_dist.evaluation.features import Features, extract_features
 from simclr_dist.evaluation.gallery import neighbour_rows, shrink
 from simclr_dist.evaluation.linear import linear_probe

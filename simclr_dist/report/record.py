@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from simclr_dist.config import ConfigError
+from simclr_dist.errors import ConfigError
 from simclr_dist.monitor.tensorboard import flatten
 
 

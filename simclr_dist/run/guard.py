@@ -7,12 +7,13 @@ from contextlib import suppress
 
 import torch
 
-from simclr_dist.checkpoint.files import TrainState
-from simclr_dist.config import Config, ConfigError
+from simclr_dist.config import Config
+from simclr_dist.errors import ConfigError
 from simclr_dist.parallel import distributed
-from simclr_dist.parallel.run_on_all_ranks import together
+from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 from simclr_dist.run.heartbeat import Heartbeats
 from simclr_dist.run.owner import Ownership, claim
+from simclr_dist.run.state import TrainState
 from simclr_dist.run.status import State, has_failed, write_status
 from simclr_dist.run.stop_requests import Requests
 from simclr_dist.run.watchdog import Watchdog
@@ -30,7 +31,7 @@ class Custody:
         self._limits = config.timeout
         self._rank = distributed.rank()
         self.state = TrainState()  # the trainer's, once there is one
-        self._ownership = together(self._claim, device)
+        self._ownership = run_on_all_ranks(self._claim, device)
         session = int(self._ownership.session, 16) if self._ownership else 0
         shared = int(distributed.broadcast_from_main_(torch.tensor([session], device=device)))
         self.watchdog = Watchdog(

@@ -19,15 +19,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from simclr_dist.errors import OwnershipError
 from simclr_dist.run.process import Process
 from simclr_dist.run.status import attempt_name
 
 STALE_S = 60.0
 TOUCH_EVERY_S = 10.0
-
-
-class OwnershipError(Exception):
-    """The run directory belongs to another training; nothing in it may be touched."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from simclr_dist.errors import Reason
+
 State = Literal["running", "finished", "preempted", "stopped", "failed"]
-Reason = Literal["config_error", "data_error", "checkpoint_error", "nan_abort", "hang", "crash"]
 
 
 def write_status(run_dir: Path, state: State, *, step: int, reason: Reason | None = None, message: str = "") -> None:

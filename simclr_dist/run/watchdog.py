@@ -24,8 +24,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from simclr_dist.errors import OwnershipError
 from simclr_dist.run.heartbeat import Heartbeats
-from simclr_dist.run.owner import TOUCH_EVERY_S, Ownership, OwnershipError
+from simclr_dist.run.owner import TOUCH_EVERY_S, Ownership
 
 BACKSTOP_S = 15.0
 REPORT_S = 10.0  # a report that takes longer (a file system that hangs as well) is cut short

@@ -15,10 +15,10 @@ import time
 import traceback
 from typing import TYPE_CHECKING, NoReturn
 
-from simclr_dist.config import Config, ConfigError, load_config
+from simclr_dist.config import Config, load_config
+from simclr_dist.errors import ConfigError, FailedElsewhereError, Reason, UserError
 
 if TYPE_CHECKING:
-    from simclr_dist.run.status import Reason
     from simclr_dist.training.trainer import Trainer
 
 # What gloo and NCCL say when the other side is gone.
@@ -61,19 +61,9 @@ def train(config: Config, trainer_class: type[Trainer] | None = None) -> None:
 
     trainer_class: one's own subclass of Trainer (docs/guides/extending.md).
     """
-    from simclr_dist.checkpoint.files import CheckpointError
-    from simclr_dist.data import DataError
     from simclr_dist.parallel.distributed import shut_down
-    from simclr_dist.parallel.run_on_all_ranks import FailedElsewhereError, NonFiniteAbortError
-    from simclr_dist.run.owner import OwnershipError
     from simclr_dist.training.trainer import Trainer
 
-    reasons: dict[type[BaseException], Reason] = {
-        ConfigError: "config_error",
-        DataError: "data_error",
-        CheckpointError: "checkpoint_error",
-        NonFiniteAbortError: "nan_abort",
-    }
     _die_with_parent()
     trainer = None
     try:
@@ -82,11 +72,8 @@ def train(config: Config, trainer_class: type[Trainer] | None = None) -> None:
         shut_down()
     except FailedElsewhereError:
         _leave(2)
-    except OwnershipError as error:  # the status is the other training's
-        print(f"\n{error}", file=sys.stderr, flush=True)
-        _leave(2)
-    except tuple(reasons) as error:
-        _report(config, trainer, reasons[type(error)], str(error))
+    except UserError as error:
+        _report(config, trainer, error.reason, str(error))
         _leave(2)
     except KeyboardInterrupt:
         _leave(130)
@@ -104,7 +91,7 @@ def _die_with_parent() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _report(config: Config, trainer: object, reason: Reason, message: str) -> None:
+def _report(config: Config, trainer: object, reason: Reason | None, message: str) -> None:
     """Prints why this rank fails and writes it down, unless another rank has failed before: that one is the reason."""
     from simclr_dist.run.status import has_failed, write_status
 
@@ -120,7 +107,7 @@ def _report(config: Config, trainer: object, reason: Reason, message: str) -> No
             print(f"\n{where}ends, because another rank has failed", file=sys.stderr, flush=True)
             return
     step = getattr(getattr(trainer, "state", None), "step", 0)
-    if config.run_dir.is_dir():
+    if reason is not None and config.run_dir.is_dir():
         write_status(config.run_dir, "failed", step=step, reason=reason, message=message)
     print(f"\n{where}{message}", file=sys.stderr, flush=True)
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from simclr_dist.config import TrainConfig
+from simclr_dist.errors import NonFiniteAbortError
 from simclr_dist.loss import NonFiniteError
-from simclr_dist.parallel.run_on_all_ranks import NonFiniteAbortError
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from simclr_dist.checkpoint import files as checkpoint
-from simclr_dist.checkpoint.files import Checkpoint, CheckpointError, Kept, TrainState
-from simclr_dist.config import Config, ConfigError
+from simclr_dist.checkpoint.files import Checkpoint, Kept
+from simclr_dist.config import Config
+from simclr_dist.errors import CheckpointError, ConfigError, FailedElsewhereError, NonFiniteAbortError
 from simclr_dist.evaluation.online_probe import OnlineProbe
 from simclr_dist.monitor.monitor import Monitor
 from simclr_dist.parallel import distributed
-from simclr_dist.parallel.run_on_all_ranks import FailedElsewhereError, NonFiniteAbortError
 from simclr_dist.run.provenance import versions
+from simclr_dist.run.state import TrainState
 from simclr_dist.run.status import attempt_name
 
 MAX_FAILED_SAVES = 3

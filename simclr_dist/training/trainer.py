@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from simclr_dist.checkpoint.files import TrainState
-from simclr_dist.config import Config, ConfigError
+from simclr_dist.config import Config
 from simclr_dist.data import Batch
 from simclr_dist.data.loading.build import build_loader, describe
+from simclr_dist.errors import ConfigError
 from simclr_dist.evaluation.gallery import show_gallery
 from simclr_dist.evaluation.online import evaluate_while_training
 from simclr_dist.evaluation.online_probe import OnlineProbe
@@ -32,9 +32,10 @@ from simclr_dist.network.simclr import build_model
 from simclr_dist.optim.lars import build_optimizer, build_schedule, set_learning_rate
 from simclr_dist.optim.micro_batch import backward_in_micro_batches
 from simclr_dist.parallel import distributed
-from simclr_dist.parallel.run_on_all_ranks import together
+from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 from simclr_dist.run import provenance
 from simclr_dist.run.guard import Custody
+from simclr_dist.run.state import TrainState
 from simclr_dist.run.status import State
 from simclr_dist.run.stop_requests import Request, Requests
 from simclr_dist.run.watchdog import BACKSTOP_S
@@ -73,8 +74,8 @@ class Trainer:
 
         self.custody = Custody(config, self.device)
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        self.resumed = together(lambda: saving.choose(config, self.device, self._warn_on_main), self.device)
-        self.loader = together(
+        self.resumed = run_on_all_ranks(lambda: saving.choose(config, self.device, self._warn_on_main), self.device)
+        self.loader = run_on_all_ranks(
             lambda: build_loader(
                 config.data,
                 config.augment,
@@ -108,11 +109,11 @@ class Trainer:
             config.loss.implementation,
             gather_dtype=getattr(torch, config.loss.gather_dtype),
         )
-        self.probe = together(self._build_probe, self.device)
+        self.probe = run_on_all_ranks(self._build_probe, self.device)
         self.state = TrainState()
         if self.resumed is not None:
             resumed, fingerprint = self.resumed, self.loader.fingerprint
-            self.state = together(
+            self.state = run_on_all_ranks(
                 lambda: saving.restore(
                     resumed, config, fingerprint, self.plain_model, self.plain_optimizer, self.probe
                 ),
@@ -129,7 +130,7 @@ class Trainer:
         if self.resumed is not None and self.accelerator.scaler is not None and self.resumed.grad_scaler:
             self.accelerator.scaler.load_state_dict(dict(self.resumed.grad_scaler))
 
-        self.monitor: Monitor = together(self._open_monitor, self.device)
+        self.monitor: Monitor = run_on_all_ranks(self._open_monitor, self.device)
         self.saver = Saver(
             config,
             self.device,

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.data.errors import DataError
+from simclr_dist.errors import DataError
 
 VERSION = 2
 HEADER = np.dtype(

@@ -43,9 +43,9 @@ from simclr_dist.data.beton.reader import (
     open_beton,
     sidecar_path,
 )
-from simclr_dist.data.errors import DataError
 from simclr_dist.data.sources.find import open_source
 from simclr_dist.data.sources.images import ImageSource, Picture
+from simclr_dist.errors import DataError
 from simclr_dist.parallel.threads import default_num_threads
 
 Mode = Literal["auto", "jpg", "raw", "smart"]

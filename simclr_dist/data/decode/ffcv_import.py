@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from simclr_dist.data.errors import DataError
+from simclr_dist.errors import DataError
 
 _HOW_TO_INSTALL = "install it with `pip install --no-deps ffcv==1.0.2` (see docs/data.md for the headers it needs)"
 

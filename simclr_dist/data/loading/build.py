@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.data.batch import Batch, Loader
-from simclr_dist.data.errors import DataError
 from simclr_dist.data.order import Order
+from simclr_dist.errors import DataError
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.data.beton.reader import open_beton
-from simclr_dist.data.errors import DataError
 from simclr_dist.data.loading.loader import CropRule
+from simclr_dist.errors import DataError
 
 
 class BetonImages:

@@ -23,9 +23,9 @@ from simclr_dist.data.batch import Batch
 from simclr_dist.data.decode.crops import random_crops
 from simclr_dist.data.decode.memory import RecycledMemory
 from simclr_dist.data.decode.presets import Recipe
-from simclr_dist.data.errors import DataError
 from simclr_dist.data.order import Order
 from simclr_dist.data.randomness import keys
+from simclr_dist.errors import DataError
 from simclr_dist.parallel.distributed import World
 from simclr_dist.parallel.threads import default_num_threads
 

@@ -13,9 +13,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
 
 from simclr_dist.data.beton.reader import RAW, open_beton
-from simclr_dist.data.errors import DataError
 from simclr_dist.data.loading.loader import CropRule
 from simclr_dist.data.sources.images import UNREADABLE, Picture, Pictures, decode_image
+from simclr_dist.errors import DataError
 
 
 class SourceImages:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.data.errors import DataError
 from simclr_dist.data.sources.images import ArrayImages, ImageSource
+from simclr_dist.errors import DataError
 
 
 @dataclass(frozen=True)

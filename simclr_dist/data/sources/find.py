@@ -10,10 +10,10 @@ import os
 import socket
 from pathlib import Path
 
-from simclr_dist.data.errors import DataError
 from simclr_dist.data.sources.dataset_files import CIFARS, torchvision_archive, torchvision_files
 from simclr_dist.data.sources.folders import TAR_SUFFIXES, open_folder, open_tar
 from simclr_dist.data.sources.images import ImageSource
+from simclr_dist.errors import DataError
 
 DATASETS = ("cifar10", "cifar100", "stl10", "fashion-mnist")
 DEBIAN_FASHION_MNIST = Path("/usr/share/dataset-fashion-mnist")

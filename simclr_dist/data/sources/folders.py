@@ -13,8 +13,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from simclr_dist.data.errors import DataError
 from simclr_dist.data.sources.images import FileImages
+from simclr_dist.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 SPLIT_NAMES = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "unlabeled"})

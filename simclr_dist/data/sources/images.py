@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from simclr_dist.data.errors import DataError
+from simclr_dist.errors import DataError
 
 Picture = NDArray[np.uint8]  # [H, W, 3]
 

@@ -1,0 +1,173 @@
+"""From YAML and `key=value` to a checked Config, and back.
+
+    config = load_config("configs/cifar10_resnet18_100ep.yaml", ["train.epochs=5"], world_size=2)
+
+All problems of a file are reported together, each with its place, so that one look at the message is enough.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from simclr_dist.config.explain import KeyPath, cross_checks, explain, kind_of
+from simclr_dist.config.schema import Config, Section
+from simclr_dist.errors import ConfigError
+
+_S = TypeVar("_S", bound=Section)
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML without YAML 1.1's surprises: `no` and `on` are text, 0123 and 12:30 are not numbers."""
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - the base class declares it so
+
+
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF"))
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)?\.[0-9_]*(?:[eE][-+]?[0-9]+)?$"),
+    list("-+0123456789."),
+)
+
+_PLAIN_TAGS = ("map", "seq", "str", "bool", "int", "float", "null")
+
+
+@dataclass
+class _Reader:
+    """Turns YAML into plain values and remembers where each key was written."""
+
+    origins: dict[KeyPath, str]
+    problems: list[str]
+
+    def read_file(self, path: Path) -> dict[str, Any]:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError([f"{path}: no such file"]) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError([f"{path}: cannot be read: {error}"]) from None
+        try:
+            node = yaml.compose(text, Loader=_Yaml)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f":{mark.line + 1}" if mark else ""
+            raise ConfigError([f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}"]) from None
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError([f"{path}: expected `key: value` lines, found {kind_of(node)}"])
+        return self._value(node, (), lambda n: f"{path}:{n.start_mark.line + 1}")
+
+    def read_override(self, text: str) -> tuple[KeyPath, Any] | None:
+        origin = f"command line `{text}`"
+        key, equals, raw = text.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
+            self.problems.append(f"{origin}: expected key=value, for example train.epochs=100")
+            return None
+        try:
+            node = yaml.compose(raw, Loader=_Yaml)
+        except yaml.YAMLError as error:
+            self.problems.append(f"{origin}: the value is not valid YAML: {getattr(error, 'problem', error)}")
+            return None
+        path = tuple(key.split("."))
+        self.origins[path] = origin
+        return path, None if node is None else self._value(node, path, lambda _: origin)
+
+    def _value(self, node: yaml.Node, path: KeyPath, place: typing.Callable[[yaml.Node], str]) -> Any:
+        if node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
+            self.problems.append(f"{place(node)}: {'.'.join(path)}: the tag {node.tag} is not allowed")
+            return None
+        if isinstance(node, yaml.MappingNode):
+            values: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                key = str(key_node.value)
+                here = (*path, key)
+                if key in values:
+                    self.problems.append(
+                        f"{place(key_node)}: {'.'.join(here)}: written twice (first at {self.origins[here]}); keep one"
+                    )
+                    continue
+                self.origins[here] = place(key_node)
+                values[key] = self._value(value_node, here, place)
+            return values
+        if isinstance(node, yaml.SequenceNode):
+            return [self._value(child, (*path, str(i)), place) for i, child in enumerate(node.value)]
+        try:
+            return _Yaml("").construct_object(node)
+        except (yaml.YAMLError, ValueError, KeyError):  # a tag such as !!bool on a value that is none
+            self.problems.append(f"{place(node)}: {'.'.join(path)}: {node.value!r} does not fit its tag {node.tag}")
+            return None
+
+
+def load_config(
+    path: str | Path, overrides: typing.Sequence[str] = (), *, world_size: int | None = None, check_data: bool = True
+) -> Config:
+    """The checked configuration of `path` with `key=value` overrides applied in order.
+
+    world_size: number of processes that will train; the global batch must divide over them.
+    check_data: refuse data files that do not exist.
+    Raises ConfigError with all problems at once.
+    """
+    reader = _Reader({}, [])
+    values = reader.read_file(Path(path))
+    for text in overrides:
+        parsed = reader.read_override(text)
+        if parsed is None:
+            continue
+        key_path, value = parsed
+        target = values
+        for key in key_path[:-1]:
+            if not isinstance(target.get(key), dict):
+                target[key] = {}
+            target = target[key]
+        target[key_path[-1]] = value
+    problems = reader.problems
+    config: Config | None = None
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        problems += [explain(detail, reader.origins, Path(path)) for detail in error.errors()]
+    problems += cross_checks(values, reader.origins, Path(path), world_size, check_data)
+    if problems or config is None:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return config
+
+
+def load_section(path: Path, kind: type[_S]) -> _S:
+    """Another YAML file of the project, read as strictly. Raises ConfigError with all problems at once."""
+    reader = _Reader({}, [])
+    values = reader.read_file(path)
+    problems, found = reader.problems, None
+    try:
+        found = kind.model_validate(values)
+    except ValidationError as error:
+        problems += [explain(detail, reader.origins, path, kind) for detail in error.errors()]
+    if problems or found is None:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return found
+
+
+def render_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal object."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_PlainDumper, sort_keys=False, width=110)
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes floats with a point, so that 1e-06 stays a number for every YAML reader."""
+
+
+def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    text = repr(value)
+    if "." not in text and "e" in text:
+        text = text.replace("e", ".0e")
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_PlainDumper.add_representer(float, _float)

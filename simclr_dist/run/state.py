@@ -1,0 +1,17 @@
+"""Where a training stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class TrainState:
+    """Where training stands, at the border between two steps."""
+
+    step: int = 0
+    samples_seen: int = 0
+
+    def advance(self, global_batch_size: int) -> None:
+        self.step += 1
+        self.samples_seen += global_batch_size
