@@ -1,0 +1,173 @@
+"""A run directory: the name of every file in it, and how records are read and written. Imports no torch.
+
+runs/NAME/
+    config.yaml              the settings of the newest start, complete
+    environment.jsonl        a line for each start: commit, versions, seed
+    status.json              how the run stands (run/status.py)
+    owner.json               which training may write here (run/owner.py)
+    log.jsonl, tensorboard/  what was measured
+    checkpoints/             step_00012500/ and so on (checkpoint/files.py)
+    evaluations.jsonl        a line for each evaluation
+    features/                cached h of evaluations
+    export/ finetune/ recipe/    results
+    plan.json                the launch plan; attempts.jsonl and logs/: what came of it (launcher)
+    heartbeat/               each rank's sign of life (run/heartbeat.py)
+    STOP, SAVE, STOP_REQUEST.*   requests to a running training (run/stop_requests.py)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The places in one run directory. Nothing is created by naming it."""
+
+    path: Path
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path) -> RunDir:
+        """The run that `checkpoint`, RUN/checkpoints/step_…, belongs to."""
+        return cls(checkpoint.parent.parent)
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.jsonl"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def owner(self) -> Path:
+        return self.path / "owner.json"
+
+    @property
+    def owner_lock(self) -> Path:
+        return self.path / ".owner.lock"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def kept_checkpoints(self) -> Path:
+        return self.checkpoints / "kept.json"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:08d}"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def features(self) -> Path:
+        return self.path / "features"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def finetune(self) -> Path:
+        return self.path / "finetune"
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe"
+
+    @property
+    def launch_plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def heartbeats(self) -> Path:
+        return self.path / "heartbeat"
+
+    @property
+    def stop(self) -> Path:
+        """A person asks the run to save and end."""
+        return self.path / "STOP"
+
+    @property
+    def save(self) -> Path:
+        """A person asks for a checkpoint."""
+        return self.path / "SAVE"
+
+    def stop_request(self, attempt: str) -> Path:
+        """A batch script asks this attempt to save and end; the job will go on later."""
+        return self.path / f"STOP_REQUEST.{attempt}"
+
+    def stop_requests(self) -> list[Path]:
+        return list(self.path.glob("STOP_REQUEST.*"))
+
+    def non_finite(self, step: int, rank: int) -> Path:
+        """The sample ids of a batch whose loss or gradient was NaN or infinite."""
+        return self.path / f"non_finite_step_{step:08d}_rank_{rank}.json"
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds one line of JSON. A single write to a file opened for appending stays whole beside other writers'.
+
+    Raises OSError.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+    try:
+        os.write(descriptor, (json.dumps(record) + "\n").encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file with one a line. Lines that a killed process left unfinished are passed over.
+
+    An absent or unreadable file has none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return [value for line in text.splitlines() if isinstance(value := _parsed(line), dict)]
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The JSON object that a file holds; None where there is no readable one."""
+    try:
+        value = _parsed(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
