@@ -18,6 +18,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class Section(BaseModel):
@@ -96,7 +97,7 @@ class TrainConfig(Section):
     )
     epochs: Count
     max_steps: Count | None = Field(None, description="Stop early, without changing the learning rate's course.")
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Precision = "bf16"
     compile: bool = False
     channels_last: bool = True
     on_non_finite: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does.")

@@ -9,16 +9,16 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from simclr_dist.config import Precision
 from simclr_dist.errors import DataError
+from simclr_dist.network.precision import autocast
 from simclr_dist.parallel import distributed
 
-Precision = Literal["fp32", "bf16", "fp16"]
 ImageBatch = tuple[Tensor, Tensor, Tensor]  # images uint8 [b, H, W, 3], labels int64 [b], sample ids int64 [b]
 Normalize = Callable[[Tensor], Tensor]  # uint8 [b, H, W, 3] -> float [b, 3, H, W]
 
@@ -86,14 +86,8 @@ def extract_features(
 
     Raises DataError when there are no images or when h is not finite.
     """
-    device = torch.device(device)
-    autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     h_parts, label_parts, id_parts = [], [], []
-    with (
-        frozen(encoder),
-        torch.no_grad(),
-        torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None),
-    ):
+    with frozen(encoder), torch.no_grad(), autocast(device, precision):
         for images, labels, sample_ids in batches:
             h = encoder(normalize(images.to(device, non_blocking=True)))
             h_parts.append(h.float().cpu())

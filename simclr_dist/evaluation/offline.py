@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from simclr_dist.checkpoint.files import Checkpoint, load_pretrained
-from simclr_dist.config import Config
+from simclr_dist.config import Config, Precision
 from simclr_dist.data.loading.build import DatasetInfo, describe, load_images
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
-from simclr_dist.evaluation.features import Features, Precision, digest, extract_features_distributed, pixel_features
+from simclr_dist.evaluation.features import Features, digest, extract_features_distributed, pixel_features
 from simclr_dist.evaluation.knn import knn_top1
 from simclr_dist.evaluation.linear import linear_probe
 from simclr_dist.network.simclr import build_model

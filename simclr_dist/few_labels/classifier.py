@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simclr_dist.atomic import replaces
-from simclr_dist.config import Config
+from simclr_dist.config import Config, Precision
 from simclr_dist.errors import CheckpointError
-from simclr_dist.evaluation.features import ImageBatch, Normalize, Precision, extract_features
+from simclr_dist.evaluation.features import ImageBatch, Normalize, extract_features
 from simclr_dist.network.simclr import SimCLR, build_model
 
 Start = Literal["encoder", "head"]

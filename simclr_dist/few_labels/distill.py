@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simclr_dist.config import Precision
 from simclr_dist.evaluation.features import ImageBatch, frozen
 from simclr_dist.few_labels.classifier import Classifier
 from simclr_dist.few_labels.finetune import Training, train_supervised
 from simclr_dist.few_labels.random_crops import RandomCrops
+from simclr_dist.network.precision import autocast
 from simclr_dist.views.augment import normalize
 
 
@@ -46,11 +48,13 @@ def distil(
     """
     teacher.to(training.device)
     student.to(training.device).train()
+    # A student in fp16 has a teacher in float32, whose logits cannot overflow.
+    precision: Precision = "fp32" if training.precision == "fp16" else training.precision
     known = labelled_ids if labelled_ids is not None else torch.empty(0, dtype=torch.int64)
 
     def loss_of(logits: Tensor, batch: ImageBatch) -> Tensor:
         images, labels, sample_ids = batch
-        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+        with torch.no_grad(), autocast(images.device, precision):
             teacher_logits = teacher(normalize(images)).float()
         seen = torch.where(torch.isin(sample_ids, known).to(labels.device), labels, -1)
         return distillation_loss(logits, teacher_logits, temperature, seen, alpha)

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simclr_dist.evaluation.features import ImageBatch, Precision, frozen
+from simclr_dist.config import Precision
+from simclr_dist.evaluation.features import ImageBatch, frozen
 from simclr_dist.few_labels.classifier import Classifier
 from simclr_dist.few_labels.random_crops import RandomCrops
+from simclr_dist.network.precision import autocast
 from simclr_dist.optim.lars import LearningRate, set_learning_rate
 from simclr_dist.views.augment import normalize
 
@@ -83,7 +85,6 @@ def train_supervised(
 ) -> None:
     """SGD with Nesterov momentum on loss_of(logits [b, C] float32, batch on the device). Modes are the caller's."""
     device, precision = torch.device(training.device), training.precision
-    autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type == "cuda")
     optimizer = torch.optim.SGD(
         list(parameters), lr=0.1, momentum=0.9, nesterov=True, weight_decay=training.weight_decay
@@ -95,7 +96,7 @@ def train_supervised(
         loss_sum = torch.zeros((), device=device)
         for batch in _on_device(data.epoch(epoch), device):
             set_learning_rate(optimizer, schedule(samples_seen))
-            with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            with autocast(device, precision):
                 logits = network(normalize(batch[0]))
             loss = loss_of(logits.float(), batch)
             optimizer.zero_grad(set_to_none=True)

@@ -18,10 +18,9 @@ import torch
 
 from simclr_dist.atomic import replaces
 from simclr_dist.checkpoint.files import load_pretrained
-from simclr_dist.config import Config, ModelConfig
+from simclr_dist.config import Config, ModelConfig, Precision
 from simclr_dist.data.loading.build import load_images
 from simclr_dist.errors import ConfigError, DataError
-from simclr_dist.evaluation.features import Precision
 from simclr_dist.evaluation.offline import LabelledImages, open_labelled
 from simclr_dist.few_labels.classifier import Classifier, Start, accuracy, load_classifier, save_classifier
 from simclr_dist.few_labels.distill import distil
