@@ -74,7 +74,7 @@ def test_an_unwritable_run_directory_does_not_end_a_training(tmp_path: Path) -> 
     assert under_watch(tmp_path, "dog.doing('training', 0, 30, 'step_s'); time.sleep(0.5)").returncode == 0
 
 
-def test_the_verdict_names_the_silent_the_late_and_the_odd_one_out(tmp_path: Path) -> None:
+def test_the_report_names_the_silent_the_late_and_the_odd_rank(tmp_path: Path) -> None:
     world, here = 6, 5
     for rank, (step, where) in enumerate([(9, "loss.py:1"), (9, "loss.py:1"), (8, "loader.py:2"), (9, "loss.py:1")]):
         Heartbeats(tmp_path, "s", rank, world, 4.0).write(step, "training", where)
@@ -84,7 +84,7 @@ def test_the_verdict_names_the_silent_the_late_and_the_odd_one_out(tmp_path: Pat
     long_ago = time.time() - 100
     os.utime(silent, (long_ago, long_ago))
     assert json.loads(silent.read_text())["rank"] == 1
-    lines = own.verdict().splitlines()
+    lines = own.describe_ranks().splitlines()
     assert "rank 1 " in lines[0]
     assert "no sign of life for 100 s; it was at step 9, training, in loss.py:1" in lines[0]
     assert lines[1].strip() == "rank 4 has given no sign of life at all"

@@ -1,12 +1,11 @@
-"""Every rank's sign of life: RUN/heartbeat/<session>/rank_00003.json, renewed every few seconds.
+"""Heartbeats: RUN/heartbeat/SESSION/rank_00003.json says where rank 3 is, and is rewritten every few seconds.
 
-Files, because they can be read when the process group cannot be used any more, by ranks, by people and afterwards. The
-interval grows with the world, so that all ranks together never write more than about 20 files a second.
+They are files because files can still be read when the process group hangs: by the other ranks, by people, and
+afterwards. The interval grows with world_size, so that all ranks together write at most about 20 files a second.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -16,86 +15,87 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
+from simclr_dist.run.layout import RunDir, read_record, write_record
+
 INTERVAL_S = 10.0
 WRITES_PER_S = 20.0
 SILENT_INTERVALS = 3
 
 
 @dataclass(frozen=True)
-class Sign:
+class Heartbeat:
     rank: int
     host: str
     pid: int
     step: int
     doing: str
     where: str
-    """The line of this package that its main thread was in."""
+    """The line of this package that the rank's main thread was executing."""
 
 
 class Heartbeats:
-    """The signs of all ranks of one start of the run (`session`), seen from `rank`."""
+    """The heartbeats of all ranks of one start of the run (`session`); this process is `rank`."""
 
     def __init__(self, run_dir: Path, session: str, rank: int, world_size: int, limit_s: float) -> None:
-        """limit_s: how long silence may last before it is a fault."""
+        """limit_s: how long a rank may be silent before that is an error."""
         self.rank = rank
         self.world_size = world_size
         self.interval_s = max(min(INTERVAL_S, limit_s / 4), world_size / WRITES_PER_S)
-        self._folder = run_dir / "heartbeat" / session
-        self._own = self._path(rank)
+        self._files = [RunDir(run_dir).heartbeat(session, other) for other in range(world_size)]
+        self._own = self._files[rank]
 
     def write(self, step: int, doing: str, where: str) -> None:
-        """This rank's sign of life. Raises OSError."""
-        sign = Sign(self.rank, socket.gethostname(), os.getpid(), step, doing, where)
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o750)
-        temporary = self._own.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(sign)) + "\n", encoding="utf-8")
-        os.replace(temporary, self._own)
+        """Says where this rank is. Raises OSError."""
+        self._own.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        write_record(self._own, asdict(Heartbeat(self.rank, socket.gethostname(), os.getpid(), step, doing, where)))
 
-    def forget_earlier_starts(self) -> None:
-        for folder in self._folder.parent.glob("*"):
-            if folder != self._folder:
+    def remove_earlier_starts(self) -> None:
+        session = self._own.parent
+        for folder in session.parent.glob("*"):
+            if folder != session:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def end(self) -> None:
-        """This rank has come to a good end; the last one removes the folder."""
+        """After a normal end of this rank. The last rank to end removes the folder."""
         with suppress(OSError):
             self._own.unlink(missing_ok=True)
-            self._folder.rmdir()
-            self._folder.parent.rmdir()
+            self._own.parent.rmdir()
+            self._own.parent.parent.rmdir()
 
-    def verdict(self) -> str:
-        """Who keeps the others waiting, as far as the signs tell: a line for each rank or group that stands out."""
-        signs, now_s = self._read(), 0.0
+    def describe_ranks(self) -> str:
+        """Where every rank is: first a line for each silent one, then one for each place in the program."""
+        latest, now_s = self._read(), 0.0
         with suppress(OSError):
-            now_s = self._own.stat().st_mtime  # by the file system's clock, just written
-        lines, living = [], []
+            now_s = self._own.stat().st_mtime  # just written, so it is the file system's present time
+        lines, alive = [], []
         for rank in range(self.world_size):
-            if rank not in signs:
+            if rank not in latest:
                 lines.append(f"rank {rank} has given no sign of life at all")
                 continue
-            sign, age_s = signs[rank][0], now_s - signs[rank][1]
+            beat, age_s = latest[rank][0], now_s - latest[rank][1]
             if age_s > SILENT_INTERVALS * self.interval_s:
                 lines.append(
-                    f"rank {rank} ({sign.host}, process {sign.pid}) has given no sign of life for {age_s:.0f} s; "
-                    f"it was at step {sign.step}, {sign.doing}, in {sign.where}"
+                    f"rank {rank} ({beat.host}, process {beat.pid}) has given no sign of life for {age_s:.0f} s; "
+                    f"it was at step {beat.step}, {beat.doing}, in {beat.where}"
                 )
             else:
-                living.append(sign)
-        living.sort(key=lambda sign: (sign.step, sign.doing, sign.where))
-        for (step, doing, where), group in groupby(living, key=lambda sign: (sign.step, sign.doing, sign.where)):
-            lines.append(f"{_ranks(sign.rank for sign in group)}: at step {step}, {doing}, in {where}")
+                alive.append(beat)
+        alive.sort(key=_place)
+        for (step, doing, where), group in groupby(alive, key=_place):
+            lines.append(f"{_ranks(beat.rank for beat in group)}: at step {step}, {doing}, in {where}")
         return "\n".join(f"  {line}" for line in lines)
 
-    def _read(self) -> dict[int, tuple[Sign, float]]:
-        signs = {}
-        for rank in range(self.world_size):
-            path = self._path(rank)
-            with suppress(OSError, ValueError, TypeError):
-                signs[rank] = Sign(**json.loads(path.read_text(encoding="utf-8"))), path.stat().st_mtime
-        return signs
+    def _read(self) -> dict[int, tuple[Heartbeat, float]]:
+        """By rank: its newest heartbeat, and when it was written (st_mtime)."""
+        latest = {}
+        for rank, path in enumerate(self._files):
+            with suppress(OSError, TypeError):
+                latest[rank] = Heartbeat(**(read_record(path) or {})), path.stat().st_mtime
+        return latest
 
-    def _path(self, rank: int) -> Path:
-        return self._folder / f"rank_{rank:05d}.json"
+
+def _place(beat: Heartbeat) -> tuple[int, str, str]:
+    return beat.step, beat.doing, beat.where
 
 
 def _ranks(ranks: Iterable[int]) -> str:

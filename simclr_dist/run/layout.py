@@ -11,7 +11,7 @@ runs/NAME/
     features/                cached h of evaluations
     export/ finetune/ recipe/    results
     plan.json                the launch plan; attempts.jsonl and logs/: what came of it (launcher)
-    heartbeat/               each rank's sign of life (run/heartbeat.py)
+    heartbeat/               rank_00003.json and so on: where each rank stands (run/heartbeat.py)
     STOP, SAVE, STOP_REQUEST.*   requests to a running training (run/stop_requests.py)
 """
 
@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +77,11 @@ class RunDir:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:08d}"
 
+    def checkpoint_steps(self) -> list[int]:
+        """The steps of all checkpoints, ascending. Found by name: no file is opened."""
+        names = (re.fullmatch(r"step_(\d+)", path.name) for path in self.checkpoints.glob("step_*"))
+        return sorted(int(name[1]) for name in names if name)
+
     @property
     def evaluations(self) -> Path:
         return self.path / "evaluations.jsonl"
@@ -111,6 +118,15 @@ class RunDir:
     def heartbeats(self) -> Path:
         return self.path / "heartbeat"
 
+    def heartbeat(self, session: str, rank: int) -> Path:
+        """session: the start of the run that the rank belongs to (run/owner.py)."""
+        return self.heartbeats / session / f"rank_{rank:05d}.json"
+
+    @property
+    def launcher_lock(self) -> Path:
+        """Locked by the launcher that runs this training; says which process that is."""
+        return self.path / ".launcher.lock"
+
     @property
     def stop(self) -> Path:
         """A person asks the run to save and end."""
@@ -131,6 +147,16 @@ class RunDir:
     def non_finite(self, step: int, rank: int) -> Path:
         """The sample ids of a batch whose loss or gradient was NaN or infinite."""
         return self.path / f"non_finite_step_{step:08d}_rank_{rank}.json"
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Replaces a file by one JSON object, as a whole. It is not flushed to disk. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # several hosts may write at once
+    try:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:

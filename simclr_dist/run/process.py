@@ -1,4 +1,4 @@
-"""Which process is that, and does it still live? Answered across restarts, containers and re-used numbers."""
+"""The identity of a process, and whether it still lives: true across reboots, containers and re-used numbers."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Literal
 @dataclass(frozen=True)
 class Process:
     host: str
-    """For people."""
+    """For messages."""
     machine: str
-    """Where `pid` means something: one boot of one machine, and one container's view of its processes."""
+    """Where `pid` is valid: boot id of a machine and its namespace of process numbers (a container has its own)."""
     pid: int
     start: str
-    """When it began, as the kernel counts: tells it from a later process of the same number."""
+    """Its start in the kernel's clock ticks since boot: differs for a later process with the same number."""
 
     @classmethod
     def this(cls) -> Process:
         return cls(socket.gethostname(), _machine(), os.getpid(), _start_of(os.getpid()) or "")
 
-    def fate(self) -> Literal["alive", "dead", "unknown"]:
-        """`unknown`: its machine's processes cannot be seen from here."""
+    def state(self) -> Literal["alive", "dead", "unknown"]:
+        """unknown: the processes of its machine cannot be seen from here."""
         if not self.start or self.machine != _machine():
             return "unknown"
         return "alive" if _start_of(self.pid) == self.start else "dead"
@@ -42,7 +42,7 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """None for a process that has ended, also for one that nobody has reaped yet, and where there is no /proc."""
+    """None for a process that has ended (a zombie too), and where there is no /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

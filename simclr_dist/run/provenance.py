@@ -1,25 +1,24 @@
-"""With what a run was made: everything that can change a result, for the run directory and for checkpoints."""
+"""What a run was made with: the commit and versions that can change its result, for its files and its checkpoints."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import subprocess
 import time
 from pathlib import Path
 
 from simclr_dist.config import Config, render_config
+from simclr_dist.run.layout import RunDir, append_record
 from simclr_dist.run.status import attempt_name
 
 
 def record(config: Config) -> None:
     """Writes config.yaml, and a line for this start in environment.jsonl. Raises OSError."""
-    run_dir = config.run_dir
-    (run_dir / "config.yaml").write_text(render_config(config), encoding="utf-8")
+    files = RunDir(config.run_dir)
+    files.config.write_text(render_config(config), encoding="utf-8")
     facts = {"git": git_id(), "versions": versions(), "seed": config.seed, "attempt": attempt_name()}
-    with (run_dir / "environment.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}) + "\n")
+    append_record(files.environment, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
 
 
 def versions() -> dict[str, str]:

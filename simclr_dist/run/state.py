@@ -1,4 +1,4 @@
-"""Where a training stands."""
+"""How far a training has come."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class TrainState:
-    """Where training stands, at the border between two steps."""
+    """How far training has come, between two steps."""
 
     step: int = 0
     samples_seen: int = 0

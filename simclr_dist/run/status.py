@@ -1,10 +1,9 @@
-"""`status.json`: how a run stands, for people, launchers and schedulers. Exit codes cannot carry it: accelerate and
-torchrun turn each of them into 1.
+"""`status.json`: how a run stands, for people and launchers. Exit codes cannot tell them: accelerate and torchrun turn
+every code of a worker into 1.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from contextlib import suppress
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from simclr_dist.errors import Reason
-from simclr_dist.run.layout import RunDir, read_record
+from simclr_dist.run.layout import RunDir, read_record, write_record
 
 State = Literal["running", "finished", "preempted", "stopped", "failed"]
 
@@ -39,19 +38,14 @@ def write_status(
     message: str = "",
     attempt: str | None = None,
 ) -> None:
-    """Replaces the file as a whole; a run directory that has vanished is no further error.
+    """Replaces the file as a whole. A file that cannot be written is no error.
 
-    attempt: None means this process's own (`attempt_name`).
+    reason: `preflight`: the launcher found nodes that cannot train together. attempt: None: this process's own.
     """
     written = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     status = Status(state, reason or "", step, attempt or attempt_name(), message, written)
-    temporary = run_dir / f".status.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(json.dumps({**asdict(status), "reason": reason}, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, RunDir(run_dir).status)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with suppress(OSError):
+        write_record(RunDir(run_dir).status, {**asdict(status), "reason": reason})
 
 
 def read_status(run_dir: Path) -> Status | None:
@@ -73,11 +67,11 @@ def read_status(run_dir: Path) -> Status | None:
 
 
 def has_failed(run_dir: Path) -> bool:
-    """Has some rank said already why this start of the run fails?"""
+    """Whether some rank has already reported why this start of the run fails."""
     status = read_status(run_dir)
     return status is not None and status.state == "failed"
 
 
 def attempt_name() -> str:
-    """Names this start of the run; a launcher may give it."""
+    """The name of this start of the run: the launcher's, or one made from the process number."""
     return os.environ.get("SIMCLR_ATTEMPT") or f"pid{os.getpid()}"

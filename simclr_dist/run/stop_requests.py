@@ -1,8 +1,7 @@
-"""What the world asks of a running training: save, or stop. One rank that hears it is enough.
+"""Requests to a running training, by signal or file: save, or stop. It is enough if one rank receives a request.
 
-Signals and files only raise a flag; all ranks agree on it by a maximum taken at every step and act at the same border
-between two steps. A Python signal handler does not run while its thread waits in a collective, so acting any earlier
-would not be possible anyhow.
+A request only sets a flag. At every step all ranks take the maximum of their flags, so that all of them act between the
+same two steps. A rank could not act earlier anyhow: Python runs no signal handler while a thread waits in a collective.
 """
 
 from __future__ import annotations
@@ -20,28 +19,29 @@ from typing import Any
 import torch
 
 from simclr_dist.parallel import distributed
+from simclr_dist.run.layout import RunDir
 
 POLL_S = 2.0
 
 
 class Request(IntEnum):
-    """In the order in which they outdo each other."""
+    """From the weakest to the strongest: the strongest of all ranks' requests is granted."""
 
     NONE = 0
     SAVE = 1
-    STOP = 2  # the file STOP: a person wants it ended
-    PREEMPT = 3  # a signal, or STOP_REQUEST.* from a batch script: the job will go on later
+    STOP = 2  # the file STOP: a person ends the run
+    PREEMPT = 3  # a signal, or STOP_REQUEST.* from a batch script: the run will be continued
 
 
 class Requests:
     """Listens from __enter__ to __exit__; `announce()` at the start of a step, `agreed()` at its end."""
 
     def __init__(self, run_dir: Path, device: torch.device) -> None:
-        self.run_dir = run_dir
+        self._files = RunDir(run_dir)
         self.device = device
         self.heard = Request.NONE
         self._next_poll = 0.0
-        self._answered = 0  # when the last SAVE was made
+        self._answered = 0  # st_mtime_ns of the last SAVE file that was granted
         self._previous: dict[int, Any] = {}
         self._pending: Callable[[], int] | None = None
 
@@ -63,11 +63,11 @@ class Requests:
         self.heard = Request.PREEMPT
 
     def ask(self, request: Request) -> None:
-        """This rank's own wish, for example a save because time has passed."""
+        """A request of this rank itself, for example to save because 10 minutes have passed."""
         self.heard = max(self.heard, request)
 
     def announce(self) -> None:
-        """Sends this rank's flag on its way; it travels while the step computes."""
+        """Starts the exchange of flags; it runs while the step computes."""
         if distributed.rank() == 0 and time.monotonic() >= self._next_poll:
             self._next_poll = time.monotonic() + POLL_S
             self._look_for_files()
@@ -82,20 +82,20 @@ class Requests:
         return request
 
     def _look_for_files(self) -> None:
-        if list(self.run_dir.glob("STOP_REQUEST.*")):
+        if self._files.stop_requests():
             self.ask(Request.PREEMPT)
-        if (self.run_dir / "STOP").exists():
+        if self._files.stop.exists():
             self.ask(Request.STOP)
         with suppress(OSError):
-            # In a directory that cannot be written to the file stays; it is answered once.
-            touched = (self.run_dir / "SAVE").stat().st_mtime_ns
+            # In a directory that cannot be written to, SAVE cannot be removed: it is granted once.
+            touched = self._files.save.stat().st_mtime_ns
             if touched != self._answered:
                 self._answered = touched
                 self.ask(Request.SAVE)
-            (self.run_dir / "SAVE").unlink()
+            self._files.save.unlink()
 
     def forget_files(self) -> None:
         """Removes the files that asked for the stop, so that the next start does not stop at once."""
-        for path in [self.run_dir / "STOP", *self.run_dir.glob("STOP_REQUEST.*")]:
+        for path in [self._files.stop, *self._files.stop_requests()]:
             with suppress(OSError):
                 path.unlink()

@@ -1,12 +1,12 @@
-"""Sees that this rank no longer gets on, says who is missing, and ends it.
+"""Notices that this rank makes no progress, reports which ranks are missing, and ends the process.
 
-A rank that waits for a lost one waits in C: no exception, no Python signal handler. So a thread watches. Each thing the
-main thread does has a limit; when it is passed, every rank dumps its stacks, the signs of life (heartbeat.py) say which
-rank is silent, late or somewhere else than the rest, and the process leaves. The process group's own time-out comes
-BACKSTOP_S later, for the case that this thread cannot run.
+A rank that waits for a lost one is blocked in C code: no exception comes and no Python signal handler runs. So a thread
+watches. Each activity of the main thread has a time limit. When it passes, every rank prints its stacks, reports from
+the heartbeats (heartbeat.py) which ranks are silent or at another place than the rest, and exits. The process group's
+own time-out is BACKSTOP_S longer, for the case that this thread cannot run.
 
-A stop signal is seen here too, at once, through the signal's wake-up socket: if the step it finds running does not
-end within `timeout.stop_s`, nobody will ever agree to stop, and the scheduler's grace would only run out.
+The thread also hears stop signals, through the wake-up socket of Python's signal handling. If the step that was running
+does not end within `timeout.stop_s`, the ranks can no longer agree to stop, and the process ends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from simclr_dist.run.heartbeat import Heartbeats
 from simclr_dist.run.owner import TOUCH_EVERY_S, Ownership
 
 BACKSTOP_S = 15.0
-REPORT_S = 10.0  # a report that takes longer (a file system that hangs as well) is cut short
+REPORT_S = 10.0  # the process ends after this time even if the report is not finished (the file system may hang too)
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 
@@ -40,13 +40,13 @@ class _Activity:
     since_s: float
     limit_s: float
     setting: str
-    """The configuration's name of the limit."""
+    """The name of the limit under `timeout:` in the configuration."""
     stoppable: bool
-    """After a stop signal it has to end soon."""
+    """After a stop signal the limit is stop_s."""
 
 
 class Watchdog:
-    """Watches from __enter__ to __exit__. `on_hang` is told the message, once, before the process leaves."""
+    """Watches from __enter__ to __exit__. Calls `on_hang` with a message, once, before it ends the process."""
 
     def __init__(
         self,
@@ -68,29 +68,29 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self._ear, self._mouth = socket.socketpair()
-        self._mouth.setblocking(False)
-        self._previous_fd = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        self._wakeup_receiver, self._wakeup_sender = socket.socketpair()
+        self._wakeup_sender.setblocking(False)
+        self._previous_fd = signal.set_wakeup_fd(self._wakeup_sender.fileno(), warn_on_full_buffer=False)
         if self._ownership is not None:
-            self._heartbeats.forget_earlier_starts()
+            self._heartbeats.remove_earlier_starts()
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         signal.set_wakeup_fd(self._previous_fd)
-        self._mouth.close()  # the thread reads the end and leaves
+        self._wakeup_sender.close()  # ends the thread
         self._thread.join()
-        self._ear.close()
+        self._wakeup_receiver.close()
         if kind is None:
             self._heartbeats.end()
 
     def doing(self, doing: str, step: int, limit_s: float, setting: str, *, stoppable: bool = False) -> None:
-        """The main thread begins something that must end within `limit_s`, which the setting `timeout.…` names."""
+        """The main thread begins an activity that must end within `limit_s`, the value of `timeout.<setting>`."""
         self._activity = _Activity(doing, step, time.monotonic(), limit_s, setting, stoppable)
 
     @contextmanager
     def busy(self, doing: str, limit_s: float, setting: str) -> Iterator[None]:
-        """Something in between; afterwards the clock of what was going on starts anew."""
+        """An activity in between. Afterwards the time of the interrupted one starts at 0 again."""
         before = self._activity
         self.doing(doing, before.step, limit_s, setting)
         yield
@@ -100,20 +100,20 @@ class Watchdog:
     # The thread
 
     def _watch(self) -> None:
-        next_sign = next_touch = time.monotonic()
+        next_beat = next_touch = time.monotonic()
         while True:
             now = time.monotonic()
-            if now >= next_sign:
-                self._give_sign()
-                next_sign = now + self._heartbeats.interval_s
+            if now >= next_beat:
+                self._write_heartbeat()
+                next_beat = now + self._heartbeats.interval_s
             if self._ownership is not None and now >= next_touch:
                 self._touch(self._ownership)
                 next_touch = now + TOUCH_EVERY_S
             if overdue := self._overdue():
                 self._give_up(overdue)
-            readable, _, _ = select.select([self._ear], [], [], min(1.0, max(0.05, next_sign - now)))
+            readable, _, _ = select.select([self._wakeup_receiver], [], [], min(1.0, max(0.05, next_beat - now)))
             if readable:
-                heard = self._ear.recv(64)
+                heard = self._wakeup_receiver.recv(64)
                 if not heard:
                     return
                 if self._stop_heard_s is None and self._stop_signals.intersection(heard):
@@ -129,8 +129,8 @@ class Watchdog:
                 return f"for {self._stop_s:g} s after a stop signal (timeout.stop_s)"
         return None
 
-    def _give_sign(self) -> None:
-        with suppress(OSError):  # a full disk must not end a training
+    def _write_heartbeat(self) -> None:
+        with suppress(OSError):  # a full disk does not end a training
             self._heartbeats.write(self._activity.step, self._activity.doing, self._where())
 
     @staticmethod
@@ -140,29 +140,29 @@ class Watchdog:
         except OwnershipError as error:
             print(f"\n{error}", file=sys.stderr, flush=True)
             os._exit(2)
-        except OSError:  # the save will tell
+        except OSError:  # the next save reports it
             pass
 
     def _give_up(self, how_long: str) -> None:
         threading.Timer(REPORT_S, os._exit, (1,)).start()
         rank, activity = self._heartbeats.rank, self._activity
-        self._give_sign()
+        self._write_heartbeat()
         with suppress(Exception):
             print(f"\nrank {rank}: no progress; what its threads are doing:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
-        time.sleep(min(REPORT_S / 2, 1.5 * self._heartbeats.interval_s))  # the others' last signs
-        self._give_sign()
+        time.sleep(min(REPORT_S / 2, 1.5 * self._heartbeats.interval_s))  # until the others have written theirs
+        self._write_heartbeat()
         with suppress(Exception):
             self._on_hang(
-                f"no progress {how_long}: step {activity.step}, {activity.doing}\n{self._heartbeats.verdict()}\n"
-                "A rank without sign of life is dead or its machine is; one that is somewhere else than the rest keeps "
+                f"no progress {how_long}: step {activity.step}, {activity.doing}\n{self._heartbeats.describe_ranks()}\n"
+                "A rank without sign of life has died, or its machine has. A rank at another place than the rest keeps "
                 "them waiting. If a step may really take so long, raise the limit. The next start goes on from the "
                 "newest checkpoint"
             )
         os._exit(1)
 
     def _where(self) -> str:
-        """The innermost line of this package in the main thread."""
+        """The innermost line of this package that the main thread is executing."""
         frame = sys._current_frames().get(self._main_thread or 0)
         while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
             frame = frame.f_back
