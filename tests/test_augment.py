@@ -14,7 +14,6 @@ from torchvision.transforms import ColorJitter
 
 from simclr_dist.config import AugmentConfig
 from simclr_dist.data.batch import Batch
-from simclr_dist.data.decode.presets import resolve_recipe
 from simclr_dist.views import augment as module
 from simclr_dist.views.augment import (
     Augment,
@@ -26,6 +25,7 @@ from simclr_dist.views.augment import (
     normalize,
     rotate_hue_,
 )
+from simclr_dist.views.presets import resolve_augmentation
 
 SIDE = 24
 TOLERANCE = 5e-6  # of a value in [0, 1]; a grey level is 4e-3
@@ -136,7 +136,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("preset", ["simclr_imagenet", "simclr_cifar", "asymmetric", "none"])
 def test_whole_preset_is_torchvisions_for_the_same_parameters(preset: str) -> None:
     augment, images = Augment(AugmentConfig(preset=preset), 3, SIDE), batch(48)
-    p = draw_parameters(augment.recipe, 3, 0, images.sample_ids.numpy())
+    p = draw_parameters(augment.augmentation, 3, 0, images.sample_ids.numpy())
     expected = torch.stack(
         [by_torchvision(v, p, i, blur_kernel_size(SIDE)) for i, v in enumerate(images.views.flatten(0, 1))]
     )
@@ -225,7 +225,7 @@ class TestDistribution:
     ids = np.arange(20_000)
 
     def draw(self, **config) -> Parameters:
-        return draw_parameters(resolve_recipe(AugmentConfig(**config)), 0, 0, self.ids)
+        return draw_parameters(resolve_augmentation(AugmentConfig(**config)), 0, 0, self.ids)
 
     def test_probabilities(self) -> None:
         p = self.draw(preset="simclr_imagenet")
@@ -268,13 +268,13 @@ class TestDistribution:
     def test_none_changes_nothing(self) -> None:
         p = self.draw(preset="none")
         assert not np.stack([p.jitter, p.grayscale, p.blur, p.solarize]).any()
-        recipe = resolve_recipe(AugmentConfig(preset="none"))
-        assert (recipe.crop_scale_min, recipe.flip_p) == (1.0, 0.0)
+        augmentation = resolve_augmentation(AugmentConfig(preset="none"))
+        assert (augmentation.crop_scale_min, augmentation.flip_p) == (1.0, 0.0)
 
     def test_fields_override_the_preset(self) -> None:
-        recipe = resolve_recipe(AugmentConfig(jitter_strength=0.5, blur_p=0.0, grayscale_p=1.0, crop_scale_min=0.2))
-        assert recipe.jitter == (0.4, 0.4, 0.4, 0.1)
-        assert (recipe.blur_p, recipe.grayscale_p, recipe.crop_scale_min) == ((0.0, 0.0), 1.0, 0.2)
+        augmentation = resolve_augmentation(AugmentConfig(jitter_strength=0.5, blur_p=0.0, grayscale_p=1.0, crop_scale_min=0.2))
+        assert augmentation.jitter == (0.4, 0.4, 0.4, 0.1)
+        assert (augmentation.blur_p, augmentation.grayscale_p, augmentation.crop_scale_min) == ((0.0, 0.0), 1.0, 0.2)
         assert not self.draw(jitter_strength=0.0).jitter.any()
 
     def test_purposes_are_independent(self) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.beton.reader import ALLOCATION, DESCRIPTOR, HEADER, metadata_type, open_beton, sidecar_path
-from simclr_dist.data.beton.writer import prepare
-from simclr_dist.data.loading.build import describe
+from simclr_dist.data.loading.open_images import describe
 from simclr_dist.errors import DataError
-from tests.pictures import make_folder
+from tests.images import make_folder
 
 NUM_SAMPLES = 12
 

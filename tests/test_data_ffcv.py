@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simclr_dist.data.beton.writer import prepare
+from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.decode.ffcv_import import unavailable
-from simclr_dist.data.loading.build import describe
+from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.loading.pillow_images import BetonSource
-from tests.pictures import make_folder, picture
+from tests.images import make_folder, picture
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -50,7 +50,7 @@ def test_ffcvs_loader_runs_our_crops_over_two_epochs(tmp_path: Path) -> None:
     script = """
         from ffcv.loader import Loader, OrderOption
         from simclr_dist.config import AugmentConfig, DataConfig
-        from simclr_dist.data.loading.build import build_loader
+        from simclr_dist.data.loading.view_loader import build_loader
         from simclr_dist.data.loading.ffcv_operation import SampleIds, TwoCrops
         from simclr_dist.parallel.distributed import World
 
@@ -107,7 +107,7 @@ def test_we_read_what_ffcvs_writer_writes(tmp_path: Path) -> None:
     script = """
         from ffcv.fields import FloatField, IntField, JSONField, RGBImageField
         from ffcv.writer import DatasetWriter
-        from tests.pictures import SIZES, picture
+        from tests.images import SIZES, picture
 
         class Pictures:
             def __len__(self):
@@ -123,7 +123,7 @@ def test_we_read_what_ffcvs_writer_writes(tmp_path: Path) -> None:
                 writer.from_indexed_dataset(Pictures(), chunksize=3)
     """
     run(script, tmp_path)
-    from tests.pictures import SIZES
+    from tests.images import SIZES
 
     for mode in ("raw", "jpg"):
         path = tmp_path / f"{mode}.beton"

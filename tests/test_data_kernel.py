@@ -12,7 +12,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from simclr_dist.data.decode.crops import center_crops, random_crops
 from simclr_dist.data.randomness import keys, uniform
-from tests.pictures import picture
+from tests.images import picture
 
 pytest.importorskip("numba")
 kernel = pytest.importorskip("simclr_dist.data.decode.kernel")

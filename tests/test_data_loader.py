@@ -22,16 +22,18 @@ import torchvision.transforms.functional as reference
 
 from simclr_dist.config import AugmentConfig, DataConfig
 from simclr_dist.data import Batch, Loader
+from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.beton.reader import open_beton
-from simclr_dist.data.beton.writer import prepare
 from simclr_dist.data.decode import ffcv_import
 from simclr_dist.data.decode.crops import random_crops
-from simclr_dist.data.loading.build import build_loader, describe, load_images
 from simclr_dist.data.loading.ffcv_images import BetonImages
+from simclr_dist.data.loading.load_images import load_images
+from simclr_dist.data.loading.open_images import describe
+from simclr_dist.data.loading.view_loader import build_loader
 from simclr_dist.data.randomness import keys
 from simclr_dist.errors import DataError
 from simclr_dist.parallel.distributed import World
-from tests.pictures import make_folder
+from tests.images import make_folder
 
 needs_ffcv = pytest.mark.skipif(ffcv_import.unavailable() is not None, reason=str(ffcv_import.unavailable()))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -196,7 +198,7 @@ GOLDEN_SCRIPT = """
     from simclr_dist.data.decode import kernel
     from simclr_dist.data.decode.crops import random_crops
     from simclr_dist.data.randomness import keys
-    from tests.pictures import SIZES, picture
+    from tests.images import SIZES, picture
 
     b, S = 42, 32
     pictures = [picture(i, *SIZES[i % len(SIZES)]) for i in range(b)]
@@ -253,7 +255,7 @@ def test_a_picture_is_decoded_once_for_both_views(beton: Path) -> None:
     """With a codec of our own in ffcv's place, which counts."""
     script = """
         import ctypes, sys, types
-        from simclr_dist.data.loading.build import ffcv_import
+        from simclr_dist.data.decode import ffcv_import
 
         calls = []
         kinds = [ctypes.c_void_p, ctypes.c_uint64, *[ctypes.c_uint32] * 2, ctypes.c_void_p, *[ctypes.c_uint32] * 6]
@@ -426,7 +428,7 @@ def test_exit_with_an_open_loader_is_quick_and_clean(beton: Path) -> None:
     script = """
         import sys
         from simclr_dist.config import AugmentConfig, DataConfig
-        from simclr_dist.data.loading.build import build_loader
+        from simclr_dist.data.loading.view_loader import build_loader
         from simclr_dist.parallel.distributed import World
         loader = build_loader(DataConfig(train=sys.argv[1], image_size=24), AugmentConfig(), seed=0,
                               global_batch_size=8, world=World(), device="cpu")
@@ -454,7 +456,7 @@ def test_works_when_bound_to_one_cpu(beton: Path) -> None:
     script = """
         import os, sys
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        from simclr_dist.data.loading.build import load_images
+        from simclr_dist.data.loading.load_images import load_images
         print(sum(len(ids) for _, _, ids in load_images(sys.argv[1], 24, batch_size=8)))
     """
     assert run_python(script, str(beton)) == str(NUM_SAMPLES)
@@ -558,7 +560,7 @@ def test_fingerprint_tells_datasets_apart(beton: Path, folder: Path, tmp_path: P
 
 
 def test_importing_the_package_does_not_import_torch() -> None:
-    assert run_python("import sys, simclr_dist.data.writer; print('torch' in sys.modules)") == "False"
+    assert run_python("import sys, simclr_dist.data.beton.prepare; print('torch' in sys.modules)") == "False"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_dist.data.beton.writer import prepare
-from simclr_dist.data.sources import find as sources
-from simclr_dist.data.sources.find import find_dataset, open_source
+from simclr_dist.data.beton.prepare import prepare
+from simclr_dist.data.sources import open as sources
 from simclr_dist.data.sources.images import ArrayImages, ImageSource
+from simclr_dist.data.sources.open import find_dataset, open_source
 from simclr_dist.data.sources.synthetic import synthetic_images
 from simclr_dist.errors import DataError
-from tests.pictures import make_folder, picture
+from tests.images import make_folder, picture
 
 
 @pytest.fixture(autouse=True)

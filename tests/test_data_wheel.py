@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from simclr_dist.data.beton.writer import prepare
+from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.decode.ffcv_import import unavailable
-from tests.pictures import make_folder
+from tests.images import make_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -33,7 +33,7 @@ exec "$@"
 READ = """
 import hashlib, itertools, sys
 from simclr_dist.config import AugmentConfig, DataConfig
-from simclr_dist.data.loading.build import build_loader
+from simclr_dist.data.loading.view_loader import build_loader
 from simclr_dist.data.decode.ffcv_import import codec
 from simclr_dist.parallel.distributed import World
 

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_dist.data.beton import writer as module
+from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.beton.reader import open_beton, sidecar_path
-from simclr_dist.data.beton.writer import PAGE_BYTES, prepare
+from simclr_dist.data.beton.writer import PAGE_BYTES
 from simclr_dist.data.decode.ffcv_import import unavailable
-from simclr_dist.data.loading.build import describe
 from simclr_dist.data.loading.inspect import inspect_beton
+from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.loading.pillow_images import BetonSource
 from simclr_dist.errors import DataError
-from tests.pictures import make_folder, picture
+from tests.images import make_folder, picture
 
 needs_ffcv = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -104,7 +104,8 @@ def test_progress_counts_every_picture(tmp_path: Path) -> None:
 
 
 def test_records_fill_pages_and_never_cross_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PAGE_BYTES", 1 << 15)
+    for module in ("prepare", "writer"):
+        monkeypatch.setattr(f"simclr_dist.data.beton.{module}.PAGE_BYTES", 1 << 15)
     make_folder(tmp_path / "in", 40)
     prepare(tmp_path / "in", tmp_path / "out.beton", mode="raw", num_workers=1, on_error="skip")
     with open_beton(tmp_path / "out.beton") as beton:
@@ -246,7 +247,7 @@ def test_a_file_that_was_there_stays_until_the_new_one_is_whole(tmp_path: Path) 
 def test_a_kill_at_any_moment_leaves_no_file_and_no_process(tmp_path: Path) -> None:
     make_folder(tmp_path / "in", 200)
     script = (
-        "import sys; from simclr_dist.data.writer import prepare\n"
+        "import sys; from simclr_dist.data.beton.prepare import prepare\n"
         "if __name__ == '__main__': prepare(sys.argv[1], sys.argv[2], num_workers=2, mode='jpg',"
         " progress=lambda done, total: print(done, flush=True))"
     )

@@ -1,4 +1,4 @@
-"""What the encoder finds alike: its embedding in TensorBoard's projector, and nearest neighbours as pictures.
+"""What the encoder finds alike: its embedding in TensorBoard's projector, and nearest neighbours as images.
 
 The same images every time, so that one sees neighbourhoods form.
 """
@@ -12,29 +12,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simclr_dist.config import Config
-from simclr_dist.data.loading.build import describe, load_images
+from simclr_dist.config import DataConfig, Precision
+from simclr_dist.data.loading.load_images import load_images
+from simclr_dist.data.loading.open_images import describe
 from simclr_dist.evaluation.features import extract_features_distributed
 from simclr_dist.evaluation.knn import nearest
+from simclr_dist.monitor.events import Embedding, Neighbours
 from simclr_dist.monitor.monitor import Monitor
 from simclr_dist.parallel import distributed
 
 IMAGES = 1000
 QUERIES, NEIGHBOURS = 8, 8
-LARGEST_SIDE = 96  # of a picture shown; ImageNet's at full size would fill 150 MB
+LARGEST_SIDE = 96  # of an image shown; ImageNet's at full size would fill 150 MB
 
 
 def show_gallery(
     encoder: nn.Module,
-    config: Config,
     monitor: Monitor,
     *,
+    data: DataConfig,
+    batch_size: int,
+    precision: Precision,
     samples_seen: int,
     device: torch.device,
     normalize: Callable[[Tensor], Tensor],
 ) -> None:
     """Of IMAGES images of data.test (or data.train), evenly spread. All ranks call it together."""
-    data = config.data
     source = data.test or data.train
     info = describe(source)
     n = min(IMAGES, info.num_samples)
@@ -42,11 +45,11 @@ def show_gallery(
     features = extract_features_distributed(
         encoder,
         lambda part: load_images(
-            source, data.image_size, batch_size=config.evaluation.batch_size, ids=part, loader=data.loader
+            source, data.image_size, batch_size=batch_size, ids=part, loader=data.loader
         ),
         ids,
         device=device,
-        precision=config.train.precision,
+        precision=precision,
         normalize=normalize,
     )
     if distributed.rank() != 0:
@@ -55,14 +58,14 @@ def show_gallery(
         [
             shrink(images)
             for images, _, _ in load_images(
-                source, data.image_size, batch_size=config.evaluation.batch_size, ids=ids, loader=data.loader
+                source, data.image_size, batch_size=batch_size, ids=ids, loader=data.loader
             )
         ]
     )
     labels = [info.class_names[label] if label >= 0 else "unlabelled" for label in features.labels.tolist()]
-    monitor.show_embedding(features.h, thumbnails, labels, samples_seen=samples_seen)
+    monitor.show(Embedding(features.h, thumbnails, labels, samples_seen))
     queries = torch.arange(min(QUERIES, n)) * n // min(QUERIES, n)
-    monitor.show_neighbours(thumbnails[neighbour_rows(features.h, queries)], samples_seen=samples_seen)
+    monitor.show(Neighbours(thumbnails[neighbour_rows(features.h, queries)], samples_seen))
 
 
 def neighbour_rows(h: Tensor, queries: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How good is the representation by now? Asked between two epochs, answered by all ranks together."""
+"""How good is the representation by now? Computed between two epochs, by all ranks together."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from simclr_dist.config import Config
-from simclr_dist.data.loading.build import describe, load_images
+from simclr_dist.config import DataConfig, EvaluationConfig, Precision
+from simclr_dist.data.loading.load_images import load_images
+from simclr_dist.data.loading.open_images import describe
 from simclr_dist.evaluation.features import Features, extract_features_distributed
 from simclr_dist.evaluation.knn import knn_top1
 from simclr_dist.evaluation.online_probe import OnlineProbe
@@ -15,15 +16,21 @@ from simclr_dist.views.augment import normalize
 
 
 def evaluate_while_training(
-    encoder: nn.Module, config: Config, device: torch.device, probe: OnlineProbe | None = None
+    encoder: nn.Module,
+    *,
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+    precision: Precision,
+    seed: int,
+    device: torch.device,
+    probe: OnlineProbe | None = None,
 ) -> dict[str, float]:
     """Top-1 on data.test, by TensorBoard tag: of weighted kNN against h of (at most evaluation.knn_max_train of)
-    data.train, and of the probe if there is one.
+    data.train, and of the probe if there is one. seed: chooses those images.
     """
-    evaluation, data = config.evaluation, config.data
     assert data.test is not None
     train, test = describe(data.train), describe(data.test)
-    bank = np.random.Generator(np.random.Philox(config.seed)).permutation(train.num_samples)
+    bank = np.random.Generator(np.random.Philox(seed)).permutation(train.num_samples)
     bank = np.sort(bank[: evaluation.knn_max_train])
 
     def features_of(source: str, ids: np.ndarray) -> Features:
@@ -34,7 +41,7 @@ def evaluate_while_training(
             ),
             ids,
             device=device,
-            precision=config.train.precision,
+            precision=precision,
             normalize=normalize,
         )
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from simclr_dist.data.decode.crops import random_crops
-from simclr_dist.data.loading.build import open_images
-from simclr_dist.data.loading.loader import CropRule, DecodePool, cancel, default_num_threads
+from simclr_dist.data.loading.decode_pool import CropRule, DecodePool
+from simclr_dist.data.loading.open_images import open_images
 from simclr_dist.data.randomness import keys, permutation
 from simclr_dist.evaluation.features import ImageBatch
+from simclr_dist.parallel.threads import default_num_threads
 
 _ORDER_STREAM = 1 << 16  # keeps this order apart from that of pretraining
-_BATCHES_AHEAD = 2
 
 
 class RandomCrops:
@@ -50,7 +47,7 @@ class RandomCrops:
     def epoch(self, epoch: int) -> Iterator[ImageBatch]:
         """Images uint8 [b, S, S, 3], labels int64 [b], sample ids int64 [b] of one epoch."""
         order = self._ids[permutation(self._seed, epoch, _ORDER_STREAM, len(self._ids))]
-        ahead: deque[tuple[NDArray[np.int64], Tensor, list[Future[None]]]] = deque()
+        starts = range(0, self.batches_per_epoch * self.batch_size, self.batch_size)
 
         def crop(part: NDArray[np.int64]) -> CropRule:
             view_keys = keys(self._seed, epoch, part[None], 0)
@@ -58,20 +55,9 @@ class RandomCrops:
                 view_keys, heights, widths, scale_min=self._crop_scale_min, flip_p=self._flip_p
             )
 
-        try:
-            for step in range(self.batches_per_epoch + _BATCHES_AHEAD):
-                if step < self.batches_per_epoch:
-                    part = order[step * self.batch_size : (step + 1) * self.batch_size]
-                    out = torch.empty((1, len(part), self._image_size, self._image_size, 3), dtype=torch.uint8)
-                    ahead.append((part, out, self._pool.start(part, crop, out)))
-                if step >= _BATCHES_AHEAD and ahead:
-                    part, out, parts = ahead.popleft()
-                    for future in parts:
-                        future.result()
-                    yield out[0], torch.from_numpy(self._images.labels[part]), torch.from_numpy(part)
-        finally:
-            for _, _, parts in ahead:
-                cancel(parts)
+        batches = ((order[start : start + self.batch_size], crop) for start in starts)
+        for part, out in self._pool.read(batches, num_views=1, image_size=self._image_size):
+            yield out[0], torch.from_numpy(self._images.labels[part]), torch.from_numpy(part)
 
     def close(self) -> None:
         self._pool.close()

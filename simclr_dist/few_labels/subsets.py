@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.atomic import replaces
-from simclr_dist.data.loading.build import DatasetInfo
+from simclr_dist.data.loading.open_images import DatasetInfo
 from simclr_dist.errors import DataError
 
 

@@ -1,16 +1,17 @@
-"""The plan of one training: sizes, steps, hours, and what will hold it up."""
+"""What one training will need: sizes, steps, hours, and what will hold it up."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from simclr_dist.config import Config
-from simclr_dist.data.sources.size import size_on_disk
-from simclr_dist.optim.lars import peak_learning_rate
+from simclr_dist.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from simclr_dist.data.sources.open import size_on_disk
+from simclr_dist.optim.schedule import peak_learning_rate
 from simclr_dist.plan.memory import DeviceMemory, checkpoint_bytes, device_memory, loader_bytes, shape_of_model
 from simclr_dist.plan.traffic import Collective, collectives
 
-# What a device can send while the others do: 100 Gbit/s a device with what protocols leave of it.
+# What each device can send while all do: 100 Gbit/s, less what protocols take.
 LINK_BYTES_PER_S = 10e9
 
 
@@ -87,12 +88,27 @@ class Forecast:
         return remedies[slowest]
 
 
-def forecast(config: Config, num_images: int, world_size: int, device_type: str, speed: Speed) -> Forecast:
-    """What `config` will need on `world_size` devices, with `num_images` images to train on."""
-    G = config.train.global_batch_size
+def forecast(
+    *,
+    data: DataConfig,
+    model: ModelConfig,
+    loss: LossConfig,
+    optim: OptimConfig,
+    train: TrainConfig,
+    settings: dict[str, Any],
+    num_images: int,
+    world_size: int,
+    device_type: str,
+    speed: Speed,
+) -> Forecast:
+    """What these sections will need on `world_size` devices, with `num_images` images to train on.
+
+    settings: the whole configuration as plain values; each checkpoint contains it.
+    """
+    G = train.global_batch_size
     steps_per_epoch = num_images // G
-    total = config.train.epochs * steps_per_epoch
-    sources = {source for source in (config.data.train, config.data.test) if source}
+    total = train.epochs * steps_per_epoch
+    sources = {source for source in (data.train, data.test) if source}
     return Forecast(
         num_devices=world_size,
         device_type=device_type,
@@ -100,13 +116,21 @@ def forecast(config: Config, num_images: int, world_size: int, device_type: str,
         batch_size_per_device=G // world_size,
         num_images=num_images,
         steps_per_epoch=steps_per_epoch,
-        num_steps=min(total, config.train.max_steps or total),
-        peak_learning_rate=peak_learning_rate(config.optim, G),
-        num_parameters=sum(p.numel() for p in shape_of_model(config).parameters()),
-        memory=device_memory(config, world_size, device_type),
-        loader_bytes=loader_bytes(config, world_size),
-        checkpoint_bytes=checkpoint_bytes(config),
+        num_steps=min(total, train.max_steps or total),
+        peak_learning_rate=peak_learning_rate(optim, G),
+        num_parameters=sum(p.numel() for p in shape_of_model(model).parameters()),
+        memory=device_memory(
+            data=data,
+            model=model,
+            loss=loss,
+            optim=optim,
+            train=train,
+            world_size=world_size,
+            device_type=device_type,
+        ),
+        loader_bytes=loader_bytes(data, G // world_size),
+        checkpoint_bytes=checkpoint_bytes(model, optim, settings),
         data_bytes=sum(size_on_disk(source) for source in sources),
-        collectives=tuple(collectives(config, world_size)),
+        collectives=tuple(collectives(model=model, loss=loss, train=train, world_size=world_size)),
         speed=speed,
     )

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from simclr_dist.config import AugmentConfig
 from simclr_dist.data.batch import Batch
 from simclr_dist.data.decode.ffcv_import import unavailable
-from simclr_dist.data.decode.memory import RecycledMemory
-from simclr_dist.data.decode.presets import Recipe, resolve_recipe
+from simclr_dist.data.decode.recycled_memory import RecycledMemory
 from simclr_dist.data.randomness import (
     BLUR,
     BLUR_SIGMA,
@@ -41,6 +40,7 @@ from simclr_dist.data.randomness import (
     keys,
     uniform,
 )
+from simclr_dist.views.presets import Augmentation, resolve_augmentation
 
 # torchvision's ImageNet statistics, used for every dataset: the encoder's first BatchNorm absorbs the difference.
 MEAN = (0.485, 0.456, 0.406)
@@ -79,7 +79,7 @@ class Parameters:
     solarize: NDArray[np.bool_]
 
 
-def draw_parameters(recipe: Recipe, seed: int, epoch: int, sample_ids: NDArray[np.int64]) -> Parameters:
+def draw_parameters(augmentation: Augmentation, seed: int, epoch: int, sample_ids: NDArray[np.int64]) -> Parameters:
     """The parameters of both views of `sample_ids` [B]: a function of the arguments alone."""
     B = len(sample_ids)
     key = keys(seed, epoch, sample_ids[None], np.arange(2)[:, None]).reshape(2 * B)
@@ -91,18 +91,18 @@ def draw_parameters(recipe: Recipe, seed: int, epoch: int, sample_ids: NDArray[n
     def between(draw: int, low: float, high: float) -> NDArray[np.float64]:
         return low + (high - low) * uniform(key, draw)
 
-    b, c, s, h = recipe.jitter
+    b, c, s, h = augmentation.jitter
     return Parameters(
-        jitter=chance(JITTER, (recipe.jitter_p,) * 2) & (max(recipe.jitter) > 0),
+        jitter=chance(JITTER, (augmentation.jitter_p,) * 2) & (max(augmentation.jitter) > 0),
         brightness=between(BRIGHTNESS, max(0.0, 1 - b), 1 + b),
         contrast=between(CONTRAST, max(0.0, 1 - c), 1 + c),
         saturation=between(SATURATION, max(0.0, 1 - s), 1 + s),
         hue=between(HUE, -h, h),
         order=_ORDERS[(uniform(key, JITTER_ORDER) * len(_ORDERS)).astype(np.int64)],
-        grayscale=chance(GRAYSCALE, (recipe.grayscale_p,) * 2),
-        blur=chance(BLUR, recipe.blur_p),
-        sigma=between(BLUR_SIGMA, *recipe.blur_sigma),
-        solarize=chance(SOLARIZE, recipe.solarize_p),
+        grayscale=chance(GRAYSCALE, (augmentation.grayscale_p,) * 2),
+        blur=chance(BLUR, augmentation.blur_p),
+        sigma=between(BLUR_SIGMA, *augmentation.blur_sigma),
+        solarize=chance(SOLARIZE, augmentation.solarize_p),
     )
 
 
@@ -129,14 +129,14 @@ class Augment(nn.Module):
 
     def __init__(self, config: AugmentConfig, seed: int, image_size: int) -> None:
         super().__init__()
-        self.recipe = resolve_recipe(config)
+        self.augmentation = resolve_augmentation(config)
         self.seed = seed
         self.image_size = image_size
         self._memory = RecycledMemory()
 
     def forward(self, batch: Batch) -> Tensor:
         """float32 [2, B, 3, S, S] on the device of batch.views, channels_last, normalised."""
-        parameters = draw_parameters(self.recipe, self.seed, batch.epoch, batch.host_ids)
+        parameters = draw_parameters(self.augmentation, self.seed, batch.epoch, batch.host_ids)
         return self.apply_parameters(batch.views.flatten(0, 1), parameters).unflatten(0, (2, -1))
 
     @torch.no_grad()

@@ -1,34 +1,15 @@
-"""Writing .beton files: any source of pictures in, one whole file out, or none.
+"""Writes a .beton file record by record: pages of data first, then the tables around them.
 
-ffcv's own writer waits for ever when one of its workers fails, and its bytes depend on which worker was first. Here a
-pool of processes decodes and encodes, and this one lays the records into pages in the order of the source, so that the
-bytes are the same for any number of workers. The file appears under its name only when it is complete and on disk.
+The format is that of ffcv 1.0.2; reader.py draws it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
-import glob
-import io
-import json
-import multiprocessing
-import os
-import signal
-import tempfile
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from simclr_dist.data.beton.reader import (
     ALLOCATION,
@@ -36,244 +17,29 @@ from simclr_dist.data.beton.reader import (
     HEADER,
     IMAGE_FIELD,
     INT_FIELD,
-    JPEG,
-    RAW,
     VERSION,
     metadata_type,
-    open_beton,
-    sidecar_path,
 )
-from simclr_dist.data.sources.find import open_source
-from simclr_dist.data.sources.images import ImageSource, Picture
-from simclr_dist.errors import DataError
-from simclr_dist.parallel.threads import default_num_threads
-
-Mode = Literal["auto", "jpg", "raw", "smart"]
-OnError = Literal["skip", "refuse"]
 
 PAGE_BYTES = 8 << 20  # ffcv's default; a record lies within one page
-LARGEST_SIDE = 65535  # metadata keeps 16 bits
-# Below this many pixels decoding a JPEG costs more than reading three bytes a pixel.
-RAW_UP_TO_PIXELS = 96 * 96
-_CHUNK = 32  # pictures a worker takes at once
 
 
 @dataclass(frozen=True)
-class PreparedInfo:
-    """What `prepare` has written."""
-
-    path: Path
-    num_samples: int
-    class_names: tuple[str, ...]
-    class_counts: tuple[int, ...]
-    skipped: tuple[str, ...]  # a message for each picture left out
-    num_bytes: int
-    fingerprint: str
-    seconds: float
-
-
-def prepare(
-    source: str | Path,
-    out: str | Path,
-    *,
-    split: str | None = None,
-    mode: Mode = "auto",
-    quality: int = 90,
-    max_side: int | None = None,
-    num_workers: int | None = None,
-    limit: int | None = None,
-    on_error: OnError = "refuse",
-    progress: Callable[[int, int], None] | None = None,
-) -> PreparedInfo:
-    """Writes the pictures of `source` (see `open_source`) to a .beton file, with a JSON file beside it.
-
-    mode: `jpg`; `raw`, three bytes a pixel; `smart`, raw for pictures up to 96 x 96 and JPEG for larger ones.
-        `auto` is `smart`.
-    max_side: shrink pictures whose longer side is longer, in pixels.
-    limit: take only that many pictures, spread evenly over the source.
-    on_error: what a picture that cannot be decoded does: `refuse` ends with its message, `skip` leaves it out.
-    progress: called with (pictures done, pictures in all).
-    Raises DataError; then nothing lies under `out` that did not lie there before.
-    """
-    begin = time.perf_counter()
-    out = Path(out)
-    if mode not in get_args(Mode):
-        raise DataError(f"mode `{mode}`: expected one of {', '.join(get_args(Mode))}")
-    if on_error not in get_args(OnError):
-        raise DataError(f"on_error `{on_error}`: expected one of {', '.join(get_args(OnError))}")
-    if not 1 <= quality <= 100:
-        raise DataError(f"JPEG quality {quality}: expected 1 to 100")
-    if out.parent.parent.is_dir():  # `data/` of a fresh checkout; a longer way that is not there is a slip of the pen
-        out.parent.mkdir(exist_ok=True)
-    if out.is_dir() or not out.parent.is_dir():
-        raise DataError(f"{out}: {'is a folder' if out.is_dir() else f'there is no folder {out.parent}'}")
-    images = open_source(source, split)
-    ids = np.arange(len(images.labels))
-    if limit is not None and limit < len(ids):
-        ids = np.linspace(0, len(ids) - 1, limit).round().astype(np.int64)
-    encoder = _Encoder(mode, quality, max_side)
-    skipped: list[str] = []
-    try:
-        _remove_abandoned(out)
-        with tempfile.NamedTemporaryFile(dir=out.parent, prefix=_unfinished_prefix(out), delete=False) as file:
-            temporary = Path(file.name)
-            fcntl.flock(file, fcntl.LOCK_EX)  # falls with this process: who can take it has found an orphan
-            try:
-                writer = _PagedWriter(file, len(ids))
-                workers = default_num_threads(num_workers)
-                for done, result in enumerate(_in_order(encoder, images, ids, workers), 1):
-                    if isinstance(result, DataError):
-                        if on_error == "refuse":
-                            raise DataError(f"{result}; leave such pictures out with --on-error skip")
-                        skipped.append(str(result))
-                    else:
-                        writer.add(result)
-                    if progress is not None:
-                        progress(done, len(ids))
-                if not writer.rows:
-                    raise DataError(f"{source}: none of its {len(ids)} pictures can be used; the first: {skipped[0]}")
-                writer.finish()
-                os.fchmod(file.fileno(), 0o666 & ~_umask())
-                file.flush()
-                os.fsync(file.fileno())
-                with open_beton(temporary) as beton:
-                    fingerprint = beton.fingerprint
-                labels = writer.labels
-                counts = np.bincount(labels[labels >= 0], minlength=len(images.class_names))
-                sidecar = {
-                    "num_samples": len(writer.rows),
-                    "class_names": list(images.class_names),
-                    "class_counts": counts.tolist(),
-                    "fingerprint": fingerprint,
-                    "source": str(source),
-                    "split": split,
-                    "mode": "smart" if mode == "auto" else mode,
-                    "quality": quality,
-                    "max_side": max_side,
-                    "num_jpeg": sum(row.mode == JPEG for row in writer.rows),
-                    "largest_side": max(max(row.height, row.width) for row in writer.rows),
-                    **writer.statistics(),
-                    "skipped": skipped,
-                }
-                # First the sidecar, then the file: who sees the file sees its names as well.
-                _replace(sidecar_path(out), json.dumps(sidecar, indent=1) + "\n")
-                os.replace(temporary, out)
-                _sync_folder(out.parent)
-            except BaseException:
-                with suppress(FileNotFoundError):
-                    temporary.unlink()
-                raise
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written: {error.strerror or error}") from None
-    return PreparedInfo(
-        path=out,
-        num_samples=len(writer.rows),
-        class_names=images.class_names,
-        class_counts=tuple(counts.tolist()),
-        skipped=tuple(skipped),
-        num_bytes=out.stat().st_size,
-        fingerprint=fingerprint,
-        seconds=time.perf_counter() - begin,
-    )
-
-
-@dataclass(frozen=True)
-class _Record:
+class Record:
     content: bytes
     mode: int
     height: int
     width: int
     label: int
-    histogram: NDArray[np.int64]  # how often each value is there, per channel [3, 256]
+    histogram: NDArray[np.int64]  # [3, 256]: how often each value occurs in each channel
 
 
-@dataclass(frozen=True)
-class _Encoder:
-    mode: Mode
-    quality: int
-    max_side: int | None
-
-    def __call__(self, images: ImageSource) -> list[_Record | DataError]:
-        return [self._encode(images, index) for index in range(len(images.labels))]
-
-    def _encode(self, images: ImageSource, index: int) -> _Record | DataError:
-        """A picture as it goes into the file, or what is wrong with it."""
-        try:
-            picture = images.read(index)
-        except DataError as error:
-            return error
-        picture = _shrunk(picture, self.max_side)
-        height, width, _ = picture.shape
-        if max(height, width) > LARGEST_SIDE:
-            return DataError(f"{images.name(index)}: {width} x {height} pixels are too many; set --max-side")
-        small = height * width <= RAW_UP_TO_PIXELS
-        raw = self.mode == "raw" or (self.mode in ("smart", "auto") and small)
-        content = picture.tobytes() if raw else _jpeg(picture, self.quality)
-        if len(content) > PAGE_BYTES:
-            return DataError(
-                f"{images.name(index)}: {width} x {height} pixels take {len(content)} bytes, "
-                f"more than a page of {PAGE_BYTES}; set --max-side{' or --mode jpg' if raw else ''}"
-            )
-        histogram = np.array(Image.fromarray(picture).histogram()).reshape(3, 256)
-        return _Record(content, RAW if raw else JPEG, height, width, int(images.labels[index]), histogram)
-
-
-def _shrunk(picture: Picture, max_side: int | None) -> Picture:
-    height, width, _ = picture.shape
-    if max_side is None or max(height, width) <= max_side:
-        return picture
-    scale = max_side / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX, reducing_gap=None))
-
-
-def _jpeg(picture: Picture, quality: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
-
-
-def _in_order(
-    encoder: _Encoder, images: ImageSource, ids: NDArray[np.int64], num_workers: int
-) -> Iterator[_Record | DataError]:
-    """Results in the order of ids, with a bounded number in memory."""
-    chunks = (images.take(ids[start : start + _CHUNK]) for start in range(0, len(ids), _CHUNK))
-    if num_workers == 1 or len(ids) <= _CHUNK:
-        for chunk in chunks:
-            yield from encoder(chunk)
-        return
-    # Spawned, not forked: this process may have threads.
-    context = multiprocessing.get_context("spawn")
-    ahead: deque[Future[list[_Record | DataError]]] = deque()
-    with ProcessPoolExecutor(num_workers, context, _prepare_worker, (os.getpid(),)) as pool:
-        try:
-            for chunk in chunks:
-                ahead.append(pool.submit(encoder, chunk))
-                if len(ahead) > 2 * num_workers:
-                    yield from ahead.popleft().result()
-            while ahead:
-                yield from ahead.popleft().result()
-        except BrokenProcessPool:
-            raise DataError("a worker died while preparing, perhaps for want of memory; use fewer --workers") from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _prepare_worker(parent: int) -> None:
-    """A worker leaves the keyboard to its parent, and dies with it even if that is killed outright."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it was killed before the line above
-        os._exit(1)
-
-
-class _PagedWriter:
+class PagedWriter:
     """Lays records into pages, then writes the tables around them."""
 
     _FIELDS = (("image", IMAGE_FIELD), ("label", INT_FIELD))
 
-    def __init__(self, file: Any, max_samples: int) -> None:
+    def __init__(self, file: IO[bytes], max_samples: int) -> None:
         self._file = file
         self._metadata = metadata_type([type_id for _, type_id in self._FIELDS])
         self._metadata_start = HEADER.itemsize + len(self._FIELDS) * DESCRIPTOR.itemsize
@@ -283,7 +49,7 @@ class _PagedWriter:
         self.rows: list[_Row] = []
         self._histogram = np.zeros((3, 256), np.int64)
 
-    def add(self, record: _Record) -> None:
+    def add(self, record: Record) -> None:
         size = len(record.content)
         left = PAGE_BYTES - self._position % PAGE_BYTES
         if size > left:
@@ -333,43 +99,3 @@ class _Row:
     offset: int
     size: int
     label: int
-
-
-def _unfinished_prefix(out: Path) -> str:
-    return f".{out.name}.part-"
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Unfinished files for `out` whose writer was killed."""
-    for path in out.parent.glob(f"{glob.escape(_unfinished_prefix(out))}*"):
-        with suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a small file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -7,11 +7,11 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.data.decode.presets import ASPECT_RATIOS
 from simclr_dist.data.randomness import CROP, FLIP, uniform
 
+_ASPECT_RATIOS = (3 / 4, 4 / 3)
 _TRIES = 10
-_LOG_RATIOS = (math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1]))
+_LOG_RATIOS = (math.log(_ASPECT_RATIOS[0]), math.log(_ASPECT_RATIOS[1]))
 _EVALUATION_SHARE = 0.875  # torchvision's ImageNet evaluation: shorter side to 256, then the central 224
 
 
@@ -48,8 +48,8 @@ def random_crops(
     if len(waiting):
         h_max, w_max = H[waiting], W[waiting]
         # A picture of one or two pixels may leave nothing of its longer side; a crop has at least one.
-        h = np.maximum(np.minimum(h_max, np.rint(w_max / ASPECT_RATIOS[0])), 1)
-        w = np.maximum(np.minimum(w_max, np.rint(h_max * ASPECT_RATIOS[1])), 1)
+        h = np.maximum(np.minimum(h_max, np.rint(w_max / _ASPECT_RATIOS[0])), 1)
+        w = np.maximum(np.minimum(w_max, np.rint(h_max * _ASPECT_RATIOS[1])), 1)
         table[waiting, :4] = np.stack([(h_max - h) // 2, (w_max - w) // 2, h, w], axis=1)
     table[:, 4] = uniform(keys, FLIP) < flip_p
     return table.reshape(*shape, 5)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.data.beton.reader import open_beton
-from simclr_dist.data.loading.loader import CropRule
+from simclr_dist.data.loading.decode_pool import CropRule
 from simclr_dist.errors import DataError
 
 

@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
 
 from simclr_dist.data.beton.reader import RAW, open_beton
-from simclr_dist.data.loading.loader import CropRule
+from simclr_dist.data.loading.decode_pool import CropRule
 from simclr_dist.data.sources.images import UNREADABLE, Picture, Pictures, decode_image
 from simclr_dist.errors import DataError
 

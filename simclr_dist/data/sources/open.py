@@ -1,7 +1,7 @@
-"""Where pictures come from: folders, archives, torchvision's files, Debian's Fashion-MNIST, or a dataset's name.
+"""Opens any source of images: a folder, an archive, the files of a known dataset, or a dataset's name.
 
-`open_source` looks at what lies at a path and gives an `ImageSource`: pictures by number, with labels. Nothing is
-unpacked to disk but the bytes of a compressed archive, and nothing that could run code is loaded.
+`open_source` looks at what lies at a path and returns an `ImageSource`: images by number, with labels. Only a
+compressed archive is unpacked, to a temporary file, and nothing that could run code is loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/dataset-fashion-mnist")
 
 
 def open_source(source: str | Path, split: str | None = None) -> ImageSource:
-    """The pictures at a path, or a dataset by name.
+    """The images at a path, or a dataset by name.
 
     source: a folder of class folders; a tar (.tar, .tar.gz, .tar.xz, .tar.bz2) of one; a folder with torchvision's
         files of CIFAR-10, CIFAR-100, STL-10 or Fashion-MNIST; or the name `cifar10`, `cifar100`, `stl10` or
@@ -135,3 +135,11 @@ def find_dataset() -> tuple[str, Path]:
         f"no images to learn from; tried\n{lines}\n"
         "Set SIMCLR_DATA to a folder with cifar-10-python.tar.gz, cifar10-jpeg.tar.xz or cifar10/{train,test}/<class>/"
     )
+
+
+def size_on_disk(source: str) -> int:
+    """Bytes of the files behind a data source; 0 for synthetic images."""
+    path = Path(source)
+    if path.is_dir():
+        return sum(os.path.getsize(os.path.join(at, name)) for at, _, names in os.walk(path) for name in names)
+    return path.stat().st_size if path.is_file() else 0

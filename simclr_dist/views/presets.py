@@ -1,4 +1,4 @@
-"""The numbers behind an augmentation preset. The loader crops and flips by them, `simclr_dist.augment` colours."""
+"""The numbers behind an augmentation preset: the loader uses those for crops and flips, `Augment` those for colours."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Any
 
 from simclr_dist.config import AugmentConfig
 
-ASPECT_RATIOS = (3 / 4, 4 / 3)
-
 
 @dataclass(frozen=True)
-class Recipe:
-    """Pairs are (view 0, view 1).
+class Augmentation:
+    """Probabilities and strengths; pairs are (view 0, view 1).
 
     jitter: largest change of brightness, contrast, saturation and hue, as torchvision.transforms.ColorJitter counts.
     """
@@ -33,27 +31,27 @@ _SIMCLR_JITTER = (0.8, 0.8, 0.8, 0.2)
 _BYOL_JITTER = (0.4, 0.4, 0.2, 0.1)
 
 _PRESETS = {
-    "simclr_imagenet": Recipe(0.08, 0.5, _SIMCLR_JITTER, 0.8, 0.2, (0.5, 0.5), (0.0, 0.0)),
-    "simclr_cifar": Recipe(0.08, 0.5, (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0.0, 0.0), (0.0, 0.0)),
-    "asymmetric": Recipe(0.08, 0.5, _BYOL_JITTER, 0.8, 0.2, (1.0, 0.1), (0.0, 0.2)),
-    "none": Recipe(1.0, 0.0, (0.0, 0.0, 0.0, 0.0), 0.0, 0.0, (0.0, 0.0), (0.0, 0.0)),
+    "simclr_imagenet": Augmentation(0.08, 0.5, _SIMCLR_JITTER, 0.8, 0.2, (0.5, 0.5), (0.0, 0.0)),
+    "simclr_cifar": Augmentation(0.08, 0.5, (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0.0, 0.0), (0.0, 0.0)),
+    "asymmetric": Augmentation(0.08, 0.5, _BYOL_JITTER, 0.8, 0.2, (1.0, 0.1), (0.0, 0.2)),
+    "none": Augmentation(1.0, 0.0, (0.0, 0.0, 0.0, 0.0), 0.0, 0.0, (0.0, 0.0), (0.0, 0.0)),
 }
 
 
-def resolve_recipe(config: AugmentConfig) -> Recipe:
-    """The preset with the fields of `config` that are not null in its place.
+def resolve_augmentation(config: AugmentConfig) -> Augmentation:
+    """The preset of `config`, with every field that `config` sets (not null) in its place.
 
-    jitter_strength s stands for SimCLR's (0.8, 0.8, 0.8, 0.2) x s, and scales BYOL's own numbers in `asymmetric`.
+    jitter_strength s means (0.8, 0.8, 0.8, 0.2) x s, as in SimCLR; in `asymmetric` it scales BYOL's numbers.
     """
-    recipe = _PRESETS[config.preset]
+    augmentation = _PRESETS[config.preset]
     if config.jitter_strength is not None:
         base = _BYOL_JITTER if config.preset == "asymmetric" else _SIMCLR_JITTER
         b, c, s, h = (config.jitter_strength * change for change in base)
-        # A hue of half a turn is every hue there is.
-        recipe = replace(recipe, jitter=(b, c, s, min(h, 0.5)))
+        # Half a turn covers every hue.
+        augmentation = replace(augmentation, jitter=(b, c, s, min(h, 0.5)))
     changes: dict[str, Any] = {}
     for name in ("crop_scale_min", "flip_p", "jitter_p", "grayscale_p", "blur_p", "solarize_p"):
         value = getattr(config, name)
         if value is not None:
             changes[name] = (value, value) if name in ("blur_p", "solarize_p") else value
-    return replace(recipe, **changes)
+    return replace(augmentation, **changes)

@@ -1,0 +1,110 @@
+"""Threads that decode and crop images, some batches ahead of the one in use.
+
+There is no queue and no producer thread. Asking for a batch hands the coming batches, in parts, to a pool of threads
+and waits for the oldest one; decoding runs without the GIL. An error is therefore raised where its batch is asked for,
+an abandoned iterator leaves nothing behind, and several iterators can run side by side.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simclr_dist.data.decode.recycled_memory import RecycledMemory
+from simclr_dist.errors import DataError
+
+# From heights and widths [b] of images to a table [V, b, 5] of (top, left, height, width, flip).
+CropRule = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.int32]]
+# From any part of a batch's sample ids to the crops of that part.
+CropRuleOf = Callable[[NDArray[np.int64]], CropRule]
+
+
+class Images(Protocol):
+    """A dataset that can decode and crop; `fill` is called from several threads."""
+
+    class_names: tuple[str, ...]
+    labels: NDArray[np.int64]
+    fingerprint: str
+
+    def fill(self, ids: NDArray[np.int64], crop: CropRule, out: NDArray[np.uint8]) -> None:
+        """Writes the V crops of each image to out [V, b, S, S, 3]. Raises DataError."""
+        ...
+
+    def pages(self) -> NDArray[np.int64] | None:
+        """The page of each sample on disk [n]; None where there are no pages."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class DecodePool:
+    """Owns the images and the threads that decode them; close it."""
+
+    def __init__(self, images: Images, num_threads: int) -> None:
+        self.images = images
+        self.num_threads = num_threads
+        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self._closed = False
+
+    def read(
+        self,
+        batches: Iterable[tuple[NDArray[np.int64], CropRuleOf]],
+        *,
+        num_views: int,
+        image_size: int,
+        batches_ahead: int = 2,
+        empty: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
+    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        """(ids [b], crops uint8 [V, b, S, S, 3]) of every batch in order, while the next ones are decoded.
+
+        batches: sample ids and crops of each batch; may be endless.
+        empty: gives the memory for a batch. By default a batch stays as it is for as long as it is held.
+        Raises DataError when the turn of a batch comes that cannot be decoded.
+        """
+        empty = empty or RecycledMemory().empty
+        batches = iter(batches)
+        started: deque[tuple[NDArray[np.int64], Tensor, list[Future[None]]]] = deque()
+        try:
+            while True:
+                for ids, crop in islice(batches, batches_ahead + 1 - len(started)):
+                    out = empty((num_views, len(ids), image_size, image_size, 3), torch.uint8)
+                    started.append((ids, out, self._start(ids, crop, out)))
+                if not started:
+                    return
+                ids, out, parts = started[0]
+                for part in parts:
+                    part.result()
+                started.popleft()
+                yield ids, out
+        except CancelledError:
+            raise DataError("the loader was closed while its batches were in use") from None
+        finally:
+            for *_, parts in started:
+                for part in parts:
+                    part.cancel()
+
+    def _start(self, ids: NDArray[np.int64], crop: CropRuleOf, out: Tensor) -> list[Future[None]]:
+        if self._closed:
+            raise DataError("the loader is closed")
+        array = out.numpy()
+        size = -(-len(ids) // (2 * self.num_threads))
+        parts = [slice(i, i + size) for i in range(0, len(ids), size)]
+        return [self._executor.submit(self._fill, ids[part], crop, array[:, part]) for part in parts]
+
+    def _fill(self, ids: NDArray[np.int64], crop: CropRuleOf, out: NDArray[np.uint8]) -> None:
+        self.images.fill(ids, crop(ids), out)
+
+    def close(self) -> None:
+        """Ends the threads, drops what they have not begun, and closes the images. May be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self.images.close()

@@ -1,0 +1,45 @@
+"""Images for evaluation: the central crop of each, in a given order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simclr_dist.data.decode.crops import center_crops
+from simclr_dist.data.loading.decode_pool import CropRule, DecodePool
+from simclr_dist.data.loading.open_images import LoaderName, open_images
+from simclr_dist.parallel.threads import default_num_threads
+
+
+def load_images(
+    source: str,
+    image_size: int,
+    *,
+    batch_size: int,
+    ids: NDArray[np.int64] | None = None,
+    num_threads: int | None = None,
+    loader: LoaderName = "auto",
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Images for evaluation, in the order of `ids` (all of them by default), none left out.
+
+    Yields (uint8 [b, S, S, 3], labels int64 [b], sample ids int64 [b]); the last b may be smaller than batch_size.
+    The central 0.875 of the shorter side is resized to S = image_size, as torchvision evaluates on ImageNet;
+    images of S x S stay as they are. Raises DataError.
+    """
+    images = open_images(source, loader)
+    pool = DecodePool(images, default_num_threads(num_threads))
+    everything = np.arange(len(images.labels)) if ids is None else np.asarray(ids, np.int64)
+    parts = (everything[start : start + batch_size] for start in range(0, len(everything), batch_size))
+
+    def crop(_: NDArray[np.int64]) -> CropRule:
+        return lambda heights, widths: center_crops(heights, widths, image_size)[None]
+
+    try:
+        for part, out in pool.read(((part, crop) for part in parts), num_views=1, image_size=image_size):
+            yield out[0], torch.from_numpy(images.labels[part]), torch.from_numpy(part.copy())
+    finally:
+        pool.close()
