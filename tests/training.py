@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from simclr_dist.data.beton.writer import prepare
+from simclr_dist.data.beton.prepare import prepare
 from tests.conftest import REPOSITORY
+from tests.fork_server import ModuleProcess
 
 TINY = (
     "data.test=null",
@@ -60,8 +59,8 @@ class Training:
         self.run_dir = runs_dir / name
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        command = [sys.executable, "-m", module, str(REPOSITORY / "configs" / "smoke.yaml")]
-        command += [*TINY, f"data.train={images}", f"name={name}", f"runs_dir={runs_dir}", *overrides]
+        arguments = [str(REPOSITORY / "configs" / "smoke.yaml"), *TINY, f"data.train={images}"]
+        arguments += [f"name={name}", f"runs_dir={runs_dir}", *overrides]
         shared = {
             **os.environ,
             "ACCELERATE_USE_CPU": "true",
@@ -75,13 +74,10 @@ class Training:
         if world_size == 1:
             del shared["WORLD_SIZE"]
         self.ranks = [
-            subprocess.Popen(
-                command,
-                cwd=REPOSITORY,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env={**shared, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {})},
+            ModuleProcess(
+                module,
+                arguments,
+                {**shared, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {})},
             )
             for rank in range(world_size)
         ]
@@ -91,28 +87,25 @@ class Training:
         """Exit codes of the ranks; kills them all if they take longer."""
         deadline = time.monotonic() + timeout_s
         try:
-            for process in self.ranks:
-                out, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-                self.output.append(out)
+            codes = [rank.wait(max(1.0, deadline - time.monotonic())) for rank in self.ranks]
         finally:
             self.kill()
-        return [process.returncode for process in self.ranks]
+        self.output = [rank.output() for rank in self.ranks]
+        assert None not in codes, self.output
+        return codes
 
     def kill(self) -> None:
-        for process in self.ranks:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
+        for rank in self.ranks:
+            rank.kill()
+        for rank in self.ranks:
+            rank.wait()
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = 100) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
-            if time.monotonic() > deadline or any(process.poll() is not None for process in self.ranks):
-                for process in self.ranks:
-                    process.kill()
-                raise AssertionError("".join(process.communicate()[0] for process in self.ranks))
+            if time.monotonic() > deadline or any(rank.poll() is not None for rank in self.ranks):
+                self.kill()
+                raise AssertionError("".join(rank.output() for rank in self.ranks))
             time.sleep(0.02)
 
     def has_logged(self, step: int) -> bool:

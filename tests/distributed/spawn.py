@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from tests.fork_server import context, start
 
 
 def run_ranks(world_size: int, target: Callable[..., Any], *args: Any, timeout_s: float = 60) -> list[Any]:
@@ -22,18 +23,14 @@ def run_ranks(world_size: int, target: Callable[..., Any], *args: Any, timeout_s
     `target` must be importable (defined at a module's top). Raises AssertionError with the first failing rank's
     traceback, or when the ranks are not done after `timeout_s`.
     """
-    context = mp.get_context("spawn")
     with TemporaryDirectory() as folder:
         results = context.SimpleQueue()
         store = str(Path(folder) / "store")
         ranks = [
-            context.Process(target=_rank_main, args=(rank, world_size, store, timeout_s, results, target, args))
-            for rank in range(world_size)
+            start(_rank_main, rank, world_size, store, timeout_s, results, target, args) for rank in range(world_size)
         ]
-        for process in ranks:
-            process.start()
         try:
-            answers = _collect(ranks, results, timeout_s + 30)  # 30 s: importing torch on a busy machine
+            answers = _collect(ranks, results, timeout_s + 30)  # 30 s: the first start imports torch
         finally:
             for process in ranks:
                 if process.is_alive():
