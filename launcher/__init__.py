@@ -1,10 +1,10 @@
-"""Where to run: one plan, three backends (this machine, SLURM, hosts over ssh), one entry on every node.
+"""Where to run: one launch plan, three backends (this machine, SLURM, hosts over ssh), one command on every node.
 
-    command line ──▶ Plan ──▶ RUN/plan.json ──▶ on every node: python -m launcher node --plan RUN/plan.json
-                                                                      │ finds its rank, interface; checks; then
+    command line ──▶ LaunchPlan ──▶ RUN/plan.json ──▶ on every node: python -m launcher node --plan RUN/plan.json
+                                                                      │ finds its rank and interface; checks; then
                                                                       ▼
                                                       accelerate launch … -m simclr_dist.train CONFIG key=value …
 
-The launcher knows command lines and never imports torch, so that it answers at once on a login node. A training
-started by hand with `accelerate launch -m simclr_dist.train` needs nothing from here.
+The launcher never imports torch, so that it answers at once on a login node. A training started by hand with
+`accelerate launch -m simclr_dist.train` needs nothing from here.
 """

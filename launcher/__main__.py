@@ -1,4 +1,4 @@
-"""`python -m launcher`: from a command to its work, which lies in another module, imported when it is asked for."""
+"""`python -m launcher`: calls the module that does a command's work. It is imported only when its command is used."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from launcher.arguments import parse
 from launcher.errors import Exit, LaunchError
@@ -32,8 +31,8 @@ def run_backend(args: argparse.Namespace) -> int:
 
 
 def show_started(args: argparse.Namespace) -> int:
-    """What `local` and `hosts` would start."""
-    from launcher import build, hosts, local, machine, show
+    """Prints what `local` and `hosts` would start."""
+    from launcher import build, hosts, local, show
 
     if args.backend == "hosts":
         plan = hosts.plan_for(args)
@@ -41,19 +40,16 @@ def show_started(args: argparse.Namespace) -> int:
     else:
         plan = build.local_plan(args)
         start = [local.node_command(plan)]
-    files = [f"{plan.run_dir}/{name}" for name in ("plan.json", "attempts.jsonl")]
-    show.print_shown(show.as_dict(plan, machine.num_cpus(), start, files), args.json)
+    show.print_shown(show.as_dict(plan, start), args.json)
     return Exit.OK
 
 
 def show_slurm(args: argparse.Namespace) -> int:
-    from launcher import machine, show, slurm
+    from launcher import show, slurm
 
     plan = slurm.shown_plan(args)
-    log_dir = f"{plan.run_dir}/logs"
-    command = slurm.submit_command(args, Path(plan.run_dir).name, log_dir, slurm.num_checked_points(args))
-    files = [f"{plan.run_dir}/{name}" for name in ("plan.json", "attempts.jsonl", "logs/")]
-    show.print_shown(show.as_dict(plan, machine.num_cpus(), [command], files), args.json)
+    command = slurm.submit_command(args, plan.files, slurm.num_checked_points(args))
+    show.print_shown(show.as_dict(plan, [command]), args.json)
     return Exit.OK
 
 
@@ -122,7 +118,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def plain(error: Exception) -> str:
-    """The message without what could act on a terminal: it may quote names and values from anywhere."""
+    """The message, with control characters escaped: names and values in it may come from anywhere."""
     return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in str(error))
 
 
@@ -141,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # `launcher … | head` has closed its end: no more words, and none from the interpreter's own flush either.
+        # The reader has ended (`launcher … | head`). The interpreter's last flush must not fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(Exit.FAILED)
     except OSError as error:  # a full or vanished disk, a folder without permission

@@ -1,4 +1,4 @@
-"""The command line: its commands, their options and what these may be. What a command does lies elsewhere."""
+"""The command line: commands, their options, and the values that options accept."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.plan import STOP_SIGNALS
+from launcher.launch_plan import STOP_SIGNALS, one_line
+from simclr_dist.argument_types import non_negative_int, positive_float, positive_int
 
 EPILOG = """\
 examples:
@@ -20,6 +21,11 @@ examples:
 exit codes: 0 finished, or stopped as asked · 2 wrong command line or configuration, nothing started · 3 a machine is
 not fit · 4 training failed · 5 gave up: failures in a row, or no progress · 75 saved and stopped, to be continued
 """
+SBATCH_OPTIONS = (
+    *("nodes", "time", "partition", "account", "qos"),
+    *("gpus-per-node", "cpus-per-task", "mem", "constraint", "exclude"),
+)
+"""Options of `launcher slurm` that are passed on to sbatch as they are."""
 BACKENDS = {
     "local": "train on this machine",
     "slurm": "submit to SLURM (what `sbatch slurm/train.sh` does, with the checks before the queue)",
@@ -46,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="is this machine, or are these nodes, fit for a training?")
     check.add_argument("backend", nargs="?", choices=("local", "slurm"), default="local")
-    check.add_argument("--deep", action="store_true", help="start processes; all of them meet and gather tensors")
-    check.add_argument("--nodes", type=positive, default=2, help="with slurm --deep: nodes to ask for")
+    check.add_argument("--deep", action="store_true", help="start processes that connect and gather tensors")
+    check.add_argument("--nodes", type=positive_int, default=2, help="with slurm --deep: nodes to ask for")
     check.add_argument("--partition", help="with slurm --deep")
     check.add_argument("--json", action="store_true")
     add_check_options(check)
@@ -62,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("run_dir", metavar="RUN", help="the run's directory, such as runs/smoke")
         if name == "logs":
-            command.add_argument("-n", "--lines", type=natural, default=50)
+            command.add_argument("-n", "--lines", type=non_negative_int, default=50)
             command.add_argument("-f", "--follow", action="store_true")
         if name == "resume":
             command.add_argument("--dry-run", action="store_true", help="print what would be done")
@@ -71,21 +77,21 @@ def parser() -> argparse.ArgumentParser:
     init = commands.add_parser("init", help=text, description=text)
     init.add_argument("dir", metavar="DIR", type=Path, help="new, or empty")
 
-    # Without `help` a command is not listed: these are for the backends and the scripts in slurm/.
-    node = commands.add_parser("node", description="The entry of each node.")
+    # Commands without `help` are not listed: the backends and the scripts in slurm/ call them.
+    node = commands.add_parser("node", description="On each node: check it, then start its processes.")
     node.add_argument("--plan", type=Path, required=True)
     node.add_argument("--node-rank", type=int)
-    plan = commands.add_parser("plan", description="Inside a SLURM job: write the plan, print the run directory.")
+    plan = commands.add_parser("plan", description="Inside a SLURM job: write the launch plan.")
     add_training_options(plan, max_failures=3)
     plan.add_argument("--sweep")
     plan.set_defaults(dry_run=False)
     finish = commands.add_parser("finish", description="Inside a SLURM job: decide what follows.")
     finish.add_argument("--run-dir", type=Path, required=True)
     finish.add_argument("--rc", type=int, required=True)
-    plan_check = commands.add_parser("plan-check", description="Inside a SLURM job: write the plan of a check.")
+    plan_check = commands.add_parser("plan-check", description="Inside a SLURM job: write the launch plan of a check.")
     plan_check.set_defaults(backend="slurm")
     add_check_options(plan_check)
-    report = commands.add_parser("check-report", description="Inside a SLURM job: which nodes came how far.")
+    report = commands.add_parser("check-report", description="Inside a SLURM job: print the result for each node.")
     report.add_argument("--run-dir", type=Path, required=True)
     return top
 
@@ -99,28 +105,19 @@ def add_backend(command: argparse.ArgumentParser, backend: str) -> None:
     if backend in ("local", "slurm"):
         command.add_argument("--sweep", metavar="FILE", help="many runs: `grid:` or `list:` of settings in a YAML file")
     if backend == "local":
-        command.add_argument("--jobs", type=positive, default=1, help="with --sweep: runs side by side")
+        command.add_argument("--jobs", type=positive_int, default=1, help="with --sweep: runs side by side")
     if backend == "hosts":
         command.add_argument("--hostfile", required=True, help="lines of `host [slots=N] [addr=IP]`")
         command.add_argument("--ssh-cmd", default="ssh", help="for example 'ssh -p 2222' (default: %(default)s)")
     if backend == "slurm":
-        for name in (
-            "time",
-            "partition",
-            "account",
-            "qos",
-            "gpus-per-node",
-            "cpus-per-task",
-            "mem",
-            "constraint",
-            "exclude",
-        ):
-            command.add_argument(f"--{name}", help="as for sbatch")
-        command.add_argument("--nodes", type=positive, help="as for sbatch")
+        for name in SBATCH_OPTIONS:
+            command.add_argument(f"--{name}", type=positive_int if name == "nodes" else str, help="as for sbatch")
         command.add_argument(
             "--sbatch-arg", action="append", default=[], metavar="--OPTION=VALUE", help="may be repeated"
         )
-        command.add_argument("--signal-lead-s", type=positive, default=180, help="ask to save so long before the limit")
+        command.add_argument(
+            "--signal-lead-s", type=positive_int, default=180, help="ask to save so long before the limit"
+        )
         command.add_argument("--script", help="instead of slurm/train.sh")
 
 
@@ -131,22 +128,24 @@ def add_training_options(command: argparse.ArgumentParser, max_failures: int) ->
     command.add_argument("--stop-signal", choices=STOP_SIGNALS, default="USR1", help="asks the workers to save")
     command.add_argument(
         "--max-failures",
-        type=natural,
+        type=non_negative_int,
         default=max_failures,
         help="failures in a row that are forgiven while each attempt makes progress (default: %(default)s)",
     )
     command.add_argument("--no-requeue", action="store_true", help="never start again by itself")
-    command.add_argument("--save-budget-s", type=seconds, default=60.0, help="time to save before workers are killed")
+    command.add_argument(
+        "--save-budget-s", type=positive_float, default=60.0, help="time to save before workers are killed"
+    )
 
 
 def add_node_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--nproc", type=positive, help="processes on each node (default: its GPUs, or 1)")
+    command.add_argument("--nproc", type=positive_int, help="processes on each node (default: its GPUs, or 1)")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    command.add_argument("--port", type=int, default=0, help="rendezvous port (default: a free one)")
+    command.add_argument("--port", type=int, help="rendezvous port (default: a free one)")
     command.add_argument("--head-addr", help="IP address of the first node (default: found)")
     command.add_argument("--ifname", help="network interface (default: the one that leads to the first node)")
     command.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the workers; repeatable")
-    command.add_argument("--preflight-s", type=seconds, default=60.0, help="how long to wait for all nodes")
+    command.add_argument("--preflight-s", type=positive_float, default=60.0, help="how long to wait for all nodes")
 
 
 def add_check_options(command: argparse.ArgumentParser) -> None:
@@ -154,35 +153,27 @@ def add_check_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--runs-dir", default="runs", help="where runs are kept, on a disk that all nodes share")
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is not a time in seconds")
-    return value
+def as_words(args: argparse.Namespace, *names: str) -> list[str]:
+    """The options `names` of a parsed command line, as words of another one. Unset ones and `auto` are left out."""
+    words = []
+    for name in names:
+        value = getattr(args, name.replace("-", "_"))
+        if value is True:
+            words.append(f"--{name}")
+        elif value not in (None, "auto") and value is not False:
+            values = value if isinstance(value, list) else [f"{value:g}" if isinstance(value, float) else str(value)]
+            words += [f"--{name}={one_line(f'--{name}', each)}" for each in values]
+    return words
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     top = parser()
-    # argparse takes positional words only where they first appear: settings after an option are left over.
+    # argparse reads positional arguments only where they first appear: settings after an option are left over.
     args, left = top.parse_known_args(argv)
-    strangers = [word for word in left if word.startswith("-") or "=" not in word]
-    if strangers or (left and not hasattr(args, "overrides")):
-        top.error(f"unrecognized arguments: {' '.join(strangers or left)}")
+    unknown = [word for word in left if word.startswith("-") or "=" not in word]
+    if unknown or (left and not hasattr(args, "overrides")):
+        top.error(f"unrecognized arguments: {' '.join(unknown or left)}")
     if left:
         args.overrides += left
-    args.again = list(argv)
+    args.argv = tuple(argv)
     return args

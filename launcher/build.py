@@ -1,4 +1,4 @@
-"""From a command line to a checked plan: nothing is started and nothing written here."""
+"""From a command line to a launch plan with a checked configuration. Starts nothing and writes nothing."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 
 from launcher import local, machine
 from launcher.errors import LaunchError
-from launcher.plan import Device, Plan, checked_env, new_attempt
+from launcher.launch_plan import Device, LaunchPlan, checked_env, new_attempt
 from simclr_dist.config import Config, load_config
 
 TRAINER = "simclr_dist.train"
 SHOWN_ATTEMPT = "show.0-000000"
-"""Stands for the attempt where nothing is going to be started."""
+"""The attempt's name in what `show` prints."""
 
 
 def training(args: argparse.Namespace, world_size: int | None) -> tuple[Config, tuple[str, ...]]:
-    """The checked configuration, and the command of each process. ConfigError names everything wrong at once."""
+    """The checked configuration, and the command of each process. Raises ConfigError, which names every mistake."""
     config = load_config(args.config, args.overrides, world_size=world_size)
     return config, ("-m", TRAINER, os.path.abspath(args.config), *args.overrides)
 
 
 def device_and_procs(args: argparse.Namespace) -> tuple[Device, int]:
-    """All GPUs of this machine, one process each; without any, one process on the CPU."""
+    """Device, and processes on each node: one for each GPU of this machine; without GPUs, one on the CPU."""
     gpus = machine.num_gpus()
     device: Device = args.device if args.device != "auto" else "cuda" if gpus else "cpu"
     procs = args.nproc or (max(gpus, 1) if device == "cuda" else 1)
@@ -36,10 +36,10 @@ def device_and_procs(args: argparse.Namespace) -> tuple[Device, int]:
     return device, procs
 
 
-def local_plan(args: argparse.Namespace) -> Plan:
+def local_plan(args: argparse.Namespace) -> LaunchPlan:
     device, procs = device_and_procs(args)
     config, command = training(args, procs)
-    return Plan(
+    return LaunchPlan(
         backend="local",
         attempt=SHOWN_ATTEMPT if args.dry_run else new_attempt(local.new_job("local"), 0),
         device=device,
@@ -52,15 +52,15 @@ def local_plan(args: argparse.Namespace) -> Plan:
 
 
 def common(args: argparse.Namespace, config: Config, command: tuple[str, ...]) -> dict:
-    """The parts of a plan that do not depend on the backend."""
+    """The fields of a launch plan that do not depend on the backend."""
     return {
         "run_dir": os.path.abspath(config.run_dir),
         "workdir": os.getcwd(),
-        # Not resolved: a virtual environment's interpreter is a link, and the link is what knows its packages.
+        # Not resolved: the interpreter of a virtual environment is a link, and only that path leads to its packages.
         "python": str(Path(sys.executable).absolute()),
         "command": command,
-        "again": tuple(args.again),
-        "port": args.port,
+        "resume_argv": args.argv,
+        "port": args.port or 0,
         "env": checked_env(args.env),
         "stop_signal": args.stop_signal,
         "max_failures": args.max_failures,

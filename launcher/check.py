@@ -1,4 +1,4 @@
-"""Is this machine, or are these nodes, fit for a training? Looks first; `--deep` lets all ranks meet."""
+"""Is this machine, or are these nodes, fit for a training? `--deep` also starts processes that connect and gather."""
 
 from __future__ import annotations
 
@@ -16,9 +16,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher import build, local, machine, node, outcome, processes, scontrol, slurm, slurm_job
+from launcher import build, local, machine, node, processes, scontrol, slurm, slurm_job
+from launcher.arguments import as_words
 from launcher.errors import Exit, LaunchError
-from launcher.plan import Plan, checked_env, is_reserved, new_attempt, prepare_run_dir, write_plan
+from launcher.launch_plan import (
+    LaunchPlan,
+    checked_env,
+    is_reserved,
+    new_attempt,
+    prepare_run_dir,
+    read_launch_plan,
+    write_launch_plan,
+)
+from simclr_dist.run.layout import RunDir, read_record
+from simclr_dist.run.status import read_status
 
 MODULE = "launcher.deep_check"
 
@@ -57,7 +68,7 @@ def run(args: argparse.Namespace) -> Exit:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Looking
+# Without starting anything
 
 
 def look(args: argparse.Namespace) -> Iterator[Finding]:
@@ -80,15 +91,15 @@ def look(args: argparse.Namespace) -> Iterator[Finding]:
         )
     yield from look_at_folder(Path(args.runs_dir))
     yield from look_at_limits()
-    strange = sorted(name for name in os.environ if is_reserved(name))
-    if strange:
-        yield Finding("warning", "environment", ", ".join(strange), "left by another launcher; not passed to workers")
+    reserved = sorted(name for name in os.environ if is_reserved(name))
+    if reserved:
+        yield Finding("warning", "environment", ", ".join(reserved), "left by another launcher; not passed to workers")
     if args.backend == "slurm":
         yield from look_at_slurm()
 
 
 def look_at_folder(folder: Path) -> Iterator[Finding]:
-    """Checkpoints need a folder where a file can be synced and renamed."""
+    """Checkpoints need a folder in which files can be synced and renamed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".check-", delete=False) as file:
@@ -114,9 +125,9 @@ def look_at_limits() -> Iterator[Finding]:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     few = files != resource.RLIM_INFINITY and files < 1024
     yield Finding("warning" if few else "ok", "open files", str(files), "ulimit -n 4096" if few else "")
-    with_shm = Path("/dev/shm")
-    if with_shm.is_dir():
-        gib = shutil.disk_usage(with_shm).total / 2**30
+    shared_memory = Path("/dev/shm")
+    if shared_memory.is_dir():
+        gib = shutil.disk_usage(shared_memory).total / 2**30
         advice = "NCCL may fail with less: docker run --shm-size=8g" if gib < 0.5 else ""
         yield Finding("warning" if gib < 0.5 else "ok", "/dev/shm", f"{gib:.1f} GiB", advice)
 
@@ -141,31 +152,31 @@ def look_at_slurm() -> Iterator[Finding]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Letting all ranks meet
+# --deep: all ranks connect
 
 
-def deep_plan(args: argparse.Namespace) -> Plan:
-    """A plan whose processes run deep_check instead of a training, for this machine or this SLURM job."""
+def deep_plan(args: argparse.Namespace) -> LaunchPlan:
+    """A launch plan whose processes run deep_check instead of a training, on this machine or in this SLURM job."""
     device, procs = build.device_and_procs(args)
     in_job = args.backend == "slurm"
     hosts = slurm_job.job_hosts(os.environ) if in_job else [socket.gethostname().partition(".")[0]]
     attempt = new_attempt(slurm_job.job_name_of(os.environ) if in_job else local.new_job("local"), 0)
     run_dir = Path(os.path.abspath(args.runs_dir)) / ".check" / attempt
     head_addr = args.head_addr or (slurm_job.head_address(hosts) if in_job else "127.0.0.1")
-    plan = Plan(
+    plan = LaunchPlan(
         backend="slurm" if in_job else "local",
         attempt=attempt,
         run_dir=str(run_dir),
         workdir=os.getcwd(),
         python=str(Path(sys.executable).absolute()),
         command=("-m", MODULE, str(run_dir)),
-        again=("check",),
+        resume_argv=("check",),
         device=device,
         num_nodes=len(hosts),
         procs_per_node=procs,
         hosts=tuple(hosts),
         head_addr=head_addr,
-        port=args.port,
+        port=args.port or 0,
         ifname=args.ifname or ("" if in_job else "lo"),
         env=checked_env(args.env),
         max_failures=0,
@@ -176,24 +187,19 @@ def deep_plan(args: argparse.Namespace) -> Plan:
 
 
 def plan_check(args: argparse.Namespace) -> Exit:
-    """For slurm/check_nodes.sh: write the plan, print its folder."""
+    """For slurm/check_nodes.sh: writes the launch plan and prints its folder."""
     plan = deep_plan(args)
     port = plan.port or machine.free_port(plan.head_addr, int(plan.job.partition("_")[0]) * 10)
-    write_plan(replace(plan, port=port))
+    write_launch_plan(replace(plan, port=port))
     print(plan.run_dir)
     return Exit.OK
 
 
 def deep_slurm(args: argparse.Namespace) -> Exit:
-    """Ask for nodes and wait for what slurm/check_nodes.sh finds on them."""
-    command = ["salloc", f"--nodes={args.nodes}", "--ntasks-per-node=1", "--exclusive", "--mem=0", "--time=10"]
-    command += [f"--partition={args.partition}"] if args.partition else []
-    words = [f"--preflight-s={args.preflight_s:g}", f"--device={args.device}", f"--runs-dir={args.runs_dir}"]
-    for name, value in (("nproc", args.nproc), ("port", args.port), ("head-addr", args.head_addr)):
-        words += [f"--{name}={value}"] if value else []
-    words += [f"--ifname={args.ifname}"] if args.ifname else []
-    words += [f"--env={setting}" for setting in args.env]
-    command += ["bash", slurm.script_path("check_nodes.sh"), *words]
+    """Asks for nodes, runs slurm/check_nodes.sh on them, and waits for its result."""
+    command = ["salloc", *as_words(args, "nodes", "partition"), "--ntasks-per-node=1", "--exclusive", "--mem=0"]
+    command += ["--time=10", "bash", slurm.script_path("check_nodes.sh")]
+    command += as_words(args, "preflight-s", "device", "runs-dir", "nproc", "port", "head-addr", "ifname", "env")
     env = os.environ | {"SIMCLR_PYTHON": str(Path(sys.executable).absolute())}
     try:
         return Exit.OK if subprocess.run(command, env=env, check=False).returncode == 0 else Exit.PREFLIGHT
@@ -202,12 +208,11 @@ def deep_slurm(args: argparse.Namespace) -> Exit:
 
 
 def report(run_dir: Path) -> Exit:
-    """Which nodes came how far; the folder goes away if all is well."""
-    plan = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
-    hosts, procs = plan["hosts"], plan["procs_per_node"]
-    status = outcome.read_status(run_dir)
+    """Prints how far the processes of each node came. Removes the folder if there was no problem."""
+    plan = read_launch_plan(RunDir(run_dir).launch_plan)
+    procs, status = plan.procs_per_node, read_status(run_dir)
     problems = status.message.split("; ") if status and status.reason == "preflight" else []
-    for rank, host in enumerate(hosts):
+    for rank, host in enumerate(plan.hosts):
         ranks = [_stage(run_dir, r) for r in range(rank * procs, (rank + 1) * procs)]
         stages = ", ".join(dict.fromkeys(r["stage"] for r in ranks))
         fit = all(r["stage"] == "gathered" for r in ranks)
@@ -225,7 +230,4 @@ def report(run_dir: Path) -> Exit:
 
 
 def _stage(run_dir: Path, rank: int) -> dict[str, Any]:
-    try:
-        return dict(json.loads((run_dir / f"rank-{rank}.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {"stage": "not started"}
+    return read_record(run_dir / f"rank-{rank}.json") or {"stage": "not started"}

@@ -1,17 +1,18 @@
-"""What each process of a deep check runs: meet all the others, gather their tensors, and write down how far it came.
+"""What each process of `check --deep` runs: it connects to all others, gathers tensors, and records its progress.
 
-The only file of the launcher that needs torch, and only when it is run (`python -m launcher.deep_check FOLDER`).
+The only file of the launcher that imports torch, and only when it is run (`python -m launcher.deep_check FOLDER`).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+
+from simclr_dist.run.layout import write_record
 
 TIMEOUT_S = 60
 NUM_FLOATS = 1 << 20
@@ -22,9 +23,7 @@ def main() -> None:
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
     def note(stage: str, **values: object) -> None:
-        temporary = folder / f".rank-{rank}.tmp"
-        temporary.write_text(json.dumps({"rank": rank, "node": node, "stage": stage, **values}))
-        temporary.replace(folder / f"rank-{rank}.json")
+        write_record(folder / f"rank-{rank}.json", {"rank": rank, "node": node, "stage": stage, **values})
 
     note("started")
     import torch

@@ -1,4 +1,4 @@
-"""The backend for machines that ssh reaches, without a scheduler: one ssh for each host of a hostfile.
+"""The backend for machines that ssh reaches, without a scheduler: one ssh command for each host of a hostfile.
 
     node1 slots=8                 one host a line; slots: processes (the same on all)
     node2 slots=8 addr=10.0.0.2   addr: the address by which the other nodes reach it
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from launcher import build, local, machine
 from launcher.errors import Exit, LaunchError
-from launcher.plan import Plan, checked, new_attempt, one_line
+from launcher.launch_plan import LaunchPlan, checked, new_attempt, one_line
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def read_hostfile(path: Path) -> list[Host]:
         if not words:
             continue
         try:
-            # A name that starts with a dash would be an option for ssh.
+            # checked: a name that starts with a dash would be an option of ssh.
             name = checked("host", words[0])
             values = dict(word.split("=", 1) for word in words[1:])
             unknown = values.keys() - {"slots", "addr"}
@@ -57,7 +57,7 @@ def read_hostfile(path: Path) -> list[Host]:
     return hosts
 
 
-def plan_for(args: argparse.Namespace) -> Plan:
+def plan_for(args: argparse.Namespace) -> LaunchPlan:
     hosts = read_hostfile(Path(args.hostfile))
     slots = sorted({host.slots for host in hosts if host.slots})
     if len(slots) > 1:
@@ -68,7 +68,7 @@ def plan_for(args: argparse.Namespace) -> Plan:
         args = argparse.Namespace(**{**vars(args), "nproc": slots[0]})
     device, procs = build.device_and_procs(args) if args.device == "auto" else (args.device, args.nproc or 1)
     config, command = build.training(args, len(hosts) * procs)
-    return Plan(
+    return LaunchPlan(
         backend="hosts",
         attempt=build.SHOWN_ATTEMPT if args.dry_run else new_attempt(local.new_job("hosts"), 0),
         device=device,
@@ -97,16 +97,17 @@ def _head_address(hosts: list[Host]) -> str:
     return address
 
 
-def commands(ssh_cmd: str) -> Callable[[Plan], list[list[str]]]:
+def commands(ssh_cmd: str) -> Callable[[LaunchPlan], list[list[str]]]:
+    """A function that gives the ssh command lines of a plan, one for each node."""
     ssh = shlex.split(one_line("--ssh-cmd", ssh_cmd))
     if not ssh:
         raise LaunchError("--ssh-cmd is empty")
     here = str(Path(__file__).resolve().parent.parent)
 
-    def for_plan(plan: Plan) -> list[list[str]]:
-        # ssh hands its words to a shell on the other side: each is quoted. -tt: if the connection is lost, the node
-        # entry is hung up on, and ends its workers. ServerAliveInterval: a cut network says nothing by itself; after
-        # three questions without an answer ssh gives up. BatchMode: never wait for a password.
+    def for_plan(plan: LaunchPlan) -> list[list[str]]:
+        # The words are quoted, because ssh passes them to a shell on the host. -tt: when the connection is lost, the
+        # host sends SIGHUP to the node's processes, and they end. ServerAliveInterval: ssh notices a lost network
+        # after three unanswered messages. BatchMode: never wait for a password.
         return [
             [
                 *ssh,

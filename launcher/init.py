@@ -1,6 +1,6 @@
 """`simclr-launch init DIR`: a folder to work in for those who installed the package and have no checkout.
 
-launcher/starter/ holds links to configs/ and slurm/ of the repository; in a wheel they are the files themselves.
+launcher/starter/ holds links to the repository's configs/ and slurm/; in a wheel it holds the files themselves.
 """
 
 from __future__ import annotations

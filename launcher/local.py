@@ -1,4 +1,7 @@
-"""The backend for this machine: start, watch to the end. A signal makes it save and stop; a second Ctrl-C kills."""
+"""The backend for this machine: starts the processes and waits for their end.
+
+A signal makes them save and stop; a second Ctrl-C kills them.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,11 @@ from types import FrameType
 
 from launcher import machine, outcome, processes
 from launcher.errors import Exit, LaunchError
+from launcher.launch_plan import LaunchPlan, new_attempt, prepare_run_dir, write_launch_plan
 from launcher.outcome import Decision
-from launcher.plan import Plan, new_attempt, prepare_run_dir, write_plan
+from simclr_dist.run.layout import RunDir
+from simclr_dist.run.status import read_status
 
-STOP_FILE, STOP_REQUEST = "STOP", "STOP_REQUEST"
 POLL_S = 0.1
 
 
@@ -29,24 +33,26 @@ def new_job(prefix: str) -> str:
     return f"{prefix}_{int(time.time())}_{os.getpid()}"
 
 
-def node_command(plan: Plan, node_rank: int | None = None) -> list[str]:
+def node_command(plan: LaunchPlan, node_rank: int | None = None) -> list[str]:
     rank = [] if node_rank is None else ["--node-rank", str(node_rank)]
     return [plan.python, "-m", "launcher", "node", "--plan", str(plan.path), *rank]
 
 
-def run(plan: Plan, commands: Callable[[Plan], list[list[str]]] = lambda plan: [node_command(plan)]) -> Exit:
-    """Train, starting again after forgiven failures. Returns the exit code of the last attempt's decision.
+def run(
+    plan: LaunchPlan, commands: Callable[[LaunchPlan], list[list[str]]] = lambda plan: [node_command(plan)]
+) -> Exit:
+    """Trains, and starts again after forgiven failures. Returns the exit code that the last attempt's decision names.
 
-    commands: the command line that starts each node of a plan.
+    commands: the command lines that start the nodes of a plan, one each.
     """
     run_dir = Path(plan.run_dir)
     prepare_run_dir(run_dir)
     processes.adopt_orphans()
     with only_launcher(run_dir), Requests(plan.stop_signal) as requests:
-        (run_dir / STOP_FILE).unlink(missing_ok=True)
+        RunDir(run_dir).stop.unlink(missing_ok=True)
         restart = 0
         while True:
-            # Probed anew for each attempt, and each starts elsewhere: see machine.free_port.
+            # Each attempt gets another port: see machine.free_port.
             port = plan.port or machine.free_port(plan.head_addr, os.getpid() * 10 + restart)
             attempt = replace(
                 plan, port=port, attempt=new_attempt(plan.job, restart), command=continuing(plan.command, restart)
@@ -61,11 +67,10 @@ def run(plan: Plan, commands: Callable[[Plan], list[list[str]]] = lambda plan: [
     return decision.exit_code
 
 
-def run_attempt(plan: Plan, requests: Requests, commands: list[list[str]]) -> int:
-    """Start every node and wait for all; when one fails, end the others. The first exit code that is not 0, or 0."""
-    run_dir = Path(plan.run_dir)
+def run_attempt(plan: LaunchPlan, requests: Requests, commands: list[list[str]]) -> int:
+    """Starts all nodes and waits for them; when one fails, ends the others. Returns its exit code, or 0."""
     begin(plan, hosts=plan.hosts)
-    # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which passes on a request to stop.
+    # In sessions of their own: Ctrl-C in the terminal reaches the launcher only, which passes on a request to stop.
     agents = [
         subprocess.Popen(
             command,
@@ -89,9 +94,9 @@ def run_attempt(plan: Plan, requests: Requests, commands: list[list[str]]) -> in
                 agent.kill()
         if requests.stop and not asked:
             asked = True
-            ask_to_stop(run_dir, plan)
-            # Only the workers: what they have started need not know the signal. Sent while they import torch it is
-            # lost, as they inherit that it is ignored; so there is the file as well.
+            plan.files.stop_request(plan.attempt).touch()
+            # The signal goes to the workers only, not to processes they started. Workers that still import torch
+            # ignore it; they find the file later.
             if plan.backend == "local":
                 workers = processes.descendants(agents[0].pid, recursive=False)
                 processes.send(workers, getattr(signal, f"SIG{plan.stop_signal}"))
@@ -105,18 +110,18 @@ def run_attempt(plan: Plan, requests: Requests, commands: list[list[str]]) -> in
 
 
 def continuing(command: tuple[str, ...], restart: int) -> tuple[str, ...]:
-    """A restart goes on from its own newest checkpoint, even if the first attempt was told to start from another."""
-    told = restart and any(word.startswith("resume=") for word in command)
-    return (*command, "resume=auto") if told else command
+    """The command of attempt `restart`: later ones go on from the run's newest checkpoint, whatever `resume=` says."""
+    chosen = restart and any(word.startswith("resume=") for word in command)
+    return (*command, "resume=auto") if chosen else command
 
 
-def begin(plan: Plan, **values: object) -> None:
-    """Write the plan and the attempt's first record; forget requests that were meant for earlier attempts."""
+def begin(plan: LaunchPlan, **values: object) -> None:
+    """Writes the launch plan and the record of the attempt's start; removes stop requests to earlier attempts."""
     run_dir = Path(plan.run_dir)
     prepare_run_dir(run_dir)
-    for request in run_dir.glob(f"{STOP_REQUEST}.*"):
+    for request in RunDir(run_dir).stop_requests():
         request.unlink(missing_ok=True)
-    write_plan(plan)
+    write_launch_plan(plan)
     outcome.record(
         run_dir,
         "start",
@@ -129,10 +134,10 @@ def begin(plan: Plan, **values: object) -> None:
     )
 
 
-def conclude(plan: Plan, rc: int, job: outcome.JobWord) -> Decision:
-    """Decide what follows from the attempt's end and record it."""
+def conclude(plan: LaunchPlan, rc: int, job: outcome.JobState) -> Decision:
+    """Decides what follows from the attempt's end, and records it."""
     run_dir = Path(plan.run_dir)
-    status = outcome.read_status(run_dir)
+    status = read_status(run_dir)
     if status is not None and status.attempt != plan.attempt:
         status = None  # left by an earlier attempt
     start, end = outcome.start_step(run_dir, plan.attempt), outcome.newest_step(run_dir)
@@ -142,7 +147,7 @@ def conclude(plan: Plan, rc: int, job: outcome.JobWord) -> Decision:
         start_step=start,
         end_step=end,
         earlier=tuple(outcome.earlier_attempts(run_dir, plan.attempt)),
-        stop_file=(run_dir / STOP_FILE).exists(),
+        stop_file=RunDir(run_dir).stop.exists(),
         job=job,
     )
     decision = outcome.decide(evidence, max_failures=plan.max_failures, requeue=plan.requeue)
@@ -162,14 +167,10 @@ def conclude(plan: Plan, rc: int, job: outcome.JobWord) -> Decision:
     return decision
 
 
-def ask_to_stop(run_dir: Path, plan: Plan) -> None:
-    (run_dir / f"{STOP_REQUEST}.{plan.attempt}").touch()
-
-
-def report(plan: Plan, decision: Decision) -> None:
-    """The last words on stderr: how it ended, why, and how to go on."""
+def report(plan: LaunchPlan, decision: Decision) -> None:
+    """Prints to stderr how the run ended, why, and the command that continues it."""
     lines = [f"launcher: {plan.run_dir}: {decision.why}"]
-    status = outcome.read_status(Path(plan.run_dir))
+    status = read_status(Path(plan.run_dir))
     if decision.failed and status and status.message:
         lines.append(f"launcher: {status.message.strip().splitlines()[-1]}")
     if decision.action in ("leave", "fail") and decision.exit_code != Exit.OK:
@@ -177,13 +178,13 @@ def report(plan: Plan, decision: Decision) -> None:
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def continue_line(plan: Plan) -> str:
+def continue_line(plan: LaunchPlan) -> str:
     resume = [plan.python, "-m", "launcher", "resume", plan.run_dir]
     return f"{shlex.join(['cd', plan.workdir])} && {shlex.join(resume)}"
 
 
 def importable_launcher() -> dict[str, str]:
-    """The environment, in which `-m launcher` is found although it may start elsewhere than in the checkout."""
+    """This process's environment, with a PYTHONPATH by which `-m launcher` is found from any working directory."""
     here = str(Path(__file__).resolve().parent.parent)
     before = os.environ.get("PYTHONPATH")
     return os.environ | {"PYTHONPATH": here + (os.pathsep + before if before else "")}
@@ -191,8 +192,8 @@ def importable_launcher() -> dict[str, str]:
 
 @contextmanager
 def only_launcher(run_dir: Path) -> Iterator[None]:
-    """Two launchers on one run directory would take turns in overwriting each other's plan."""
-    with open(run_dir / ".launcher.lock", "a+", encoding="utf-8") as file:
+    """Holds the run directory's lock. Raises LaunchError if another launcher does."""
+    with RunDir(run_dir).launcher_lock.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -208,9 +209,9 @@ def only_launcher(run_dir: Path) -> Iterator[None]:
 
 
 def holder(run_dir: Path) -> tuple[int, str] | None:
-    """Process and machine of the launcher that trains `run_dir`; None if there is none."""
+    """Process id and machine of the launcher that trains `run_dir`; None if there is none."""
     try:
-        with open(run_dir / ".launcher.lock", encoding="utf-8") as file:
+        with RunDir(run_dir).launcher_lock.open(encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:
@@ -222,7 +223,7 @@ def holder(run_dir: Path) -> tuple[int, str] | None:
 
 
 class Requests:
-    """Signals that ask this launcher to stop, while it is entered. Ctrl-C after any of them asks it to kill."""
+    """Listens to signals from __enter__ to __exit__. The first one sets `stop`; a Ctrl-C after it sets `kill`."""
 
     def __init__(self, stop_signal: str) -> None:
         self.stop = self.kill = False
@@ -236,11 +237,11 @@ class Requests:
     def __enter__(self) -> Requests:
         for number in self._signals:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # under nohup it is to go on when the terminal closes
+                continue  # started with nohup: it goes on when the terminal closes
             self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
-            # Who has been asked to stop is on the way out: a late second Ctrl-C must not spoil the exit code.
+            # After a request to stop this process is about to end: a late second Ctrl-C must not change its exit code.
             signal.signal(number, signal.SIG_IGN if self.stop else handler)  # type: ignore[arg-type]

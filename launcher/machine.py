@@ -1,4 +1,4 @@
-"""What this machine has: GPUs, CPUs, addresses, a free port. Without torch, and without asking the name service."""
+"""What this machine has: GPUs, CPUs, addresses, a free port. Without torch; only `resolve` asks the name service."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIRST_PORT, NUM_PORTS = 20000, 10000  # below Linux's ephemeral range (32768 and
 
 
 def num_gpus() -> int:
-    """GPUs that a process started here would see: those of the machine, as far as CUDA_VISIBLE_DEVICES allows."""
+    """The number of GPUs that a process started here can use: those of the machine that CUDA_VISIBLE_DEVICES allows."""
     present = _num_gpus_present()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None or present == 0:
@@ -55,14 +55,14 @@ def port_is_free(address: str, port: int) -> bool:
         with socket.create_server((address, port), family=_family(address)):
             return True
     except OSError as error:
-        # Seen from another machine (inside salloc) it cannot be told: node 0 will find out.
+        # An address of another machine (inside salloc) cannot be tried here; node 0 will try it.
         return error.errno == errno.EADDRNOTAVAIL
 
 
 def free_port(address: str, start: int) -> int:
     """The first free port at or after `start` (wrapping inside 20000–29999) on an address of this machine.
 
-    Attempts start from different numbers, so that a process left over from the last one finds nobody to talk to.
+    Attempts use different `start`s, so that a process left over from the last attempt cannot connect to this one.
     """
     for offset in range(100):
         port = FIRST_PORT + (start + offset) % NUM_PORTS
@@ -105,10 +105,9 @@ def own_addresses() -> dict[str, str]:
 
 
 def interface_towards(address: str) -> str:
-    """The interface whose address this machine would use to talk to `address`.
+    """The interface whose address the kernel would use as source towards `address`. No packet is sent.
 
-    `ip route get` answers `lo` for one's own address, and gloo takes no exclusion list like NCCL's `^lo`: so ask the
-    kernel which source address it would use, and see which interface has it. No packet is sent.
+    (`ip route get` would answer `lo` for this machine's own addresses.)
     """
     with socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
         try:
@@ -131,7 +130,7 @@ def _family(address: str) -> socket.AddressFamily:
 
 
 def is_virtual(interface: str) -> bool:
-    """Bridges and tunnels of containers and virtual machines, which do not lead to other nodes."""
+    """Whether it is a bridge or tunnel of containers and virtual machines, which does not lead to other nodes."""
     return interface.startswith(("lo", "docker", "br-", "virbr", "veth", "cni", "flannel", "cali", "tun", "tap"))
 
 

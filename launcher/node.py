@@ -1,8 +1,8 @@
-"""The entry of every node: `python -m launcher node --plan RUN/plan.json`, once per node, on every backend.
+"""What every backend starts once on each node: `python -m launcher node --plan RUN/plan.json`.
 
-Finds the node's rank, interface and environment, answers the roll call, and becomes `accelerate launch`. There is no
-shell and no text to expand, so the rank is known where it is needed (an unexpanded or too early expanded
-$SLURM_NODEID is the commonest multi-node mistake of all).
+Finds the node's rank, interface and environment, takes part in the roll call, and becomes `accelerate launch`. No shell
+expands anything in between: a $SLURM_NODEID that is expanded on the wrong machine, or not at all, is the commonest
+mistake with several nodes.
 """
 
 from __future__ import annotations
@@ -19,25 +19,23 @@ from pathlib import Path
 
 from launcher import machine, rollcall
 from launcher.errors import Exit, LaunchError
-from launcher.outcome import Status, write_status
-from launcher.plan import Plan, is_reserved, read_plan
+from launcher.launch_plan import LaunchPlan, is_reserved, read_launch_plan
+from simclr_dist.run.status import write_status
 
 ACCELERATE_CONFIG = Path(__file__).with_name("accelerate.yaml")
 
 
 def run_node(plan_path: Path, node_rank: int | None) -> None:
     """Does not return: this process becomes the agent that starts and watches the node's workers."""
-    plan = read_plan(plan_path)
-    # The agent dies of the stop signal unless it is ignored, and it has no handlers yet while it imports torch. What is
-    # ignored stays so across exec and fork, until the workers install their own handler.
+    plan = read_launch_plan(plan_path)
+    # The agent would die of the stop signal: it has no handler while it imports torch. An ignored signal stays ignored
+    # across exec and fork, until the workers install their handler.
     signal.signal(getattr(signal, f"SIG{plan.stop_signal}"), signal.SIG_IGN)
     rank = find_node_rank(plan, node_rank, os.environ)
     problems = preflight(plan, rank)
     if problems:
         message = "; ".join(problems)
-        write_status(
-            Path(plan.run_dir), Status("failed", "preflight", 0, plan.attempt, message, time.strftime("%FT%T%z"))
-        )
+        write_status(plan.files.path, "failed", step=0, reason="preflight", message=message, attempt=plan.attempt)
         raise LaunchError(
             "preflight: these nodes cannot train together:\n" + "\n".join(f"  - {problem}" for problem in problems),
             Exit.PREFLIGHT,
@@ -46,20 +44,22 @@ def run_node(plan_path: Path, node_rank: int | None) -> None:
     if rank == 0:
         print(f"launcher: {describe(plan, ifname)}", file=sys.stderr, flush=True)  # stdout is the training's
     os.chdir(plan.workdir)
-    # In a container the interpreter is another one than where the plan was made.
+    # This node's own interpreter: in a container it has another path than where the launch plan was made.
     argv = agent_argv(replace(plan, python=str(Path(sys.executable).absolute())), rank)
     sys.stdout.flush()
     os.execve(argv[0], argv, agent_env(plan, ifname, machine.num_cpus(), os.environ))
 
 
-def find_node_rank(plan: Plan, given: int | None, environ: Mapping[str, str]) -> int:
+def find_node_rank(plan: LaunchPlan, given: int | None, environ: Mapping[str, str]) -> int:
     rank = given
     if rank is None and "SLURM_STEP_ID" in environ:
-        # These two are the step's: in `srun -N1 -w n2` they are 0 and 1. The plan is for one step over all nodes.
+        # SLURM_NODEID counts the nodes of the step. A step of fewer nodes than the launch plan (srun -N1 -w n2) would
+        # take ranks of other nodes.
         num_nodes = int(environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES", "0"))
         if num_nodes != plan.num_nodes:
             raise LaunchError(
-                f"this step has {num_nodes} nodes, the plan {plan.num_nodes}: start one task a node with one srun",
+                f"this step has {num_nodes} nodes, the launch plan {plan.num_nodes}: "
+                "start one task a node with one srun",
                 Exit.PREFLIGHT,
             )
         if int(environ.get("SLURM_LOCALID", "0")) != 0:
@@ -71,16 +71,16 @@ def find_node_rank(plan: Plan, given: int | None, environ: Mapping[str, str]) ->
     if rank is None and plan.num_nodes == 1:
         rank = 0
     if rank is None or not 0 <= rank < plan.num_nodes:
-        raise LaunchError(f"node rank {rank}: the plan has nodes 0 to {plan.num_nodes - 1}; give --node-rank")
+        raise LaunchError(f"node rank {rank}: the launch plan has nodes 0 to {plan.num_nodes - 1}; give --node-rank")
     return rank
 
 
-def preflight(plan: Plan, rank: int) -> list[str]:
-    """Everything that keeps these nodes from training together; on each node the same list."""
+def preflight(plan: LaunchPlan, rank: int) -> list[str]:
+    """The problems that keep these nodes from training together: the same list on each node."""
     own = local_report(plan, rank)
     if plan.num_nodes == 1:
         busy = not machine.port_is_free(plan.head_addr, plan.port)
-        # With one machine accelerate would silently change to another port and mode.
+        # On a single machine accelerate would silently change to another port and mode.
         taken = [f"port {plan.port} on {plan.head_addr} is in use; choose another with --port"] if busy else []
         return [*own.problems, *taken]
     if rank == 0:
@@ -88,11 +88,11 @@ def preflight(plan: Plan, rank: int) -> list[str]:
     return rollcall.answer(plan.head_addr, plan.port, plan.attempt, own, plan.preflight_s)
 
 
-def local_report(plan: Plan, rank: int) -> rollcall.Report:
+def local_report(plan: LaunchPlan, rank: int) -> rollcall.Report:
     problems = []
     if plan.device == "cuda" and (found := machine.num_gpus()) < plan.procs_per_node:
         problems.append(
-            f"{found} GPUs visible, but the plan has {plan.procs_per_node} processes on each node "
+            f"{found} GPUs visible, but the launch plan has {plan.procs_per_node} processes on each node "
             f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')})"
         )
     for path in (plan.run_dir, plan.workdir):
@@ -105,7 +105,7 @@ def local_report(plan: Plan, rank: int) -> rollcall.Report:
 
 
 def versions() -> dict[str, str]:
-    """Of what must be alike on all nodes; read from the installed packages, without importing them."""
+    """Versions that must be alike on all nodes; read from the installed packages, without importing them."""
     found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
     for name in ("torch", "accelerate"):
         try:
@@ -115,14 +115,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def agent_argv(plan: Plan, rank: int) -> list[str]:
+def agent_argv(plan: LaunchPlan, rank: int) -> list[str]:
     """The command line that starts this node's workers."""
     accelerate = [plan.python, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE_CONFIG)]
     if plan.world_size > 1:
-        # --cpu --num_processes 2 would silently start one process; --multi_gpu with ACCELERATE_USE_CPU starts two.
-        # Static rendezvous: c10d hands out ranks by arrival, so that rank 0 moves to another node, and it needs DNS.
-        # Its time-out is doubled by a retry. --max_restarts: with a static rendezvous only the failing node would
-        # restart, and the others wait for ever.
+        # --multi_gpu also on CPUs: --cpu --num_processes 2 would silently start one process.
+        # Static rendezvous: c10d numbers ranks by arrival, so that rank 0 could be on any node, and needs a name
+        # service. Its time-out is doubled by a retry. --max_restarts 0: only the failing node would restart, and the
+        # others would wait for ever.
         accelerate += [
             "--multi_gpu",
             *("--num_machines", str(plan.num_nodes), "--num_processes", str(plan.world_size)),
@@ -137,18 +137,18 @@ def agent_argv(plan: Plan, rank: int) -> list[str]:
     return [*accelerate, *plan.command]
 
 
-def agent_env(plan: Plan, ifname: str, num_cpus: int, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the agent and its workers. What the user set wins, except for the words between processes."""
-    # Also drops PMI_SIZE and the like, which srun sets where MPI is configured, and which accelerate would believe.
+def agent_env(plan: LaunchPlan, ifname: str, num_cpus: int, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the agent and its workers. The user's variables win, except for reserved ones."""
+    # PMI_SIZE and the like are reserved, too: srun sets them where MPI is configured, and accelerate would use them.
     env = {name: value for name, value in inherited.items() if not is_reserved(name)}
     env.setdefault("OMP_NUM_THREADS", str(max(1, num_cpus // plan.procs_per_node)))
     env.setdefault("PYTHONUNBUFFERED", "1")
-    # A concrete name: gloo takes no exclusion list, and a wrong one fails at once.
+    # The name of one interface: gloo accepts no exclusion list.
     env.setdefault("GLOO_SOCKET_IFNAME", ifname)
     if plan.device == "cuda":
         if plan.num_nodes > 1:
             env.setdefault("NCCL_SOCKET_IFNAME", ifname)
-        # After a time-out, say which rank was missing.
+        # After a time-out NCCL then reports which rank was missing.
         env.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         env.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     env |= plan.env
@@ -161,7 +161,7 @@ def agent_env(plan: Plan, ifname: str, num_cpus: int, inherited: Mapping[str, st
     return env
 
 
-def describe(plan: Plan, ifname: str) -> str:
+def describe(plan: LaunchPlan, ifname: str) -> str:
     processes = f"{plan.procs_per_node} process" + ("es" if plan.procs_per_node > 1 else "")
     if plan.num_nodes == 1:
         return f"{processes} on {plan.device}; attempt {plan.attempt}"

@@ -1,66 +1,30 @@
 """How an attempt ended, and what follows from it.
 
-Exit codes cannot say: accelerate turns every worker's code into 1. So the trainer leaves its outcome in
-RUN/status.json, the launcher keeps RUN/attempts.jsonl (append-only), and `decide` is a pure function of what is on disk
-and what the scheduler says. It remembers nothing itself, so it may be asked twice.
+Exit codes cannot tell: accelerate turns every worker's code into 1. So the trainer writes RUN/status.json, the launcher
+adds lines to RUN/attempts.jsonl, and `decide` is a pure function of these files and of what the scheduler reports.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from launcher.errors import Exit
+from launcher.launch_plan import job_of
+from simclr_dist.run.layout import RunDir, append_record, read_records
+from simclr_dist.run.status import Status
 
-NEVER_AGAIN = ("config_error", "data_error", "nan_abort", "checkpoint_error")
-"""Reasons that another attempt would only meet again."""
-
-
-@dataclass(frozen=True)
-class Status:
-    """RUN/status.json, as the trainer (or a node that fails its preflight) writes it."""
-
-    state: str
-    """running, finished, preempted, stopped or failed"""
-    reason: str = ""
-    """of `failed`: what simclr_dist.status names, or preflight"""
-    step: int = 0
-    attempt: str = ""
-    message: str = ""
-    time: str = ""
-
-
-def read_status(run_dir: Path) -> Status | None:
-    """None where there is no readable status yet."""
-    try:
-        values = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
-        return Status(
-            state=str(values["state"]),
-            reason=str(values.get("reason") or ""),
-            step=int(values.get("step") or 0),
-            attempt=str(values.get("attempt") or ""),
-            message=str(values.get("message") or ""),
-            time=str(values.get("time") or ""),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def write_status(run_dir: Path, status: Status) -> None:
-    temporary = run_dir / f".status-{status.attempt}-{os.getpid()}.json"
-    temporary.write_text(json.dumps(status.__dict__) + "\n", encoding="utf-8")
-    temporary.replace(run_dir / "status.json")
+PERMANENT = ("config_error", "data_error", "nan_abort", "checkpoint_error")
+"""Reasons of a failure that would come back in every further attempt."""
 
 
 def newest_step(run_dir: Path) -> int:
     """The step of the newest checkpoint, by name; 0 if there is none."""
-    names = (path.name for path in (run_dir / "checkpoints").glob("step_*"))
-    return max((int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d+)", name))), default=0)
+    return max(RunDir(run_dir).checkpoint_steps(), default=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,29 +32,15 @@ def newest_step(run_dir: Path) -> int:
 
 
 def record(run_dir: Path, event: str, attempt: str, **values: Any) -> None:
-    """Append one line. A single write to a file opened for appending stays whole beside others."""
-    line = json.dumps({"event": event, "attempt": attempt, "time": round(time.time(), 3), **values}) + "\n"
-    descriptor = os.open(run_dir / "attempts.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
+    """Adds a line. event: submit, start, end or requeue_refused."""
+    line = {"event": event, "attempt": attempt, "time": round(time.time(), 3), **values}
+    append_record(RunDir(run_dir).attempts, line)
 
 
-def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    try:
-        lines = (run_dir / "attempts.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    records = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # a line cut short when the machine died
-        if isinstance(entry, dict) and "event" in entry and "attempt" in entry:
-            records.append(entry)
-    return records
+def recorded(run_dir: Path, *events: str) -> list[dict[str, Any]]:
+    """The lines of these events, oldest first."""
+    lines = read_records(RunDir(run_dir).attempts)
+    return [entry for entry in lines if entry.get("event") in events and "attempt" in entry]
 
 
 @dataclass(frozen=True)
@@ -102,64 +52,57 @@ class Ended:
 
 
 def earlier_attempts(run_dir: Path, attempt: str) -> list[Ended]:
-    """Attempts of this attempt's job before it, oldest first. One that left no end was cut off by a lost node or by a
-    scheduler that waited no longer: no failure of the run."""
-    job = attempt.partition(".")[0]
-    starts: dict[str, int] = {}
-    ends: dict[str, dict[str, Any]] = {}
-    for entry in read_records(run_dir):
-        if entry["attempt"].partition(".")[0] != job or entry["attempt"] == attempt:
-            continue
-        if entry["event"] == "start":
-            starts[entry["attempt"]] = int(entry.get("step", 0))
-        elif entry["event"] == "end":
-            ends[entry["attempt"]] = entry
-    names, result = list(starts), []
-    for i, name in enumerate(names):
-        if name in ends:
-            progressed, failed = int(ends[name].get("step", 0)) > starts[name], bool(ends[name].get("failed"))
-        else:
-            # What it reached is where the next one started.
-            following = starts[names[i + 1]] if i + 1 < len(names) else start_step(run_dir, attempt)
-            progressed, failed = following > starts[name], False
-        result.append(Ended(failed, progressed))
+    """The attempts of the same job before this one, oldest first.
+
+    An attempt without a recorded end was cut off by a lost node or by its scheduler: it does not count as failed.
+    """
+    starts, ends = (
+        {entry["attempt"]: entry for entry in recorded(run_dir, event) if job_of(entry["attempt"]) == job_of(attempt)}
+        for event in ("start", "end")
+    )
+    result = []
+    for name, following in pairwise([*(name for name in starts if name != attempt), attempt]):
+        # Where no end was recorded, the attempt came as far as the next one's start.
+        last = ends.get(name) or starts.get(following, {})
+        progressed = int(last.get("step", 0)) > int(starts[name].get("step", 0))
+        result.append(Ended(bool(last.get("failed")), progressed))
     return result
 
 
 def start_step(run_dir: Path, attempt: str) -> int:
-    for entry in read_records(run_dir):
-        if entry["event"] == "start" and entry["attempt"] == attempt:
-            return int(entry.get("step", 0))
-    return 0
+    starts = (entry for entry in recorded(run_dir, "start") if entry["attempt"] == attempt)
+    return int(next(starts, {}).get("step", 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The decision
 
-JobWord = Literal["none", "running", "time_limit", "cancelled", "requeued", "unknown"]
-"""What the scheduler says of the job: `none`: there is no scheduler; `requeued`: it will start again by itself."""
+JobState = Literal["none", "running", "time_limit", "cancelled", "requeued", "unknown"]
+"""What the scheduler reports of the job. none: there is no scheduler; requeued: the scheduler will start it again."""
 
 
 @dataclass(frozen=True)
 class Evidence:
     rc: int
+    """The exit code of the attempt's processes."""
     status: Status | None
-    """Of this attempt; None if the trainer wrote none."""
+    """What this attempt left in status.json; None if it wrote nothing there."""
     start_step: int
     end_step: int
     earlier: tuple[Ended, ...] = ()
     stop_file: bool = False
-    job: JobWord = "none"
+    job: JobState = "none"
 
 
 @dataclass(frozen=True)
 class Decision:
     action: Literal["done", "requeue", "leave", "fail"]
-    """done: the run is over as wanted; requeue: start again; leave: somebody else decides; fail: a person must look."""
+    """done: the run has ended as wanted; requeue: start it again; leave: do nothing, it can be continued; fail: do
+    nothing, a person has to look first."""
     exit_code: Exit
     why: str
     failed: bool = False
-    """This attempt counts as a failure (and not as a preemption)."""
+    """Whether this attempt counts as a failure; a preemption does not."""
 
 
 def decide(evidence: Evidence, *, max_failures: int, requeue: bool) -> Decision:
@@ -174,24 +117,24 @@ def decide(evidence: Evidence, *, max_failures: int, requeue: bool) -> Decision:
         return Decision("leave", Exit.OK, "the job was cancelled; it stays cancelled")
     if evidence.job == "requeued":
         return Decision("leave", Exit.OK, "the scheduler has requeued the job already")
-    if state == "failed" and reason in NEVER_AGAIN:
+    if state == "failed" and reason in PERMANENT:
         code = Exit.USAGE if reason == "config_error" else Exit.FAILED
-        return Decision("fail", code, f"{reason}: another attempt would meet it again", failed=True)
+        return Decision("fail", code, f"{reason}: another attempt would fail in the same way", failed=True)
 
     progressed = evidence.end_step > evidence.start_step
-    idle = 0 if progressed else 1 + _trailing(evidence.earlier, lambda ended: not ended.progressed)
+    idle = 0 if progressed else 1 + _num_last(evidence.earlier, lambda ended: not ended.progressed)
     if state == "preempted" or evidence.job == "time_limit":
         what = "time limit" if evidence.job == "time_limit" else "preempted"
-        verdict = Decision("requeue", Exit.OK, f"{what} at step {evidence.end_step}")
         if idle > max(1, max_failures):
             return Decision(
                 "fail", Exit.GAVE_UP, f"{what}; {idle} attempts in a row saved nothing (is the time limit too short?)"
             )
+        again = Decision("requeue", Exit.PREEMPTED, f"{what} at step {evidence.end_step}")
         if evidence.job == "none":
-            return Decision("leave", Exit.PREEMPTED, verdict.why)
+            return replace(again, action="leave")
     else:
-        failures = 1 + _trailing(evidence.earlier, lambda ended: ended.failed)
-        what = (reason or "crash") if state == "failed" else f"ended without a word (exit code {evidence.rc})"
+        failures = 1 + _num_last(evidence.earlier, lambda ended: ended.failed)
+        what = (reason or "crash") if state == "failed" else f"ended without a status (exit code {evidence.rc})"
         code = Exit.PREFLIGHT if reason == "preflight" else Exit.FAILED
         if idle >= 2:
             return Decision("fail", Exit.GAVE_UP, f"{what}; {idle} attempts in a row made no progress", failed=True)
@@ -199,24 +142,19 @@ def decide(evidence: Evidence, *, max_failures: int, requeue: bool) -> Decision:
             code = Exit.GAVE_UP if max_failures else code
             times = f"; {failures} failures in a row" if failures > 1 else ""
             return Decision("fail", code, f"{what} at step {evidence.end_step}{times}", failed=True)
-        verdict = Decision("requeue", code, f"{what} (failure {failures} of {max_failures} forgiven)", failed=True)
+        again = Decision("requeue", code, f"{what} (failure {failures} of {max_failures} forgiven)", failed=True)
     if not requeue:
-        return _not_requeued(verdict, "requeueing is switched off")
+        return _not_requeued(again, "requeueing is switched off")
     if evidence.job == "unknown":
-        # Without the scheduler's word this may be the user's own scancel; bringing that back would be rude.
-        return _not_requeued(verdict, "the scheduler did not say how the job ended")
-    return Decision("requeue", Exit.OK, verdict.why, verdict.failed)
+        # The user may have cancelled the job, and then it must not come back.
+        return _not_requeued(again, "the scheduler did not say how the job ended")
+    return replace(again, exit_code=Exit.OK)
 
 
-def _not_requeued(verdict: Decision, because: str) -> Decision:
-    code = verdict.exit_code if verdict.failed else Exit.PREEMPTED
-    return Decision("leave", code, f"{verdict.why}; not requeued: {because}", verdict.failed)
+def _not_requeued(again: Decision, because: str) -> Decision:
+    return replace(again, action="leave", why=f"{again.why}; not requeued: {because}")
 
 
-def _trailing(attempts: tuple[Ended, ...], holds: Any) -> int:
-    count = 0
-    for ended in reversed(attempts):
-        if not holds(ended):
-            break
-        count += 1
-    return count
+def _num_last(attempts: tuple[Ended, ...], holds: Callable[[Ended], bool]) -> int:
+    """For how many of the last attempts in a row `holds` is true."""
+    return sum(1 for _ in takewhile(holds, reversed(attempts)))

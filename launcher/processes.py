@@ -1,4 +1,4 @@
-"""Nothing survives: children that die with this process, and descendants that are found and ended."""
+"""No process stays behind: children that die with this process, and descendants that are found and ended."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def die_with_parent() -> None:
     """For `preexec_fn`: the kernel kills this process when its parent ends, however that happens. Survives exec."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() == 1:
-        os._exit(1)  # the parent was quicker
+        os._exit(1)  # the parent has ended already
 
 
 def adopt_orphans() -> None:
-    """Descendants whose parent is killed become children of this process, and not of init: so they can be found."""
+    """Descendants whose parent dies become children of this process instead of init's, so that they can be found."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
@@ -48,7 +48,7 @@ def send(processes: list[psutil.Process], signal_number: int) -> None:
 
 
 def end_descendants() -> int:
-    """Kill and reap whatever is left below this process; how many there were."""
+    """Kills and reaps all descendants of this process. Returns how many there were."""
     import psutil  # type: ignore[import-untyped]
 
     left = descendants(os.getpid())

@@ -1,8 +1,8 @@
-"""Before anything is started: do all nodes reach the head node, and are they alike?
+"""The roll call before anything is started: do all nodes reach the head node, and are they alike?
 
-Node 0 listens for some seconds on the address and port of the coming rendezvous. Every other node connects and says who
-it is and what troubles it has. Node 0 answers all of them with the same list of problems, empty if the run may start. A
-wrong address or a missing node is thus named in seconds, where a rendezvous would hang for minutes.
+Node 0 listens on the address and port that the rendezvous will use. Every other node connects and sends a report: who
+it is, its versions, its problems. Node 0 answers all of them with the same list of problems; it is empty if the run may
+start. So a wrong address or a missing node is named within seconds, where a rendezvous would hang for minutes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LONGEST_LINE = 65536
 
 @dataclass(frozen=True)
 class Report:
-    """What one node says of itself. `versions` must be alike on all nodes."""
+    """What one node sends. `versions` must be alike on all nodes; `clock`: its time in seconds since 1970."""
 
     node_rank: int
     host: str
@@ -33,7 +33,7 @@ class Report:
 
 
 def listen(address: str, port: int, attempt: str, own: Report, hosts: Sequence[str], timeout_s: float) -> list[str]:
-    """Node 0: wait for the other nodes of `hosts`, tell everybody the problems, return them."""
+    """On node 0: waits for the other nodes of `hosts`, sends all of them the problems, and returns these."""
     if address not in machine.own_addresses():
         return [
             f"the head address {address} is not an address of the first node {own.host}, which has: "
@@ -55,14 +55,14 @@ def listen(address: str, port: int, attempt: str, own: Report, hosts: Sequence[s
                 break
             connection.settimeout(CONNECT_TIMEOUT_S)
             try:
-                said = _read_line(connection)
-                if said.pop("attempt") != attempt:
+                received = _read_line(connection)
+                if received.pop("attempt") != attempt:
                     raise ValueError("another attempt")
-                report = Report(**said)
+                report = Report(**received)
                 if not 0 < report.node_rank < len(hosts) or report.node_rank in reports:
                     raise ValueError("no such node, or twice the same")
             except (OSError, ValueError, TypeError, KeyError, AttributeError):
-                connection.close()  # a stranger, or what is left of an earlier attempt
+                connection.close()  # another program, or a process of an earlier attempt
                 continue
             reports[report.node_rank] = report
             connections.append(connection)
@@ -79,14 +79,14 @@ def listen(address: str, port: int, attempt: str, own: Report, hosts: Sequence[s
 
 
 def answer(address: str, port: int, attempt: str, own: Report, timeout_s: float) -> list[str]:
-    """Another node: report to node 0 and return the problems it names. Tries until `timeout_s` have passed."""
+    """On the other nodes: reports to node 0 and returns the problems it sends. Tries until `timeout_s` have passed."""
     deadline, last = time.monotonic() + timeout_s, "not tried"
-    said = json.dumps({"attempt": attempt, **own.__dict__}).encode() + b"\n"
+    message = json.dumps({"attempt": attempt, **own.__dict__}).encode() + b"\n"
     while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection((address, port), timeout=min(CONNECT_TIMEOUT_S, left)) as connection:
-                connection.sendall(said)
-                # Node 0 speaks when all have come or its own time is over.
+                connection.sendall(message)
+                # Node 0 answers when all nodes have reported or its own time is over.
                 connection.settimeout(timeout_s + CONNECT_TIMEOUT_S)
                 return [str(problem) for problem in _read_line(connection)["problems"]]
         except (OSError, ValueError, KeyError) as error:
@@ -99,7 +99,7 @@ def answer(address: str, port: int, attempt: str, own: Report, timeout_s: float)
 
 
 def compare(reports: Mapping[int, Report], hosts: Sequence[str], timeout_s: float) -> list[str]:
-    """Problems of the nodes that came, differences between them, and the nodes that did not come."""
+    """The problems that nodes reported, differences between nodes, and missing nodes."""
     problems = [f"{report.host}: {problem}" for _, report in sorted(reports.items()) for problem in report.problems]
     missing = [f"{hosts[rank]} (node {rank})" for rank in range(len(hosts)) if rank not in reports]
     if missing:

@@ -1,4 +1,4 @@
-"""Looking after runs that exist: status, logs, stop, cancel, resume. All from the run directory, on any machine."""
+"""The commands for an existing run: status, logs, stop, cancel, resume. They need its run directory only."""
 
 from __future__ import annotations
 
@@ -11,32 +11,24 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from launcher import local, outcome, scontrol
 from launcher.errors import Exit, LaunchError
-from launcher.plan import one_line, read_plan, refuse_foreign
+from launcher.launch_plan import one_line, read_launch_plan, refuse_foreign
+from simclr_dist.run.layout import RunDir
+from simclr_dist.run.status import read_status
 
 
 def run_dir_of(args: argparse.Namespace) -> Path:
-    run_dir = Path(os.path.abspath(args.run_dir))
-    if not (run_dir / "attempts.jsonl").exists() and not (run_dir / "status.json").exists():
-        raise LaunchError(f"{run_dir}: no run there (neither attempts.jsonl nor status.json)")
-    return run_dir
-
-
-def last_start(run_dir: Path) -> dict[str, Any]:
-    starts = [entry for entry in outcome.read_records(run_dir) if entry["event"] == "start"]
-    return starts[-1] if starts else {}
+    files = RunDir(Path(os.path.abspath(args.run_dir)))
+    if not files.attempts.exists() and not files.status.exists():
+        raise LaunchError(f"{files.path}: no run there (neither {files.attempts.name} nor {files.status.name})")
+    return files.path
 
 
 def slurm_job(run_dir: Path) -> str | None:
-    """The newest SLURM job of this run, also one that still waits."""
-    jobs = [
-        entry["job"]
-        for entry in outcome.read_records(run_dir)
-        if entry["event"] in ("submit", "start") and "job" in entry
-    ]
+    """The newest SLURM job of this run, also one that still waits; None if there was none."""
+    jobs = [entry["job"] for entry in outcome.recorded(run_dir, "submit", "start") if "job" in entry]
     return jobs[-1] if jobs and re.fullmatch(r"\d+(_\d+)?", str(jobs[-1])) else None
 
 
@@ -46,7 +38,7 @@ def status(args: argparse.Namespace) -> Exit:
     from rich.text import Text
 
     run_dir = run_dir_of(args)
-    now, job = outcome.read_status(run_dir), slurm_job(run_dir)
+    now, job = read_status(run_dir), slurm_job(run_dir)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(Text(str(run_dir)), soft_wrap=True)
     if now:
@@ -58,13 +50,12 @@ def status(args: argparse.Namespace) -> Exit:
     if job:
         in_queue = scontrol.query(["squeue", "--noheader", f"--jobs={job}", "--format=%T %r"])
         console.print(Text(f"SLURM job   {job}: {(in_queue or '').strip() or 'no longer in the queue'}"))
-    for name in (local.STOP_FILE, "SAVE"):
-        if (run_dir / name).exists():
-            console.print(f"requested   {name}")
+    for request in (RunDir(run_dir).stop, RunDir(run_dir).save):
+        if request.exists():
+            console.print(f"requested   {request.name}")
     table = Table("attempt", "started", "nodes x processes", "steps", "end", "exit code", box=None)
-    records = outcome.read_records(run_dir)
-    ends = {entry["attempt"]: entry for entry in records if entry["event"] == "end"}
-    for start in (entry for entry in records if entry["event"] == "start"):
+    ends = {entry["attempt"]: entry for entry in outcome.recorded(run_dir, "end")}
+    for start in outcome.recorded(run_dir, "start"):
         end = ends.get(start["attempt"], {})
         cells = [
             start["attempt"],
@@ -80,10 +71,12 @@ def status(args: argparse.Namespace) -> Exit:
 
 
 def logs(args: argparse.Namespace) -> Exit:
-    """Becomes `tail`."""
+    """Becomes `tail` of the newest log: the SLURM job's, else one in logs/, else log.jsonl."""
     run_dir = run_dir_of(args)
-    candidates = [Path(last_start(run_dir).get("log") or ""), *_newest_first((run_dir / "logs").glob("*.out"))]
-    candidates.append(run_dir / "log.jsonl")
+    files, starts = RunDir(run_dir), outcome.recorded(run_dir, "start")
+    job_logs = [Path(entry.get("log") or "") for entry in starts[-1:]]
+    written = sorted(files.logs.glob("*.out"), key=lambda path: path.stat().st_mtime, reverse=True)
+    candidates = [*job_logs, *written, files.log]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         raise LaunchError(f"{run_dir}: no log yet")
@@ -91,31 +84,27 @@ def logs(args: argparse.Namespace) -> Exit:
     os.execvp("tail", ["tail", "-n", str(args.lines), *(["-F"] if args.follow else []), "--", str(path)])
 
 
-def _newest_first(paths: Any) -> list[Path]:
-    return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
-
-
 def stop(args: argparse.Namespace) -> Exit:
     run_dir = run_dir_of(args)
     if is_over(run_dir):
         raise LaunchError(f"{run_dir}: nothing runs there, and no job waits")
-    (run_dir / local.STOP_FILE).touch()
+    RunDir(run_dir).stop.touch()
     print(f"{run_dir}: it will save and stop within seconds of its next step; `resume` goes on")
     return Exit.OK
 
 
 def is_over(run_dir: Path) -> bool:
-    """Whether a request to stop would be left lying there for the next start."""
-    now, job = outcome.read_status(run_dir), slurm_job(run_dir)
+    """Whether nothing runs and no job waits: a request to stop would only stop the next start."""
+    now, job = read_status(run_dir), slurm_job(run_dir)
     if now is None or now.state == "running" or local.holder(run_dir):
         return False
     in_queue = scontrol.query(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]) if job else ""
-    # SLURM does not answer for jobs that it has forgotten, nor on machines without its commands.
+    # in_queue is None for jobs that SLURM has forgotten, and on machines without its commands.
     return now.state != "preempted" if in_queue is None else not in_queue.strip()
 
 
 def cancel(args: argparse.Namespace) -> Exit:
-    """End it now, without a promise to save."""
+    """Ends the run now; it may not save."""
     run_dir = run_dir_of(args)
     job = slurm_job(run_dir)
     if job:
@@ -140,25 +129,25 @@ def cancel(args: argparse.Namespace) -> Exit:
 
 
 def resume(args: argparse.Namespace, main: Callable[[Sequence[str]], int]) -> int:
-    """The command that started the run, again, from where it was started."""
+    """Repeats the command that started the run, in the directory where it was given."""
     run_dir = run_dir_of(args)
     words, workdir = started_with(run_dir)
     if any(word.startswith("resume=") for word in words):
         words.append("resume=auto")
     if not args.dry_run:
-        (run_dir / local.STOP_FILE).unlink(missing_ok=True)
+        RunDir(run_dir).stop.unlink(missing_ok=True)
     os.chdir(workdir)
     return main([*words, *(["--dry-run"] if args.dry_run else [])])
 
 
 def started_with(run_dir: Path) -> tuple[list[str], str]:
     """Arguments of the launcher, and the directory in which they were given."""
-    submitted = [entry for entry in outcome.read_records(run_dir) if entry["event"] == "submit"]
-    plan = read_plan(run_dir / "plan.json") if (run_dir / "plan.json").exists() or not submitted else None
-    # What the job was asked to be, and not only what it got; or it never started.
+    files, submitted = RunDir(run_dir), outcome.recorded(run_dir, "submit")
+    plan = read_launch_plan(files.launch_plan) if files.launch_plan.exists() or not submitted else None
+    # For a job that `launcher slurm` submitted, the command line that submitted it: it also holds sbatch's options, and
+    # a job that never started has no launch plan.
     if submitted and (plan is None or submitted[-1]["job"] == plan.job.partition("_")[0]):
-        records = run_dir / "attempts.jsonl"
-        refuse_foreign(records, records.stat())
+        refuse_foreign(files.attempts, files.attempts.stat())
         return [one_line("argument", word) for word in submitted[-1]["again"]], submitted[-1]["workdir"]
     assert plan is not None
-    return list(plan.again), plan.workdir
+    return list(plan.resume_argv), plan.workdir

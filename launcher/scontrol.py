@@ -1,17 +1,17 @@
-"""Questions to SLURM: its commands, what they answer, and what an answer means."""
+"""Queries to SLURM: its commands, their output, and what the output means."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 
-from launcher.outcome import JobWord
+from launcher.outcome import JobState
 
 QUERY_TIMEOUT_S = 30.0
 
 
 def query(argv: list[str]) -> str | None:
-    """What a SLURM command says; None if it is missing, fails or hangs."""
+    """What a SLURM command prints; None if it is missing, fails or hangs."""
     done = run_query(argv)
     return done.stdout if done is not None and done.returncode == 0 else None
 
@@ -33,13 +33,16 @@ def log_path(job: str) -> str:
     return match[1] if match else ""
 
 
-def job_word(job: str, own_restarts: int) -> JobWord:
-    return read_job(query(["scontrol", "-o", "show", "job", job]) or "", own_restarts)
+def job_state(job: str, own_restarts: int) -> JobState:
+    """own_restarts: how often SLURM had restarted the job when this attempt began."""
+    return parse_job_state(query(["scontrol", "-o", "show", "job", job]) or "", own_restarts)
 
 
-def read_job(description: str, own_restarts: int) -> JobWord:
-    """Why the job's step ended, from `scontrol -o show job`: the same TERM may come from a scancel, a preemption or a
-    requeue, and requeueing after a scancel would bring a cancelled job back."""
+def parse_job_state(description: str, own_restarts: int) -> JobState:
+    """Why the step of a job ended, from the output of `scontrol -o show job`.
+
+    SIGTERM comes from a scancel, a preemption and a requeue alike, and a cancelled job must not be requeued.
+    """
     fields = dict(re.findall(r"(?:^|\s)(JobState|Reason|Restarts)=(\S+)", description))
     state, reason = fields.get("JobState"), fields.get("Reason")
     if state is None or not fields.get("Restarts", "").isdigit():

@@ -1,4 +1,4 @@
-"""What a launch would do, for people and (`--json`) for programs."""
+"""Prints what a launch would do: as text, or as JSON for programs."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import json
 import shlex
 from typing import Any
 
+from launcher import machine
+from launcher.launch_plan import LaunchPlan, masked
 from launcher.node import agent_argv, agent_env
-from launcher.plan import Plan, masked
 
 
-def as_dict(plan: Plan, num_cpus: int, start: list[list[str]], files: list[str]) -> dict[str, Any]:
-    """start: the command lines of this backend, one a node or one for all; files: what would be written."""
+def as_dict(plan: LaunchPlan, start: list[list[str]]) -> dict[str, Any]:
+    """start: the command lines of the backend, one for each node or one for all."""
     ifname = plan.ifname or "INTERFACE"
+    files = [str(plan.files.launch_plan), str(plan.files.attempts)]
+    files += [f"{plan.files.logs}/"] if plan.backend == "slurm" else []
     return {
         "plan": plan.as_json(),
         "start": start,
         "files": files,
         "agents": [agent_argv(plan, rank) for rank in range(plan.num_nodes)],
-        "environment": masked(agent_env(plan, ifname, num_cpus, {})),
+        "environment": masked(agent_env(plan, ifname, machine.num_cpus(), {})),
     }
 
 

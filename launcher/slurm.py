@@ -1,6 +1,6 @@
-"""The backend for SLURM, on the login node: check all that can be checked here, then hand slurm/train.sh to sbatch.
+"""The backend for SLURM, on the login node: checks what can be checked here, then submits slurm/train.sh.
 
-What happens inside the job is in slurm_job.py.
+slurm_job.py is the part that runs inside the job.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from launcher import build, local, outcome, scontrol, sweep
+from launcher import build, outcome, scontrol, sweep
+from launcher.arguments import SBATCH_OPTIONS, as_words
 from launcher.errors import Exit, LaunchError
-from launcher.plan import Plan, checked, looks_secret, one_line, prepare_run_dir
+from launcher.launch_plan import LaunchPlan, checked, job_of, looks_secret, one_line, prepare_run_dir
+from simclr_dist.run.layout import RunDir
 
 PACKAGED = (Path(__file__).resolve().parent / "starter" / "slurm").resolve()
 
-# What a job gets of the login shell. By default sbatch copies all of it into the job's record, tokens included; and
-# `--export=NAME=value` would cut values at commas. So sbatch itself is started with no more than this.
+# The variables of the login shell that a job gets. By default sbatch copies all of them into the job's record, tokens
+# included, and `--export=NAME=value` would cut values at commas. So sbatch is started with these variables only.
 PASSED_ON = re.compile(
     r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_\w+|TZ|TMPDIR|LD_LIBRARY_PATH|VIRTUAL_ENV|XDG_CACHE_HOME"
     r"|SLURM_CONF|SBATCH_\w+|SIMCLR_\w+|(NCCL|GLOO|CUDA|OMP|UCX|FI)_\w+|(CONDA|MAMBA|LMOD|MODULE)\w*|LOADEDMODULES"
@@ -37,28 +39,18 @@ NOT_BY_HAND = {
 }
 
 
-def submit_command(args: argparse.Namespace, name: str, log_dir: str, num_points: int | None) -> list[str]:
-    """The sbatch command line. A pure function of its arguments: `show` prints what `submit` runs."""
-    checked("job name", name)
-    options = {
-        "nodes": args.nodes,
-        "time": args.time,
-        "partition": args.partition,
-        "account": args.account,
-        "qos": args.qos,
-        "gpus-per-node": args.gpus_per_node,
-        "cpus-per-task": args.cpus_per_task,
-        "mem": args.mem,
-        "constraint": args.constraint,
-        "exclude": args.exclude,
-    }
+def submit_command(args: argparse.Namespace, files: RunDir, num_points: int | None) -> list[str]:
+    """The sbatch command line. `show` prints it, `submit` runs it.
+
+    files: of the run, whose directory has the job's name. num_points: runs of a sweep; None for a single run.
+    """
     # Never %x: a job name with slashes would lead out of the folder. %% is a plain percent sign of the path.
     pattern = "slurm-%j.out" if num_points is None else "slurm-%A_%a.out"
-    command = ["sbatch", "--parsable", f"--job-name={name}", f"--output={log_dir.replace('%', '%%')}/{pattern}"]
-    command += [f"--{key}={one_line(f'--{key}', str(value))}" for key, value in options.items() if value is not None]
+    output = f"{str(files.logs).replace('%', '%%')}/{pattern}"
+    command = ["sbatch", "--parsable", f"--job-name={checked('job name', files.path.name)}", f"--output={output}"]
+    command += as_words(args, *SBATCH_OPTIONS)
     command.append(f"--signal=B:{args.stop_signal}@{args.signal_lead_s}")
-    if args.no_requeue:
-        command.append("--no-requeue")
+    command += as_words(args, "no-requeue")
     for option in args.sbatch_arg:
         key = one_line("--sbatch-arg", option).partition("=")[0]
         if not re.fullmatch(r"--[a-z][a-z-]+", key):
@@ -73,33 +65,27 @@ def submit_command(args: argparse.Namespace, name: str, log_dir: str, num_points
 
 
 def script_path(name: str) -> str:
-    """A script of the folder that we stand in, whose EDIT lines somebody may have filled in; else the package's."""
+    """The script in ./slurm, which the user may have edited; otherwise the package's."""
     own = Path.cwd() / "slurm" / name
     return str(own if own.is_file() else PACKAGED / name)
 
 
 def job_arguments(args: argparse.Namespace) -> list[str]:
-    """What slurm/train.sh passes to `launcher plan`: SLURM carries it as a list of words."""
-    words = [f"--stop-signal={args.stop_signal}", f"--max-failures={args.max_failures}"]
-    words += [f"--save-budget-s={args.save_budget_s:g}", f"--preflight-s={args.preflight_s:g}"]
-    for name, value in (("nproc", args.nproc), ("head-addr", args.head_addr), ("ifname", args.ifname)):
-        words += [f"--{name}={value}"] if value else []
-    words += [f"--device={args.device}"] if args.device != "auto" else []
-    words += [f"--port={args.port}"] if args.port else []
-    words += ["--no-requeue"] if args.no_requeue else []
-    words += [f"--env={setting}" for setting in args.env]
+    """The arguments of slurm/train.sh, which passes them to `launcher plan` inside the job."""
+    words = as_words(args, *("stop-signal", "max-failures", "save-budget-s", "preflight-s", "nproc", "head-addr"))
+    words += as_words(args, *("ifname", "device", "port", "no-requeue", "env"))
     words += [f"--sweep={os.path.abspath(args.sweep)}"] if args.sweep else []
     return [*words, os.path.abspath(args.config), *args.overrides]
 
 
 def passed_on(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of sbatch, and so of the job."""
+    """The environment of sbatch, which is also that of the job."""
     env = {name: value for name, value in environ.items() if PASSED_ON.fullmatch(name) and not looks_secret(name)}
     return env | {"SIMCLR_PYTHON": str(Path(sys.executable).absolute())}
 
 
 def planned_world_size(args: argparse.Namespace) -> int | None:
-    """Known before the job starts only if the command line says it."""
+    """None where the command line does not say it: then it is known when the job starts."""
     if args.nodes is None:
         return None
     procs = args.nproc
@@ -108,10 +94,10 @@ def planned_world_size(args: argparse.Namespace) -> int | None:
     return args.nodes * procs if procs else None
 
 
-def shown_plan(args: argparse.Namespace) -> Plan:
-    """The plan as far as it is known before the job has nodes."""
+def shown_plan(args: argparse.Namespace) -> LaunchPlan:
+    """The launch plan as far as it is known before the job has nodes."""
     config, command = build.training(args, planned_world_size(args))
-    return Plan(
+    return LaunchPlan(
         backend="slurm",
         attempt=build.SHOWN_ATTEMPT,
         device="cpu" if args.device == "cpu" else "cuda",
@@ -124,7 +110,7 @@ def shown_plan(args: argparse.Namespace) -> Plan:
 
 
 def num_checked_points(args: argparse.Namespace) -> int | None:
-    """Of a sweep, with the configuration of each checked; None for a single run."""
+    """The number of runs of a sweep, after a check of each configuration; None for a single run."""
     if not args.sweep:
         return None
     points = sweep.read_points(Path(args.sweep))
@@ -134,7 +120,7 @@ def num_checked_points(args: argparse.Namespace) -> int | None:
 
 
 def submit(args: argparse.Namespace) -> Exit:
-    """Check everything that can be checked here, then hand the job to SLURM."""
+    """Checks everything that can be checked here, then submits the job."""
     config, _ = build.training(args, planned_world_size(args))
     num_points = num_checked_points(args)
     run_dir = Path(os.path.abspath(config.run_dir))
@@ -143,11 +129,11 @@ def submit(args: argparse.Namespace) -> Exit:
             f"{run_dir}: SLURM gives backslashes in log paths a meaning of their own; choose another path"
         )
     refuse_if_live(run_dir)
-    log_dir = run_dir / "logs"
-    command = submit_command(args, config.name, str(log_dir), num_points)
+    files = RunDir(run_dir)
+    command = submit_command(args, files, num_points)
     prepare_run_dir(run_dir)
-    log_dir.mkdir(exist_ok=True, mode=0o750)
-    (run_dir / local.STOP_FILE).unlink(missing_ok=True)
+    files.logs.mkdir(exist_ok=True, mode=0o750)
+    files.stop.unlink(missing_ok=True)
     try:
         done = subprocess.run(command, env=passed_on(os.environ), text=True, capture_output=True, check=False)
     except FileNotFoundError:
@@ -155,21 +141,22 @@ def submit(args: argparse.Namespace) -> Exit:
     if done.returncode:
         raise LaunchError(f"sbatch refused the job: {done.stderr.strip()}\n  {shlex.join(command)}", Exit.FAILED)
     job = checked("host", done.stdout.strip().partition(";")[0])
-    outcome.record(run_dir, "submit", f"{job}.0-000000", job=job, workdir=os.getcwd(), again=args.again)
-    log = f"{log_dir}/slurm-{job}.out" if num_points is None else f"{log_dir}/slurm-{job}_*.out"
+    outcome.record(run_dir, "submit", f"{job}.0-000000", job=job, workdir=os.getcwd(), again=args.argv)
     print(f"job {job}: {num_points or 1} run{'s' if (num_points or 1) > 1 else ''} of {config.name}")
-    print(f"  log     {log}")
+    print(f"  log     {files.logs}/slurm-{job}{'' if num_points is None else '_*'}.out")
     print(f"  status  python -m launcher status {shlex.quote(str(run_dir))}")
     print(f"  stop    python -m launcher stop {shlex.quote(str(run_dir))}")
     return Exit.OK
 
 
 def refuse_if_live(run_dir: Path, own: str | None = None) -> None:
-    """Two jobs on one run directory would overwrite each other."""
-    # One may run while another waits; of those that wait, the first to start wins.
+    """Raises LaunchError if another job holds this run directory.
+
+    own: the job that asks, from inside. Jobs that still wait do not stop it: the first one to start gets the directory.
+    """
     for event in ("start",) if own else ("start", "submit"):
-        entries = [entry for entry in outcome.read_records(run_dir) if entry["event"] == event]
-        job = entries[-1]["attempt"].partition(".")[0] if entries else ""
+        entries = outcome.recorded(run_dir, event)
+        job = job_of(entries[-1]["attempt"]) if entries else ""
         if not re.fullmatch(r"\d+(_\d+)?", job) or job == own:
             continue
         state = scontrol.query(["squeue", "--noheader", f"--jobs={job}", "--format=%T"])

@@ -1,7 +1,7 @@
 """The backend for SLURM, inside the job: slurm/train.sh calls `plan` before its srun and `finish` after it.
 
-The script holds no logic: it asks `plan` for the run directory, starts one task on every node, and hands the result to
-`finish`. So every decision is Python, and can be tested without a cluster.
+The script decides nothing: it gets the run directory from `plan`, starts one task on every node, and passes the exit
+code to `finish`. So every decision is in Python and can be tested without a cluster.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from pathlib import Path
 
 from launcher import build, local, machine, outcome, scontrol, slurm, sweep
 from launcher.errors import Exit, LaunchError
-from launcher.plan import Plan, checked, new_attempt, read_plan
+from launcher.launch_plan import LaunchPlan, checked, new_attempt, read_launch_plan
+from simclr_dist.run.layout import RunDir
 
 
 def job_name_of(environ: Mapping[str, str]) -> str:
-    """The id to talk to SLURM with. For arrays ARRAY_TASK: the last task's plain id is also that of the whole array,
-    and requeueing or cancelling it would hit every task."""
+    """The job's id for SLURM's commands. In an array ARRAY_TASK, because the last task's plain id also names the whole
+    array: requeueing or cancelling that id would act on every task."""
     array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID", "")
     if not re.fullmatch(r"\d+(_\d+)?", job):
@@ -29,8 +30,8 @@ def job_name_of(environ: Mapping[str, str]) -> str:
     return job
 
 
-def plan_attempt(args: argparse.Namespace) -> Plan:
-    """The plan of this attempt, made on the first node of the job from what the job has got this time."""
+def plan_attempt(args: argparse.Namespace) -> LaunchPlan:
+    """The launch plan of this attempt, made on the first node of the job for the nodes that it has this time."""
     environ = os.environ
     job = job_name_of(environ)
     restart = int(environ.get("SLURM_RESTART_COUNT") or 0)  # not set in the first run
@@ -44,9 +45,10 @@ def plan_attempt(args: argparse.Namespace) -> Plan:
     start = int(job.partition("_")[0]) * 10 + int(job.partition("_")[2] or 0) * 10 + restart
     values = build.common(args, config, local.continuing(command, restart))
     values["port"] = args.port or machine.free_port(head_addr, start)
-    # A task of an array goes on as a run of its own.
-    values["again"] = ("slurm", f"--nodes={len(hosts)}", *partition_of(environ), *slurm.job_arguments(args))
-    return Plan(
+    # A task of an array is continued as a single run.
+    words = (*partition_and_account(environ), *slurm.job_arguments(args))
+    values["resume_argv"] = ("slurm", f"--nodes={len(hosts)}", *words)
+    return LaunchPlan(
         backend="slurm",
         attempt=new_attempt(job, restart),
         device=device,
@@ -59,18 +61,18 @@ def plan_attempt(args: argparse.Namespace) -> Plan:
     )
 
 
-def partition_of(environ: Mapping[str, str]) -> list[str]:
+def partition_and_account(environ: Mapping[str, str]) -> list[str]:
     found = [("partition", environ.get("SLURM_JOB_PARTITION")), ("account", environ.get("SLURM_JOB_ACCOUNT"))]
     return [f"--{key}={value}" for key, value in found if value and value != "(null)"]
 
 
 def plan_here(args: argparse.Namespace) -> Exit:
-    """Write the plan and print the run directory, for slurm/train.sh. Prints nothing if there is nothing to do."""
+    """For slurm/train.sh: writes the launch plan and prints the run directory, or nothing if there is nothing to do."""
     plan = plan_attempt(args)
     run_dir = Path(plan.run_dir)
     slurm.refuse_if_live(run_dir, own=plan.job)
-    if (run_dir / local.STOP_FILE).exists():
-        (run_dir / local.STOP_FILE).unlink(missing_ok=True)  # heard: the next job may start
+    if plan.files.stop.exists():
+        plan.files.stop.unlink(missing_ok=True)  # granted: the next job may start
         print(f"launcher: {run_dir}: a stop was requested while the job was waiting; not started", file=sys.stderr)
         return Exit.OK
     local.begin(plan, job=plan.job, hosts=plan.hosts, log=scontrol.log_path(plan.job))
@@ -83,7 +85,7 @@ def job_hosts(environ: Mapping[str, str]) -> list[str]:
     listing = scontrol.query(["scontrol", "show", "hostnames", nodelist]) if nodelist else None
     if listing is None:
         if environ.get("SLURM_JOB_NUM_NODES") == "1":
-            return [environ.get("SLURMD_NODENAME") or nodelist]  # containers often lack scontrol
+            return [environ.get("SLURMD_NODENAME") or nodelist]  # containers often have no scontrol
         raise LaunchError(
             f"the nodes of this job ({nodelist}) cannot be listed: `scontrol show hostnames` does not answer here. "
             "If this is a container, start slurm/train.sh outside and only the task inside (see slurm/README.md)",
@@ -93,10 +95,10 @@ def job_hosts(environ: Mapping[str, str]) -> list[str]:
 
 
 def head_address(hosts: list[str]) -> str:
-    """An IP address of the first host that the others can use, without trusting the name service alone.
+    """An IP address by which the other nodes reach the first host.
 
-    First SLURM's own NodeAddr, which it uses itself. A loopback address (Debian puts one for the host's own name into
-    /etc/hosts) only if all nodes have one: then all of them are this machine.
+    NodeAddr, the address that SLURM itself uses, is tried before the name. A loopback address counts only if all nodes
+    have one, so that all of them are this machine: Debian's /etc/hosts gives every host's own name such an address.
     """
     if len(hosts) == 1:
         return "127.0.0.1"
@@ -135,14 +137,14 @@ def head_address(hosts: list[str]) -> str:
 
 
 def finish(run_dir: Path, rc: int) -> Exit:
-    """Called by slurm/train.sh when its srun is over: decide, record, requeue if that is right."""
+    """For slurm/train.sh, after its srun: decides what follows, records it, and requeues the job if it should be."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # a requeue ends this very script
-    plan = read_plan(run_dir / "plan.json")
+        signal.signal(number, signal.SIG_IGN)  # a requeue sends signals to this script, too
+    plan = read_launch_plan(RunDir(run_dir).launch_plan)
     job = job_name_of(os.environ)
     if plan.job != job:
-        raise LaunchError(f"{plan.path} is the plan of job {plan.job}, this is job {job}", Exit.FAILED)
-    decision = local.conclude(plan, rc, scontrol.job_word(job, int(os.environ.get("SLURM_RESTART_COUNT") or 0)))
+        raise LaunchError(f"{plan.path} is the launch plan of job {plan.job}, this is job {job}", Exit.FAILED)
+    decision = local.conclude(plan, rc, scontrol.job_state(job, int(os.environ.get("SLURM_RESTART_COUNT") or 0)))
     if decision.action == "requeue":
         done = scontrol.run_query(["scontrol", "requeue", job])
         if done is not None and done.returncode == 0:

@@ -1,4 +1,4 @@
-"""Many runs of one configuration: a list or a grid of settings, one run directory each.
+"""Many runs of one configuration: a list or a grid of settings, one run directory for each.
 
     grid:                                   list:
       optim.base_lr: [0.3, 0.6]               - {optim.base_lr: 0.3, loss.temperature: 0.1}
@@ -24,9 +24,12 @@ from typing import Any
 
 import yaml
 
-from launcher import build, machine, outcome, processes
+from launcher import build, machine, processes
+from launcher.arguments import as_words
 from launcher.errors import Exit, LaunchError
 from simclr_dist.config import load_config
+from simclr_dist.run.layout import RunDir, read_records
+from simclr_dist.run.status import read_status
 
 EXAMPLE = "for example `grid: {optim.base_lr: [0.3, 0.6]}`, or `list: [{optim.base_lr: 0.3}, {optim.base_lr: 0.6}]`"
 
@@ -54,7 +57,7 @@ def read_points(path: Path) -> list[list[str]]:
 
 
 def _as_setting(value: Any) -> str:
-    # JSON is YAML, except that YAML wants a point in a float with an exponent.
+    # JSON is also YAML, except that in YAML a float with an exponent needs a decimal point.
     text = value if isinstance(value, str) else json.dumps(value)
     if isinstance(value, float) and "e" in text and "." not in text:
         text = text.replace("e", ".0e")
@@ -62,7 +65,7 @@ def _as_setting(value: Any) -> str:
 
 
 def at_point(args: argparse.Namespace, points: list[list[str]], index: int) -> argparse.Namespace:
-    """The command line of run `index`, which is a run like any other."""
+    """The command line that starts run `index` alone."""
     if not 0 <= index < len(points):
         raise LaunchError(f"run {index}: {args.sweep} has runs 0 to {len(points) - 1}")
     settings = [*args.overrides, *points[index]]
@@ -79,7 +82,7 @@ class Run:
 
 
 def run(args: argparse.Namespace) -> Exit:
-    """All runs on this machine, `--jobs` of them side by side, each with its share of the GPUs. Ends with a table."""
+    """All runs on this machine, `--jobs` of them side by side, each with its share of the GPUs; then prints a table."""
     points = read_points(Path(args.sweep))
     share, procs = _share(args)
     runs = []
@@ -117,9 +120,9 @@ def _share(args: argparse.Namespace) -> tuple[int, int]:
 
 def _run_all(runs: list[Run], jobs: int, share: int) -> Exit:
     waiting = [run for run in runs if not _is_finished(run.run_dir)]
-    running: dict[int, tuple[Run, subprocess.Popen[bytes]]] = {}  # by slot: a slot keeps its GPUs
+    running: dict[int, tuple[Run, subprocess.Popen[bytes]]] = {}  # by slot; each slot has its own GPUs
     failed = False
-    # A shell's background jobs inherit that SIGINT is ignored; a supervisor says TERM.
+    # Both end the sweep like Ctrl-C. The background jobs of a shell inherit that SIGINT is ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     processes.adopt_orphans()
@@ -146,7 +149,7 @@ def _run_all(runs: list[Run], jobs: int, share: int) -> Exit:
 
 
 def devices_of_slot(slot: int, share: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """The GPUs of one of the runs side by side, from those that are visible here; nothing on a CPU."""
+    """The environment that gives one of the runs side by side its share of the visible GPUs; empty on a CPU."""
     if not share:
         return {}
     visible = environ.get("CUDA_VISIBLE_DEVICES")
@@ -156,17 +159,16 @@ def devices_of_slot(slot: int, share: int, environ: Mapping[str, str]) -> dict[s
 
 
 def _command(args: argparse.Namespace, procs: int) -> list[str]:
-    words = ["local", args.config, *args.overrides, f"--nproc={procs}", f"--max-failures={args.max_failures}"]
-    words += [f"--device={args.device}", f"--stop-signal={args.stop_signal}", f"--save-budget-s={args.save_budget_s:g}"]
-    words += [f"--env={setting}" for setting in args.env]
-    words += [f"--port={args.port}"] if args.port else []
-    words += ["--no-requeue"] if args.no_requeue else []
+    words = ["local", args.config, *args.overrides, f"--nproc={procs}"]
+    words += [*as_words(args, "max-failures"), f"--device={args.device}"]
+    words += as_words(args, "stop-signal", "save-budget-s", "env", "port", "no-requeue")
     return [sys.executable, "-m", "launcher", *words]
 
 
 def _start(run: Run, devices: dict[str, str]) -> subprocess.Popen[bytes]:
-    (run.run_dir / "logs").mkdir(parents=True, exist_ok=True, mode=0o750)
-    with open(run.run_dir / "logs" / "local.out", "ab") as log:
+    logs = RunDir(run.run_dir).logs
+    logs.mkdir(parents=True, exist_ok=True, mode=0o750)
+    with open(logs / "local.out", "ab") as log:
         return subprocess.Popen(
             run.command,
             env=os.environ | devices,
@@ -179,12 +181,12 @@ def _start(run: Run, devices: dict[str, str]) -> subprocess.Popen[bytes]:
 
 
 def _is_finished(run_dir: Path) -> bool:
-    status = outcome.read_status(run_dir)
+    status = read_status(run_dir)
     return status is not None and status.state == "finished"
 
 
 def _as_dict(run: Run) -> dict[str, Any]:
-    status = outcome.read_status(run.run_dir)
+    status = read_status(run.run_dir)
     return {
         "name": run.run_dir.name,
         "run_dir": str(run.run_dir),
@@ -220,19 +222,10 @@ def print_table(runs: list[Run]) -> None:
 def last_results(run_dir: Path) -> dict[str, float]:
     """The last logged value of loss and accuracies."""
     found: dict[str, float] = {}
-    try:
-        lines = (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict):
-            found |= {
-                tag: float(value)
-                for tag, value in entry.items()
-                if (tag == "train/loss" or tag.startswith("eval/")) and isinstance(value, (int, float))
-            }
+    for entry in read_records(RunDir(run_dir).log):
+        found |= {
+            tag: float(value)
+            for tag, value in entry.items()
+            if (tag == "train/loss" or tag.startswith("eval/")) and isinstance(value, (int, float))
+        }
     return found

@@ -1,11 +1,11 @@
-"""Plays simclr_dist.train for tests of the launcher: same command line, environment, files and manners, without torch.
+"""Replaces simclr_dist.train in tests of the launcher: the same command line, environment and files, without torch.
 
 fake.json in the working directory says how it behaves:
   steps, step_s          how long it trains
   every                  a checkpoint each so many steps
   import_s               how long it takes before it listens to signals
   end: {restart: [steps, how]}  in that attempt ("*": any other), after so many of its steps:
-                         `raise`, `kill` (its own process, no word) or a reason such as `nan_abort`
+                         `raise`, `kill` (its own process, without a status) or a reason such as `nan_abort`
 """
 
 import ctypes
@@ -18,17 +18,11 @@ from pathlib import Path
 
 import yaml
 
+from simclr_dist.run.layout import RunDir
+from simclr_dist.run.status import write_status
+
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 ATTEMPT = os.environ["SIMCLR_ATTEMPT"]
-
-
-def write_status(run_dir: Path, state: str, step: int, reason: str | None = None, message: str = "") -> None:
-    if RANK:
-        return
-    content = {"state": state, "reason": reason, "step": step, "attempt": ATTEMPT, "message": message, "time": "now"}
-    temporary = run_dir / f".status.{os.getpid()}"
-    temporary.write_text(json.dumps(content))
-    temporary.replace(run_dir / "status.json")
 
 
 def main() -> None:
@@ -41,9 +35,14 @@ def main() -> None:
     (run_dir / "ranks").mkdir(parents=True, exist_ok=True)
     seen = {"pid": os.getpid(), "argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}
     (run_dir / "ranks" / f"{ATTEMPT}-{RANK}.json").write_text(json.dumps(seen))
-    checkpoints = run_dir / "checkpoints"
-    step = max((int(path.name[5:]) for path in checkpoints.glob("step_*")), default=0)
-    write_status(run_dir, "running", step)
+    files = RunDir(run_dir)
+    step = max(files.checkpoint_steps(), default=0)
+
+    def report(state: str, **why: str) -> None:
+        if RANK == 0:
+            write_status(run_dir, state, step=step, **why)
+
+    report("running")
     time.sleep(behaviour.get("import_s", 0))
     asked = []
     for name in (os.environ["SIMCLR_STOP_SIGNAL"], "TERM"):
@@ -51,7 +50,7 @@ def main() -> None:
 
     def save() -> None:
         if RANK == 0:
-            (checkpoints / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
+            files.checkpoint(step).mkdir(parents=True, exist_ok=True)
 
     restart = ATTEMPT.rpartition(".")[2].partition("-")[0]
     endings = behaviour.get("end", {})
@@ -63,18 +62,18 @@ def main() -> None:
         if step == end_step and RANK == 0:
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            write_status(run_dir, "failed", step, "crash" if how == "raise" else how, f"{how} as told")
+            report("failed", reason="crash" if how == "raise" else how, message=f"{how} as told")
             os._exit(1)
         if step % behaviour.get("every", 1) == 0:
             save()
-        stopped = (run_dir / "STOP").exists()
-        if asked or stopped or any(run_dir.glob("STOP_REQUEST.*")):
+        stopped = files.stop.exists()
+        if asked or stopped or files.stop_requests():
             save()
             print(f"rank {RANK} of {WORLD_SIZE}: asked to stop at step {step}", flush=True)
-            return write_status(run_dir, "stopped" if stopped else "preempted", step)
+            return report("stopped" if stopped else "preempted")
     save()
     print(f"rank {RANK} of {WORLD_SIZE}: finished at step {step}", flush=True)
-    return write_status(run_dir, "finished", step)
+    return report("finished")
 
 
 if __name__ == "__main__":

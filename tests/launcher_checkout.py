@@ -1,4 +1,4 @@
-"""A small checkout whose trainer is `fake_trainer.py`: its launcher is the real one and needs no door for tests."""
+"""A small checkout with the real launcher, whose trainer is `fake_trainer.py`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+NEEDED_BY_THE_LAUNCHER = ("config", "run", "__init__.py", "argument_types.py", "errors.py")
+"""Of simclr_dist. Without the rest, a launcher that imports more of it fails in every test."""
 CONFIG = """\
 name: fake
 data: {train: synthetic, image_size: 32}
@@ -24,7 +26,7 @@ train: {global_batch_size: 8, epochs: 20}
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment, without a surrounding job's words."""
+    """This process's environment, without variables of a SLURM job, a test run or a launcher around it."""
     foreign = ("SLURM_", "SBATCH_", "SRUN_", "SIMCLR_", "PYTHONPATH", "PYTEST_", "OMP_NUM_THREADS")
     return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
 
@@ -98,15 +100,9 @@ def is_running(pid: int) -> bool:
 
 def make_checkout(root: Path) -> Checkout:
     root.mkdir(parents=True)
-    for name in ("launcher", "slurm"):
-        shutil.copytree(REPOSITORY / name, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "simclr_dist").mkdir()
-    shutil.copy(REPOSITORY / "simclr_dist" / "__init__.py", root / "simclr_dist" / "__init__.py")
-    shutil.copytree(
-        REPOSITORY / "simclr_dist" / "config",
-        root / "simclr_dist" / "config",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
+    for name in ("launcher", "slurm", *(f"simclr_dist/{name}" for name in NEEDED_BY_THE_LAUNCHER)):
+        copy_from_repository(name, root)
     shutil.copy(REPOSITORY / "tests" / "fake_trainer.py", root / "simclr_dist" / "train.py")
     (root / "fake.yaml").write_text(CONFIG)
     return Checkout(root, clean_environment())
@@ -117,18 +113,26 @@ def make_real_checkout(root: Path) -> Checkout:
     checkout = make_checkout(root)
     shutil.rmtree(root / "simclr_dist")
     for name in ("simclr_dist", "configs"):
-        shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        copy_from_repository(name, root)
     return checkout
 
 
-# What ssh -tt does: a shell runs the words on the other side, and is hung up on when the connection ends.
+def copy_from_repository(name: str, root: Path) -> None:
+    source = REPOSITORY / name
+    if source.is_dir():
+        shutil.copytree(source, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copy(source, root / name)
+
+
+# Acts like ssh -tt: a shell runs the words on the host, and gets SIGHUP when the connection ends.
 FAKE_SSH = """\
 import json, os, signal, subprocess, sys
 options, host, words = sys.argv[1:-2], sys.argv[-2], sys.argv[-1]
 assert options == ["-tt", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=30", "--"], options
 if host == "unreachable":
     sys.exit(f"ssh: connect to host {host} port 22: Connection refused")
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what nohup ignores here, it does not ignore there
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup here has no effect there
 enter = json.loads(open(sys.path[0] + "/fake_ssh.json").read()).get(host, [])
 env = os.environ | {"HOST": host}
 remote = subprocess.Popen([*enter, "/bin/sh", "-c", f"exec {words}"], cwd="/", env=env, start_new_session=True)
@@ -138,7 +142,7 @@ sys.exit(remote.wait())
 
 
 def write_fake_ssh(checkout: Checkout, enter: Mapping[str, list[str]] = {}) -> str:
-    """The --ssh-cmd of a pretended ssh. enter: the words that lead to each host, where it is not this machine."""
+    """The --ssh-cmd of the fake ssh. enter: for hosts that are not this machine, the command that leads there."""
     (checkout.root / "fake_ssh.py").write_text(FAKE_SSH)
     (checkout.root / "fake_ssh.json").write_text(json.dumps(enter))
     return shlex.join([sys.executable, str(checkout.root / "fake_ssh.py")])

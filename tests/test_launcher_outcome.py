@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -11,10 +12,11 @@ import pytest
 
 from launcher import local, outcome
 from launcher.errors import Exit
-from launcher.outcome import Ended, Evidence, Status, decide
-from launcher.plan import Plan
-from launcher.scontrol import read_job
+from launcher.launch_plan import LaunchPlan
+from launcher.outcome import Ended, Evidence, decide
+from launcher.scontrol import parse_job_state
 from simclr_dist.errors import Reason
+from simclr_dist.run.status import Status, read_status, write_status
 
 FINISHED, STOPPED, PREEMPTED, RUNNING = (Status(state) for state in ("finished", "stopped", "preempted", "running"))
 GOOD, IDLE = Ended(failed=True, progressed=True), Ended(failed=True, progressed=False)
@@ -25,7 +27,7 @@ def failed(reason: str) -> Status:
 
 
 def action(
-    status: Status | None, job: outcome.JobWord, steps: tuple[int, int] = (10, 20), **values: object
+    status: Status | None, job: outcome.JobState, steps: tuple[int, int] = (10, 20), **values: object
 ) -> tuple[str, int]:
     options = {"max_failures": values.pop("max_failures", 3), "requeue": values.pop("requeue", True)}
     decision = decide(Evidence(1, status, *steps, job=job, **values), **options)  # type: ignore[arg-type]
@@ -33,7 +35,7 @@ def action(
 
 
 @pytest.mark.parametrize("job", ["none", "running", "time_limit", "cancelled", "requeued", "unknown"])
-def test_what_is_over_is_over_whatever_the_scheduler_says(job: outcome.JobWord) -> None:
+def test_what_is_over_is_over_whatever_the_scheduler_says(job: outcome.JobState) -> None:
     assert action(FINISHED, job) == ("done", Exit.OK)
     assert action(STOPPED, job) == ("done", Exit.OK)
     assert action(PREEMPTED, job, stop_file=True) == ("done", Exit.OK)
@@ -51,7 +53,7 @@ def test_preempted_jobs_come_back_without_limit_while_they_save() -> None:
     assert action(RUNNING, "time_limit", earlier=many) == ("requeue", Exit.OK)
 
 
-def test_a_time_limit_too_short_for_any_progress_ends_the_storm() -> None:
+def test_a_time_limit_too_short_for_any_progress_ends_the_requeueing() -> None:
     idle = Ended(failed=False, progressed=False)
     assert action(PREEMPTED, "running", (10, 10), earlier=(idle,)) == ("requeue", Exit.OK)
     assert action(PREEMPTED, "running", (10, 10), earlier=(idle, idle, idle)) == ("fail", Exit.GAVE_UP)
@@ -71,14 +73,14 @@ def test_two_failures_without_progress_are_enough() -> None:
     assert action(None, "running", (10, 10), earlier=(GOOD,)) == ("requeue", Exit.OK)
 
 
-@pytest.mark.parametrize("reason", outcome.NEVER_AGAIN)
+@pytest.mark.parametrize("reason", outcome.PERMANENT)
 def test_errors_that_would_come_back_are_never_requeued(reason: str) -> None:
     code = Exit.USAGE if reason == "config_error" else Exit.FAILED
     assert action(failed(reason), "running", max_failures=99) == ("fail", code)
 
 
-# Whether another attempt can help, for everything that the trainer or a node may report. A reason that is missing here
-# has not been thought about: decide, and tell launcher.outcome.NEVER_AGAIN.
+# Whether another attempt can help, for every reason that the trainer or a node may report. For a new reason decide it
+# here and in launcher.outcome.PERMANENT.
 CAN_ANOTHER_ATTEMPT_HELP = {
     "config_error": False,
     "data_error": False,
@@ -90,9 +92,9 @@ CAN_ANOTHER_ATTEMPT_HELP = {
 }
 
 
-def test_every_reason_of_a_failure_has_a_verdict() -> None:
+def test_for_every_reason_of_a_failure_it_is_decided_whether_to_try_again() -> None:
     assert {*get_args(Reason), "preflight"} <= CAN_ANOTHER_ATTEMPT_HELP.keys()
-    assert set(outcome.NEVER_AGAIN) <= CAN_ANOTHER_ATTEMPT_HELP.keys()
+    assert set(outcome.PERMANENT) <= CAN_ANOTHER_ATTEMPT_HELP.keys()
 
 
 @pytest.mark.parametrize("reason", CAN_ANOTHER_ATTEMPT_HELP)
@@ -103,7 +105,7 @@ def test_a_reason_is_tried_again_where_that_can_help_but_not_for_ever(reason: st
     assert action(failed(reason), "running", earlier=(GOOD, GOOD, GOOD))[0] == "fail"
 
 
-def test_without_the_schedulers_word_nothing_is_requeued() -> None:
+def test_without_an_answer_of_the_scheduler_nothing_is_requeued() -> None:
     assert action(PREEMPTED, "unknown") == ("leave", Exit.PREEMPTED)
     assert action(None, "unknown") == ("leave", Exit.FAILED)
 
@@ -137,11 +139,11 @@ JOB = "JobId=7 JobName=x UserId=me(1) JobState={} Reason={} Dependency=(null) Re
     ],
 )
 def test_the_causes_of_a_term_are_told_apart(state: str, reason: str, restarts: int, own: int, word: str) -> None:
-    assert read_job(JOB.format(state, reason, restarts), own) == word
+    assert parse_job_state(JOB.format(state, reason, restarts), own) == word
 
 
 def test_no_description_of_the_job_means_unknown() -> None:
-    assert read_job("", 0) == "unknown"
+    assert parse_job_state("", 0) == "unknown"
 
 
 def write_records(run_dir: Path, *records: tuple[str, str, dict]) -> None:
@@ -167,7 +169,7 @@ def test_a_line_cut_short_does_not_hide_the_others(tmp_path: Path) -> None:
     with (tmp_path / "attempts.jsonl").open("a") as file:
         file.write('{"event": "end", "att')
     assert outcome.start_step(tmp_path, "7.0-aaaaaa") == 3
-    assert [entry["event"] for entry in outcome.read_records(tmp_path)] == ["start"]
+    assert [entry["event"] for entry in outcome.recorded(tmp_path, "start", "end")] == ["start"]
 
 
 def test_the_newest_checkpoint_ignores_unfinished_and_damaged_ones(tmp_path: Path) -> None:
@@ -176,28 +178,29 @@ def test_the_newest_checkpoint_ignores_unfinished_and_damaged_ones(tmp_path: Pat
     assert outcome.newest_step(tmp_path) == 12
 
 
-def test_the_word_of_another_attempt_is_not_believed(tmp_path: Path) -> None:
-    """On a lost node a trainer may live on and write its status when the next attempt runs already."""
-    plan = Plan(
+def test_the_status_of_another_attempt_is_ignored(tmp_path: Path) -> None:
+    """On a lost node a trainer may still run, and write its status when the next attempt has started."""
+    plan = LaunchPlan(
         backend="slurm", attempt="7.1-bbbbbb", run_dir=str(tmp_path), workdir="/", python=sys.executable,
-        command=(), again=(), device="cpu", num_nodes=1, procs_per_node=1,
+        command=(), resume_argv=(), device="cpu", num_nodes=1, procs_per_node=1,
     )  # fmt: skip
     write_records(tmp_path, ("start", "7.1-bbbbbb", {"step": 0}))
-    outcome.write_status(tmp_path, Status("finished", attempt="7.0-aaaaaa"))
+    write_status(tmp_path, "finished", step=9, attempt="7.0-aaaaaa")
     assert local.conclude(plan, 1, "running").failed
-    outcome.write_status(tmp_path, Status("finished", attempt="7.1-bbbbbb"))
+    write_status(tmp_path, "finished", step=9, attempt="7.1-bbbbbb")
     assert local.conclude(plan, 1, "running").action == "done"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"state": "running", "step": "many"}'])
 def test_an_unreadable_status_is_no_status(tmp_path: Path, text: str) -> None:
     (tmp_path / "status.json").write_text(text)
-    assert outcome.read_status(tmp_path) is None
+    assert read_status(tmp_path) is None
 
 
 def test_status_survives_the_way_to_disk(tmp_path: Path) -> None:
-    status = Status("failed", "preflight", 3, "7.0-aaaaaa", "n2 is gone", "now")
-    outcome.write_status(tmp_path, status)
-    assert outcome.read_status(tmp_path) == status
+    write_status(tmp_path, "failed", step=3, reason="preflight", message="n2 is gone", attempt="7.0-aaaaaa")
+    found = read_status(tmp_path)
+    assert found
+    assert replace(found, time="") == Status("failed", "preflight", 3, "7.0-aaaaaa", "n2 is gone")
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"

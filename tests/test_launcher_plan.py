@@ -21,7 +21,7 @@ from launcher import __main__ as cli
 from launcher import hosts, machine, node, rollcall, slurm_job
 from launcher.arguments import EPILOG
 from launcher.errors import Exit, LaunchError
-from launcher.plan import Plan, read_plan, write_plan
+from launcher.launch_plan import LaunchPlan, read_launch_plan, write_launch_plan
 from tests.launcher_checkout import REPOSITORY, Checkout, make_checkout
 
 CONFIG = "fake.yaml"
@@ -33,15 +33,15 @@ def checkout(tmp_path: Path) -> Checkout:
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Plan:
-    return Plan(
+def plan(tmp_path: Path) -> LaunchPlan:
+    return LaunchPlan(
         backend="slurm",
         attempt="7.0-abcdef",
         run_dir=str(tmp_path / "run"),
         workdir=str(tmp_path),
         python=sys.executable,
         command=("-m", "simclr_dist.train", "c.yaml"),
-        again=("slurm", "c.yaml"),
+        resume_argv=("slurm", "c.yaml"),
         device="cpu",
         num_nodes=2,
         procs_per_node=2,
@@ -88,36 +88,45 @@ def test_help_imports_nothing_heavy() -> None:
 # -- the plan file ----------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_survives_the_way_to_disk(plan: Plan) -> None:
-    path = write_plan(replace(plan, env={"A": "b, c"}))
-    assert read_plan(path) == replace(plan, env={"A": "b, c"})
+def test_a_plan_survives_the_way_to_disk(plan: LaunchPlan) -> None:
+    path = write_launch_plan(replace(plan, env={"A": "b, c"}))
+    assert read_launch_plan(path) == replace(plan, env={"A": "b, c"})
     assert path.stat().st_mode & 0o777 == 0o600
     assert Path(plan.run_dir).stat().st_mode & 0o007 == 0
 
 
-def test_a_plan_that_others_can_write_is_refused(plan: Plan) -> None:
-    path = write_plan(plan)
+def test_a_plan_of_an_earlier_version_is_read(plan: LaunchPlan) -> None:
+    """Its key for resume_argv is `again`, and stays so: an earlier version reads a new file, too."""
+    path = write_launch_plan(plan)
+    values = json.loads(path.read_text())
+    assert values["again"] == ["slurm", "c.yaml"]
+    assert "resume_argv" not in values
+    assert read_launch_plan(path).resume_argv == ("slurm", "c.yaml")
+
+
+def test_a_plan_that_others_can_write_is_refused(plan: LaunchPlan) -> None:
+    path = write_launch_plan(plan)
     path.chmod(0o620)
     with pytest.raises(LaunchError, match="others may write"):
-        read_plan(path)
+        read_launch_plan(path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_a_plan_of_another_user_is_refused(plan: Plan) -> None:
-    path = write_plan(plan)
+def test_a_plan_of_another_user_is_refused(plan: LaunchPlan) -> None:
+    path = write_launch_plan(plan)
     os.chown(path, 12345, -1)
     with pytest.raises(LaunchError, match="belongs to user 12345"):
-        read_plan(path)
+        read_launch_plan(path)
 
 
-def test_a_plan_behind_a_link_or_of_another_version_is_refused(plan: Plan, tmp_path: Path) -> None:
-    path = write_plan(plan)
+def test_a_plan_behind_a_link_or_of_another_version_is_refused(plan: LaunchPlan, tmp_path: Path) -> None:
+    path = write_launch_plan(plan)
     (tmp_path / "link.json").symlink_to(path)
     with pytest.raises(LaunchError):
-        read_plan(tmp_path / "link.json")
+        read_launch_plan(tmp_path / "link.json")
     path.write_text(json.dumps({"evil": 1}))
-    with pytest.raises(LaunchError, match="not a plan"):
-        read_plan(path)
+    with pytest.raises(LaunchError, match="not a launch plan"):
+        read_launch_plan(path)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +143,7 @@ def test_a_plan_behind_a_link_or_of_another_version_is_refused(plan: Plan, tmp_p
         {"num_nodes": 0},
     ],
 )
-def test_malformed_plans_are_refused(plan: Plan, change: dict) -> None:
+def test_malformed_plans_are_refused(plan: LaunchPlan, change: dict) -> None:
     with pytest.raises(LaunchError):
         replace(plan, **change)
 
@@ -142,7 +151,7 @@ def test_malformed_plans_are_refused(plan: Plan, change: dict) -> None:
 # -- nodes ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_node_rank_comes_from_the_step_and_is_never_guessed(plan: Plan) -> None:
+def test_the_node_rank_comes_from_the_step_and_is_never_guessed(plan: LaunchPlan) -> None:
     step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_LOCALID": "0"}
     assert node.find_node_rank(plan, None, step) == 1
     assert node.find_node_rank(plan, 0, {}) == 0
@@ -154,13 +163,13 @@ def test_the_node_rank_comes_from_the_step_and_is_never_guessed(plan: Plan) -> N
         node.find_node_rank(plan, None, {"SLURM_NODEID": "1"})  # the batch script's, not a step's
 
 
-def test_the_users_own_settings_win_over_ours(plan: Plan) -> None:
+def test_the_users_own_settings_win_over_ours(plan: LaunchPlan) -> None:
     env = node.agent_env(replace(plan, env={"A": "b"}), "eth0", 8, {"GLOO_SOCKET_IFNAME": "ib0", "PMI_SIZE": "2"})
     assert (env["GLOO_SOCKET_IFNAME"], env["OMP_NUM_THREADS"], env["A"]) == ("ib0", "4", "b")
     assert "PMI_SIZE" not in env  # set by srun where MPI is the default; accelerate would take it for the world size
 
 
-def _call_all(plan: Plan, reports: list[rollcall.Report], timeout_s: float) -> list[list[str]]:
+def _call_all(plan: LaunchPlan, reports: list[rollcall.Report], timeout_s: float) -> list[list[str]]:
     answers: list[list[str]] = [[] for _ in reports]
 
     def call(i: int) -> None:
@@ -182,7 +191,7 @@ def _report(rank: int, **values: object) -> rollcall.Report:
     return rollcall.Report(rank, f"n{rank + 1}", clock=time.time(), **values)  # type: ignore[arg-type]
 
 
-def test_roll_call_tells_every_node_the_same(plan: Plan) -> None:
+def test_roll_call_tells_every_node_the_same(plan: LaunchPlan) -> None:
     plan = replace(plan, port=machine.free_port("127.0.0.1", 1), num_nodes=3, hosts=("n1", "n2", "n3"))
     good = [_report(rank, versions={"torch": "2.15"}) for rank in range(3)]
     assert _call_all(plan, good, 20) == [[], [], []]
@@ -191,14 +200,14 @@ def test_roll_call_tells_every_node_the_same(plan: Plan) -> None:
     assert answers[0] == answers[1] == answers[2] == ["n3: 1 GPU", "n2 (node 1) has torch 2.11, but n1 has 2.15"]
 
 
-def test_roll_call_names_the_node_that_does_not_come(plan: Plan) -> None:
+def test_roll_call_names_the_node_that_does_not_come(plan: LaunchPlan) -> None:
     plan = replace(plan, port=machine.free_port("127.0.0.1", 2), num_nodes=3, hosts=("n1", "n2", "n3"))
     answers = _call_all(plan, [_report(0), _report(2)], 1)
     assert answers[0] == answers[1]
     assert "no word from n2 (node 1)" in answers[0][0]
 
 
-def test_roll_call_turns_strangers_away(plan: Plan) -> None:
+def test_roll_call_turns_strangers_away(plan: LaunchPlan) -> None:
     plan = replace(plan, port=machine.free_port("127.0.0.1", 3))
     stranger = replace(plan, attempt="7.9-abcdef")
     threading.Thread(target=_call_all, args=(stranger, [_report(1)], 1)).start()
@@ -249,7 +258,7 @@ def test_hostfiles_with_mistakes_are_refused_with_the_line(tmp_path: Path, text:
         hosts.read_hostfile(tmp_path / "hosts")
 
 
-def test_words_for_the_remote_shell_are_quoted(plan: Plan) -> None:
+def test_words_for_the_remote_shell_are_quoted(plan: LaunchPlan) -> None:
     odd = replace(plan, run_dir="/data/it's $HOME; id")
     command = hosts.commands("ssh -p 2222")(odd)[1]
     assert command[:4] == ["ssh", "-p", "2222", "-tt"]

@@ -16,7 +16,7 @@ import pytest
 from launcher import __main__ as cli
 from launcher import slurm
 from launcher.errors import LaunchError
-from launcher.plan import checked_env, masked
+from launcher.launch_plan import checked_env, masked
 from tests.launcher_checkout import Checkout, make_checkout
 
 GOLDEN = Path(__file__).parent / "golden" / "launcher"

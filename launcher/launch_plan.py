@@ -1,4 +1,4 @@
-"""The plan of one attempt: everything that the nodes must agree on, in one file that only its owner can write."""
+"""The launch plan of one attempt: everything that the nodes must agree on, in a file that only its owner can write."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.errors import LaunchError
+from simclr_dist.run.layout import RunDir
 
 Backend = Literal["local", "slurm", "hosts"]
 Device = Literal["cpu", "cuda"]
 
 STOP_SIGNALS = ("USR1", "USR2")  # NCCL may use USR1 itself on some systems, hence the choice
 
-# What may stand in a field. Nothing here can start a new line, an option or a shell word.
+# What a field may hold. Nothing that matches can start a new line, an option or a shell word.
 PATTERNS = {
     "attempt": r"[A-Za-z0-9_]{1,32}\.\d{1,6}-[0-9a-f]{6}",
     "job name": r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}",
@@ -29,7 +30,7 @@ PATTERNS = {
     "environment variable": r"[A-Za-z_][A-Za-z0-9_]{0,127}",
 }
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-# The launcher's and torch's own words between processes: setting them from outside would break the rendezvous.
+# Variables by which the launcher and torch talk to their processes: set from outside they would break the rendezvous.
 _RESERVED = re.compile(
     r"SIMCLR_(EXPECTED_WORLD_SIZE|ATTEMPT|STOP_SIGNAL)|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK"
     r"|MASTER_(ADDR|PORT)|PET_.*|TORCHELASTIC_.*|ACCELERATE_.*|PMIX?_.*|OMPI_.*|MV2_.*"
@@ -37,14 +38,14 @@ _RESERVED = re.compile(
 
 
 def checked(kind: str, value: str) -> str:
-    """`value`, if it is a well-formed `kind`; otherwise LaunchError."""
+    """`value`, if it has the form of a `kind` (see PATTERNS); otherwise LaunchError."""
     if not re.fullmatch(PATTERNS[kind], value):
         raise LaunchError(f"{kind} {value!r} cannot be used: it must match {PATTERNS[kind]}")
     return value
 
 
 def one_line(what: str, value: str) -> str:
-    """`value`, if it has no control characters: a newline would end a log line, an escape could act on a terminal."""
+    """`value`, if it has no control characters (newlines, terminal escapes) and is not empty; otherwise LaunchError."""
     if not value or not value.isprintable():
         raise LaunchError(f"{what} {value!r} cannot be used: it is empty or has control characters")
     return value
@@ -59,7 +60,7 @@ def is_reserved(name: str) -> bool:
 
 
 def checked_env(settings: list[str]) -> dict[str, str]:
-    """`NAME=value` settings as a dictionary. Secrets are refused: the plan is a file, and gets shown."""
+    """`NAME=value` settings as a dictionary. Secrets are refused: the launch plan is a file and can be shown."""
     env = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
@@ -70,7 +71,7 @@ def checked_env(settings: list[str]) -> dict[str, str]:
             raise LaunchError(f"--env {name}: the launcher sets this variable itself")
         if looks_secret(name):
             raise LaunchError(
-                f"--env {name}: looks like a secret, and plans are written to disk; "
+                f"--env {name}: looks like a secret, and launch plans are written to disk; "
                 "keep it in a file that only you can read"
             )
         env[name] = one_line(f"--env {name}", value) if value else ""
@@ -78,24 +79,28 @@ def checked_env(settings: list[str]) -> dict[str, str]:
 
 
 def masked(env: Mapping[str, str]) -> dict[str, str]:
-    """For showing: values of names that look like secrets are hidden."""
+    """For display: the values of names that look like secrets are hidden."""
     return {name: "***" if looks_secret(name) else value for name, value in sorted(env.items())}
 
 
+# resume_argv has this key in plan.json, so that all versions of the launcher read each other's files.
+_FILE_KEYS = {"resume_argv": "again"}
+
+
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """All paths absolute. `head_addr` is empty and `port` 0 while they can only be known on the machine itself."""
 
     backend: Backend
     attempt: str
-    """JOB.RESTART-NONCE: names this attempt in locks, logs and checkpoints' temporary names."""
+    """JOB.RESTART-NONCE, the name of this attempt in records and in temporary names of checkpoints."""
     run_dir: str
     workdir: str
-    """Relative paths in the configuration start here."""
+    """Where relative paths of the configuration start."""
     python: str
     command: tuple[str, ...]
     """What each process runs, after the interpreter: -m simclr_dist.train CONFIG key=value …"""
-    again: tuple[str, ...]
+    resume_argv: tuple[str, ...]
     """Arguments of `python -m launcher` that continue this run."""
     device: Device
     num_nodes: int
@@ -111,14 +116,14 @@ class Plan:
     max_failures: int = 3
     requeue: bool = True
     save_budget_s: float = 60.0
-    """How long an agent that is told to end waits for its workers before it kills them."""
+    """How long an agent that was asked to end waits for its workers before it kills them."""
     preflight_s: float = 60.0
     """How long node 0 waits for the others to report."""
     rendezvous_s: float = 120.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "env", dict(self.env or {}))
-        for name in ("command", "again", "hosts"):
+        for name in ("command", "resume_argv", "hosts"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         checked("attempt", self.attempt)
         for host in self.hosts:
@@ -126,8 +131,8 @@ class Plan:
         for name in ("run_dir", "workdir", "python"):
             path = one_line(name, getattr(self, name))
             if not Path(path).is_absolute():
-                raise LaunchError(f"plan: {name} {path!r} is not an absolute path")
-        for word in (*self.command, *self.again):
+                raise LaunchError(f"launch plan: {name} {path!r} is not an absolute path")
+        for word in (*self.command, *self.resume_argv):
             one_line("argument", word)
         if self.head_addr:
             checked("address", self.head_addr)
@@ -145,24 +150,37 @@ class Plan:
         return self.num_nodes * self.procs_per_node
 
     @property
+    def files(self) -> RunDir:
+        return RunDir(Path(self.run_dir))
+
+    @property
     def path(self) -> Path:
-        return Path(self.run_dir) / "plan.json"
+        return self.files.launch_plan
 
     @property
     def job(self) -> str:
-        """What the attempts of one job share: the SLURM job, or one invocation of the launcher."""
-        return self.attempt.rpartition("-")[0].rpartition(".")[0]
+        """The SLURM job, or one call of the launcher: the same in all its attempts."""
+        return job_of(self.attempt)
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"env": masked(self.env)}
+        """For display, with secrets hidden."""
+        return self._fields() | {"env": masked(self.env)}
+
+    def _fields(self) -> dict[str, Any]:
+        return {_FILE_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
 
 def new_attempt(job: str, restart: int) -> str:
     return f"{job}.{restart}-{secrets.token_hex(3)}"
 
 
+def job_of(attempt: str) -> str:
+    """JOB of an attempt's name JOB.RESTART-NONCE."""
+    return attempt.partition(".")[0]
+
+
 def prepare_run_dir(run_dir: Path) -> None:
-    """Make the run directory: readable by the owner's group at most, as its file names tell of the data."""
+    """Make the run directory, closed to all but the owner and their group. Raises LaunchError if it is not writable."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
     except OSError as error:
@@ -171,13 +189,13 @@ def prepare_run_dir(run_dir: Path) -> None:
         raise LaunchError(f"{run_dir}: the run directory cannot be written to; choose another: runs_dir=… or name=…")
 
 
-def write_plan(plan: Plan) -> Path:
-    """Write RUN/plan.json whole or not at all."""
+def write_launch_plan(plan: LaunchPlan) -> Path:
+    """Write RUN/plan.json, readable by its owner only. The file appears complete or not at all."""
     prepare_run_dir(Path(plan.run_dir))
-    temporary = plan.path.with_name(f".plan-{plan.attempt}.json")
+    temporary = plan.path.with_name(f".{plan.path.name}.{plan.attempt}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(asdict(plan), file, indent=1)
+        json.dump(plan._fields(), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(plan.path)
@@ -185,7 +203,7 @@ def write_plan(plan: Plan) -> Path:
 
 
 def refuse_foreign(path: Path, status: os.stat_result) -> None:
-    """LaunchError unless only the user can have written the file at `path`: what it says is going to be run."""
+    """LaunchError unless this user alone can have written the file at `path`, because its commands will be run."""
     if not stat.S_ISREG(status.st_mode):
         raise LaunchError(f"{path}: not a plain file")
     if status.st_uid != os.geteuid():
@@ -197,19 +215,19 @@ def refuse_foreign(path: Path, status: os.stat_result) -> None:
         )
 
 
-def read_plan(path: Path) -> Plan:
-    """The plan at `path`. It holds commands, so one that another user wrote, or could have, is refused."""
+def read_launch_plan(path: Path) -> LaunchPlan:
+    """The launch plan at `path`. LaunchError where it cannot be read, or another user could have written it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError as error:
-        raise LaunchError(f"{path}: the plan cannot be read: {error.strerror}") from None
+        raise LaunchError(f"{path}: the launch plan cannot be read: {error.strerror}") from None
     with os.fdopen(descriptor, encoding="utf-8") as file:
         refuse_foreign(path, os.fstat(file.fileno()))
         try:
             values = json.load(file)
-            unknown = set(values) - {field.name for field in fields(Plan)}
-            if unknown:
+            names = {_FILE_KEYS.get(field.name, field.name): field.name for field in fields(LaunchPlan)}
+            if unknown := values.keys() - names.keys():
                 raise ValueError(f"unknown entries {sorted(unknown)}")
-            return Plan(**values)
+            return LaunchPlan(**{names[key]: value for key, value in values.items()})
         except (ValueError, TypeError, AttributeError) as error:
-            raise LaunchError(f"{path}: not a plan of this version of the launcher: {error}") from None
+            raise LaunchError(f"{path}: not a launch plan of this version of the launcher: {error}") from None
