@@ -29,11 +29,13 @@ import torch
 from torch import Tensor
 
 from simclr_dist.config import Config, MonitorConfig, load_config
-from simclr_dist.health.check import Checkup, RankFacts
+from simclr_dist.health.check import HealthCheck, RankFacts
 from simclr_dist.loss import NTXentLoss
-from simclr_dist.monitor.monitor import RunMonitor
+from simclr_dist.monitor.events import Histograms
+from simclr_dist.monitor.monitor import Monitor, open_monitor
 from simclr_dist.network.simclr import build_model
-from simclr_dist.optim.lars import build_optimizer, set_learning_rate
+from simclr_dist.optim.build import build_optimizer
+from simclr_dist.optim.schedule import set_learning_rate
 from simclr_dist.parallel.distributed import World
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,7 +46,7 @@ CHECKED = 1
 class Steps:
     """One network and one batch of noise; every step is a real update."""
 
-    def __init__(self, config: Config, device: torch.device, monitor: RunMonitor) -> None:
+    def __init__(self, config: Config, device: torch.device, monitor: Monitor) -> None:
         torch.manual_seed(0)
         self.device, self.monitor = device, monitor
         self.precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
@@ -52,7 +54,7 @@ class Steps:
         self.optimizer = build_optimizer(self.model, config.optim)
         set_learning_rate(self.optimizer, 1e-3)
         self.nt_xent = NTXentLoss(config.loss.temperature)
-        self.checkup = Checkup(CHECKED, self.model, World())
+        self.check = HealthCheck(CHECKED, self.model, World())
         G, S = config.train.global_batch_size, config.data.image_size
         self.views = torch.randn(2 * G, 3, S, S, device=device)
         self.ids = torch.arange(G, device=device)
@@ -69,12 +71,13 @@ class Steps:
         self.optimizer.step()
 
     def examined(self, step: int) -> None:
-        with self.checkup.watching(CHECKED):
+        with self.check.record(CHECKED) as recording:
             h, z = self.forward_backward()
         self.optimizer.step()
-        found = self.checkup.examine(h, z, RankFacts(0.0, 0.0))
+        assert recording is not None
+        found = self.check.examine(recording, h, z, RankFacts(0.0, 0.0))
         self.monitor.log(found.scalars, step=step, samples_seen=step)
-        self.monitor.log_histograms(found.histograms, samples_seen=step)
+        self.monitor.show(Histograms(found.histograms, samples_seen=step))
 
     def seconds(self, step: int, examined: bool) -> float:
         self._wait()
@@ -94,7 +97,7 @@ class Steps:
 def measure(config: Config, device: torch.device, repetitions: int) -> dict[str, Any]:
     with (
         tempfile.TemporaryDirectory() as folder,
-        RunMonitor(
+        open_monitor(
             Path(folder), MonitorConfig(terminal="quiet"), total_steps=repetitions, first_step=0, samples_seen=0
         ) as monitor,
     ):

@@ -37,7 +37,7 @@ from simclr_dist.data import Batch
 from simclr_dist.loss import NTXentLoss
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
 from simclr_dist.network.simclr import build_model
-from simclr_dist.optim.lars import build_optimizer
+from simclr_dist.optim.build import build_optimizer
 from simclr_dist.parallel import distributed
 from simclr_dist.run.stop_requests import Requests
 from simclr_dist.training.trainer import Trainer
@@ -80,7 +80,7 @@ class TakingTurns:
         self.trainer_s: list[float] = []
         self.bare_s: list[float] = []
         self._bare = bare
-        batches = trainer.loader.batches(0)
+        batches = trainer.parts.loader.batches(0)
         self._batches = list(itertools.islice(batches, 4))
         del batches  # ends the decoding ahead
 
@@ -126,10 +126,10 @@ def run_rank(rank: int, world_size: int, settings: dict[str, Any], port: int, re
     torch.set_num_threads(1)
     config = Config.model_validate(settings)
     trainer = Trainer(config)
-    turns = TakingTurns(trainer, BareLoop(config, trainer.device))
-    trainer.loader.batches = turns.batches  # type: ignore[method-assign, assignment]
+    turns = TakingTurns(trainer, BareLoop(config, trainer.parts.device))
+    trainer.parts.loader.batches = turns.batches  # type: ignore[method-assign, assignment]
     trainer.fit()
-    alone_ms = agreement_ms(config, trainer.device)
+    alone_ms = agreement_ms(config, trainer.parts.device)
     distributed.barrier()
     if rank == 0:
         results.put((turns.trainer_s[WARM_UP:], turns.bare_s[WARM_UP:], alone_ms))

@@ -72,17 +72,17 @@ def duration_ms(work: Callable[[], Any], device: torch.device) -> float:
 
 def step_in_parts(trainer: Trainer, batch: Batch) -> dict[str, float]:
     """A training step with a mark after each part, milliseconds."""
-    watch = Stopwatch(trainer.device)
+    watch = Stopwatch(trainer.parts.device)
     views = trainer.augment(batch)
     watch.mark("augment")
-    trainer.optimizer.zero_grad(set_to_none=True)
-    _, z = trainer.model(views.flatten(0, 1))
+    trainer.parts.optimizer.zero_grad(set_to_none=True)
+    _, z = trainer.parts.model(views.flatten(0, 1))
     watch.mark("forward")
     loss = trainer.nt_xent(z, batch.sample_ids)
     watch.mark("loss")
-    trainer.accelerator.backward(loss)
+    trainer.parts.accelerator.backward(loss)
     watch.mark("backward")
-    trainer.optimizer.step()
+    trainer.parts.optimizer.step()
     watch.mark("optimizer")
     return watch.laps_ms()
 
@@ -117,12 +117,12 @@ def wait_share(trainer: Trainer, batches: Any, steps: int) -> float:
     """Share of the time that the training waits for the loader."""
     for batch in itertools.islice(batches, 2):
         trainer.train_step(batch)
-    synchronise(trainer.device)
-    begin, waited = time.perf_counter(), trainer.loader.wait_s
+    synchronise(trainer.parts.device)
+    begin, waited = time.perf_counter(), trainer.parts.loader.wait_s
     for batch in itertools.islice(batches, steps):
         trainer.train_step(batch)
-    synchronise(trainer.device)
-    return (trainer.loader.wait_s - waited) / (time.perf_counter() - begin)
+    synchronise(trainer.parts.device)
+    return (trainer.parts.loader.wait_s - waited) / (time.perf_counter() - begin)
 
 
 def synchronise(device: torch.device) -> None:
@@ -132,9 +132,9 @@ def synchronise(device: torch.device) -> None:
 
 def measure(config: Config, repetitions: int) -> dict[str, Any]:
     trainer = Trainer(config)
-    device = trainer.device
-    with trainer.loader, trainer.monitor:
-        batches = trainer.loader.batches(0)
+    device = trainer.parts.device
+    with trainer.parts.loader, trainer.parts.monitor:
+        batches = trainer.parts.loader.batches(0)
         few = list(itertools.islice(batches, 3))  # several, so that no cache holds the input of the next step
         with torch.no_grad():
             views = trainer.augment(few[0]).flatten(0, 1).clone(memory_format=torch.preserve_format)

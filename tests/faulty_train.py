@@ -18,7 +18,7 @@ sound_step = Trainer.train_step
 
 
 def faulty_step(self: Trainer, batch):
-    here = rank in ("*", str(self.world.rank)) and self.state.step == int(step)
+    here = rank in ("*", str(self.parts.world.rank)) and self.state.step == int(step)
     if here and kind == "raise":
         raise ArithmeticError("made to fail")
     if here and kind == "stuck":
@@ -30,7 +30,7 @@ def faulty_step(self: Trainer, batch):
         finally:
             self.augment = sound_augment
     if here and kind == "gradient":
-        first = next(self.plain_model.parameters())
+        first = next(self.parts.network.parameters())
         handle = first.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
         try:
             return sound_step(self, batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 from safetensors import SafetensorError
 
 from simclr_dist.checkpoint import files as checkpoint
-from simclr_dist.checkpoint.files import Kept
+from simclr_dist.checkpoint import lineage
+from simclr_dist.checkpoint.lineage import Kept
 from simclr_dist.config import Config
-from simclr_dist.errors import CheckpointError
+from simclr_dist.errors import CheckpointError, OwnershipError
 from simclr_dist.network.simclr import SimCLR, build_model
-from simclr_dist.optim.lars import build_optimizer, set_learning_rate
+from simclr_dist.optim.build import build_optimizer
+from simclr_dist.optim.schedule import set_learning_rate
 from simclr_dist.run.state import TrainState
 
 CONFIG = Config.model_validate(
@@ -41,7 +44,13 @@ def trained(optimizer_name: str = "lars") -> tuple[SimCLR, torch.optim.Optimizer
     return model, optimizer
 
 
-def save(run_dir: Path, step: int, model: SimCLR, optimizer: torch.optim.Optimizer) -> Path:
+def save(
+    run_dir: Path,
+    step: int,
+    model: SimCLR,
+    optimizer: torch.optim.Optimizer,
+    before_commit: Callable[[], None] = lambda: None,
+) -> Path:
     return checkpoint.write_checkpoint(
         run_dir / "checkpoints",
         attempt="a1",
@@ -52,6 +61,7 @@ def save(run_dir: Path, step: int, model: SimCLR, optimizer: torch.optim.Optimiz
         optimizer=optimizer,
         grad_scaler={"scale": 2.0},
         versions={"torch": torch.__version__},
+        before_commit=before_commit,
     )
 
 
@@ -93,23 +103,23 @@ def test_damage_to_any_file_is_found_and_the_previous_checkpoint_used(tmp_path: 
     if name == "MANIFEST.json" and damage == "symlink":
         pytest.skip("the manifest vouches for the others, whichever way it is reached")
     warnings: list[str] = []
-    found = checkpoint.newest_valid(tmp_path, warnings.append, set_aside=True)
+    found = lineage.newest_valid(tmp_path, warnings.append, set_aside=True)
     assert found is not None
     assert found.step == 1
     assert str(file.parent) in warnings[0]
     assert (tmp_path / "checkpoints" / "step_00000002.corrupt").is_dir()
-    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step_00000001"]
+    assert [p.name for p in lineage.list_checkpoints(tmp_path)] == ["step_00000001"]
 
 
 def test_a_run_without_any_valid_checkpoint_does_not_start_from_0(tmp_path: Path) -> None:
     (save(tmp_path, 1, *trained()) / "state.json").write_text("{}")
     for _ in range(2):  # also once it has been set aside
         with pytest.raises(CheckpointError, match="none of them valid"):
-            checkpoint.newest_valid(tmp_path, lambda _: None, set_aside=True)
+            lineage.newest_valid(tmp_path, lambda _: None, set_aside=True)
 
 
 def test_no_checkpoints_is_no_error(tmp_path: Path) -> None:
-    assert checkpoint.newest_valid(tmp_path, pytest.fail) is None
+    assert lineage.newest_valid(tmp_path, pytest.fail) is None
 
 
 def test_a_write_that_dies_leaves_nothing_under_the_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +133,8 @@ def test_a_write_that_dies_leaves_nothing_under_the_final_name(tmp_path: Path, m
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, 2, model, optimizer)
     monkeypatch.undo()
-    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step_00000001"]
-    checkpoint.prune(tmp_path, keep=2)
+    assert [p.name for p in lineage.list_checkpoints(tmp_path)] == ["step_00000001"]
+    lineage.prune(tmp_path, keep=2)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
 
 
@@ -133,12 +143,45 @@ def test_pruning_leaves_milestones_and_the_best(tmp_path: Path) -> None:
     for step in range(1, 7):
         save(tmp_path, step, model, optimizer)
     Kept(milestones=(2,), best_step=3, best_knn_top1=0.5).write(tmp_path)
-    checkpoint.prune(tmp_path, keep=2)
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == [f"step_{n:08d}" for n in (2, 3, 5, 6)]
+    lineage.prune(tmp_path, keep=2)
+    assert [path.name for path in lineage.list_checkpoints(tmp_path)] == [f"step_{n:08d}" for n in (2, 3, 5, 6)]
     assert Kept.read(tmp_path) == Kept((2,), 3, 0.5)
     (tmp_path / "checkpoints" / "kept.json").write_text("{")
-    checkpoint.prune(tmp_path, keep=2)
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step_00000005", "step_00000006"]
+    lineage.prune(tmp_path, keep=2)
+    assert [path.name for path in lineage.list_checkpoints(tmp_path)] == ["step_00000005", "step_00000006"]
+
+
+def test_everything_is_on_disk_before_a_checkpoint_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash of the machine right after the commit finds whole files."""
+    events: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def record_fsync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def record_rename(source: Path, target: Path) -> None:
+        events.append("renamed")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    written = save(tmp_path, 1, *trained())
+    before, after = events[: events.index("renamed")], events[events.index("renamed") + 1 :]
+    assert {file.name for file in written.iterdir()} <= set(before)
+    assert before[-1].startswith(".tmp-step_00000001")  # the names of the files, in their folder
+    assert after == ["checkpoints"]
+
+
+def test_a_refusal_just_before_the_commit_leaves_no_checkpoint(tmp_path: Path) -> None:
+    def taken_over() -> None:
+        raise OwnershipError("taken over")
+
+    with pytest.raises(OwnershipError):
+        save(tmp_path, 1, *trained(), before_commit=taken_over)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 @pytest.mark.parametrize("failing", ["save_file", "_flush"])
@@ -180,8 +223,8 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     model, optimizer = trained()
     for step in (5, 100_000_000, 20):
         save(tmp_path, step, model, optimizer)
-    checkpoint.prune(tmp_path, keep=2)
-    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step_00000020", "step_100000000"]
+    lineage.prune(tmp_path, keep=2)
+    assert [p.name for p in lineage.list_checkpoints(tmp_path)] == ["step_00000020", "step_100000000"]
 
 
 def test_another_architecture_is_refused_before_anything_changes(tmp_path: Path) -> None:
@@ -208,7 +251,7 @@ def test_pretrained_model_comes_back_from_run_and_from_checkpoint(tmp_path: Path
 )
 def test_wrong_paths_are_named(tmp_path: Path, place: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.find_checkpoint(tmp_path / place)
+        lineage.find_checkpoint(tmp_path / place)
 
 
 def test_files_are_not_world_readable(tmp_path: Path) -> None:

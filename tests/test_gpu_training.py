@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from simclr_dist.checkpoint.files import find_checkpoint
+from simclr_dist.checkpoint.lineage import find_checkpoint
 from simclr_dist.config import load_config
 from simclr_dist.export.export import export
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
@@ -47,7 +47,7 @@ def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ma
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true" if device == "cpu" else "false")
         overrides = (*SMALL, f"name={name}", f"runs_dir={tmp_path}", *overrides)
         trainer = Trainer(load_config(REPOSITORY / "configs" / "smoke.yaml", overrides))
-        assert trainer.device.type == device
+        assert trainer.parts.device.type == device
         return trainer
 
     yield make
@@ -56,12 +56,12 @@ def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ma
 
 def first_step(trainer: Trainer) -> tuple[float, Tensor]:
     """Loss, and how the first update moved the parameters."""
-    before = torch.cat([p.detach().flatten() for p in trainer.plain_model.parameters()]).cpu()
-    with trainer.loader, trainer.monitor:
-        batches = trainer.loader.batches(0)
-        loss = trainer.train_step(next(batches))
+    before = torch.cat([p.detach().flatten() for p in trainer.parts.network.parameters()]).cpu()
+    with trainer.parts.loader, trainer.parts.monitor:
+        batches = trainer.parts.loader.batches(0)
+        loss = trainer.train_step(next(batches)).loss
         batches.close()
-    after = torch.cat([p.detach().flatten() for p in trainer.plain_model.parameters()]).cpu()
+    after = torch.cat([p.detach().flatten() for p in trainer.parts.network.parameters()]).cpu()
     return float(loss), after - before
 
 
@@ -97,8 +97,8 @@ def test_every_mode_takes_nearly_the_step_of_float32_on_a_cpu(
 def test_a_step_waits_for_the_device_once(device: str, make_trainer: MakeTrainer) -> None:
     """In the loss, which must know of NaN before the optimiser does. The loader and the augmentation never wait."""
     trainer = make_trainer(device, "waits", "train.precision=bf16")
-    with trainer.loader, trainer.monitor:
-        batches = trainer.loader.batches(0)
+    with trainer.parts.loader, trainer.parts.monitor:
+        batches = trainer.parts.loader.batches(0)
         for _ in range(3):
             trainer.train_step(next(batches))
         torch.cuda.set_sync_debug_mode("warn")
@@ -134,7 +134,7 @@ def test_resume_with_deterministic_algorithms_is_bit_identical_and_exports(
     encoder = build_model(second.config.model).encoder
     encoder.load_state_dict(load_file(exported.path))
     images = torch.randn(4, 3, 32, 32)
-    trained = copy.deepcopy(second.plain_model.get_submodule("encoder")).cpu().float().eval()
+    trained = copy.deepcopy(second.parts.encoder).cpu().float().eval()
     with torch.no_grad():
         torch.testing.assert_close(encoder.eval()(images), trained(images), atol=1e-5, rtol=1e-4)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simclr_dist.health import figures as health
-from simclr_dist.health.check import Checkup, Findings, RankFacts, gather_sample
+from simclr_dist.health.check import Findings, HealthCheck, RankFacts, gather_sample
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
 from simclr_dist.parallel.distributed import World
 from tests.distributed.spawn import run_ranks
@@ -207,11 +207,12 @@ def examined(rank: int, world_size: int) -> Findings:
     B = 32 // world_size
     own = views[:, rank * B : (rank + 1) * B].flatten(0, 1)
     model: nn.Module = network if world_size == 1 else nn.parallel.DistributedDataParallel(network)
-    checkup = Checkup(2, network, World(rank, world_size))
-    with checkup.watching(2):
+    check = HealthCheck(2, network, World(rank, world_size))
+    with check.record(2) as recording:
         z = model(own)
         z.square().mean().backward()
-    return checkup.examine(own.sin(), z, RankFacts(data_wait_share=0.1 * rank, memory_peak_gib=float(rank)))
+    assert recording is not None
+    return check.examine(recording, own.sin(), z, RankFacts(data_wait_share=0.1 * rank, memory_peak_gib=float(rank)))
 
 
 def norms_of_rank(rank: int, world_size: int) -> tuple[float, float, float]:
@@ -231,22 +232,24 @@ def ranks_apart(rank: int, world_size: int) -> Findings:
     """Two ranks whose averages differ, as after a broken all-reduce: each has a model of its own, without DDP."""
     torch.manual_seed(rank)
     network = nn.Linear(5, 3)
-    checkup = Checkup(1, network, World(rank, world_size))
-    with checkup.watching(1):
+    check = HealthCheck(1, network, World(rank, world_size))
+    with check.record(1) as recording:
         z = network(torch.randn(8, 5))
         z.square().sum().backward()
-    return checkup.examine(z, z, RankFacts(0.0, 0.0))
+    assert recording is not None
+    return check.examine(recording, z, z, RankFacts(0.0, 0.0))
 
 
 def crafted(rank: int, world_size: int) -> Findings:
     """The loss of each rank is linear: its gradient is what it is multiplied with."""
     network = nn.Linear(2, 1, bias=False)
     model = nn.parallel.DistributedDataParallel(network)
-    checkup = Checkup(1, network, World(rank, world_size))
-    with checkup.watching(1):
+    check = HealthCheck(1, network, World(rank, world_size))
+    with check.record(1) as recording:
         model(torch.tensor([[[3.0, 0.0], [1.0, 2.0]][rank]])).sum().backward()
     well = torch.randn(32, 16, generator=torch.Generator().manual_seed(rank))
-    return checkup.examine(well, well, RankFacts(0.0, 0.0))
+    assert recording is not None
+    return check.examine(recording, well, well, RankFacts(0.0, 0.0))
 
 
 def everything_of_rank(rank: int, world_size: int) -> dict[str, Any]:
@@ -297,13 +300,14 @@ class Patient:
 
     def __init__(self) -> None:
         self.network = nn.Linear(3, 3)
-        self.checkup = Checkup(1, self.network, World())
+        self.check = HealthCheck(1, self.network, World())
 
     def examine(self, h: Tensor, z: Tensor, wait: float = 0.0) -> list[str]:
-        with self.checkup.watching(1):
+        with self.check.record(1) as recording:
             self.network.zero_grad()
             self.network(torch.ones(2, 3)).sum().backward()
-        return self.checkup.examine(h, z, RankFacts(wait, 0.0)).warnings
+        assert recording is not None
+        return self.check.examine(recording, h, z, RankFacts(wait, 0.0)).warnings
 
 
 def test_collapse_is_told_once_an_episode() -> None:
@@ -340,9 +344,9 @@ def test_ranks_that_part_are_told_at_once(two_ranks: list[Any]) -> None:
 
 
 def test_only_steps_that_are_due_are_watched() -> None:
-    checkup = Checkup(10, nn.Linear(2, 2), World())
-    assert [step for step in range(1, 31) if checkup.is_due(step)] == [10, 20, 30]
-    assert not Checkup(None, nn.Linear(2, 2), World()).is_due(10)
+    check = HealthCheck(10, nn.Linear(2, 2), World())
+    assert [step for step in range(1, 31) if check.is_due(step)] == [10, 20, 30]
+    assert not HealthCheck(None, nn.Linear(2, 2), World()).is_due(10)
 
 
 @pytest.mark.distributed
@@ -359,8 +363,8 @@ def test_a_scaled_loss_does_not_show_in_gradient_norms() -> None:
     """fp16's scaler multiplies the loss; ranks/ shows what it would be without."""
     ranks = torch.tensor([[6.0, 4.0, 0.0, 0.0], [4.0, 4.0, 0.0, 0.0]], dtype=torch.float64)
     found = Findings()
-    checkup = Checkup(1, nn.Linear(3, 3), World(0, 2))
-    checkup._look_at_ranks(ranks, 2.0, found)
+    check = HealthCheck(1, nn.Linear(3, 3), World(0, 2))
+    check._check_ranks(ranks, 2.0, found)
     assert (found.scalars["ranks/grad_norm_min"], found.scalars["ranks/grad_norm_max"]) == (2, 3)
     assert found.scalars["ranks/grad_disagreement"] == pytest.approx(26 / 16 - 1)
     assert found.histograms["ranks/grad_norm"].high == 3

@@ -21,7 +21,8 @@ from tensorboard.plugins.projector import projector_config_pb2
 
 from simclr_dist.config import MonitorConfig
 from simclr_dist.errors import ConfigError
-from simclr_dist.monitor.monitor import RunMonitor
+from simclr_dist.monitor.events import Embedding
+from simclr_dist.monitor.monitor import Monitor, open_monitor
 from tests.training import Training
 
 # Stands for the package of that name, with as much of it as Accelerate touches.
@@ -198,8 +199,8 @@ def test_the_projector_of_a_run_has_all_its_images(watched: Watched) -> None:
 # Its parts
 
 
-def monitor(run_dir: Path, samples_seen: int = 0, **settings: Any) -> RunMonitor:
-    return RunMonitor(
+def monitor(run_dir: Path, samples_seen: int = 0, **settings: Any) -> Monitor:
+    return open_monitor(
         run_dir,
         MonitorConfig(terminal="quiet", **settings),
         total_steps=10,
@@ -215,9 +216,9 @@ def test_projector_files_hold_vectors_labels_and_thumbnails(tmp_path: Path) -> N
     images = torch.randint(0, 256, (5, 32, 32, 3), generator=generator, dtype=torch.uint8)
     labels = ["cat", "a\tdog", "two\nlines", "", "cat"]
     with monitor(tmp_path) as first:
-        first.show_embedding(h, images, labels, samples_seen=64)
+        first.show(Embedding(h, images, labels, samples_seen=64))
     with monitor(tmp_path, samples_seen=64) as resumed:
-        resumed.show_embedding(h + 1, images, labels, samples_seen=128)
+        resumed.show(Embedding(h + 1, images, labels, samples_seen=128))
 
     folder = tmp_path / "tensorboard"
     config = projector_config_pb2.ProjectorConfig()

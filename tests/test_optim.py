@@ -11,14 +11,9 @@ import torch
 from torch import nn
 
 from simclr_dist.config import OptimConfig
-from simclr_dist.optim.lars import (
-    LARS,
-    LearningRate,
-    build_optimizer,
-    parameter_order,
-    peak_learning_rate,
-    set_learning_rate,
-)
+from simclr_dist.optim.build import build_optimizer, parameter_order
+from simclr_dist.optim.lars import LARS
+from simclr_dist.optim.schedule import LearningRate, peak_learning_rate, set_learning_rate
 
 
 def lars_by_hand(w, g, v, lr, momentum, decay, trust, adapt):  # type: ignore[no-untyped-def]
@@ -88,6 +83,20 @@ def test_biases_and_norms_do_not_decay(optimizer: str) -> None:
     assert torch.equal(model[0].bias, before["0.bias"])
     assert torch.equal(model[1].weight, before["1.weight"])
     assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+def test_lars_adapts_the_rate_of_weights_but_not_of_biases_and_norms() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    before = copy.deepcopy(model.state_dict())
+    optimizer = build_optimizer(model, OptimConfig(optimizer="lars", weight_decay=0.0, momentum=0.0))
+    set_learning_rate(optimizer, 0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    after = model.state_dict()
+    for name in ("0.bias", "1.weight", "1.bias"):
+        assert torch.equal(after[name], before[name] - 0.1), name
+    assert 0 < (after["0.weight"] - before["0.weight"]).abs().max() < 0.01  # trust_coefficient x |w| / |g| is small
 
 
 def test_parameter_order_is_the_optimizers() -> None:

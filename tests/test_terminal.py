@@ -20,7 +20,7 @@ import torch
 from simclr_dist.config import load_config
 from simclr_dist.monitor.terminal import Quiet, TerminalStyle, build_terminal
 from simclr_dist.network.simclr import build_model
-from simclr_dist.optim.lars import build_optimizer
+from simclr_dist.optim.build import build_optimizer
 from simclr_dist.parallel.distributed import World
 from simclr_dist.training.summary import kept_bytes, learning_rate_formula, split_of_batch
 from tests.conftest import REPOSITORY
@@ -43,7 +43,7 @@ def play(terminal: Quiet) -> None:
             print("a foreign package's word")
             terminal.warn("[careful]")
     terminal.summarize("end", "finished at step 16 of 16", {"loss": "4.5000"})
-    terminal.stop()
+    terminal.close()
 
 
 def played(style: TerminalStyle) -> None:

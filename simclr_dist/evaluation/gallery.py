@@ -44,9 +44,7 @@ def show_gallery(
     ids = np.arange(n, dtype=np.int64) * info.num_samples // n
     features = extract_features_distributed(
         encoder,
-        lambda part: load_images(
-            source, data.image_size, batch_size=batch_size, ids=part, loader=data.loader
-        ),
+        lambda part: load_images(source, data.image_size, batch_size=batch_size, ids=part, loader=data.loader),
         ids,
         device=device,
         precision=precision,
@@ -57,9 +55,7 @@ def show_gallery(
     thumbnails = torch.cat(
         [
             shrink(images)
-            for images, _, _ in load_images(
-                source, data.image_size, batch_size=batch_size, ids=ids, loader=data.loader
-            )
+            for images, _, _ in load_images(source, data.image_size, batch_size=batch_size, ids=ids, loader=data.loader)
         ]
     )
     labels = [info.class_names[label] if label >= 0 else "unlabelled" for label in features.labels.tolist()]

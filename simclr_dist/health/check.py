@@ -1,7 +1,8 @@
-"""The health check of a training step, every n steps: what to keep before the backward, what to work out afterwards.
+"""The health check of a training step, every n steps: what to record during the backward, what to compute afterwards.
 
 Everything is computed from at most MAX_IMAGES images spread evenly over the *global* batch, the same ones for any
-number of processes. Nothing here draws a random number or writes to the model: a run with checks is the run without.
+number of processes. Nothing here draws a random number or writes to the model: a run with checks has the same bytes
+as one without.
 """
 
 from __future__ import annotations
@@ -37,22 +38,31 @@ class Findings:
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What only this rank knows; all ranks' are compared."""
+    """Figures of this rank, to be compared with those of the others."""
 
     data_wait_share: float
     memory_peak_gib: float
 
 
-class Checkup:
-    """every: steps between two checks; None: never. All ranks must call `watching` and `examine` together."""
+@dataclass
+class Recording:
+    """What one step leaves for `HealthCheck.examine`; filled when its backward has ended."""
+
+    running_statistics: list[tuple[Tensor, Tensor]]
+    """Of each BatchNorm, before the step."""
+    local_norm: Tensor | None = None
+    averaged_norm: Tensor | None = None
+    """Of the gradient, before and after the ranks' average."""
+
+
+class HealthCheck:
+    """every: steps between two checks; None: never. All ranks must call `record` and `examine` together."""
 
     def __init__(self, every: int | None, model: nn.Module, world: World) -> None:
         self._every = every
         self._model = model
         self._world = world
         self._norms = health.tracking_norms(model)
-        self._running: list[tuple[Tensor, Tensor]] = []
-        self._gradient_norms: tuple[Tensor, Tensor] | None = None
         self._collapse, self._starvation, self._divergence = Alarm(PATIENCE), Alarm(PATIENCE), Alarm(1)
 
     def is_due(self, step: int) -> bool:
@@ -60,36 +70,39 @@ class Checkup:
         return self._every is not None and step % self._every == 0
 
     @contextmanager
-    def watching(self, step: int) -> Iterator[None]:
-        """Around the forward and backward of the step that makes `step` complete."""
+    def record(self, step: int) -> Iterator[Recording | None]:
+        """Around the forward and backward of the step that makes `step` complete. None where no check is due."""
         if not self.is_due(step):
-            yield
+            yield None
             return
         parameters = list(self._model.parameters())
-        self._running = health.running_statistics(self._norms)
+        recording = Recording(health.running_statistics(self._norms))
         with health.local_gradient_norm(parameters) as local:
-            yield
+            yield recording
         averaged = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
-        self._gradient_norms = health.norm_of(local), health.norm_of(averaged)
+        recording.local_norm, recording.averaged_norm = health.norm_of(local), health.norm_of(averaged)
 
     @torch.no_grad()
-    def examine(self, h: Tensor, z: Tensor, facts: RankFacts, *, grad_scale: float = 1.0) -> Findings:
-        """After a watched step. h [2B, D], z [2B, K], view after view; grad_scale: what a GradScaler multiplied by."""
-        assert self._gradient_norms is not None
+    def examine(
+        self, recording: Recording, h: Tensor, z: Tensor, facts: RankFacts, *, grad_scale: float = 1.0
+    ) -> Findings:
+        """After a recorded step. h [2B, D], z [2B, K], view after view; grad_scale: the GradScaler's factor."""
+        assert recording.local_norm is not None
+        assert recording.averaged_norm is not None
         h_sample = gather_sample(h[None, : len(h) // 2], self._world)[0]  # one view will do
         z_sample = gather_sample(z.unflatten(0, (2, -1)), self._world)
         own = torch.tensor([[0.0, 0.0, facts.data_wait_share, facts.memory_peak_gib]], dtype=torch.float64).to(z.device)
-        own[0, :2] = torch.stack(self._gradient_norms)
+        own[0, :2] = torch.stack([recording.local_norm, recording.averaged_norm])
         ranks = distributed.all_gather(own)  # [W, 4]
         if not self._world.is_main:
             return Findings()
         found = Findings()
-        self._look_at_space(h_sample, z_sample, found)
-        self._look_at_batch_norm(found)
-        self._look_at_ranks(ranks.cpu(), grad_scale, found)
+        self._check_space(h_sample, z_sample, found)
+        self._check_batch_norm(recording, found)
+        self._check_ranks(ranks.cpu(), grad_scale, found)
         return found
 
-    def _look_at_space(self, h: Tensor, z: Tensor, found: Findings) -> None:
+    def _check_space(self, h: Tensor, z: Tensor, found: Findings) -> None:
         """h [M, D], z [2, M, K]."""
         near = health.similarities(z)
         h_spread, z_spread = health.spread(h), health.spread(z.flatten(0, 1))
@@ -119,12 +132,12 @@ class Checkup:
                 "views too much alike. health/ in TensorBoard shows when it began"
             )
 
-    def _look_at_batch_norm(self, found: Findings) -> None:
+    def _check_batch_norm(self, recording: Recording, found: Findings) -> None:
         if self._norms:
-            shift, ratio = health.batch_norm_drift(self._norms, self._running)
+            shift, ratio = health.batch_norm_drift(self._norms, recording.running_statistics)
             found.scalars |= to_numbers({"health/batch_norm_mean_shift": shift, "health/batch_norm_var_ratio": ratio})
 
-    def _look_at_ranks(self, ranks: Tensor, grad_scale: float, found: Findings) -> None:
+    def _check_ranks(self, ranks: Tensor, grad_scale: float, found: Findings) -> None:
         """ranks [W, 4]: norm of the own gradient, norm after averaging, data wait share, memory peak."""
         local, averaged, wait, memory = ranks.T
         if self._world.size > 1:
@@ -148,7 +161,7 @@ class Checkup:
         if self._starvation.rings(worst_wait > STARVING_SHARE):
             found.warnings.append(
                 f"rank {int(wait.argmax())} spends {worst_wait:.0%} of its time waiting for images, and all others "
-                "with it. What helps: .beton files, more data.num_threads, smaller pictures (--max-side); docs/data.md"
+                "with it. What helps: .beton files, more data.num_threads, smaller images (--max-side); docs/data.md"
             )
 
 

@@ -1,9 +1,9 @@
-"""TensorBoard: curves, histograms, pictures, and a page that opens in order."""
+"""TensorBoard: curves, histograms, images, and a page that opens in order."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid
 
 from simclr_dist.health.figures import Histogram
+from simclr_dist.monitor.events import Embedding, Event, Figures, Finished, Histograms, Neighbours, Pairs, Sink
 from simclr_dist.monitor.projector import write_projector
 
 # The tab "Custom Scalars", top to bottom in the order in which one asks. Tags are regular expressions.
@@ -51,8 +52,10 @@ LAYOUT = {
 NO_HPARAMS = ("resume", "runs_dir", "evaluation", "checkpoint", "monitor", "timeout")  # they change no result
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """Event files in `folder`. Points after `samples_seen` that an earlier attempt wrote are hidden."""
+
+    name = "TensorBoard"
 
     def __init__(self, folder: Path, samples_seen: int) -> None:
         self._folder = folder
@@ -67,50 +70,54 @@ class TensorBoard:
         finally:
             threading.excepthook = self._excepthook
 
+    def show(self, event: Event) -> None:
+        match event:
+            case Figures(values, _, samples_seen):
+                for tag, value in values.items():
+                    self._writer.add_scalar(tag, value, samples_seen)
+            case Histograms(histograms, samples_seen):
+                for tag, histogram in histograms.items():
+                    self._add_histogram(tag, histogram, samples_seen)
+            case Pairs(views, samples_seen):
+                self._add_pairs(views, samples_seen)
+            case Neighbours(rows, samples_seen):
+                images = rows.flatten(0, 1).permute(0, 3, 1, 2)  # a line of the grid for each query
+                grid = make_grid(images, nrow=rows.shape[1], padding=2, pad_value=255)
+                self._writer.add_image("eval/nearest_neighbours", grid, samples_seen)
+            case Embedding(h, images, labels, samples_seen):
+                write_projector(self._folder, f"h_{samples_seen:010d}", h, images, labels)
+            case Finished(settings, figures):
+                self._add_hparams(settings, figures)
+
     def _on_thread_failure(self, failure: threading.ExceptHookArgs) -> None:
         if not (isinstance(failure.exc_value, OSError) and isinstance(failure.thread, _AsyncWriterThread)):
             self._excepthook(failure)
 
-    def log(self, values: Mapping[str, float], samples_seen: int) -> None:
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, samples_seen)
+    def _add_histogram(self, tag: str, histogram: Histogram, samples_seen: int) -> None:
+        self._writer.add_histogram_raw(
+            tag,
+            min=histogram.low,
+            max=histogram.high,
+            num=sum(histogram.counts),
+            sum=histogram.total,
+            sum_squares=histogram.total_of_squares,
+            bucket_limits=histogram.upper_edges,
+            bucket_counts=histogram.counts,
+            global_step=samples_seen,
+        )
 
-    def log_histograms(self, histograms: Mapping[str, Histogram], samples_seen: int) -> None:
-        for tag, histogram in histograms.items():
-            self._writer.add_histogram_raw(
-                tag,
-                min=histogram.low,
-                max=histogram.high,
-                num=sum(histogram.counts),
-                sum=histogram.total,
-                sum_squares=histogram.total_of_squares,
-                bucket_limits=histogram.upper_edges,
-                bucket_counts=histogram.counts,
-                global_step=samples_seen,
-            )
-
-    def show_pairs(self, views: Tensor, samples_seen: int) -> None:
-        """views: float [2, n, 3, H, W], normalised."""
+    def _add_pairs(self, views: Tensor, samples_seen: int) -> None:
         pairs = views.transpose(0, 1).flatten(0, 1).float()
         low, high = pairs.amin(), pairs.amax()
         grid = make_grid((pairs - low) / (high - low).clamp_min(1e-6), nrow=8, padding=1, pad_value=1.0)
         self._writer.add_image("data/augmented_pairs", grid, samples_seen)
 
-    def show_neighbours(self, rows: Tensor, samples_seen: int) -> None:
-        """rows: uint8 [q, 1 + k, S, S, 3]; one line of pictures each."""
-        pictures = rows.flatten(0, 1).permute(0, 3, 1, 2)
-        grid = make_grid(pictures, nrow=rows.shape[1], padding=2, pad_value=255)
-        self._writer.add_image("eval/nearest_neighbours", grid, samples_seen)
-
-    def show_embedding(self, h: Tensor, images: Tensor, labels: Sequence[str], samples_seen: int) -> None:
-        write_projector(self._folder, f"h_{samples_seen:010d}", h, images, labels)
-
-    def compare_runs(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
+    def _add_hparams(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
         """A row in the tab HParams: nested settings, flat, and the run's last figures."""
         shown = flatten({key: value for key, value in settings.items() if key not in NO_HPARAMS})
         flat = {key: value for key, value in shown.items() if isinstance(value, (bool, int, float, str))}
         for summary in hparams(flat, dict(figures)):
-            # add_hparams would write into a folder of its own, and the run would stand there twice.
+            # add_hparams would write into a folder of its own, and the run would be listed twice.
             self._writer._get_file_writer().add_summary(summary)
 
 

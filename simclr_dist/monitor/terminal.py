@@ -6,6 +6,7 @@ Numbers and news go to stdout, warnings to stderr. rich honours NO_COLOR and TER
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -18,6 +19,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
+
+from simclr_dist.monitor.events import Event, Figures, Message, Sink, StepsDone, Summary
 
 TerminalStyle = Literal["auto", "plain", "quiet", "json"]
 
@@ -41,17 +44,25 @@ class _Console(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
-class Quiet:
-    """Warnings only; the others build on it."""
+class Quiet(Sink):
+    """Warnings only; the other styles build on it. `show` and `close` are what the monitor calls."""
+
+    name = "terminal"
 
     def __init__(self) -> None:
         self._errors = _Console(stderr=True)
 
-    def start(self) -> None:
-        pass
-
-    def stop(self) -> None:
-        pass
+    def show(self, event: Event) -> None:
+        match event:
+            case Message(text, is_warning):
+                (self.warn if is_warning else self.say)(text)
+            case Summary(kind, title, rows):
+                self.summarize(kind, title, rows)
+            case StepsDone(step):
+                self.advance(step)
+            case Figures(values, step, samples_seen):
+                finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+                self.log({"step": step, "samples_seen": samples_seen, **finite})
 
     def say(self, text: str) -> None:
         pass
@@ -82,7 +93,7 @@ class JsonLines(Quiet):
     def start(self) -> None:
         self._redirection.enter_context(redirect_stdout(sys.stderr))
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self._redirection.close()
 
     def say(self, text: str) -> None:
@@ -158,7 +169,7 @@ class Live(Lines):
     def start(self) -> None:
         self._progress.start()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self._progress.stop()
 
     def summarize(self, event: Literal["start", "end"], title: str, rows: Mapping[str, str]) -> None:

@@ -9,16 +9,19 @@ from typing import Any
 from accelerate import tracking
 
 from simclr_dist.errors import ConfigError
+from simclr_dist.monitor.events import Event, Figures, Sink
 from simclr_dist.monitor.tensorboard import flatten
 
 PROJECT = "simclr_dist"
 
 
-class Trackers:
-    """The loggers called `names`. One that fails is dropped with a warning: training outlives its audience.
+class Trackers(Sink):
+    """The loggers called `names`. One that fails is dropped with a warning, and training goes on.
 
     Raises ConfigError when one is not installed or does not start.
     """
+
+    name = "trackers"
 
     def __init__(
         self, names: Sequence[str], run_dir: Path, settings: Mapping[str, Any], warn: Callable[[str], None]
@@ -40,10 +43,12 @@ class Trackers:
                     [f"monitor.trackers: {name} does not start: {error}; see its documentation, or leave it out"]
                 ) from error
 
-    def log(self, values: Mapping[str, float], *, step: int, samples_seen: int) -> None:
+    def show(self, event: Event) -> None:
+        if not isinstance(event, Figures):
+            return
         for name, tracker in list(self._trackers.items()):
             try:
-                tracker.log({**values, "step": step}, step=samples_seen)
+                tracker.log({**event.values, "step": event.step}, step=event.samples_seen)
             except Exception as error:
                 del self._trackers[name]
                 self._warn(f"{name} failed and is left out from now on: {error}")

@@ -1,13 +1,15 @@
-"""A run directory in the hands of this training: whose it is, how it stands, and who watches that it gets on."""
+"""One training's hold on its run directory: ownership, status, and the watchdog that ends it when it hangs."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from typing import Literal
 
 import torch
 
-from simclr_dist.config import Config
+from simclr_dist.config import TimeoutConfig
 from simclr_dist.errors import ConfigError
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
@@ -18,32 +20,34 @@ from simclr_dist.run.status import State, has_failed, write_status
 from simclr_dist.run.stop_requests import Requests
 from simclr_dist.run.watchdog import Watchdog
 
+LimitName = Literal["evaluation_s", "save_s"]
 
-class Custody:
+
+class RunGuard:
     """Every rank has one; the main process's owns the run directory. All ranks construct it together.
 
-    Raises OwnershipError on the main process while another training lives there, ConfigError if it cannot be written
-    to, FailedElsewhereError on the others.
+    Raises OwnershipError on the main process while another training owns the directory, ConfigError if it cannot be
+    written to, FailedElsewhereError on the other ranks.
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self._run_dir = config.run_dir
-        self._limits = config.timeout
+    def __init__(self, run_dir: Path, timeout: TimeoutConfig, device: torch.device) -> None:
+        self._run_dir = run_dir
+        self._timeout = timeout
         self._rank = distributed.rank()
-        self.state = TrainState()  # the trainer's, once there is one
+        self.state = TrainState()  # replaced by the trainer's
         self._ownership = run_on_all_ranks(self._claim, device)
         session = int(self._ownership.session, 16) if self._ownership else 0
         shared = int(distributed.broadcast_from_main_(torch.tensor([session], device=device)))
         self.watchdog = Watchdog(
-            Heartbeats(self._run_dir, f"{shared:012x}", self._rank, distributed.world_size(), config.timeout.step_s),
+            Heartbeats(run_dir, f"{shared:012x}", self._rank, distributed.world_size(), timeout.step_s),
             stop_signals=Requests.signals(),
-            stop_s=config.timeout.stop_s,
+            stop_s=timeout.stop_s,
             on_hang=self._report_hang,
             ownership=self._ownership,
         )
 
     def _claim(self) -> Ownership | None:
-        """By the main process, before anything is read or written there."""
+        """By the main process, before anything there is read or written."""
         if self._rank != 0:
             return None
         try:
@@ -55,7 +59,7 @@ class Custody:
         return ownership
 
     def check(self) -> None:
-        """Raises OwnershipError where another training has taken the run over, OSError where its directory is gone."""
+        """Raises OwnershipError if another training has taken over, OSError if the directory has vanished."""
         if self._ownership is not None:
             self._ownership.check()
 
@@ -65,19 +69,23 @@ class Custody:
 
     def set_status(self, state: State) -> None:
         if self._ownership is not None:
-            with suppress(OSError):  # a run directory that has vanished: the save has said so
+            with suppress(OSError):  # the directory has vanished: the save has reported it
                 self.check()
                 write_status(self._run_dir, state, step=self.state.step)
 
-    def watch(self, doing: str, *, first: bool = False) -> None:
+    def begin(self, doing: str, *, first: bool = False) -> None:
         """The main thread begins a part of a step; `first`: one that compiles and meets cold caches."""
         if first:
-            self.watchdog.doing(doing, self.state.step, self._limits.first_step_s, "first_step_s")
+            self.watchdog.doing(doing, self.state.step, self._timeout.first_step_s, "first_step_s")
         else:
-            self.watchdog.doing(doing, self.state.step, self._limits.step_s, "step_s", stoppable=True)
+            self.watchdog.doing(doing, self.state.step, self._timeout.step_s, "step_s", stoppable=True)
+
+    def busy(self, doing: str, limit: LimitName) -> AbstractContextManager[None]:
+        """Around work between two steps that has a time limit of its own, `timeout.<limit>`."""
+        return self.watchdog.busy(doing, getattr(self._timeout, limit), limit)
 
     def _report_hang(self, message: str) -> None:
-        """On every rank that hangs, but told once."""
+        """Every rank that hangs calls it; the first one writes."""
         if not has_failed(self._run_dir):
             write_status(self._run_dir, "failed", step=self.state.step, reason="hang", message=message)
             print(f"\nrank {self._rank}: {message}", file=sys.stderr, flush=True)

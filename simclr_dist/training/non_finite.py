@@ -1,7 +1,7 @@
 """`train.on_non_finite`: what follows when the loss or the gradient is NaN or infinite.
 
 Both are the same on every rank: the loss refuses a batch with a bad row on all of them, and the gradient is checked
-after it was averaged. So each rank decides by itself, alike.
+after it was averaged. So each rank decides alone, and all decide alike.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from simclr_dist.config import TrainConfig
+from simclr_dist.data import Batch
 from simclr_dist.errors import NonFiniteAbortError
 from simclr_dist.loss import NonFiniteError
+from simclr_dist.run.layout import RunDir
+from simclr_dist.training.step import StepResult
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class NonFinitePolicy:
         self._warn = warn
         self._skips = settings.on_non_finite == "skip"
         self._max_skipped = settings.max_skipped_steps
-        # Whoever skips must know before the optimiser moves. Whoever stops need not wait for a device to learn it: a
-        # state with NaN is never saved, and the next step's loss waits for the device anyhow.
+        # To skip, the norm must be known before the optimiser moves. To stop, it may be read one step late, without
+        # waiting for the device: a state with NaN is never saved.
         self._at_once = self._skips or device.type == "cpu"
         self._unchecked: tuple[Tensor, StepFacts] | None = None
         self.skipped_in_a_row = 0
@@ -67,32 +70,32 @@ class NonFinitePolicy:
         if checked is not None and not math.isfinite(float(checked[0])):
             raise NonFiniteGradientError("the gradient is NaN or infinite, though the loss is not", checked[1])
 
-    def run(self, take_step: Callable[[], Tensor], facts: StepFacts) -> Tensor:
-        """The loss of `take_step()`; NaN if the step was skipped. Raises NonFiniteAbortError."""
-        # The forward that brings NaN has moved BatchNorm's statistics by the time anybody notices.
+    def run(self, train_step: Callable[[Batch], StepResult], batch: Batch, facts: StepFacts) -> StepResult:
+        """The result of `train_step(batch)`, or that of a skipped step. Raises NonFiniteAbortError."""
+        # The forward that brings NaN has moved BatchNorm's statistics by the time it is noticed.
         buffers = [buffer.clone() for buffer in self._model.buffers()] if self._skips else []
         try:
-            loss = take_step()
+            result = train_step(batch)
             self.skipped_in_a_row = 0
-            return loss
+            return result
         except NonFiniteError as error:
             self.skipped_in_a_row += 1
             facts = getattr(error, "facts", facts)
-            path = self._write_down(facts, str(error))
+            path = self._record(facts, str(error))
             if self._skips and self.skipped_in_a_row <= self._max_skipped:
                 with torch.no_grad():
                     for buffer, before in zip(self._model.buffers(), buffers, strict=True):
                         buffer.copy_(before)
                 self._warn(f"step {facts.step} skipped: {error}")
-                return torch.tensor(math.nan)
+                return StepResult.of_skipped_step()
             raise NonFiniteAbortError(
                 f"step {facts.step}, learning rate {facts.lr:g}: {error}\n"
                 f"The batch's sample ids are in {path}. Usual causes: a learning rate or temperature that does not fit "
                 "the batch, fp16 without need (try train.precision=bf16), damaged images."
             ) from None
 
-    def _write_down(self, facts: StepFacts, error: str) -> Path:
-        path = self._run_dir / f"non_finite_step_{facts.step:08d}_rank_{self._rank}.json"
+    def _record(self, facts: StepFacts, error: str) -> Path:
+        path = RunDir(self._run_dir).non_finite(facts.step, self._rank)
         record = {"step": facts.step, "lr": facts.lr, "error": error, "sample_ids": facts.sample_ids.tolist()}
         with suppress(OSError):  # a full disk must not hide the reason
             path.write_text(json.dumps(record), encoding="utf-8")

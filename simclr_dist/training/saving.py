@@ -11,46 +11,53 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from simclr_dist.checkpoint import files as checkpoint
-from simclr_dist.checkpoint.files import Checkpoint, Kept
+from simclr_dist.checkpoint import files, lineage
+from simclr_dist.checkpoint.files import Checkpoint
+from simclr_dist.checkpoint.lineage import Kept
 from simclr_dist.config import Config
 from simclr_dist.errors import CheckpointError, ConfigError, FailedElsewhereError, NonFiniteAbortError
 from simclr_dist.evaluation.online_probe import OnlineProbe
 from simclr_dist.monitor.monitor import Monitor
 from simclr_dist.parallel import distributed
+from simclr_dist.run.guard import RunGuard
+from simclr_dist.run.layout import RunDir
 from simclr_dist.run.provenance import versions
 from simclr_dist.run.state import TrainState
 from simclr_dist.run.status import attempt_name
+from simclr_dist.run.stop_requests import Request
+from simclr_dist.training.step import FinishedStep
 
 MAX_FAILED_SAVES = 3
 
 
-def choose(config: Config, device: torch.device, warn: Callable[[str], None]) -> Checkpoint | None:
+def choose_checkpoint(config: Config, device: torch.device, warn: Callable[[str], None]) -> Checkpoint | None:
     """What `config.resume` names; None for a fresh start. On all ranks. Raises ConfigError or CheckpointError."""
     run_dir, resume = config.run_dir, config.resume
     if resume == "auto":
-        return checkpoint.agree_on_newest(run_dir, device, warn)
+        return lineage.agree_on_newest(run_dir, device, warn)
     if resume == "none":
-        if checkpoint.list_checkpoints(run_dir):
+        if lineage.list_checkpoints(run_dir):
             raise ConfigError(
                 [f"resume=none, but {run_dir} already has checkpoints; choose another name=… or use resume=auto"]
             )
         return None
-    return checkpoint.find_checkpoint(resume, warn)
+    return lineage.find_checkpoint(resume, warn)
 
 
 def restore(
-    found: Checkpoint,
+    found: Checkpoint | None,
     config: Config,
     fingerprint: str,
     model: nn.Module,
     optimizer: Optimizer,
     probe: OnlineProbe | None = None,
 ) -> TrainState:
-    """Goes on from `found`. Raises CheckpointError if that would be another training than the one it comes from.
+    """Copies `found` into the parts; None: a training that starts at step 0.
 
-    A probe that `found` knows nothing of begins here.
+    A probe that `found` does not have starts untrained. Raises CheckpointError if `found` comes from another training.
     """
+    if found is None:
+        return TrainState()
     then, now = found.config, config
     changes = [
         f"{key}: {before} then, {after} now"
@@ -73,7 +80,7 @@ def restore(
             probe.load_state_dict(found.probe_state)
         except ValueError as error:
             raise CheckpointError(f"{found.path}: {error}") from None
-    return checkpoint.restore(found, model, optimizer)
+    return files.restore(found, model, optimizer)
 
 
 class Saver:
@@ -90,7 +97,7 @@ class Saver:
         scaler: Any,
         probe: OnlineProbe | None,
         fingerprint: str,
-        still_ours: Callable[[], None],
+        guard: RunGuard,
     ) -> None:
         self.config = config
         self.device = device
@@ -100,7 +107,7 @@ class Saver:
         self._scaler = scaler
         self._probe = probe
         self._fingerprint = fingerprint
-        self._still_ours = still_ours
+        self._guard = guard
         self._is_main = distributed.rank() == 0
         self._last_save_s = time.monotonic()
         self._failed_saves = 0
@@ -114,7 +121,18 @@ class Saver:
             or (every.every_min is not None and time.monotonic() - self._last_save_s >= 60 * every.every_min)
         )
 
-    def save_at_epoch_end(self, state: TrainState, epoch: int, knn_top1: float | None) -> None:
+    def after_step(self, finished: FinishedStep, state: TrainState, request: Request) -> None:
+        """Saves what the end of an epoch, the end of the training, or an agreed request asks for."""
+        ends = finished.is_last or request >= Request.STOP
+        if finished.ended_epoch is None and not ends and request < Request.SAVE:
+            return
+        with self._guard.busy("saving", "save_s"):
+            if finished.ended_epoch is not None:
+                self._save_at_epoch_end(state, finished.ended_epoch, finished.figures.get("eval/knn_top1"))
+            if ends or request >= Request.SAVE:
+                self.save(state, final=ends)
+
+    def _save_at_epoch_end(self, state: TrainState, epoch: int, knn_top1: float | None) -> None:
         """What the settings want saved after `epoch` epochs; knn_top1: measured there, if it was."""
         settings = self.config.checkpoint
         kept = Kept.read(self.config.run_dir) if self._is_main else Kept()
@@ -176,10 +194,10 @@ class Saver:
             raise CheckpointError(f"{self._failed_saves} save(s) in a row failed, the last with: {failure}")
 
     def _write(self, state: TrainState) -> None:
-        self._still_ours()  # and not into a directory that has vanished
+        self._guard.check()  # and not into a directory that has vanished
         self._refuse_non_finite(state)
-        checkpoint.write_checkpoint(
-            self.config.run_dir / "checkpoints",
+        files.write_checkpoint(
+            RunDir(self.config.run_dir).checkpoints,
             attempt=attempt_name(),
             config=self.config,
             state=state,
@@ -189,13 +207,13 @@ class Saver:
             grad_scaler=self._scaler.state_dict() if self._scaler is not None else {},
             versions=versions(),
             probe_state=self._probe.state_dict() if self._probe is not None else None,
-            before_commit=self._still_ours,
+            before_commit=self._guard.check,
         )
         # Only now: whoever deletes before writing has nothing left when the write fails.
-        checkpoint.prune(self.config.run_dir, self.config.checkpoint.keep)
+        lineage.prune(self.config.run_dir, self.config.checkpoint.keep)
 
     def _refuse_non_finite(self, state: TrainState) -> None:
-        tensors = {**self._model.state_dict(), **checkpoint.named_optimizer_state(self._model, self._optimizer)}
+        tensors = {**self._model.state_dict(), **files.named_optimizer_state(self._model, self._optimizer)}
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteAbortError(f"{name} holds NaN or infinity after step {state.step}; nothing was saved")

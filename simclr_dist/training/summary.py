@@ -1,4 +1,4 @@
-"""What a run says of itself when it begins and when it ends: rows of a name and a text."""
+"""The tables that a run shows when it begins and when it ends: rows of a name and a text."""
 
 from __future__ import annotations
 
@@ -8,13 +8,40 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from simclr_dist.checkpoint.files import list_checkpoints
+from simclr_dist.checkpoint.lineage import list_checkpoints
 from simclr_dist.config import Config
 from simclr_dist.data import Loader
+from simclr_dist.monitor.events import Summary
 from simclr_dist.monitor.terminal import duration
-from simclr_dist.optim.lars import peak_learning_rate
+from simclr_dist.optim.schedule import peak_learning_rate
 from simclr_dist.parallel.distributed import World
 from simclr_dist.plan.memory import optimizer_state
+from simclr_dist.run.status import State
+from simclr_dist.training.parts import Parts
+
+
+def show_start(config: Config, parts: Parts) -> None:
+    """The table of the start, and warnings about what changes results."""
+    if parts.world.is_main:
+        start = f"resumes at step {parts.state.step}" if parts.state.step else "starts at step 0"
+        rows = start_rows(config, parts.world, parts.device, parts.loader, parts.network, parts.forward_flops)
+        parts.monitor.show(Summary("start", f"{config.name}: {start} of {parts.last_step}", rows))
+    if parts.world.size > 1 and config.model.batch_norm == "per_device":
+        parts.monitor.warn("model.batch_norm=per_device: statistics, and so results, depend on the number of devices")
+    if config.train.micro_batch_size is not None and any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in parts.network.modules()
+    ):
+        parts.monitor.warn(
+            "train.micro_batch_size with BatchNorm: statistics are those of each micro-batch, so the gradient is "
+            "that of a different (still well-defined) network than without it"
+        )
+
+
+def show_end(config: Config, parts: Parts, state: State, *, seconds: float, images: int) -> None:
+    """seconds, images: of this start of the run."""
+    rows = end_rows(config, parts.monitor.latest, seconds=seconds, images=images)
+    title = f"{state} at step {parts.state.step} of {parts.last_step}"
+    parts.monitor.show(Summary("end", title, rows))
 
 
 def start_rows(

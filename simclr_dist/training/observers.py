@@ -1,0 +1,339 @@
+"""What happens around the steps: figures, health, evaluation, checkpoints. The step knows nothing of it.
+
+An observer that fails is a warning that names its setting, and training goes on without it. Checkpoints are no
+observer: a training whose state cannot be saved ends (saving.py).
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from simclr_dist.config import Config
+from simclr_dist.data import Batch, Loader
+from simclr_dist.errors import FailedElsewhereError
+from simclr_dist.evaluation.gallery import show_gallery
+from simclr_dist.evaluation.online import evaluate_while_training
+from simclr_dist.evaluation.online_probe import OnlineProbe
+from simclr_dist.health.check import HealthCheck, RankFacts
+from simclr_dist.monitor.events import Histograms, Pairs, StepsDone
+from simclr_dist.monitor.monitor import Monitor, memory_peak_gib
+from simclr_dist.network.flops import peak_flops, train_flops
+from simclr_dist.parallel import distributed
+from simclr_dist.run.guard import LimitName, RunGuard
+from simclr_dist.training.parts import Parts
+from simclr_dist.training.step import FinishedStep
+from simclr_dist.training.summary import device_name
+from simclr_dist.views.augment import normalize
+
+
+class Observer(ABC):
+    """Called by all ranks together after every step."""
+
+    name: str
+    """What it does, for messages."""
+    setting: str
+    """The key of the configuration that switches it off."""
+    limit: LimitName | None = None
+    """The time limit it has of its own; None: it belongs to the step."""
+    is_collective = False
+    """All ranks must do it together, so all of them give it up together."""
+
+    @abstractmethod
+    def is_due(self, finished: FinishedStep) -> bool:
+        """The same on every rank."""
+
+    @abstractmethod
+    def after_step(self, finished: FinishedStep) -> None: ...
+
+
+class Observers:
+    """Calls each observer that is due. One that fails is left out from then on, on all ranks."""
+
+    def __init__(self, observers: Sequence[Observer], guard: RunGuard, monitor: Monitor, device: torch.device) -> None:
+        self._observers = list(observers)
+        self._guard = guard
+        self._monitor = monitor
+        self._device = device
+
+    def after_step(self, finished: FinishedStep) -> None:
+        for observer in list(self._observers):
+            if not observer.is_due(finished):
+                continue
+            if observer.limit is None:
+                self._call(observer, finished)
+            else:
+                with self._guard.busy(observer.name, observer.limit):
+                    self._call(observer, finished)
+
+    def _call(self, observer: Observer, finished: FinishedStep) -> None:
+        failure: Exception | None = None
+        try:
+            observer.after_step(finished)
+        except Exception as error:
+            failure = error
+        if observer.is_collective and distributed.first_failing_rank(failure is not None, self._device) is not None:
+            failure = failure or FailedElsewhereError("it failed on another rank")
+        if failure is not None:
+            self._observers.remove(observer)
+            self._monitor.warn(
+                f"{observer.name} failed after step {finished.step} and is left out from now on: "
+                f"{failure or type(failure).__name__}. {observer.setting} switches it off; training goes on"
+            )
+
+
+class AugmentedPairs(Observer):
+    """Shows both views of a few images at the start of an epoch."""
+
+    name = "showing augmented pairs"
+    setting = "monitor.image_pairs"
+
+    def __init__(
+        self, num_images: int, steps_per_epoch: int, augment: Callable[[Batch], Tensor], monitor: Monitor
+    ) -> None:
+        self._num_images = num_images
+        self._steps_per_epoch = steps_per_epoch
+        self._augment = augment
+        self._monitor = monitor
+
+    def is_due(self, finished: FinishedStep) -> bool:
+        return self._num_images > 0 and (finished.step - 1) % self._steps_per_epoch == 0
+
+    def after_step(self, finished: FinishedStep) -> None:
+        if distributed.rank() != 0:
+            return
+        batch, n = finished.batch, min(self._num_images, len(finished.batch.labels))
+        few = Batch(batch.views[:, :n], batch.sample_ids[:n], batch.labels[:n], batch.epoch)
+        global_batch_size = len(batch.labels) * distributed.world_size()
+        with torch.no_grad():
+            views = self._augment(few).cpu()
+        self._monitor.show(Pairs(views, finished.samples_seen - global_batch_size))
+
+
+class Figures(Observer):
+    """Loss, learning rate and speed, every few steps. Speeds leave out what happens between two epochs."""
+
+    name = "logging"
+    setting = "monitor.log_every_steps"
+
+    def __init__(
+        self,
+        every_steps: int,
+        monitor: Monitor,
+        loader: Loader,
+        device: torch.device,
+        *,
+        learning_rate: Callable[[], float],
+        masked_duplicates: Callable[[], int],
+        probe: OnlineProbe | None,
+        forward_flops: int | None,
+        precision: str,
+    ) -> None:
+        """forward_flops: of one view; None: not known."""
+        self._every = every_steps
+        self._monitor = monitor
+        self._loader = loader
+        self._device = device
+        self._learning_rate = learning_rate
+        self._masked_duplicates = masked_duplicates
+        self._probe = probe
+        self._forward_flops = forward_flops
+        self._precision = precision
+        self._interval: tuple[float, float, int] | None = None  # began at, loader's wait then, samples seen then
+
+    def is_due(self, finished: FinishedStep) -> bool:
+        return True
+
+    def after_step(self, finished: FinishedStep) -> None:
+        batch_size = len(finished.batch.labels) * distributed.world_size()
+        if self._interval is None:
+            self._interval = finished.began_s, finished.waited_s, finished.samples_seen - batch_size
+        self._monitor.show(StepsDone(finished.step))
+        if finished.step % self._every == 0 or finished.is_last:
+            loss = {"train/loss": float(finished.result.loss), "train/grad_norm": float(finished.result.grad_norm)}
+            values = {**loss, **self._measure(finished, *self._interval)}  # the loss waits for the device: first
+            self._monitor.log(values, step=finished.step, samples_seen=finished.samples_seen)
+            self._interval = time.monotonic(), self._loader.wait_s, finished.samples_seen
+        if finished.ended_epoch is not None:
+            self._interval = None  # the next one begins with the next step
+
+    def _measure(
+        self, finished: FinishedStep, began_s: float, waited_s: float, samples_before: int
+    ) -> dict[str, float]:
+        elapsed_s = max(time.monotonic() - began_s, 1e-9)
+        images_per_s = (finished.samples_seen - samples_before) / elapsed_s
+        per_device = images_per_s / distributed.world_size()
+        values = {
+            "train/lr": self._learning_rate(),
+            "speed/images_per_s": images_per_s,
+            "speed/images_per_s_per_device": per_device,
+            "speed/data_wait_share": (self._loader.wait_s - waited_s) / elapsed_s,
+            "speed/memory_peak_gib": memory_peak_gib(self._device),
+            "health/masked_duplicates": float(self._masked_duplicates()),
+        }
+        if self._probe is not None:
+            values["train/probe_top1"], values["train/probe_top5"] = self._probe.recent_accuracy()
+        if self._forward_flops:
+            flops_per_s = train_flops(self._forward_flops) * per_device
+            values["speed/model_tflops_per_device"] = flops_per_s / 1e12
+            if peak := peak_flops(device_name(self._device), self._precision):
+                values["speed/model_flops_utilization"] = flops_per_s / peak
+        return values
+
+
+class Health(Observer):
+    """The health check of the step that recorded for it (health/check.py)."""
+
+    name = "the health check"
+    setting = "monitor.health_every_steps"
+    is_collective = True
+
+    def __init__(
+        self,
+        check: HealthCheck,
+        monitor: Monitor,
+        loader: Loader,
+        device: torch.device,
+        grad_scale: Callable[[], float],
+    ) -> None:
+        self._check = check
+        self._monitor = monitor
+        self._loader = loader
+        self._device = device
+        self._grad_scale = grad_scale
+        self._last: tuple[float, float] | None = None  # when, and the loader's wait then
+
+    def is_due(self, finished: FinishedStep) -> bool:
+        if self._last is None:
+            self._last = finished.began_s, finished.waited_s
+        return finished.result.recording is not None
+
+    def after_step(self, finished: FinishedStep) -> None:
+        result, started_s, wait_s = finished.result, time.monotonic(), self._loader.wait_s
+        assert result.recording is not None
+        assert self._last is not None
+        since_s, waited_s = self._last
+        share = (wait_s - waited_s) / max(started_s - since_s, 1e-9)
+        findings = self._check.examine(
+            result.recording,
+            result.h,
+            result.z,
+            RankFacts(share, memory_peak_gib(self._device)),
+            grad_scale=self._grad_scale(),
+        )
+        if distributed.rank() == 0:
+            scalars = {**findings.scalars, "speed/health_check_s": time.monotonic() - started_s}
+            self._monitor.log(scalars, step=finished.step, samples_seen=finished.samples_seen)
+            self._monitor.show(Histograms(findings.histograms, finished.samples_seen))
+            for warning in findings.warnings:
+                self._monitor.warn(f"step {finished.step}: {warning}")
+        self._last = time.monotonic(), wait_s
+
+
+class Evaluation(Observer):
+    """kNN and the probe's accuracy on data.test at the end of epochs."""
+
+    name = "evaluating"
+    setting = "evaluation.knn_every_epochs"
+    limit = "evaluation_s"
+    is_collective = True
+
+    def __init__(self, every_epochs: int | None, evaluate: Callable[[], dict[str, float]], monitor: Monitor) -> None:
+        """evaluate: figures by TensorBoard tag; all ranks call it together."""
+        self._every = every_epochs
+        self._evaluate = evaluate
+        self._monitor = monitor
+
+    def is_due(self, finished: FinishedStep) -> bool:
+        if self._every is None or finished.ended_epoch is None:
+            return False
+        return finished.ended_epoch % self._every == 0 or finished.is_last
+
+    def after_step(self, finished: FinishedStep) -> None:
+        finished.figures.update(self._evaluate())
+        self._monitor.log(finished.figures, step=finished.step, samples_seen=finished.samples_seen)
+
+
+class Gallery(Observer):
+    """The embedding projector and nearest neighbours at the end of epochs."""
+
+    name = "showing neighbours"
+    setting = "monitor.projector_every_epochs"
+    limit = "evaluation_s"
+    is_collective = True
+
+    def __init__(self, every_epochs: int | None, show: Callable[[int], None]) -> None:
+        """show: called with samples seen, by all ranks together."""
+        self._every = every_epochs
+        self._show = show
+
+    def is_due(self, finished: FinishedStep) -> bool:
+        return bool(self._every and finished.ended_epoch is not None and finished.ended_epoch % self._every == 0)
+
+    def after_step(self, finished: FinishedStep) -> None:
+        self._show(finished.samples_seen)
+
+
+def build_observers(
+    config: Config,
+    parts: Parts,
+    augment: Callable[[Batch], Tensor],
+    nt_xent: Callable[[Tensor, Tensor], Tensor],
+) -> Observers:
+    """In the order in which they are called.
+
+    augment, nt_xent: the trainer's own, which a subclass may have exchanged.
+    """
+    device, monitor, scaler = parts.device, parts.monitor, parts.accelerator.scaler
+    precision, batch_size = config.train.precision, config.evaluation.batch_size
+
+    def evaluate() -> dict[str, float]:
+        return evaluate_while_training(
+            parts.encoder,
+            data=config.data,
+            evaluation=config.evaluation,
+            precision=precision,
+            seed=config.seed,
+            device=device,
+            probe=parts.probe,
+        )
+
+    def show_neighbours(samples_seen: int) -> None:
+        show_gallery(
+            parts.encoder,
+            monitor,
+            data=config.data,
+            batch_size=batch_size,
+            precision=precision,
+            samples_seen=samples_seen,
+            device=device,
+            normalize=normalize,
+        )
+
+    figures = Figures(
+        config.monitor.log_every_steps,
+        monitor,
+        parts.loader,
+        device,
+        learning_rate=lambda: parts.optimizer.param_groups[0]["lr"],
+        masked_duplicates=lambda: getattr(nt_xent, "masked_duplicates", 0),
+        probe=parts.probe,
+        forward_flops=parts.forward_flops,
+        precision=precision,
+    )
+    return Observers(
+        [
+            AugmentedPairs(config.monitor.image_pairs, parts.steps_per_epoch, augment, monitor),
+            figures,
+            Health(parts.health, monitor, parts.loader, device, lambda: scaler.get_scale() if scaler else 1.0),
+            Evaluation(config.evaluation.knn_every_epochs, evaluate, monitor),
+            Gallery(config.monitor.projector_every_epochs, show_neighbours),
+        ],
+        parts.guard,
+        monitor,
+        device,
+    )

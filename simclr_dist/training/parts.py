@@ -1,0 +1,252 @@
+"""What a configuration builds: the parts of a training, in the order in which they are made."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from simclr_dist.config import Config
+from simclr_dist.data import Batch, Loader
+from simclr_dist.data.loading.open_images import describe
+from simclr_dist.data.loading.view_loader import build_loader
+from simclr_dist.errors import ConfigError
+from simclr_dist.evaluation.online_probe import OnlineProbe
+from simclr_dist.health.check import HealthCheck
+from simclr_dist.loss import NTXentLoss
+from simclr_dist.monitor.monitor import Monitor, open_monitor
+from simclr_dist.network.batchnorm import convert_to_global_batch_norm
+from simclr_dist.network.flops import forward_flops
+from simclr_dist.network.simclr import build_model
+from simclr_dist.optim.build import build_optimizer
+from simclr_dist.optim.schedule import LearningRate, build_schedule
+from simclr_dist.parallel import distributed
+from simclr_dist.parallel.distributed import World
+from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
+from simclr_dist.run import provenance
+from simclr_dist.run.guard import RunGuard
+from simclr_dist.run.state import TrainState
+from simclr_dist.run.watchdog import BACKSTOP_S
+from simclr_dist.training.non_finite import NonFinitePolicy
+from simclr_dist.training.saving import Saver, choose_checkpoint, restore
+from simclr_dist.views.augment import Augment
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that a training consists of. Every rank has its own."""
+
+    accelerator: Accelerator
+    """The process group, the device, autocast, the fp16 loss scale."""
+    world: World
+    guard: RunGuard
+    loader: Loader
+    steps_per_epoch: int
+    last_step: int
+    """The number of steps after which the training has finished."""
+    augment: Callable[[Batch], Tensor]
+    network: nn.Module
+    """Encoder and projection head, on the device, with global BatchNorm."""
+    forward_flops: int | None
+    """Of one view; None: not known, or not the main process."""
+    optimizer: AcceleratedOptimizer
+    schedule: LearningRate
+    nt_xent: Callable[[Tensor, Tensor], Tensor]
+    probe: OnlineProbe | None
+    state: TrainState
+    model: nn.Module
+    """`network`, wrapped by DistributedDataParallel where there are several processes, under autocast."""
+    monitor: Monitor
+    saver: Saver
+    non_finite: NonFinitePolicy
+    health: HealthCheck
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self.network.get_submodule("encoder")
+
+
+def build(config: Config) -> Parts:
+    """All ranks call it together.
+
+    Raises ConfigError, DataError, CheckpointError or OwnershipError on the first failing rank and
+    FailedElsewhereError on the others.
+    """
+    accelerator = _build_accelerator(config)
+    device, world = accelerator.device, distributed.world()
+    _check_world_size(config, world)
+    guard = RunGuard(config.run_dir, config.timeout, device)
+    torch.manual_seed(config.seed)  # the same initial weights on every rank
+    checkpoint = run_on_all_ranks(lambda: choose_checkpoint(config, device, _warn_on(world)), device)
+    loader = run_on_all_ranks(
+        lambda: build_loader(
+            config.data,
+            config.augment,
+            seed=config.seed,
+            global_batch_size=config.train.global_batch_size,
+            world=world,
+            device=device,
+        ),
+        device,
+    )
+    steps_per_epoch = loader.order.steps_per_epoch
+    num_steps = config.train.epochs * steps_per_epoch
+    augment = Augment(config.augment, config.seed, config.data.image_size)
+
+    simclr = build_model(config.model)
+    flops = forward_flops(simclr, config.data.image_size) if world.is_main else None
+    network = _place(simclr, config, device)
+    optimizer = build_optimizer(network, config.optim)
+    schedule = build_schedule(
+        config.optim,
+        config.train.global_batch_size,
+        steps_per_epoch * config.train.global_batch_size,
+        config.train.epochs,
+    )
+    nt_xent = NTXentLoss(
+        config.loss.temperature,
+        config.loss.implementation,
+        gather_dtype=getattr(torch, config.loss.gather_dtype),
+    )
+    probe = run_on_all_ranks(lambda: _build_probe(config, simclr.feature_dim, device), device)
+    state = run_on_all_ranks(lambda: restore(checkpoint, config, loader.fingerprint, network, optimizer, probe), device)
+    guard.state = state
+    model = _wrap(network, accelerator, compiled=config.train.compile)
+    accelerated_optimizer = accelerator.prepare_optimizer(optimizer)
+    if checkpoint is not None and accelerator.scaler is not None and checkpoint.grad_scaler:
+        accelerator.scaler.load_state_dict(dict(checkpoint.grad_scaler))
+
+    last_step = min(num_steps, config.train.max_steps or num_steps)
+    monitor = run_on_all_ranks(lambda: _open_monitor(config, world, state, last_step, steps_per_epoch), device)
+    saver = Saver(
+        config,
+        device,
+        monitor,
+        model=network,
+        optimizer=optimizer,
+        scaler=accelerator.scaler,
+        probe=probe,
+        fingerprint=loader.fingerprint,
+        guard=guard,
+    )
+    non_finite = NonFinitePolicy(config.train, config.run_dir, world.rank, network, device, monitor.warn)
+    health = HealthCheck(config.monitor.health_every_steps, network, world)
+    return Parts(
+        accelerator=accelerator,
+        world=world,
+        guard=guard,
+        loader=loader,
+        steps_per_epoch=steps_per_epoch,
+        last_step=last_step,
+        augment=augment,
+        network=network,
+        forward_flops=flops,
+        optimizer=accelerated_optimizer,
+        schedule=schedule,
+        nt_xent=nt_xent,
+        probe=probe,
+        state=state,
+        model=model,
+        monitor=monitor,
+        saver=saver,
+        non_finite=non_finite,
+        health=health,
+    )
+
+
+def _build_accelerator(config: Config) -> Accelerator:
+    use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    return Accelerator(
+        cpu=use_cpu,
+        mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout.first_step_s + BACKSTOP_S)),
+            DistributedDataParallelKwargs(
+                broadcast_buffers=config.model.batch_norm == "per_device", gradient_as_bucket_view=True
+            ),
+        ],
+    )
+
+
+def _check_world_size(config: Config, world: World) -> None:
+    expected = int(os.environ.get("SIMCLR_EXPECTED_WORLD_SIZE", world.size))
+    if world.size != expected:
+        raise ConfigError(
+            [
+                f"{expected} processes were asked for, but {world.size} run; on a machine without GPUs use "
+                "`python -m launcher local CONFIG --nproc N` (plain `accelerate launch --cpu` starts a single one)"
+            ]
+        )
+    if config.train.global_batch_size % world.size:
+        raise ConfigError(
+            [f"train.global_batch_size: {config.train.global_batch_size} does not divide over {world.size} processes"]
+        )
+
+
+def _warn_on(world: World) -> Callable[[str], None]:
+    """Warnings before there is a monitor."""
+
+    def warn(text: str) -> None:
+        if world.is_main:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    return warn
+
+
+def _place(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    network.to(device)
+    if config.train.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return convert_to_global_batch_norm(network, device) if config.model.batch_norm == "global" else network
+
+
+def _build_probe(config: Config, feature_dim: int, device: torch.device) -> OnlineProbe | None:
+    if not config.evaluation.online_probe:
+        return None
+    num_classes = int(describe(config.data.train).labels.max()) + 1
+    if num_classes < 2:
+        raise ConfigError(
+            [
+                f"evaluation.online_probe: the labels of {config.data.train} name {num_classes} classes, "
+                "and a classifier needs two; switch it off, or train on labelled images"
+            ]
+        )
+    return OnlineProbe(feature_dim, num_classes, device)
+
+
+def _wrap(network: nn.Module, accelerator: Accelerator, *, compiled: bool) -> nn.Module:
+    if compiled:
+        network.compile()
+    with warnings.catch_warnings():
+        # torch 2.15 wants another name for broadcast_buffers, which torch 2.11 does not know.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        model: nn.Module = accelerator.prepare_model(network)
+    return model
+
+
+def _open_monitor(config: Config, world: World, state: TrainState, last_step: int, steps_per_epoch: int) -> Monitor:
+    if not world.is_main:
+        return Monitor()
+    provenance.record(config)
+    return open_monitor(
+        config.run_dir,
+        config.monitor,
+        total_steps=last_step,
+        first_step=state.step,
+        samples_seen=state.samples_seen,
+        steps_per_epoch=steps_per_epoch,
+        settings_of_run=config.model_dump(mode="json"),
+    )
