@@ -171,6 +171,24 @@ def test_resumes_at_every_step_at_another_world_size(kind: str, request: pytest.
             loader.close()
 
 
+@pytest.mark.parametrize("kind", [pytest.param("beton", marks=needs_ffcv), "folder"])
+def test_a_sample_has_other_crops_in_the_next_epoch(kind: str, request: pytest.FixtureRequest) -> None:
+    with open_loader(request.getfixturevalue(kind)) as loader:
+        batches = take(loader, 0, 2 * STEPS_PER_EPOCH)
+    first, second = (
+        {
+            i: batch.views[:, k]
+            for batch in batches
+            if batch.epoch == epoch
+            for k, i in enumerate(batch.sample_ids.tolist())
+        }
+        for epoch in range(2)
+    )
+    seen_twice = first.keys() & second.keys()
+    assert len(seen_twice) >= NUM_SAMPLES // 2
+    assert not any(torch.equal(first[i], second[i]) for i in seen_twice)
+
+
 @needs_ffcv
 def test_page_local_order_changes_the_order_only(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BetonImages, "pages", lambda self: np.arange(NUM_SAMPLES) // 4)
