@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from simclr_dist.run.layout import RunDir
+from simclr_dist.run.layout import RunDir, write_record
 from simclr_dist.run.status import write_status
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -34,7 +34,7 @@ def main() -> None:
     assert int(os.environ["SIMCLR_EXPECTED_WORLD_SIZE"]) == WORLD_SIZE
     (run_dir / "ranks").mkdir(parents=True, exist_ok=True)
     seen = {"pid": os.getpid(), "argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}
-    (run_dir / "ranks" / f"{ATTEMPT}-{RANK}.json").write_text(json.dumps(seen))
+    write_record(run_dir / "ranks" / f"{ATTEMPT}-{RANK}.json", seen)
     files = RunDir(run_dir)
     step = max(files.checkpoint_steps(), default=0)
 

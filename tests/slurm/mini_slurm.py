@@ -1,7 +1,11 @@
-"""A real SLURM cluster for tests: its own munge, controller and node daemons, in a folder of its own, gone afterwards.
+"""A real SLURM cluster for tests, with munge, controller and node daemons of its own, all in one temporary folder.
 
 Needs the programs of Debian's slurm-wlm and munge, but neither root nor anything in /etc. All nodes are this machine;
 nothing is enforced (no cgroups), so CPUs and GPUs are numbers only.
+
+Nothing of a cluster stays behind, even if pytest is killed: a guard (this file as a program) waits on a pipe from
+pytest. When the pipe closes, it kills every process of the cluster and removes the folder. The kernel's
+PR_SET_PDEATHSIG cannot do this, because slurmd detaches the daemons that run the steps of jobs (slurmstepd).
 """
 
 from __future__ import annotations
@@ -15,16 +19,17 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.launcher_checkout import clean_environment
+from tests.launcher_checkout import REPOSITORY, clean_environment
 
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "setpriv")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 CONFIG = """\
 ClusterName=mini
 SlurmctldHost={host}(127.0.0.1)
@@ -75,10 +80,12 @@ class MiniSlurm:
         self.num_nodes, self.cpus, self.gpus, self.extra = num_nodes, cpus, gpus, extra
         # Not pytest's tmp_path: the path of munge's socket may have 107 characters at most.
         self.root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
-        self.env = clean_environment() | {"SLURM_CONF": str(self.root / "slurm.conf")}
+        self.env = clean_environment() | {"SLURM_CONF": str(config_file(self.root))}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> MiniSlurm:
+        guard = [sys.executable, "-m", "tests.slurm.mini_slurm", str(self.root)]
+        self.guard = subprocess.Popen(guard, cwd=REPOSITORY, stdin=subprocess.PIPE, start_new_session=True)
         try:
             self._start()
         except BaseException:
@@ -101,7 +108,7 @@ class MiniSlurm:
             key.write(os.urandom(128))
         ports = free_ports(self.num_nodes + 1)
         host = socket.gethostname().partition(".")[0]
-        # Jobs take their ports from their numbers: two clusters on one machine should not count alike.
+        # Jobs derive their ports from their numbers: two clusters on one machine should number jobs differently.
         first_job = 1 + secrets.randbelow(900)
         names = {"host": host, "user": getpass.getuser(), "first_job": first_job}
         lines = [CONFIG.format(root=self.root, ctld_port=ports[0], **names)]
@@ -117,7 +124,7 @@ class MiniSlurm:
                 f"RealMemory=1000{gres} State=UNKNOWN\n"
             )
         lines += [f"PartitionName=main Nodes=n[1-{self.num_nodes}] Default=YES MaxTime=INFINITE State=UP\n", self.extra]
-        (self.root / "slurm.conf").write_text("".join(lines))
+        config_file(self.root).write_text("".join(lines))
         self._daemon(
             *("munged", "munged", "-F", "--force", f"--key-file={munge}/key", f"--socket={munge}/sock"),
             *(f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed"),
@@ -139,9 +146,8 @@ class MiniSlurm:
         executable = program(argv[0])
         assert executable
         with open(self.root / "log" / f"{name}.out", "ab") as out:
-            # Daemons would outlive a killed pytest.
             self.daemons[name] = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", executable, *argv[1:]],
+                [executable, *argv[1:]],
                 env=self.env,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -162,7 +168,7 @@ class MiniSlurm:
         """The node is gone with everything on it, as when its power fails."""
         mark, tasks, parents = f"SLURMD_NODENAME=n{number}".encode(), [], set()
         self.kill_node(number)
-        for pid in self.processes():
+        for pid in processes_of(self.root):
             try:
                 if mark not in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                     continue
@@ -177,37 +183,15 @@ class MiniSlurm:
                 os.kill(pid, signal.SIGKILL)
 
     def reset(self) -> None:
-        """For a cluster that several tests share: nothing of the last test goes on."""
+        """For a cluster that several tests share: ends all jobs of the last test."""
         self.run("scancel", "-u", getpass.getuser())
         self.wait(lambda: not self.run("squeue", "--noheader").stdout.strip(), 60, "an empty queue")
         self.wait(self.all_idle, 30, "idle nodes")
 
     def stop(self) -> None:
-        controller = self.daemons.get("slurmctld")
-        if controller and controller.poll() is None:
-            self.run("scancel", "-u", getpass.getuser())
-        for daemon in reversed(self.daemons.values()):
-            daemon.terminate()
+        self.guard.communicate()
         for daemon in self.daemons.values():
-            try:
-                daemon.wait(5)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
-        for pid in self.processes():  # step daemons and their tasks outlive the node's daemon
-            os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(self.root, ignore_errors=True)
-
-    def processes(self) -> list[int]:
-        """All processes of this cluster, known by their environment."""
-        mark, found = f"SLURM_CONF={self.env['SLURM_CONF']}".encode(), []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) != os.getpid():
-                    found.append(int(folder.name))
-            except OSError:
-                continue
-        return found
+            daemon.wait()
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -265,3 +249,31 @@ def free_ports(count: int) -> list[int]:
     for entry in sockets:
         entry.close()
     return ports
+
+
+def config_file(root: Path) -> Path:
+    return root / "slurm.conf"
+
+
+def processes_of(root: Path) -> list[int]:
+    """All processes of the cluster in `root`, known by their environment: daemons, steps and tasks."""
+    mark, found = f"SLURM_CONF={config_file(root)}".encode(), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def guard(root: Path) -> None:
+    sys.stdin.read()
+    while pids := processes_of(root):  # again, until none of them has started another one
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    shutil.rmtree(root, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    guard(Path(sys.argv[1]))
