@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from simclr_dist.checkpoint import files as checkpoint
-from simclr_dist.checkpoint import lineage
+from simclr_dist.checkpoint import lineage, pretrained
 from simclr_dist.checkpoint.lineage import Kept
 from simclr_dist.config import Config
 from simclr_dist.errors import CheckpointError, OwnershipError
@@ -184,7 +184,7 @@ def test_a_refusal_just_before_the_commit_leaves_no_checkpoint(tmp_path: Path) -
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_flush"])
+@pytest.mark.parametrize("failing", ["save_file", "flush"])
 def test_a_write_on_a_full_disk_is_an_os_error_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
@@ -241,7 +241,7 @@ def test_pretrained_model_comes_back_from_run_and_from_checkpoint(tmp_path: Path
     path = save(tmp_path, 1, model, optimizer)
     x = torch.randn(2, 3, 16, 16)
     for place in (tmp_path, path):
-        loaded, found = checkpoint.load_pretrained(place)
+        loaded, found = pretrained.load_pretrained(place)
         assert found.path == path
         assert torch.equal(loaded(x)[0], model.eval()(x)[0])
 

@@ -169,5 +169,20 @@ def test_timm_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_cifar_stem_is_for_resnets() -> None:
-    with pytest.raises(ConfigError, match="cifar is a ResNet's; convnext_tiny takes `stem: imagenet`"):
+    with pytest.raises(ConfigError, match="cifar is for ResNets only; convnext_tiny takes `stem: imagenet`"):
         build_encoder(ModelConfig(encoder="convnext_tiny", stem="cifar"))
+
+
+def test_a_narrow_resnet_small_has_the_gradient_of_the_strided_convolution() -> None:
+    """Its shortcuts avoid oneDNN's strided 1x1 kernel, which corrupts memory below 8 channels."""
+    torch.manual_seed(0)
+    shortcut = build_encoder(ModelConfig(encoder="resnet_small", width=4))[0].get_submodule("layer2.downsample.0")
+    images = torch.randn(3, 4, 9, 8, dtype=torch.float64, requires_grad=True)
+    weight = shortcut.weight.detach().double().requires_grad_()  # type: ignore[union-attr]
+    with torch.backends.mkldnn.flags(enabled=False):
+        expected = torch.nn.functional.conv2d(images, weight, stride=2)
+    found = shortcut.double()(images)
+    torch.testing.assert_close(found, expected)
+    (slope,) = torch.autograd.grad(found.square().sum(), shortcut.weight)
+    (expected_slope,) = torch.autograd.grad(expected.square().sum(), weight)
+    torch.testing.assert_close(slope, expected_slope)

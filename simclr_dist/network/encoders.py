@@ -1,19 +1,21 @@
 """Encoders by name: torchvision's networks, timm's as `timm/NAME`, `resnet_small`, and your own. Images in, h out.
 
-h is what the network's own class layer would have seen: pooled features of a ResNet, the normalised pooled features of
-a ConvNeXt, the class token of a ViT. Parameters keep their library's names, so that exporting is a matter of copying.
-Weights are always drawn afresh: nothing is downloaded.
+h is the input of the network's own class layer: pooled features of a ResNet, the normalised pooled features of a
+ConvNeXt, the class token of a ViT. Parameters keep their library's names, so that an export only copies them. Weights
+are always freshly initialised: nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from simclr_dist.config import ModelConfig
@@ -27,7 +29,7 @@ RESNETS: dict[str, Callable[..., ResNet]] = {
 NUM_CLASSES = 1000  # torchvision's default
 Build = Callable[[ModelConfig], tuple[nn.Module, int]]
 _REGISTERED: dict[str, Build] = {}
-# They give several outputs while they train, which no projection head understands.
+# These return several outputs in training mode, which a projection head cannot take.
 _AUXILIARY = frozenset({"googlenet", "inception_v3"})
 
 
@@ -39,18 +41,19 @@ def build_encoder(config: ModelConfig) -> tuple[nn.Module, int]:
         small = SmallResNet(config.width, stride=1 if config.stem == "cifar" else 2)
         return small, small.feature_dim
     if config.stem == "cifar" and config.encoder not in RESNETS:
-        raise ConfigError([f"model.stem: cifar is a ResNet's; {config.encoder} takes `stem: imagenet`"])
+        raise ConfigError([f"model.stem: cifar is for ResNets only; {config.encoder} takes `stem: imagenet`"])
     if config.encoder.startswith(TIMM):
         return _timm_encoder(config.encoder.removeprefix(TIMM), config.image_size)
     network = torchvision_network(config)
-    return network, take_off_class_layer(network)
+    return network, remove_class_layer(network)
 
 
 def register(name: str, build: Build) -> None:
-    """Makes `model.encoder: NAME` mean what build(config.model) gives: images [n, 3, S, S] to h [n, D], and D.
+    """Makes `model.encoder: NAME` use build(config.model), which returns a network and D.
 
-    For a script that then trains or evaluates (docs/guides/extending.md). A configuration cannot name code itself:
-    it may come from somebody else. Raises ValueError for a name that means something already.
+    The network takes images [n, 3, S, S] to h [n, D]. For a script that then trains or evaluates
+    (docs/guides/extending.md); a configuration cannot name code itself, because it may come from somebody else.
+    Raises ValueError for a name that is taken.
     """
     if name in ("resnet_small", *torchvision_names()) or name.startswith(TIMM):
         raise ValueError(f"encoder {name!r} is taken; choose another name")
@@ -63,15 +66,15 @@ def register(name: str, build: Build) -> None:
 
 @cache
 def torchvision_names() -> tuple[str, ...]:
-    """Of its networks that can be encoders."""
+    """Names of torchvision's networks that can be encoders."""
     return tuple(sorted(set(torchvision.models.list_models(module=torchvision.models)) - _AUXILIARY))
 
 
 def torchvision_network(config: ModelConfig) -> nn.Module:
     """The network as torchvision builds it, class layer included, with the configured stem. Raises ConfigError."""
     if config.encoder not in torchvision_names():
-        raise ConfigError([f"model.encoder: unknown encoder {config.encoder!r}{_near(config.encoder)}"])
-    with _SizeIsSaid(config.encoder, config.image_size):
+        raise ConfigError([f"model.encoder: unknown encoder {config.encoder!r}{_suggestions(config.encoder)}"])
+    with explain_size_error(config.encoder, config.image_size):
         if config.encoder not in RESNETS:
             build = getattr(torchvision.models, config.encoder)
             return build(**torchvision_options(config))
@@ -84,13 +87,13 @@ def torchvision_network(config: ModelConfig) -> nn.Module:
 
 
 def torchvision_options(config: ModelConfig) -> dict[str, Any]:
-    """What torchvision's constructor is told: a ViT has one position for each patch of the image."""
+    """Arguments for torchvision's constructor: a ViT has one position for each patch of the image."""
     sized = config.encoder.startswith("vit_") and config.image_size is not None
     return {"image_size": config.image_size} if sized else {}
 
 
 def class_layer(network: nn.Module) -> str:
-    """Name of the layer that gives one score a class, torchvision's last. Raises ConfigError if it is not linear."""
+    """Name of the last layer, with one score per class. Raises ConfigError if it is not linear."""
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear or network.get_submodule(linear[-1]).out_features != NUM_CLASSES:
         kind = type(network).__name__
@@ -98,8 +101,8 @@ def class_layer(network: nn.Module) -> str:
     return linear[-1]
 
 
-def take_off_class_layer(network: nn.Module) -> int:
-    """Makes the network give h, the input of its class layer, without that layer's dropout. Returns D."""
+def remove_class_layer(network: nn.Module) -> int:
+    """Makes the network return h, the input of its class layer, without that layer's dropout. Returns D."""
     name = class_layer(network)
     width = network.get_submodule(name).in_features
     parent, _, leaf = name.rpartition(".")
@@ -121,35 +124,28 @@ def _timm_encoder(name: str, image_size: int | None) -> tuple[nn.Module, int]:
         import timm
     except ImportError:
         raise ConfigError([f"model.encoder: {TIMM}{name} needs timm: pip install 'simclr-dist[timm]'"]) from None
-    # Only names that timm lists: it would take others for addresses to download from.
+    # Only names that timm lists: it takes other names for addresses to download from.
     if name not in timm.list_models():
-        raise ConfigError([f"model.encoder: unknown encoder {TIMM + name!r}{_near(TIMM + name)}"])
+        raise ConfigError([f"model.encoder: unknown encoder {TIMM + name!r}{_suggestions(TIMM + name)}"])
     known = timm.get_pretrained_cfg(name)
     sized = known is not None and known.fixed_input_size and image_size is not None
     options: dict[str, Any] = {"img_size": image_size} if sized else {}
-    with _SizeIsSaid(TIMM + name, image_size):
+    with explain_size_error(TIMM + name, image_size):
         network = timm.create_model(name, num_classes=0, **options)
     return network, int(network.head_hidden_size)  # type: ignore[arg-type]
 
 
-class _SizeIsSaid:
-    """Turns a library's complaint about the image size into one for the person who chose it."""
-
-    def __init__(self, name: str, image_size: int | None) -> None:
-        self.name, self.image_size = name, image_size
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, (AssertionError, ValueError, TypeError)):
-            raise ConfigError(
-                [f"model.encoder: {self.name} cannot be built for images of {self.image_size} px: {error}"]
-            ) from error
+@contextmanager
+def explain_size_error(name: str, image_size: int | None) -> Iterator[None]:
+    """Turns a library's error about the image size into a ConfigError that names the encoder and the size."""
+    try:
+        yield
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ConfigError([f"model.encoder: {name} cannot be built for images of {image_size} px: {error}"]) from error
 
 
-def _near(name: str) -> str:
-    """The rest of a message about a name that is not known."""
+def _suggestions(name: str) -> str:
+    """The end of a message about an unknown name: similar names, and which are known."""
     known = ["resnet_small", *_REGISTERED, *torchvision_names()]
     if name.startswith(TIMM):
         import timm
@@ -164,13 +160,13 @@ def _near(name: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ours
+# Our own
 
 
 class SmallResNet(nn.Module):
-    """Three residual blocks of widths w, 2w, 4w; D = 4w. For small pictures on CPUs.
+    """Three residual blocks of widths w, 2w, 4w; D = 4w. For small images on CPUs.
 
-    stride: of the first convolution; 2 costs a quarter of 1, and on a CPU more images beat more pixels.
+    stride: of the first convolution; 2 costs a quarter of 1, and on a CPU more images help more than more pixels.
     """
 
     def __init__(self, width: int, stride: int) -> None:
@@ -193,5 +189,19 @@ class SmallResNet(nn.Module):
         return self.avgpool(x).flatten(1)
 
 
+class _PointwiseStride2(nn.Conv2d):
+    """A 1x1 convolution with stride 2, computed with stride 1 on every other pixel: the same products and sums.
+
+    oneDNN's own strided kernel writes past its workspace when it computes the gradient of a weight with fewer than 8
+    input channels (16 with AVX-512): https://github.com/uxlfoundation/oneDNN/issues/6035, seen with torch 2.6 to 2.15.
+    """
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 1, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.conv2d(images[:, :, ::2, ::2], self.weight)
+
+
 def _shortcut(channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(channels, out_channels, 1, stride=2, bias=False), nn.BatchNorm2d(out_channels))
+    return nn.Sequential(_PointwiseStride2(channels, out_channels), nn.BatchNorm2d(out_channels))
