@@ -8,16 +8,15 @@ import subprocess
 import time
 from pathlib import Path
 
-from simclr_dist.config import Config, render_config
 from simclr_dist.run.layout import RunDir, append_record
 from simclr_dist.run.status import attempt_name
 
 
-def record(config: Config) -> None:
-    """Writes config.yaml, and a line for this start in environment.jsonl. Raises OSError."""
-    files = RunDir(config.run_dir)
-    files.config.write_text(render_config(config), encoding="utf-8")
-    facts = {"git": git_id(), "versions": versions(), "seed": config.seed, "attempt": attempt_name()}
+def record(run_dir: Path, settings: str, seed: int) -> None:
+    """Writes `settings` to config.yaml, and a line for this start to environment.jsonl. Raises OSError."""
+    files = RunDir(run_dir)
+    files.config.write_text(settings, encoding="utf-8")
+    facts = {"git": git_id(), "versions": versions(), "seed": seed, "attempt": attempt_name()}
     append_record(files.environment, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
 
 

@@ -15,7 +15,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from simclr_dist.config import Config
+from simclr_dist.config import Config, render_config
 from simclr_dist.data import Batch, Loader
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.loading.view_loader import build_loader
@@ -240,7 +240,7 @@ def _wrap(network: nn.Module, accelerator: Accelerator, *, compiled: bool) -> nn
 def _open_monitor(config: Config, world: World, state: TrainState, last_step: int, steps_per_epoch: int) -> Monitor:
     if not world.is_main:
         return Monitor()
-    provenance.record(config)
+    provenance.record(config.run_dir, render_config(config), config.seed)
     return open_monitor(
         config.run_dir,
         config.monitor,
