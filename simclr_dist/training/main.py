@@ -1,7 +1,7 @@
 """Pretrain: `accelerate launch -m simclr_dist.train CONFIG [key=value …]`; with `python -m`, in one process.
 
 Exit code 0: finished, or stopped on request with everything saved; 2: bad input; 1: anything else. `status.json` in the
-run's directory says which (launchers between us and the caller turn every failure into 1).
+run directory says which, because accelerate and torchrun turn every failure into 1.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from simclr_dist.errors import ConfigError, FailedElsewhereError, Reason, UserEr
 if TYPE_CHECKING:
     from simclr_dist.training.trainer import Trainer
 
-# What gloo and NCCL say when the other side is gone.
-_LOST_A_PEER = (
+# Messages of gloo and NCCL when another rank's process has ended.
+_LOST_RANK_MESSAGES = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Connection refused",
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None, trainer_class: type[Trainer] | None = No
 
 
 def train(config: Config, trainer_class: type[Trainer] | None = None) -> None:
-    """Runs to the end; on failure prints what the reader needs and leaves at once, with other ranks still waiting.
+    """Runs to the end. On failure it prints one message and ends the process, with other ranks still waiting.
 
     trainer_class: one's own subclass of Trainer (docs/guides/extending.md).
     """
@@ -83,24 +83,24 @@ def train(config: Config, trainer_class: type[Trainer] | None = None) -> None:
 
 
 def _die_with_parent() -> None:
-    """Asks Linux to kill this process when the launcher's agent dies: nobody else would, and it would hold its GPU."""
+    """Asks Linux to kill this process when torchrun's agent dies. Otherwise it would go on and hold its GPU."""
     if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
         agent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-        if os.getppid() != agent:  # it died before we asked
+        if os.getppid() != agent:  # it died before the request
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _report(config: Config, trainer: object, reason: Reason | None, message: str) -> None:
-    """Prints why this rank fails and writes it down, unless another rank has failed before: that one is the reason."""
+    """Prints why this rank fails and writes status.json, unless another rank has failed first: that is the cause."""
     from simclr_dist.run.status import has_failed, write_status
 
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     rank = int(os.environ.get("RANK", 0))
     where = f"rank {rank}: " if several else ""
     if several and trainer is not None:
-        if reason == "crash" and any(words in message for words in _LOST_A_PEER):
-            deadline = time.monotonic() + 2  # its own word may be on its way
+        if reason == "crash" and any(words in message for words in _LOST_RANK_MESSAGES):
+            deadline = time.monotonic() + 2  # its status may be about to be written
             while not has_failed(config.run_dir) and time.monotonic() < deadline:
                 time.sleep(0.05)
         if has_failed(config.run_dir):
@@ -113,11 +113,7 @@ def _report(config: Config, trainer: object, reason: Reason | None, message: str
 
 
 def _leave(code: int) -> NoReturn:
-    """Without tearing the process group down: that waits for ranks that may be waiting for us."""
+    """Ends the process without destroying the process group: that would wait for ranks that may wait for this one."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-if __name__ == "__main__":
-    main()

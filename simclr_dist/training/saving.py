@@ -1,4 +1,4 @@
-"""Checkpoints of a running training: which one it goes on from, when the next is due, and writing it agreed by all."""
+"""Checkpoints of a running training: which one it continues from, when one is due, and that all ranks count it."""
 
 from __future__ import annotations
 
@@ -138,12 +138,12 @@ class Saver:
         kept = Kept.read(self.config.run_dir) if self._is_main else Kept()
         milestone = settings.milestone_epochs is not None and epoch % settings.milestone_epochs == 0
         best = settings.keep_best and knn_top1 is not None and self._agreed(knn_top1 > kept.best_knn_top1)
-        if milestone:  # noted before it exists: a kill in between must not lose it
+        if milestone:  # before it exists: a kill in between must not lose it
             kept = replace(kept, milestones=tuple(sorted({*kept.milestones, state.step})))
             self._note(kept)
         if milestone or best or (settings.every_epochs is not None and epoch % settings.every_epochs == 0):
             self.save(state)
-        if best and knn_top1 is not None and self._saved_step == state.step:  # the best so far stays until then
+        if best and knn_top1 is not None and self._saved_step == state.step:  # until then the best so far stays
             self._note(replace(kept, best_step=state.step, best_knn_top1=knn_top1))
 
     def _note(self, kept: Kept) -> None:
@@ -152,17 +152,17 @@ class Saver:
         try:
             kept.write(self.config.run_dir)
         except OSError as error:
-            self.monitor.warn(f"what is to be kept for ever could not be noted and may be pruned: {error}")
+            self.monitor.warn(f"checkpoints/kept.json cannot be written, so a milestone may be pruned: {error}")
 
     def _agreed(self, decision: bool) -> bool:
         """The main process's decision."""
         return bool(distributed.broadcast_from_main_(torch.tensor([int(decision)], device=self.device)))
 
     def save(self, state: TrainState, final: bool = False) -> None:
-        """A checkpoint by the main process, agreed by all: either every rank counts it as saved or none does.
+        """The main process writes a checkpoint; either every rank counts it as saved or none does.
 
-        A failure is a warning as long as there will be another try; if there is none (`final`), or MAX_FAILED_SAVES
-        have failed in a row, CheckpointError.
+        A failure is a warning while there will be another save. With `final`, or after MAX_FAILED_SAVES failures in a
+        row, it is a CheckpointError.
         """
         if self._saved_step == state.step:
             return
@@ -173,8 +173,7 @@ class Saver:
                 self._write(state)
             except (OSError, NonFiniteAbortError) as error:
                 failure = error
-        # After the commit, and on every rank: none may leave while the main process writes, because the first task that
-        # ends can make SLURM or the agent end the others.
+        # Every rank waits here for the commit: the first task that ends can make SLURM or the agent end the others.
         failed = distributed.first_failing_rank(failure is not None, self.device) is not None
         self._last_save_s = time.monotonic()
         if not failed:
