@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simclr_dist.loss import NTXentLoss
+from simclr_dist.loss.batch import HEADER_BYTES
 from simclr_dist.parallel import distributed
-from simclr_dist.plan.traffic import HEADER_BYTES, Collective
+from simclr_dist.plan.traffic import Collective
 
 TEMPERATURE = 0.1
 

@@ -28,14 +28,15 @@ from benchmarks.scaling_model import (
     Network,
     TimedCollective,
     TimedLoss,
+    collectives_of,
     fit_line,
     fit_loss,
     fit_network,
     step,
 )
 from simclr_dist.config import Config, load_config
-from simclr_dist.plan.memory import device_memory, loss_workspace
-from simclr_dist.plan.traffic import collectives
+from simclr_dist.loss.memory import workspace_bytes
+from simclr_dist.plan.memory import device_memory
 from simclr_dist.run.provenance import git_id
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,7 +149,7 @@ def compare(found: dict[str, Any], devices: dict[int, Device], network: Network)
         taking_turns = max(1.0, W / found["cpus"])  # more ranks than cores
         rows["steps, CPU"].append(((W, B), cpu, compute))
         rows["steps, wall"].append(((W, B), wall, predicted.seconds + (taking_turns - 1) * compute))
-        rows["bytes"].append((("step", B, W), sent, sum(c.sent(W) for c in collectives(config, W))))
+        rows["bytes"].append((("step", B, W), sent, sum(c.sent(W) for c in collectives_of(config, W))))
     return rows
 
 
@@ -169,16 +170,25 @@ def projected_config(W: int, G: int) -> Config:
 
 def loss_bytes(design: Design, config: Config, W: int, copies: dict[str, float]) -> float:
     """Bytes that the loss holds on a GPU, above its input."""
+    n, K = 2 * config.train.global_batch_size // W, config.model.head_out_dim
     if design is OURS_ON_GPU:
-        return loss_workspace(config, W, "cuda")
-    n = 2 * config.train.global_batch_size // W
-    return design.held_bytes(n, W, config.model.head_out_dim, copies[design.name])
+        return workspace_bytes(n, K, world_size=W, device_type="cuda")
+    return design.held_bytes(n, W, K, copies[design.name])
 
 
 def project(copies: dict[str, float]) -> dict[str, list[dict[str, Any]]]:
     """By table: rows of plain values."""
     tables: dict[str, list[dict[str, Any]]] = {"weak": [], "strong": [], "loss": []}
-    memory = device_memory(projected_config(8, 8 * IMAGES), 8, "cuda")
+    config = projected_config(8, 8 * IMAGES)
+    memory = device_memory(
+        data=config.data,
+        model=config.model,
+        loss=config.loss,
+        optim=config.optim,
+        train=config.train,
+        world_size=8,
+        device_type="cuda",
+    )
     without_loss = memory.total - memory.loss
     for W in WORLD_SIZES:
         weak, strong = projected_config(W, W * IMAGES), projected_config(W, STRONG_BATCH)

@@ -118,7 +118,7 @@ def step(config: Config, W: int, device: Device, network: Network, design: Desig
     G, K = config.train.global_batch_size, config.model.head_out_dim
     B, n = G // W, 2 * G // W
     seconds = dict.fromkeys(("loss", "gradients", "BatchNorm", "stop"), 0.0)
-    for collective in collectives(config, W):
+    for collective in collectives_of(config, W):
         part = collective.what.partition(" ")[0].rstrip(":")
         if part != "loss" or collective.what == "loss: sample ids":  # these are sent whatever the design
             seconds[part] += network.seconds(collective, W)
@@ -140,8 +140,12 @@ def step(config: Config, W: int, device: Device, network: Network, design: Desig
     )
 
 
+def collectives_of(config: Config, W: int) -> list[Collective]:
+    return collectives(model=config.model, loss=config.loss, train=config.train, world_size=W)
+
+
 def gradient_bytes(config: Config, W: int) -> int:
-    return next(c.num_bytes for c in collectives(config, W) if c.what == "gradients")
+    return next(c.num_bytes for c in collectives_of(config, W) if c.what == "gradients")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def check(words: list[str]) -> None:
         if unknown:
             raise WrongDocumentationError(f"make has no {unknown}")
     elif program == "simclr-dist":
-        against(cli._parser(), rest)
+        against(cli.parser(), rest)
     elif program == "simclr-launch":
         against(launcher.parser(), rest)
     elif program == "accelerate" and rest[:1] == ["launch"]:
@@ -116,7 +116,7 @@ def module(name: str, rest: list[str]) -> None:
     elif name == "simclr_dist.train":
         against(train.parser(), rest)
     elif name == "simclr_dist.cli":
-        against(cli._parser(), rest)
+        against(cli.parser(), rest)
     elif name.startswith("benchmarks."):
         script(f"{name.replace('.', '/')}.py", rest)
     elif name.partition(".")[0] in FOLDERS:
@@ -127,7 +127,7 @@ def script(path: str, rest: list[str]) -> None:
     check_path(path)
     source = (REPOSITORY / path).read_text()
     if path.startswith("examples/"):
-        against(train.parser() if rest[:1] == ["train"] else cli._parser(), rest[rest[:1] == ["train"] :])
+        against(train.parser() if rest[:1] == ["train"] else cli.parser(), rest[rest[:1] == ["train"] :])
         return
     for word in rest:
         flag = word.partition("=")[0]

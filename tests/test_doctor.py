@@ -12,6 +12,7 @@ import pytest
 
 from simclr_dist.doctor import checks as doctor
 from simclr_dist.doctor.data import cpu_quota
+from simclr_dist.doctor.environment import examine_environment
 from simclr_dist.doctor.finding import Finding
 from tests.conftest import REPOSITORY
 
@@ -62,7 +63,7 @@ def test_a_torch_that_aborts_or_hangs_is_named(
 
 
 def test_inherited_variables_are_named_with_what_to_do() -> None:
-    found = list(doctor.examine_environment({"RANK": "3", "NCCL_IB_DISABLE": "1", "OMP_NUM_THREADS": "1", "HOME": "/"}))
+    found = list(examine_environment({"RANK": "3", "NCCL_IB_DISABLE": "1", "OMP_NUM_THREADS": "1", "HOME": "/"}))
     assert [(f.what, f.level) for f in found] == [
         ("NCCL_IB_DISABLE", "warning"),
         ("OMP_NUM_THREADS", "ok"),

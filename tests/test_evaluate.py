@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -13,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from simclr_dist import cli
 from simclr_dist.checkpoint.files import write_checkpoint
-from simclr_dist.cli import evaluate as commands
-from simclr_dist.config import Config
+from simclr_dist.config import Config, parse_config
 from simclr_dist.errors import ConfigError, DataError, ExportError
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
 from simclr_dist.evaluation.features import Features, digest
@@ -73,9 +72,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def call(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    commands.register(parser.add_subparsers(required=True))
-    args = parser.parse_args([str(argument) for argument in arguments])
+    args = cli.parser().parse_args([str(argument) for argument in arguments])
     return args.run(args)
 
 
@@ -163,10 +160,10 @@ def test_finetune_then_distill(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert call("distill", teacher, "--student", "resnet_small", "--student-width", 3, *labels, *common) == 0
     distilled = json.loads(capsys.readouterr().out)
     assert distilled["top1"] > 0.4  # chance is a third
-    classifier, config, class_names = load_classifier(folder / "distilled_resnet_small" / "classifier.safetensors")
-    assert config.model.width == 3
-    assert class_names == CLASSES
-    assert classifier.fc.in_features == 12
+    found = load_classifier(folder / "distilled_resnet_small" / "classifier.safetensors")
+    assert parse_config(found.config_json).model.width == 3
+    assert found.class_names == CLASSES
+    assert found.network.fc.in_features == 12
 
 
 def test_the_frozen_protocol_and_a_subset_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +173,8 @@ def test_the_frozen_protocol_and_a_subset_file(run: Path, capsys: pytest.Capture
     assert call("finetune", run, "--freeze", "--subset", subset, "--json", *common) == 0
     assert '"method": "linear"' in capsys.readouterr().out
     again = run / "finetune" / "subset_frozen_encoder_seed0" / "classifier.safetensors"
-    assert digest(load_classifier(again)[0]) == digest(load_classifier(subset.with_name("classifier.safetensors"))[0])
+    first = subset.with_name("classifier.safetensors")
+    assert digest(load_classifier(again).network) == digest(load_classifier(first).network)
 
 
 def test_a_learning_rate_that_diverges_is_said(run: Path) -> None:
@@ -217,8 +215,7 @@ def test_every_command_explains_itself(command: tuple[str, ...], capsys: pytest.
 
 def test_help_does_not_import_torch() -> None:
     code = (
-        "import argparse, sys; from simclr_dist.cli import evaluate as commands;"
-        "commands.register(argparse.ArgumentParser().add_subparsers());"
+        "import sys; from simclr_dist import cli; cli.parser().format_help();"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from simclr_dist.config import Config, ModelConfig
-from simclr_dist.data.loading.build import DatasetInfo, describe, load_images
+from simclr_dist.config import Config, ModelConfig, parse_config
+from simclr_dist.data.loading.load_images import load_images
+from simclr_dist.data.loading.open_images import DatasetInfo, describe
 from simclr_dist.errors import CheckpointError, DataError
 from simclr_dist.evaluation.features import digest
 from simclr_dist.few_labels.classifier import Classifier, accuracy, load_classifier, save_classifier
@@ -205,11 +206,11 @@ def test_a_saved_classifier_comes_back(tmp_path: Path, start: str) -> None:
     classifier = Classifier(make_model(), 3, start).eval()
     torch.nn.init.normal_(classifier.fc.weight)
     path = tmp_path / "classifier.safetensors"
-    save_classifier(path, classifier, make_config(), ("a", "b", "c"), {"share": 0.1})
-    found, config, class_names = load_classifier(path)
-    assert config == make_config()
-    assert class_names == ("a", "b", "c")
-    assert digest(found) == digest(classifier)
+    save_classifier(path, classifier, ("a", "b", "c"), make_config().model_dump_json(), {"share": 0.1})
+    found = load_classifier(path)
+    assert parse_config(found.config_json) == make_config()
+    assert found.class_names == ("a", "b", "c")
+    assert digest(found.network) == digest(classifier)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="is no classifier"):
         load_classifier(path)
@@ -261,7 +262,7 @@ def test_the_student_learns_from_the_teacher_without_labels(images: str) -> None
 
 def test_a_student_of_other_classes_is_refused(tmp_path: Path) -> None:
     teacher = tmp_path / "classifier.safetensors"
-    save_classifier(teacher, Classifier(make_model(), 2), make_config(), ("cat", "dog"), {})
+    save_classifier(teacher, Classifier(make_model(), 2), ("cat", "dog"), make_config().model_dump_json(), {})
     train, test = (str(save_images(tmp_path / name, 4, seed=0)) for name in ("train", "test"))
     settings = Settings(torch.device("cpu"), epochs=1)
     with pytest.raises(DataError, match="has other classes than the teacher"):

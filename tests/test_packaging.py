@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 import simclr_dist
+from simclr_dist.cli.recipe import read_recipe
 from simclr_dist.config import load_config
-from simclr_dist.few_labels.recipe import read_recipe
 from tests.conftest import REPOSITORY
-from tests.pictures import make_folder
+from tests.images import make_folder
 
 BUILT_FROM = ("simclr_dist", "launcher", "configs", "slurm", "pyproject.toml", "README.md", "LICENSE")
 

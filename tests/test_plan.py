@@ -15,20 +15,21 @@ from simclr_dist import cli
 from simclr_dist.checkpoint.files import write_checkpoint
 from simclr_dist.config import Config, load_config
 from simclr_dist.loss import NTXentLoss
+from simclr_dist.loss.memory import workspace_bytes
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
 from simclr_dist.network.simclr import build_model
-from simclr_dist.optim.lars import build_optimizer
+from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.micro_batch import backward_in_micro_batches
 from simclr_dist.plan.forecast import LINK_BYTES_PER_S, Forecast, Speed, forecast
 from simclr_dist.plan.memory import (
+    DeviceMemory,
     LiveBytes,
     checkpoint_bytes,
     device_memory,
-    loss_workspace,
     safetensors_bytes,
     step_activations,
 )
-from simclr_dist.plan.traffic import collectives
+from simclr_dist.plan.traffic import Collective, collectives
 from simclr_dist.run.state import TrainState
 from simclr_dist.run.stop_requests import Requests
 from tests.conftest import REPOSITORY
@@ -39,6 +40,22 @@ SMOKE = REPOSITORY / "configs" / "smoke.yaml"
 
 def smoke(*overrides: str, world_size: int = 1) -> Config:
     return load_config(SMOKE, overrides, world_size=world_size)
+
+
+def memory_on_cpu(config: Config) -> DeviceMemory:
+    return device_memory(
+        data=config.data,
+        model=config.model,
+        loss=config.loss,
+        optim=config.optim,
+        train=config.train,
+        world_size=1,
+        device_type="cpu",
+    )
+
+
+def collectives_of(config: Config, world_size: int) -> list[Collective]:
+    return collectives(model=config.model, loss=config.loss, train=config.train, world_size=world_size)
 
 
 def real_step(config: Config, images: int) -> float:
@@ -63,15 +80,15 @@ def real_step(config: Config, images: int) -> float:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_are_within_a_factor_of_what_a_real_step_holds(precision: str) -> None:
     config = smoke("model.width=32", f"train.precision={precision}")
-    predicted = step_activations(config, 256) / 2**20
+    predicted = step_activations(config.model, image_size=32, images=256, precision=config.train.precision) / 2**20
     assert predicted > 64  # so that what the process needs besides counts little
     assert predicted / 1.4 < in_own_process(real_step, config, 256) < 1.4 * predicted
 
 
 def test_activations_grow_with_the_images_at_once_and_not_with_the_batch() -> None:
-    whole, double = (device_memory(smoke(f"train.global_batch_size={G}"), 1, "cpu") for G in (64, 128))
+    whole, double = (memory_on_cpu(smoke(f"train.global_batch_size={G}")) for G in (64, 128))
     assert double.activations == pytest.approx(2 * whole.activations, rel=0.05)
-    parts = device_memory(smoke("train.global_batch_size=128", "train.micro_batch_size=64"), 1, "cpu")
+    parts = memory_on_cpu(smoke("train.global_batch_size=128", "train.micro_batch_size=64"))
     assert parts.activations == whole.activations
     assert parts.views == double.views
 
@@ -79,13 +96,13 @@ def test_activations_grow_with_the_images_at_once_and_not_with_the_batch() -> No
 @pytest.mark.parametrize("implementation", ["tiled", "plain"])
 @pytest.mark.parametrize(("G", "K"), [(128, 128), (1024, 64)])
 def test_loss_workspace_is_within_a_factor_of_what_the_loss_holds(implementation: str, G: int, K: int) -> None:
-    config = smoke(f"train.global_batch_size={G}", f"model.head_out_dim={K}", f"loss.implementation={implementation}")
     z = torch.randn(2 * G, K, requires_grad=True)
     z.grad = torch.zeros_like(z)
     loss = NTXentLoss(0.1, implementation)  # type: ignore[arg-type]
     with LiveBytes() as live:
         loss(z, torch.arange(G)).backward()
-    assert live.peak < loss_workspace(config, 1, "cpu") < 1.4 * live.peak
+    predicted = workspace_bytes(2 * G, K, world_size=1, device_type="cpu", implementation=implementation)
+    assert live.peak < predicted < 1.4 * live.peak
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
@@ -97,7 +114,7 @@ def test_parameters_optimiser_and_checkpoint_are_as_predicted(tmp_path: Path, op
     z.square().sum().backward()
     update.step()
 
-    memory = device_memory(config, 1, "cpu")
+    memory = memory_on_cpu(config)
     assert memory.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     assert memory.parameters == memory.gradients + sum(b.nbytes for b in model.buffers())
     state = [value for entry in update.state.values() for value in entry.values() if torch.is_tensor(value)]
@@ -116,7 +133,7 @@ def test_parameters_optimiser_and_checkpoint_are_as_predicted(tmp_path: Path, op
     )
     assert safetensors_bytes(model.state_dict()) == (path / "model.safetensors").stat().st_size
     size = sum(file.stat().st_size for file in path.iterdir())
-    assert checkpoint_bytes(config) == pytest.approx(size, rel=0.01)
+    assert checkpoint_bytes(config.model, config.optim, config.model_dump(mode="json")) == pytest.approx(size, rel=0.01)
 
 
 def step_traffic(rank: int, world_size: int, config: Config) -> list[tuple[str, float]]:
@@ -156,7 +173,7 @@ def step_traffic(rank: int, world_size: int, config: Config) -> list[tuple[str, 
 @pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")
 def test_a_step_sends_what_the_plan_says(world_size: int, overrides: list[str]) -> None:
     config = smoke(*overrides, world_size=world_size)
-    planned = collectives(config, world_size)
+    planned = collectives_of(config, world_size)
     for found in run_ranks(world_size, step_traffic, config):
         assert sum(sent for _, sent in found) == pytest.approx(sum(c.sent(world_size) for c in planned))
         gathers = [sent for name, sent in found if name == "_allgather_base_"]
@@ -164,7 +181,7 @@ def test_a_step_sends_what_the_plan_says(world_size: int, overrides: list[str]) 
 
 
 def test_one_process_sends_nothing() -> None:
-    assert collectives(smoke(), 1) == []
+    assert collectives_of(smoke(), 1) == []
 
 
 def plan(*arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -190,7 +207,18 @@ def test_speed_is_measured_when_asked(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def bottleneck_of(config: Config, speed: Speed, **limits: int) -> str:
-    found: Forecast = forecast(config, 10**6, 8, "cuda", speed)
+    found: Forecast = forecast(
+        data=config.data,
+        model=config.model,
+        loss=config.loss,
+        optim=config.optim,
+        train=config.train,
+        settings={},
+        num_images=10**6,
+        world_size=8,
+        device_type="cuda",
+        speed=speed,
+    )
     return found.bottleneck(**limits)
 
 

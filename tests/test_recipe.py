@@ -17,10 +17,11 @@ import yaml
 from safetensors.torch import load_file
 
 from simclr_dist.cli import main
+from simclr_dist.cli import recipe as command
+from simclr_dist.cli.recipe import read_recipe, run_recipe
 from simclr_dist.errors import ConfigError
 from simclr_dist.few_labels import recipe as recipes
 from simclr_dist.few_labels.classifier import load_classifier
-from simclr_dist.few_labels.recipe import read_recipe, run_recipe
 from tests.conftest import REPOSITORY
 from tests.test_evaluate import save_images
 
@@ -84,7 +85,7 @@ def test_it_leaves_a_table_of_every_stage(finished: Path) -> None:
         expected += [("fine-tuned from the head", share), ("distilled into width 4", share)]
     assert found == expected
     for row in table["rows"][1:]:
-        classifier, _, _ = load_classifier(Path(row["folder"]) / "classifier.safetensors")
+        classifier = load_classifier(Path(row["folder"]) / "classifier.safetensors").network
         assert row["num_parameters"] == sum(p.numel() for p in classifier.parameters())
         assert row["top1"] == json.loads((Path(row["folder"]) / "result.json").read_text())["top1"]
     student = json.loads((root / "labels_0.25" / "student_1" / "result.json").read_text())
@@ -164,9 +165,9 @@ def test_the_exit_code_of_pretraining_is_passed_on(
     tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_config(tmp_path, train="synthetic", test="synthetic")
-    monkeypatch.setattr(recipes, "_pretrain", lambda words, nproc: code)
+    monkeypatch.setattr(command, "pretrain", lambda *_: code)
     assert run_recipe(write(tmp_path, RECIPE), [], CPU) == code
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "the same command continues from there" in capsys.readouterr().err
 
 
 BAD = {
@@ -202,7 +203,7 @@ def test_a_recipe_that_cannot_be_meant_is_refused_before_anything_is_done(
 ) -> None:
     recipe, said = BAD[case]
     write_config(tmp_path, train="synthetic", test="synthetic")
-    monkeypatch.setattr(recipes, "_pretrain", refuses_to_train)
+    monkeypatch.setattr(command, "pretrain", refuses_to_train)
     with pytest.raises(SystemExit) as caught:
         main(["recipe", str(write(tmp_path, recipe)), "--device", "cpu"])
     assert caught.value.code == 2

@@ -15,6 +15,7 @@ from benchmarks.scaling_model import (
     Network,
     TimedCollective,
     TimedLoss,
+    collectives_of,
     fit,
     fit_line,
     fit_loss,
@@ -22,7 +23,7 @@ from benchmarks.scaling_model import (
     step,
 )
 from benchmarks.traffic import CountTraffic
-from simclr_dist.plan.traffic import Collective, collectives
+from simclr_dist.plan.traffic import Collective
 from tests.distributed.spawn import run_ranks
 
 DESIGNS = {design.name: design for design in (OURS, GATHERED, FULL)}
@@ -103,7 +104,7 @@ def sent_in_a_step(rank: int, W: int) -> float:
 
 @pytest.mark.distributed
 def test_a_step_sends_what_the_model_reckons_with() -> None:
-    planned = sum(c.sent(2) for c in collectives(measured_config(2, 8), 2))
+    planned = sum(c.sent(2) for c in collectives_of(measured_config(2, 8), 2))
     assert run_ranks(2, sent_in_a_step) == [pytest.approx(planned)] * 2
 
 

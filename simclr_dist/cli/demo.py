@@ -1,7 +1,8 @@
-"""The whole way on this machine: find images, prepare them, pretrain with several processes, evaluate, show a table."""
+"""`simclr-dist demo`: find images, prepare them, pretrain with several processes, evaluate, print a table."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -10,50 +11,56 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from simclr_dist.cli import prepare_with_progress
+from simclr_dist.cli.arguments import Commands, add_command
+from simclr_dist.cli.prepare import prepare_with_progress
+from simclr_dist.cli.pretraining import pretrain
+from simclr_dist.cli.terminal import print_table
 from simclr_dist.config import load_config
-from simclr_dist.data.sources.find import find_dataset
-from simclr_dist.views.augment import warmup
+from simclr_dist.run.layout import RunDir, read_records
+from simclr_dist.run.status import read_status
 
 
-def run_demo(config_path: Path, nproc: int | None, overrides: list[str]) -> int:
-    """Raises ConfigError and DataError; returns the exit code of the training if that is not 0."""
+def register(commands: Commands) -> None:
+    demo = add_command(
+        commands, "demo", _run, help="from images to a table of results, on this machine; `make demo` runs it"
+    )
+    demo.add_argument("--config", default="configs/cifar10_demo.yaml", type=Path)
+    demo.add_argument("--nproc", type=int, help="processes (default: all GPUs, or two on the CPU)")
+    demo.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Returns the exit code of the training if that is not 0. Raises ConfigError, DataError."""
+    from simclr_dist.data.sources.open import find_dataset
+    from simclr_dist.views.augment import warmup
+
     started = time.monotonic()
-    console = Console()
     dataset, source = find_dataset()
     files = {split: Path("data") / f"{dataset}_{split}.beton" for split in ("train", "test")}
     for split, file in files.items():
         if not file.exists():
             file.parent.mkdir(exist_ok=True)
             prepare_with_progress(source, file, split=split)
-    settings = [f"name={dataset}_demo", *(f"data.{split}={file}" for split, file in files.items()), *overrides]
-    run_dir = load_config(config_path, settings).run_dir
+    settings = [f"name={dataset}_demo", *(f"data.{split}={file}" for split, file in files.items()), *args.overrides]
+    run = RunDir(load_config(args.config, settings).run_dir)
 
     warmup()  # once, instead of in each process
-    nproc = nproc or torch.cuda.device_count() or 2
-    training = [sys.executable, "-m", "launcher", "local", str(config_path), "--nproc", str(nproc), *settings]
-    code = subprocess.run(training, check=False).returncode
+    code = pretrain(args.config, settings, args.nproc)
     if code:
         return code
-    status = json.loads((run_dir / "status.json").read_text())
-    if status["state"] != "finished":
-        console.print(f"{status['state']} at step {status['step']}; `make demo` goes on from there")
+    status = read_status(run.path)
+    if status is None or status.state != "finished":
+        print(f"{status.state} at step {status.step}" if status else "not finished", end="; ")
+        print("`make demo` continues from there")
         return 0
 
-    scores = {method: _evaluate(method, run_dir) for method in ("knn", "linear")}
-    console.print(_table(scores))
-    speed = _median_images_per_s(run_dir / "log.jsonl")
-    console.print(
-        f"{speed:,.0f} images/s in training with {nproc} processes; {time.monotonic() - started:.0f} s in all\n"
-        f"The run lies in {run_dir}; to start afresh, remove it.\n"
-        f"Watch its curves and pictures: {Path(sys.executable).parent / 'tensorboard'} --logdir {run_dir.parent}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    knn, linear = (_evaluate(method, run.path)["scores"] for method in ("knn", "linear"))
+    rows = [(name, f"{knn[name]['top1']:.1%}", f"{linear[name]['top1']:.1%}") for name in knn]
+    print_table("", ("top-1 accuracy of", "kNN", "linear probe"), rows)
+    speeds = [record["speed/images_per_s"] for record in read_records(run.log) if "speed/images_per_s" in record]
+    print(f"{statistics.median(speeds):,.0f} images/s in training; {time.monotonic() - started:.0f} s in all")
+    print(f"The run lies in {run.path}; to start afresh, remove it.")
+    print(f"Its curves and images: {Path(sys.executable).with_name('tensorboard')} --logdir {run.path.parent}")
     return 0
 
 
@@ -61,15 +68,3 @@ def _evaluate(method: str, run_dir: Path) -> dict[str, Any]:
     """What `simclr-dist evaluate METHOD RUN --baselines --json` prints."""
     command = [sys.executable, "-m", "simclr_dist.cli", "evaluate", method, str(run_dir), "--baselines", "--json"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
-def _table(scores: dict[str, dict[str, Any]]) -> Table:
-    table = Table("top-1 accuracy of", "kNN", "linear probe")
-    for name, knn in scores["knn"]["scores"].items():
-        table.add_row(name, f"{knn['top1']:.1%}", f"{scores['linear']['scores'][name]['top1']:.1%}")
-    return table
-
-
-def _median_images_per_s(log: Path) -> float:
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return statistics.median(line["speed/images_per_s"] for line in lines if "speed/images_per_s" in line)

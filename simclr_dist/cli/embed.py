@@ -1,4 +1,4 @@
-"""The command lines `embed` and `neighbours`."""
+"""`simclr-dist embed`: h of every image of a folder; `neighbours`: which of them are most similar to an image."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from simclr_dist.terminal import (
-    SOURCE_HELP,
-    add_command,
-    add_compute_arguments,
-    choose_device,
-    positive_int,
-    print_table,
-)
+from simclr_dist.argument_types import positive_int
+from simclr_dist.cli.arguments import SOURCE_HELP, Commands, add_command, add_compute_arguments, choose_device
+from simclr_dist.cli.terminal import print_table
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(commands: Commands) -> None:
     embed = add_command(
-        subparsers,
+        commands,
         "embed",
         _run_embed,
         help="write h of every image of a folder to one file",
@@ -35,15 +30,15 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     add_compute_arguments(embed)
 
     neighbours = add_command(
-        subparsers,
+        commands,
         "neighbours",
         _run_neighbours,
-        help="which embedded images look most like a picture",
-        description="Nearest neighbours of a picture, by cosine similarity of h, among embedded images.",
+        help="which embedded images are most similar to an image",
+        description="Nearest neighbours of an image, by cosine similarity of h, among embedded images.",
         epilog="example: simclr-dist neighbours holiday.npz beach.jpg --k 5",
     )
     neighbours.add_argument("embeddings", metavar="EMBEDDINGS", type=Path)
-    neighbours.add_argument("query", metavar="PICTURE", help="any picture file, or the name of an embedded image")
+    neighbours.add_argument("query", metavar="IMAGE", help="any image file, or the name of an embedded image")
     neighbours.add_argument("--k", type=positive_int, default=10, help="default: 10")
     neighbours.add_argument("--checkpoint", metavar="RUN_OR_CHECKPOINT", help="the encoder, if it has moved since")
     neighbours.add_argument("--json", action="store_true", help="print a JSON list instead of a table")

@@ -1,40 +1,17 @@
-"""The command lines of evaluation. torch is imported when one of them runs, so that --help is quick."""
+"""`simclr-dist evaluate`: kNN or a linear probe on a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from simclr_dist.cli import embed as embed_commands
-from simclr_dist.cli import finetune as finetune_commands
-from simclr_dist.terminal import (
-    SOURCE_HELP,
-    add_command,
-    add_compute_arguments,
-    choose_device,
-    percent,
-    positive,
-    positive_int,
-    print_table,
-    say,
-)
+from simclr_dist.argument_types import positive_float, positive_int
+from simclr_dist.cli.arguments import SOURCE_HELP, Commands, add_command, add_compute_arguments, choose_device
+from simclr_dist.cli.terminal import percent, print_table, say
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
-    """Adds the commands; each parsed namespace has `run`, a function of the namespace that returns the exit code."""
-    _register_evaluate(subparsers)
-    _register_export(subparsers)
-    finetune_commands.register(subparsers)
-    embed_commands.register(subparsers)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluate
-
-
-def _register_evaluate(subparsers: argparse._SubParsersAction) -> None:
-    evaluate = subparsers.add_parser(
+def register(commands: Commands) -> None:
+    evaluate = commands.add_parser(
         "evaluate",
         help="score a checkpoint with kNN or a linear probe",
         description="Score the frozen encoder of a checkpoint on labelled images.",
@@ -43,23 +20,25 @@ def _register_evaluate(subparsers: argparse._SubParsersAction) -> None:
     knn = add_command(
         methods,
         "knn",
-        _run_evaluate,
+        _run,
         help="weighted k nearest neighbours (Wu et al. 2018); seconds",
         description="Weighted k-nearest-neighbour classification by cosine similarity (Wu et al. 2018). Exact.",
         epilog="example: simclr-dist evaluate knn runs/cifar10_demo --baselines",
     )
     knn.add_argument("--k", type=positive_int, help="neighbours (default: evaluation.knn_k of the run)")
     knn.add_argument(
-        "--temperature", type=positive, help="of the votes exp(s/T) (default: evaluation.knn_temperature of the run)"
+        "--temperature",
+        type=positive_float,
+        help="of the votes exp(s/T) (default: evaluation.knn_temperature of the run)",
     )
     linear = add_command(
         methods,
         "linear",
-        _run_evaluate,
+        _run,
         help="linear classifier on frozen features; a minute",
         description=(
             "Logistic regression on frozen features. Its weight decay is chosen on a tenth of the training images;\n"
-            "test images are looked at once, for the result."
+            "test images are used once, for the result."
         ),
         epilog="example: simclr-dist evaluate linear runs/cifar10_demo --train other.beton --test other_test.beton",
     )
@@ -77,7 +56,7 @@ def _register_evaluate(subparsers: argparse._SubParsersAction) -> None:
         add_compute_arguments(parser)
 
 
-def _run_evaluate(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     from simclr_dist.evaluation.offline import evaluate
     from simclr_dist.parallel import distributed
 
@@ -116,53 +95,3 @@ def _run_evaluate(args: argparse.Namespace) -> int:
 
 def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# export
-
-
-def _register_export(subparsers: argparse._SubParsersAction) -> None:
-    parser = add_command(
-        subparsers,
-        "export",
-        _run_export,
-        help="write the encoder as a file that others can load",
-        description=(
-            "Write the trained encoder, with a model card beside it. The file is read back and compared with the\n"
-            "encoder before it gets its name.\n\n"
-            "torchvision   loads into torchvision.models.<encoder>() with strict=True; fc is zeros, not trained\n"
-            "safetensors   weights without fc; configuration, normalisation and licence in the metadata\n"
-            "onnx          a graph from normalised images [n, 3, S, S] to h [n, D], n free; needs the extra `export`"
-        ),
-        epilog="example: simclr-dist export runs/cifar10_demo --format safetensors --license cc-by-4.0",
-    )
-    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=SOURCE_HELP)
-    parser.add_argument("--format", choices=("torchvision", "safetensors", "onnx"), default="torchvision")
-    parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="default: RUN/export/encoder.pt, .safetensors or .onnx"
-    )
-    parser.add_argument("--license", default="unspecified", help="for the model card, e.g. apache-2.0 or cc-by-4.0")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
-
-
-def _run_export(args: argparse.Namespace) -> int:
-    from simclr_dist.checkpoint.files import find_checkpoint
-    from simclr_dist.evaluation.offline import known_accuracy
-    from simclr_dist.export.export import export
-
-    checkpoint = find_checkpoint(args.source, say)
-    suffix = {"torchvision": ".pt", "safetensors": ".safetensors", "onnx": ".onnx"}[args.format]
-    out = args.out or checkpoint.path.parent.parent / "export" / f"encoder{suffix}"
-    exported = export(
-        checkpoint.path,
-        out,
-        format=args.format,
-        license=args.license,
-        accuracy=known_accuracy(checkpoint),
-        overwrite=args.overwrite,
-    )
-    print(f"{exported.path}\n{exported.card}\n\n{exported.load_with}")
-    for note in exported.notes:
-        print(f"\nnote: {note}")
-    return 0

@@ -1,4 +1,4 @@
-"""The command lines `finetune` and `distill`."""
+"""`simclr-dist finetune` and `distill`: classifiers from few labels."""
 
 from __future__ import annotations
 
@@ -9,25 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simclr_dist.terminal import (
-    SOURCE_HELP,
-    add_command,
-    add_compute_arguments,
-    choose_device,
-    percent,
-    positive,
-    positive_int,
-    print_table,
-    say,
-)
+from simclr_dist.argument_types import positive_float, positive_int
+from simclr_dist.cli.arguments import SOURCE_HELP, Commands, add_command, add_compute_arguments, choose_device
+from simclr_dist.cli.terminal import percent, print_table, say
+from simclr_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from simclr_dist.few_labels.train import Settings
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(commands: Commands) -> None:
     finetune = add_command(
-        subparsers,
+        commands,
         "finetune",
         _run_finetune,
         help="train a classifier with few labels, from a checkpoint",
@@ -56,10 +49,10 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     _add_schedule(finetune, "0.05 x B/256; 60 epochs up to 1 %% of the labels, else 30")
 
     distill = add_command(
-        subparsers,
+        commands,
         "distill",
         _run_distill,
-        help="teach a student what a fine-tuned classifier knows, with unlabelled images",
+        help="train a student on the answers of a fine-tuned classifier, with unlabelled images",
         description="Distillation as in SimCLR v2 (arXiv 2006.10029, eq. 2; eq. 3 with --alpha below 1).",
         epilog="example: simclr-dist distill runs/v2/finetune/0.1_head_seed0/classifier.safetensors --student resnet18",
     )
@@ -69,7 +62,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     student.add_argument("--student-from", metavar="RUN_OR_CHECKPOINT", help="begin with this pretrained encoder")
     distill.add_argument("--student-width", type=positive_int, help="width of a fresh resnet_small")
     distill.add_argument("--train", metavar="DATA", help="images; labels are not read (default: the teacher's)")
-    distill.add_argument("--temperature", type=positive, default=1.0, help="of both networks' answers (default: 1)")
+    distill.add_argument(
+        "--temperature", type=positive_float, default=1.0, help="of the softmax of both networks (default: 1)"
+    )
     distill.add_argument("--alpha", type=_share, default=1.0, help="weight of the teacher; the rest goes to labels")
     distill.add_argument("--subset", type=Path, metavar="FILE", help="with --alpha: the samples whose labels are used")
     distill.add_argument("--out", type=Path, metavar="FOLDER", help="default: distilled_<student>, beside the teacher")
@@ -79,7 +74,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 def _add_schedule(parser: argparse.ArgumentParser, defaults: str) -> None:
     parser.add_argument("--test", metavar="DATA", help="held-out images (default: data.test of the run)")
     parser.add_argument("--epochs", type=positive_int, help=f"default: {defaults}")
-    parser.add_argument("--lr", type=positive, help="for a batch of 256; scaled by the batch size")
+    parser.add_argument("--lr", type=positive_float, help="for a batch of 256; scaled by the batch size")
     parser.add_argument("--weight-decay", type=float, default=0.0, help="default: 0")
     parser.add_argument("--seed", type=int, default=0, help="draws subset, order and crops (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -94,7 +89,6 @@ def _share(text: str) -> float:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    from simclr_dist.errors import ConfigError
     from simclr_dist.few_labels.train import Settings
     from simclr_dist.parallel.distributed import world
 
@@ -112,15 +106,16 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _run_finetune(args: argparse.Namespace) -> int:
-    from simclr_dist.checkpoint.files import find_checkpoint
+    from simclr_dist.checkpoint.lineage import find_checkpoint
     from simclr_dist.few_labels.train import finetune_checkpoint
+    from simclr_dist.run.layout import RunDir
 
     settings = _settings(args)
     checkpoint = find_checkpoint(args.source, say)
     labels = args.subset.stem if args.subset else f"{args.labels:g}"
     name = f"{labels}_{'frozen_' if args.freeze else ''}{args.start}_seed{args.seed}"
-    out = args.out or checkpoint.path.parent.parent / "finetune" / name
-    with _divergence_is_said():
+    out = args.out or RunDir.of_checkpoint(checkpoint.path).finetune / name
+    with _divergence_is_a_config_error():
         result = finetune_checkpoint(
             checkpoint.path,
             out,
@@ -142,7 +137,7 @@ def _run_distill(args: argparse.Namespace) -> int:
     settings = _settings(args)
     changes = {"encoder": args.student, "width": args.student_width}
     out = args.out or args.teacher.parent / f"distilled_{args.student or 'student'}"
-    with _divergence_is_said():
+    with _divergence_is_a_config_error():
         result = distill_classifier(
             args.teacher,
             out,
@@ -160,10 +155,8 @@ def _run_distill(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _divergence_is_said() -> Iterator[None]:
-    """It is for the person who chose the learning rate to mend."""
-    from simclr_dist.errors import ConfigError
-
+def _divergence_is_a_config_error() -> Iterator[None]:
+    """The remedy is another --lr, so that a traceback would help nobody."""
     try:
         yield
     except FloatingPointError as error:

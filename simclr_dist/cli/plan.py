@@ -1,4 +1,4 @@
-"""`simclr-dist plan CONFIG`: the command line, and how a forecast is shown."""
+"""`simclr-dist plan`: what a training will need, before it starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simclr_dist.argument_types import positive_float, positive_int
+from simclr_dist.cli.arguments import Commands, add_command
+from simclr_dist.config import load_config
+from simclr_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from simclr_dist.plan.forecast import Forecast
@@ -19,73 +25,80 @@ examples:
 """
 
 
-def register(commands: Any) -> None:
-    plan = commands.add_parser(
+def register(commands: Commands) -> None:
+    plan = add_command(
+        commands,
         "plan",
+        _run,
         help="memory, hours, traffic and bottleneck of a training, before it starts",
         epilog=EPILOG,
         description="Predicts what a training will need. Nothing is trained, and no GPU is used but by --measure.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     plan.add_argument("config", metavar="CONFIG")
     plan.add_argument("overrides", nargs="*", metavar="key=value")
-    plan.add_argument("--gpus", type=_positive_int, help="devices in all (default: this machine's, or one CPU process)")
-    plan.add_argument("--images", type=_positive_int, help="images to train on, where the data is not here")
+    plan.add_argument("--gpus", type=positive_int, help="devices in all (default: this machine's, or one CPU process)")
+    plan.add_argument("--images", type=positive_int, help="images to train on, where the data is not here")
     speed = plan.add_mutually_exclusive_group()
     speed.add_argument(
-        "--images-per-s", type=_positive, help="images a second that one device trains on, for the hours"
+        "--images-per-s", type=positive_float, help="images a second that one device trains on, for the hours"
     )
     speed.add_argument("--measure", action="store_true", help="measure that here, by a few steps and batches")
     plan.add_argument("--json", action="store_true", help="for programs")
-    plan.set_defaults(run=run)
 
 
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e12:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
+    import psutil  # type: ignore[import-untyped]
     import torch
 
-    from simclr_dist.config import load_config
-    from simclr_dist.data.loading.build import describe
-    from simclr_dist.errors import ConfigError
+    from simclr_dist.data.loading.open_images import describe
     from simclr_dist.plan.forecast import Speed, forecast
-    from simclr_dist.plan.measure import data_is_here, measure_loader, measure_step
+    from simclr_dist.plan.measure import measure_loader, measure_step
 
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     world_size = args.gpus or here or 1
     device_type = "cuda" if args.gpus or here else "cpu"
     config = load_config(args.config, args.overrides, world_size=world_size, check_data=False)
-    if not args.images and not data_is_here(config):
-        raise ConfigError([f"data.train: {config.data.train} is not here; say how many images it holds with --images"])
-    num_images = args.images or describe(config.data.train).num_samples
-    if num_images < config.train.global_batch_size:
-        raise ConfigError(
-            [f"train.global_batch_size: {config.train.global_batch_size} is more than the {num_images} images"]
-        )
+    data, train = config.data, config.train
+    data_is_here = data.train == "synthetic" or Path(data.train).exists()
+    if not args.images and not data_is_here:
+        raise ConfigError([f"data.train: {data.train} is not here; say how many images it holds with --images"])
+    num_images = args.images or describe(data.train).num_samples
+    if num_images < train.global_batch_size:
+        raise ConfigError([f"train.global_batch_size: {train.global_batch_size} is more than the {num_images} images"])
     speed, step = Speed(args.images_per_s), None
     if args.measure:
-        device = torch.device("cuda" if here else "cpu")
-        images = config.train.global_batch_size // world_size
-        step = measure_step(config, device, images)
+        images = train.global_batch_size // world_size
+        step = measure_step(
+            augment=config.augment,
+            model=config.model,
+            loss=config.loss,
+            optim=config.optim,
+            train=train,
+            image_size=data.image_size,
+            images=images,
+            device=torch.device("cuda" if here else "cpu"),
+        )
+        local_size = max(1, min(here, world_size))
         loader = (
-            measure_loader(config, min(images, 256), max(1, min(here, world_size))) if data_is_here(config) else None
+            measure_loader(data, config.augment, images=min(images, 256), local_size=local_size)
+            if data_is_here
+            else None
         )
         speed = Speed(step.images_per_s, loader)
-    found = forecast(config, num_images, world_size, device_type, speed)
+    found = forecast(
+        data=data,
+        model=config.model,
+        loss=config.loss,
+        optim=config.optim,
+        train=train,
+        settings=config.model_dump(mode="json"),
+        num_images=num_images,
+        world_size=world_size,
+        device_type=device_type,
+        speed=speed,
+    )
     device_bytes = torch.cuda.get_device_properties(0).total_memory if here else None
-    bottleneck = found.bottleneck(device_bytes, _memory_bytes())
+    bottleneck = found.bottleneck(device_bytes, psutil.virtual_memory().total)
     if args.json:
         values = asdict(found) | {
             "memory_total": found.memory.total,
@@ -114,7 +127,7 @@ def render(found: Forecast, bottleneck: str, step: MeasuredStep | None) -> Itera
     yield "host memory", f"{size_of(found.loader_bytes)} of batches decoded ahead, a process"
     yield (
         "page cache",
-        f"{size_of(found.data_bytes)} of data stay in memory for full speed" if found.data_bytes else "0",
+        f"{size_of(found.data_bytes)} of data should fit into memory for full speed" if found.data_bytes else "0",
     )
     yield "checkpoint", size_of(found.checkpoint_bytes)
     if found.num_devices > 1:
@@ -132,7 +145,7 @@ def render(found: Forecast, bottleneck: str, step: MeasuredStep | None) -> Itera
 
 
 def traffic_by_part(found: Forecast) -> dict[str, float]:
-    """Bytes that a rank sends, by what they are for."""
+    """Bytes that a rank sends in a step: for the loss, the gradients, BatchNorm, requests."""
     parts: dict[str, float] = {}
     for collective in found.collectives:
         part = collective.what.partition(" ")[0].rstrip(":")
@@ -148,9 +161,3 @@ def size_of(num_bytes: float) -> str:
 
 def hours(value: float) -> str:
     return f"{value:,.1f} h" if value >= 1 else f"{60 * value:.1f} min"
-
-
-def _memory_bytes() -> int:
-    import psutil  # type: ignore[import-untyped]
-
-    return int(psutil.virtual_memory().total)

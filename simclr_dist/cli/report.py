@@ -1,4 +1,4 @@
-"""The command line `report`. torch is imported when it runs, so that --help is quick."""
+"""`simclr-dist report`: runs side by side on one HTML page."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import time
 from pathlib import Path
 
 from simclr_dist import __version__
+from simclr_dist.argument_types import positive_int
 from simclr_dist.atomic import replaces
-from simclr_dist.errors import ConfigError
-from simclr_dist.terminal import add_command, choose_device, positive_int, say
+from simclr_dist.cli.arguments import Commands, add_command, choose_device
+from simclr_dist.cli.terminal import say
+from simclr_dist.errors import CheckpointError, ConfigError, DataError
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(commands: Commands) -> None:
     report = add_command(
-        subparsers,
+        commands,
         "report",
-        _run_report,
+        _run,
         help="write one HTML page about a run, or about several side by side",
         description=(
             "Write one self-contained HTML page: results, curves, augmented pairs, nearest neighbours, maps of the\n"
@@ -35,13 +37,12 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     report.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
 
 
-def _run_report(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     missing = [name for name in ("matplotlib", "sklearn") if importlib.util.find_spec(name) is None]
     if missing:
         what = " and ".join({"sklearn": "scikit-learn"}.get(name, name) for name in missing)
         raise ConfigError([f"`simclr-dist report` needs {what}: pip install 'simclr_dist[eval]'"])
 
-    from simclr_dist.errors import CheckpointError, DataError
     from simclr_dist.report.insight import Insight, look_into
     from simclr_dist.report.page import names_of, render
     from simclr_dist.report.record import read_run
@@ -53,7 +54,7 @@ def _run_report(args: argparse.Namespace) -> int:
         try:
             insights[name] = look_into(run.path, train=args.train, test=args.test, images=args.images, device=device)
         except (CheckpointError, DataError) as error:
-            say(f"{name}: the page does without pictures of it: {error}")
+            say(f"{name}: the page shows no images of it: {error}")
             insights[name] = str(error)
     written = f"written {time.strftime('%Y-%m-%d %H:%M %Z')} by simclr-dist {__version__}"
     out = args.out or args.runs[0] / "report.html"

@@ -18,6 +18,7 @@ from simclr_dist.config.schema import (
     TimeoutConfig,
     TrainConfig,
     json_schema,
+    parse_config,
 )
 from simclr_dist.config.yaml_source import load_config, load_section, render_config
 from simclr_dist.errors import ConfigError
@@ -43,5 +44,6 @@ __all__ = [
     "json_schema",
     "load_config",
     "load_section",
+    "parse_config",
     "render_config",
 ]

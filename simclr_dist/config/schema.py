@@ -203,6 +203,11 @@ class Config(Section):
         return self
 
 
+def parse_config(text: str) -> Config:
+    """The configuration that a checkpoint or an exported file contains as JSON. Raises ValueError."""
+    return Config.model_validate_json(text)
+
+
 def json_schema() -> str:
     """The JSON schema that ships as `simclr_dist/config.schema.json`, for editors that complete YAML."""
     return json.dumps(Config.model_json_schema(), indent=1, sort_keys=True) + "\n"

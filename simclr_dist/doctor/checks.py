@@ -1,28 +1,26 @@
-"""`simclr-dist doctor [CONFIG]`: one table of what works here and what does not, each with its remedy.
+"""What training needs of an installation, a machine and a configuration, each tried out. Nothing is changed.
 
-Everything is tried out, nothing believed, and nothing changed. Whatever is broken becomes a line of the table, never a
-traceback: torch is tried in a process of its own, and only the standard library is needed to start
-(`python -m simclr_dist.doctor`, when even `simclr-dist` does not).
+Whatever is broken becomes a finding, never a traceback: torch is tried in a process of its own, and importing this
+module needs the standard library only.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
-import re
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from simclr_dist.doctor.environment import SET_BY_LAUNCHERS, examine_environment
 from simclr_dist.doctor.finding import Finding, Level
 
 REQUIRED = [
@@ -39,49 +37,6 @@ REQUIRED = [
     "torchvision",
 ]
 PROBE_TIMEOUT_S = 180.0
-MARKS = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
-
-
-def register(commands: Any) -> None:
-    doctor = commands.add_parser(
-        "doctor",
-        help="what works here, what does not, and what to do about it",
-        description="Tries out everything that training needs, and with CONFIG everything that this training needs.",
-        epilog="exit codes: 0 all is well enough to train · 1 a PROBLEM was found",
-    )
-    add_arguments(doctor)
-    doctor.set_defaults(run=run)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a training to look into as well")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--json", action="store_true", help="for programs")
-
-
-def run(args: argparse.Namespace) -> int:
-    findings = list(examine(args.config, args.overrides))
-    ok = all(finding.level != "problem" for finding in findings)
-    if args.json:
-        print(json.dumps({"ok": ok, "findings": [vars(finding) for finding in findings]}, indent=1))
-    else:
-        print("\n".join(render(findings)))
-    return 0 if ok else 1
-
-
-def render(findings: Sequence[Finding]) -> Iterator[str]:
-    width = max(len(finding.what) for finding in findings)
-    for finding in findings:
-        yield f"{MARKS[finding.level]}  {finding.what:{width}}  {plain(finding.found)}"
-        if finding.advice:
-            yield f"{'':9}{'':{width}}  {plain(finding.advice)}"
-    count = {level: sum(finding.level == level for finding in findings) for level in MARKS}
-    yield f"{count['problem']} problems, {count['warning']} warnings"
-
-
-def plain(text: str) -> str:
-    """On one line, and without what could act on a terminal: values come from anywhere."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def examine(config: str | None = None, overrides: Sequence[str] = ()) -> Iterator[Finding]:
@@ -99,10 +54,10 @@ def examine(config: str | None = None, overrides: Sequence[str] = ()) -> Iterato
     yield from guarded("environment", lambda: examine_environment(inherited))
 
 
-def guarded(what: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """The findings of `look`, and one about `look` itself if it fails."""
+def guarded(what: str, examine_part: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """The findings of `examine_part`, and one about the failure itself if it fails."""
     try:
-        yield from look()
+        yield from examine_part()
     except Exception as error:
         yield Finding("problem", what, f"could not be examined: {type(error).__name__}: {error}")
 
@@ -166,7 +121,7 @@ def examine_torch(probe: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "warning" if several else "ok",
             "threading",
-            f"OpenMP: {', '.join(probe['openmp']) or 'none'}; loader's threads its own, processes by spawn, no fork",
+            f"OpenMP: {', '.join(probe['openmp']) or 'none'}; the loader has threads of its own; processes are spawned",
             "two kinds of OpenMP in one process can hang or be slow: install torch and numba from one source"
             if several
             else "",
@@ -206,7 +161,7 @@ def _run_probe(probe: dict[str, Any]) -> tuple[str, str]:
     script = Path(__file__).with_name("torch_probe.py")
     # -P: this folder's modules must not stand in for packages of the same name.
     command = [sys.executable, "-P", str(script)]
-    keep = {name: value for name, value in os.environ.items() if not _LAUNCHED.fullmatch(name)}
+    keep = {name: value for name, value in os.environ.items() if not SET_BY_LAUNCHERS.fullmatch(name)}
     try:
         done = subprocess.run(command, env=keep, capture_output=True, timeout=PROBE_TIMEOUT_S, check=False)
         output, code, error = done.stdout, done.returncode, done.stderr.decode(errors="replace")
@@ -294,82 +249,14 @@ def examine_config(path: str, overrides: Sequence[str], probe: dict[str, Any]) -
         yield Finding("warning", "precision", "bf16, which a GPU here only emulates", "train.precision=fp16 or fp32")
     if config.train.precision == "fp16" and gpus == []:
         yield Finding("problem", "precision", "fp16 on a CPU", "train.precision=fp32 or bf16")
-    yield from guarded(
-        "runs_dir", lambda: examine_folder("runs_dir", config.run_dir, _checkpoints_bytes(config, probe))
-    )
 
+    def examine_runs_dir() -> Iterator[Finding]:
+        needed_bytes = 0  # not known without torch
+        if "version" in probe.get("torch", {}):
+            from simclr_dist.plan.memory import checkpoint_bytes
 
-def _checkpoints_bytes(config: Any, probe: dict[str, Any]) -> int:
-    """What the kept checkpoints and the one being written need; 0 where torch cannot say."""
-    if "version" not in probe.get("torch", {}):
-        return 0
-    from simclr_dist.plan.memory import checkpoint_bytes
+            one = checkpoint_bytes(config.model, config.optim, config.model_dump(mode="json"))
+            needed_bytes = (config.checkpoint.keep + 1) * one  # those kept, and the one being written
+        return examine_folder("runs_dir", config.run_dir, needed_bytes)
 
-    return (config.checkpoint.keep + 1) * checkpoint_bytes(config)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What was inherited
-
-_LAUNCHED = re.compile(
-    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|PET_.*|ACCELERATE_.*"
-)
-
-# (names, level, what it does and what to do). The first that matches counts.
-INHERITED: tuple[tuple[str, Level, str], ...] = (
-    ("NUMBA_DISABLE_JIT", "problem", "the loader's kernels cannot run uncompiled: unset it"),
-    ("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK|MASTER_(ADDR|PORT)", "warning",
-     "left by another launcher: a training started by hand would wait for ranks that do not exist: unset it"),
-    ("PET_.*|TORCHELASTIC_.*", "warning", "overrides torchrun's and accelerate's options: unset it"),
-    ("ACCELERATE_.*", "warning", "overrides accelerate's configuration: unset it unless you mean it"),
-    ("OMP_NUM_THREADS|MKL_NUM_THREADS|OPENBLAS_NUM_THREADS|NUMEXPR_NUM_THREADS", "ok",
-     "torch computes on so many CPU threads a process; training on a CPU wants its share of the CPUs"),
-    ("(OMP|GOMP|KMP)_(PROC_BIND|PLACES|CPU_AFFINITY|AFFINITY)", "warning",
-     "ties threads to CPUs, of all processes to the same ones: unset it"),
-    ("NUMBA_(NUM_THREADS|THREADING_LAYER.*)", "ok", "has no effect: the loader's threads are its own"),
-    ("NUMBA_CACHE_DIR", "ok", "compiled code is kept there: on a cluster, on a local disk"),
-    ("CUDA_VISIBLE_DEVICES|NVIDIA_VISIBLE_DEVICES|ROCR_VISIBLE_DEVICES", "ok", "only these GPUs are seen"),
-    ("CUDA_LAUNCH_BLOCKING|TORCH_DISTRIBUTED_DEBUG|TORCH_SHOW_CPP_STACKTRACES|NCCL_DEBUG", "warning",
-     "meant for finding faults, and slow or wordy: unset it afterwards"),
-    ("(TORCH_)?NCCL_(ASYNC_ERROR_HANDLING|BLOCKING_WAIT)", "warning",
-     "changes how a lost rank is noticed: unset it, timeout.step_s decides that"),
-    ("NCCL_(P2P|SHM|IB|NVLS|NET_GDR)_?(DISABLE|LEVEL|ENABLE)", "warning",
-     "switches off a way between GPUs; collectives may be many times slower: unset it unless you know why it is there"),
-    ("(NCCL|GLOO)_SOCKET_IFNAME", "ok", "must name the interface that leads to the other nodes, on every node"),
-    ("NCCL_.*|GLOO_.*", "ok", "reaches NCCL or gloo as it is"),
-    ("NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "warning", "changes the precision of products: unset it"),
-    ("ATEN_CPU_CAPABILITY|MKL_CBWR|MKL_ENABLE_INSTRUCTIONS|ONEDNN_MAX_CPU_ISA|DNNL_MAX_CPU_ISA", "warning",
-     "results differ in their last bits from machines without it, and may be slow: unset it"),
-    ("PYTORCH_(CUDA_|NO_CUDA_MEMORY_|HIP_)?(ALLOC_CONF|MEMORY_CACHING)", "ok", "changes torch's GPU memory allocator"),
-    ("TORCHDYNAMO_DISABLE|TORCH_COMPILE_DISABLE", "ok", "train.compile has no effect"),
-    ("PYTHONPATH", "ok", "modules there come before installed ones"),
-    ("PYTHONHOME|PYTHONOPTIMIZE|PYTHONSTARTUP|PYTHONINSPECT", "warning", "changes how Python runs: unset it"),
-    ("LD_PRELOAD", "warning", "is loaded into every process: unset it unless you mean it"),
-    ("LD_LIBRARY_PATH", "ok", "libraries there come before those that torch brings: unset it if CUDA does not load"),
-    ("SIMCLR_(EXPECTED_WORLD_SIZE|ATTEMPT|STOP_SIGNAL)", "warning", "set by our launcher for its workers: unset it"),
-    ("SIMCLR_\\w+", "ok", "read by this project"),
-    ("SLURM_JOB_ID", "ok", "this shell is inside a job: `python -m launcher check slurm` looks at its nodes"),
-)  # fmt: skip
-
-
-def examine_environment(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Variables that change what a training does, most of them set by somebody else long ago."""
-    rows: list[Finding] = []
-    for name in sorted(environ):
-        for names, level, meaning in INHERITED:
-            if re.fullmatch(names, name):
-                value = environ[name]
-                shown = value if len(value) <= 60 else value[:57] + "..."
-                rows.append(Finding(level, name, shown or "(empty)", meaning))
-                break
-    yield from rows or [Finding("ok", "environment", "no variable is set that changes how training behaves")]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m simclr_dist.doctor", description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    yield from guarded("runs_dir", examine_runs_dir)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simclr_dist.data.decode.ffcv_import import codec, import_ffcv
-from simclr_dist.data.sources.size import size_on_disk
+from simclr_dist.data.sources.open import size_on_disk
 from simclr_dist.doctor.finding import Finding
 from simclr_dist.errors import DataError
 
@@ -42,7 +42,7 @@ def examine_data_path() -> list[Finding]:
 
 def examine_data(data: DataConfig, global_batch_size: int) -> Iterator[Finding]:
     """The images that a configuration names: are they there, whole, enough, and do they fit into memory?"""
-    from simclr_dist.data.loading.build import describe
+    from simclr_dist.data.loading.open_images import describe
 
     if data.loader == "ffcv":
         try:

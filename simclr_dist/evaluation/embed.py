@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from simclr_dist.checkpoint.files import load_pretrained
+from simclr_dist.checkpoint.pretrained import load_pretrained
 from simclr_dist.config import Precision
 from simclr_dist.data.decode.crops import center_crops
-from simclr_dist.data.loading.build import describe, load_images
-from simclr_dist.data.sources.find import open_source
+from simclr_dist.data.loading.load_images import load_images
+from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.sources.images import decode_image
+from simclr_dist.data.sources.open import open_source
 from simclr_dist.errors import CheckpointError, DataError
 from simclr_dist.evaluation.embeddings_file import Embeddings
 from simclr_dist.evaluation.features import digest, extract_features

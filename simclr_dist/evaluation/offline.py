@@ -1,11 +1,10 @@
-"""A checkpoint's score on labelled images: load, extract features, kNN or linear probe, write the result down.
+"""The score of a checkpoint on labelled images: load, extract features, kNN or linear probe, record the result.
 
 On several processes (`accelerate launch -m simclr_dist.cli evaluate …`) the ranks share the work on the features.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from simclr_dist.checkpoint.files import Checkpoint, load_pretrained
-from simclr_dist.config import Config, Precision
-from simclr_dist.data.loading.build import DatasetInfo, describe, load_images
+from simclr_dist.checkpoint.files import Checkpoint
+from simclr_dist.checkpoint.pretrained import load_pretrained
+from simclr_dist.config import DataConfig, ModelConfig, Precision
+from simclr_dist.data.loading.load_images import load_images
+from simclr_dist.data.loading.open_images import DatasetInfo, describe
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
 from simclr_dist.evaluation.features import Features, digest, extract_features_distributed, pixel_features
@@ -25,9 +26,9 @@ from simclr_dist.evaluation.knn import knn_top1
 from simclr_dist.evaluation.linear import linear_probe
 from simclr_dist.network.simclr import build_model
 from simclr_dist.parallel import distributed
+from simclr_dist.run.layout import RunDir, append_record, read_records
 from simclr_dist.views.augment import normalize
 
-RESULTS = "evaluations.jsonl"
 Say = Callable[[str], None]
 
 
@@ -54,12 +55,12 @@ class Score:
     top5: float
 
 
-def open_labelled(config: Config, train: str | None = None, test: str | None = None) -> LabelledImages:
-    """The configuration's data, or others in their place: evaluating on another dataset is a transfer.
+def open_labelled(data: DataConfig, train: str | None = None, test: str | None = None) -> LabelledImages:
+    """The images of the section `data`, or others in their place: evaluating on another dataset is a transfer.
 
     Raises ConfigError without test data, DataError when the two have different classes.
     """
-    train, test = train or config.data.train, test or config.data.test
+    train, test = train or data.train, test or data.test
     if test is None:
         raise ConfigError(["data.test is null, and there is no --test: give held-out images with --test PATH"])
     train_info, test_info = describe(train), describe(test)
@@ -81,7 +82,7 @@ def features_of(
     encoder: nn.Module,
     source: str,
     info: DatasetInfo,
-    config: Config,
+    data: DataConfig,
     *,
     device: torch.device,
     precision: Precision,
@@ -90,7 +91,7 @@ def features_of(
     say: Say,
 ) -> Features:
     """h of all images of `source` on every rank, from the cache when it has them. Raises DataError."""
-    key = cache_key(digest(encoder), info.fingerprint, config.data.image_size, precision)
+    key = cache_key(digest(encoder), info.fingerprint, data.image_size, precision)
     found = read_features(cache, key) if cache else None
     # A cache on a node's own disk may be there for some ranks only; they must all do the same.
     if not distributed.all_reduce_max_(torch.tensor([found is None], dtype=torch.int32, device=device)).item():
@@ -102,10 +103,10 @@ def features_of(
         encoder,
         lambda ids: load_images(
             source,
-            config.data.image_size,
+            data.image_size,
             batch_size=batch_size,
             ids=ids,
-            num_threads=config.data.num_threads,
+            num_threads=data.num_threads,
         ),
         info.num_samples,
         device=device,
@@ -144,8 +145,8 @@ def evaluate(
     """
     model, checkpoint = load_pretrained(source, say)
     config = checkpoint.config
-    data = open_labelled(config, train, test)
-    run_dir = checkpoint.path.parent.parent
+    images = open_labelled(config.data, train, test)
+    run = RunDir.of_checkpoint(checkpoint.path)
     settings: dict[str, Any] = {"precision": precision or config.train.precision}
     if method == "knn":
         settings["k"] = k or config.evaluation.knn_k
@@ -160,11 +161,11 @@ def evaluate(
                 test,
                 k=settings["k"],
                 temperature=settings["temperature"],
-                num_classes=data.num_classes,
+                num_classes=images.num_classes,
                 device=device,
             )
             return Score(name, knn.top1, knn.top5)
-        linear = linear_probe(train, test, num_classes=data.num_classes, method=solver, seed=seed, device=device)
+        linear = linear_probe(train, test, num_classes=images.num_classes, method=solver, seed=seed, device=device)
         if name == "trained encoder":
             settings["weight_decay"] = linear.weight_decay
         return Score(name, linear.top1, linear.top5)
@@ -175,14 +176,14 @@ def evaluate(
                 encoder.to(device),
                 source,
                 info,
-                config,
+                config.data,
                 device=device,
                 precision=settings["precision"],
                 batch_size=batch_size or config.evaluation.batch_size,
-                cache=run_dir / "features" if cache == "run" else cache,
+                cache=run.features if cache == "run" else cache,
                 say=say,
             )
-            for source, info in ((data.train, data.train_info), (data.test, data.test_info))
+            for source, info in ((images.train, images.train_info), (images.test, images.test_info))
         )
         return train, test
 
@@ -190,44 +191,40 @@ def evaluate(
     if baselines:
         pixels = (
             pixel_features(load_images(source, config.data.image_size, batch_size=512), normalize=normalize)
-            for source in (data.train, data.test)
+            for source in (images.train, images.test)
         )
         scores.append(score("raw pixels", *pixels))
-        scores.append(score("untrained encoder", *features(_untrained(config))))
+        scores.append(score("untrained encoder", *features(_untrained(config.model, config.seed))))
     scores.append(score("trained encoder", *features(model.encoder)))
     record = {
         "step": checkpoint.step,
         "method": method,
-        "train": data.train,
-        "test": data.test,
-        "train_fingerprint": data.train_info.fingerprint,
-        "test_fingerprint": data.test_info.fingerprint,
+        "train": images.train,
+        "test": images.test,
+        "train_fingerprint": images.train_info.fingerprint,
+        "test_fingerprint": images.test_info.fingerprint,
         **settings,
         "top1": scores[-1].top1,
         "top5": scores[-1].top5,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     if distributed.rank() == 0:
-        with (run_dir / RESULTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_record(run.evaluations, record)
     return scores, record
 
 
-def _untrained(config: Config) -> nn.Module:
-    """The encoder as the run began it: same seed, same initial values."""
-    torch.manual_seed(config.seed)
-    return build_model(config.model).encoder
+def _untrained(model: ModelConfig, seed: int) -> nn.Module:
+    """The encoder with the initial values of the run."""
+    torch.manual_seed(seed)
+    return build_model(model).encoder
 
 
 def known_accuracy(checkpoint: Checkpoint) -> Mapping[str, float]:
-    """What `evaluate` has written down for this very checkpoint, newest last, for the model card."""
-    path = checkpoint.path.parent.parent / RESULTS
+    """What `evaluate` has recorded of this checkpoint, newest last, for the model card."""
     figures: dict[str, float] = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            if record["step"] == checkpoint.step:
-                setting = f"k={record['k']}" if record["method"] == "knn" else record["solver"]
-                for share in ("top1", "top5"):
-                    figures[f"{record['method']} ({setting}) {share} on {record['test']}"] = record[share]
+    for record in read_records(RunDir.of_checkpoint(checkpoint.path).evaluations):
+        if record.get("step") == checkpoint.step:
+            setting = f"k={record['k']}" if record["method"] == "knn" else record["solver"]
+            for share in ("top1", "top5"):
+                figures[f"{record['method']} ({setting}) {share} on {record['test']}"] = record[share]
     return figures

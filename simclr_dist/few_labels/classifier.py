@@ -1,4 +1,4 @@
-"""An encoder with a linear classifier on top: what fine-tuning and distillation train, and what they save.
+"""An encoder with a linear classifier on top, as fine-tuning and distillation train it, and its file.
 
 The classifier sits on h, or, as SimCLR v2 fine-tunes (Chen et al. 2020b, arXiv 2006.10029, section 3), on the first
 layer of the projection head, which then becomes a part of the network.
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simclr_dist.atomic import replaces
-from simclr_dist.config import Config, Precision
+from simclr_dist.config import Precision, parse_config
 from simclr_dist.errors import CheckpointError
 from simclr_dist.evaluation.features import ImageBatch, Normalize, extract_features
 from simclr_dist.network.simclr import SimCLR, build_model
@@ -27,8 +27,11 @@ Start = Literal["encoder", "head"]
 
 
 class Classifier(nn.Module):
-    """Images [n, 3, H, W] to logits [n, C]: `backbone` (the encoder, and with start "head" the head's first layer),
-    then the linear map `fc`, which begins at zero."""
+    """Images [n, 3, H, W] to logits [n, C].
+
+    `backbone` is the encoder, with start "head" followed by the first layer of the projection head. The linear map `fc`
+    on top begins at zero.
+    """
 
     def __init__(self, model: SimCLR, num_classes: int, start: Start = "encoder") -> None:
         super().__init__()
@@ -65,21 +68,33 @@ def accuracy(
     precision: Precision = "fp32",
     normalize: Normalize,
 ) -> Accuracy:
-    """Of the classifier in evaluation mode on labelled images."""
-    # Logits are features of width C: the same loop, the same checks.
+    """Of the classifier in evaluation mode on labelled images. Raises DataError as `extract_features` does."""
+    # Logits are features of width C: the same loop and the same checks.
     logits = extract_features(classifier, batches, device=device, precision=precision, normalize=normalize)
     hits = logits.h.topk(min(5, logits.h.shape[1]), dim=1).indices == logits.labels[:, None]
     top1, top5 = torch.stack([hits[:, 0].sum(), hits.sum()]).double().div(len(logits)).tolist()
     return Accuracy(top1, top5)
 
 
+@dataclass(frozen=True)
+class SavedClassifier:
+    """A classifier in evaluation mode, its classes, and the configuration of its run (see `parse_config`)."""
+
+    network: Classifier
+    class_names: tuple[str, ...]
+    config_json: str
+
+
 def save_classifier(
-    path: Path, classifier: Classifier, config: Config, class_names: tuple[str, ...], history: dict[str, object]
+    path: Path, classifier: Classifier, class_names: tuple[str, ...], config_json: str, history: dict[str, object]
 ) -> None:
-    """Writes a safetensors file that `load_classifier` reads; atomic. history: how it was made, plain values."""
+    """Writes a safetensors file that `load_classifier` reads; atomic.
+
+    config_json: of its run, with the section `model` of its network. history: how it was made, plain values.
+    """
     metadata = {
         "format": "pt",
-        "config": config.model_dump_json(),
+        "config": config_json,
         "start": classifier.start,
         "class_names": json.dumps(class_names),
         "history": json.dumps(history),
@@ -89,16 +104,15 @@ def save_classifier(
         save_file(state, temporary, metadata)
 
 
-def load_classifier(path: Path) -> tuple[Classifier, Config, tuple[str, ...]]:
-    """The classifier on the CPU in evaluation mode, its configuration and classes. Raises CheckpointError."""
+def load_classifier(path: Path) -> SavedClassifier:
+    """What `save_classifier` wrote, on the CPU. Raises CheckpointError."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        config = Config.model_validate_json(metadata["config"])
         class_names = tuple(json.loads(metadata["class_names"]))
         start: Start = "head" if metadata["start"] == "head" else "encoder"
-        classifier = Classifier(build_model(config.model), len(class_names), start)
+        classifier = Classifier(build_model(parse_config(metadata["config"]).model), len(class_names), start)
         classifier.load_state_dict(load_file(path), strict=True)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: is no classifier of `simclr-dist finetune`: {error}") from None
-    return classifier.eval(), config, class_names
+    return SavedClassifier(classifier.eval(), class_names, metadata["config"])

@@ -22,7 +22,7 @@ from simclr_dist.evaluation.features import ImageBatch, frozen
 from simclr_dist.few_labels.classifier import Classifier
 from simclr_dist.few_labels.random_crops import RandomCrops
 from simclr_dist.network.precision import autocast
-from simclr_dist.optim.lars import LearningRate, set_learning_rate
+from simclr_dist.optim.schedule import LearningRate, set_learning_rate
 from simclr_dist.views.augment import normalize
 
 FINE_TUNE_LR = 0.05  # for a batch of 256

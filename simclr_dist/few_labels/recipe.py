@@ -1,21 +1,18 @@
 """SimCLR v2 from images to a table (Chen et al. 2020b, arXiv 2006.10029): pretrain, fine-tune with few labels, distil.
 
     RUN/recipe/linear, labels_0.01, labels_0.01/student_1, …     a folder for each stage:
-        asked.json     what was asked for
+        asked.json     the settings of the stage
         result.json    what came out; written last
     RUN/recipe/results.json, results.md                          the table
 
-A stage that is complete and was asked for in the same words is not done again, so that a recipe that was interrupted
-goes on when it is started again.
+A stage that is complete and has the same settings is not done again: an interrupted recipe continues when it is started
+again.
 """
 
 from __future__ import annotations
 
 import json
-import shlex
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,18 +21,17 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, ValidationError
 
-from simclr_dist.atomic import replaces
-from simclr_dist.checkpoint.files import Checkpoint, find_checkpoint
-from simclr_dist.config import Config, Count, ModelConfig, NonNegative, Positive, Section, load_config, load_section
+from simclr_dist.atomic import replace_text
+from simclr_dist.checkpoint.files import Checkpoint
+from simclr_dist.config import Count, ModelConfig, NonNegative, Positive, Section
 from simclr_dist.errors import ConfigError
-from simclr_dist.evaluation.offline import evaluate
+from simclr_dist.evaluation.offline import Say, evaluate
 from simclr_dist.few_labels.classifier import Start
 from simclr_dist.few_labels.train import Settings, distill_classifier, finetune_checkpoint
 from simclr_dist.network.simclr import build_model
-from simclr_dist.terminal import percent, print_table, say
+from simclr_dist.run.layout import read_record
 
 Share = Annotated[float, Field(gt=0, le=1)]
-COLUMNS = ("top1", "top5", "num_parameters")
 
 
 class Pretraining(Section):
@@ -64,15 +60,13 @@ class Student(Schedule):
     encoder: str | None = Field(None, description="Of the student; null: the teacher's.")
     width: Count | None = Field(None, description="Of a resnet_small.")
     temperature: Positive = 1.0
-    alpha: Share = Field(1.0, description="Weight of the teacher; the rest goes to the labels it was tuned with.")
+    alpha: Share = Field(
+        1.0, description="Weight of the teacher; the rest goes to the labels that it was fine-tuned with."
+    )
 
     def changes(self) -> dict[str, Any]:
-        """To the teacher's model section."""
+        """To the section `model` of the teacher."""
         return self.model_dump(include={"encoder", "width"}, exclude_none=True)
-
-    def model(self, config: Config) -> ModelConfig:
-        """Raises pydantic's ValidationError."""
-        return ModelConfig.model_validate({**config.model.model_dump(), **self.changes()})
 
 
 class Recipe(Section):
@@ -82,78 +76,26 @@ class Recipe(Section):
     distill: Annotated[tuple[Student, ...], Field(strict=False)] = (Student(),)
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = (), *, check_data: bool = False) -> tuple[Recipe, Config]:
-    """The checked recipe, and the configuration of its pretraining. Raises ConfigError."""
-    recipe = load_section(path, Recipe)
-    config = load_config(
-        path.parent / recipe.pretrain.config, [*recipe.pretrain.overrides, *overrides], check_data=check_data
-    )
-    problems = [
-        problem for i, student in enumerate(recipe.distill) for problem in _problems_of(i, student, config, path)
-    ]
+def check_recipe(recipe: Recipe, path: Path, model: ModelConfig, test: str | None) -> None:
+    """Raises ConfigError with what would stop the recipe hours later. model, test: of the pretraining's configuration.
+
+    path: of the recipe, for the message.
+    """
+    problems = []
     if len(set(recipe.labels)) < len(recipe.labels):
         problems.append(f"{path}: labels: {list(recipe.labels)} names a share twice")
-    if config.data.test is None:
+    if test is None:
         problems.append(f"{path}: accuracy is measured on data.test: add data.test=FILE to pretrain.overrides")
+    for i, student in enumerate(recipe.distill):
+        try:
+            with torch.device("meta"):  # takes neither memory nor time
+                build_model(ModelConfig.model_validate({**model.model_dump(), **student.changes()}))
+        except ConfigError as error:
+            problems += [f"{path}: distill.{i}: {problem}" for problem in error.problems]
+        except ValidationError as error:
+            problems += [f"{path}: distill.{i}: {detail['msg']}" for detail in error.errors()]
     if problems:
         raise ConfigError(problems)
-    return recipe, config
-
-
-def _problems_of(number: int, student: Student, config: Config, path: Path) -> list[str]:
-    """What building the student would run into, hours later."""
-    try:
-        with torch.device("meta"):  # neither memory nor time
-            build_model(student.model(config))
-    except ConfigError as error:
-        return [f"{path}: distill.{number}: {problem}" for problem in error.problems]
-    except ValidationError as error:
-        return [f"{path}: distill.{number}: {detail['msg']}" for detail in error.errors()]
-    return []
-
-
-def run_recipe(
-    path: Path,
-    overrides: Sequence[str],
-    device: torch.device,
-    *,
-    run: Path | None = None,
-    nproc: int | None = None,
-    dry_run: bool = False,
-) -> int:
-    """Does what is left to do and prints the table. run: a pretrained run to take instead of pretraining.
-
-    Returns the exit code: 0, or that of a pretraining that has not come to its end. Raises CheckpointError,
-    ConfigError, DataError.
-    """
-    recipe, config = read_recipe(path, overrides, check_data=run is None)
-    words = [str(path.parent / recipe.pretrain.config), *recipe.pretrain.overrides, *overrides]
-    run_dir = run or config.run_dir
-    if dry_run:
-        print(f"pretraining: {shlex.join(words)}" if run is None else f"pretrained: {run}")
-        for stage in stages(recipe, run_dir / "recipe", None, device):
-            print(f"{stage.title}, {_percent_of_labels(stage.share)} of the labels: {stage.folder}")
-        return 0
-    if run is None:
-        code = _pretrain(words, nproc or torch.cuda.device_count() or 2)
-        state = code or json.loads((run_dir / "status.json").read_text(encoding="utf-8"))["state"]
-        if state != "finished":
-            say("recipe: pretraining has not come to its end; the same command goes on from there")
-            return code
-    checkpoint = find_checkpoint(run_dir, say)
-    rows = []
-    for stage in stages(recipe, run_dir / "recipe", checkpoint, device):
-        result = _done(stage)
-        row = {"result": stage.title, "labels": stage.share, **{key: result.get(key) for key in COLUMNS}}
-        rows.append({**row, "folder": str(stage.folder)})
-    _show(run_dir / "recipe", checkpoint, rows)
-    return 0
-
-
-def _pretrain(words: Sequence[str], nproc: int) -> int:
-    """The launcher's exit code."""
-    command = [sys.executable, "-m", "launcher", "local", words[0], "--nproc", str(nproc), *words[1:]]
-    return subprocess.run(command, check=False).returncode
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,9 +104,9 @@ def _pretrain(words: Sequence[str], nproc: int) -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """asked: all that makes its result what it is, as plain values; share: of the labels.
+    """asked: all settings that its result depends on, as plain values. share: of the labels.
 
-    make: does it and leaves result.json in `folder`.
+    make: does the stage and leaves result.json in `folder`.
     """
 
     title: str
@@ -173,13 +115,17 @@ class Stage:
     asked: dict[str, Any]
     make: Callable[[], Any]
 
+    @property
+    def name(self) -> str:
+        return f"{self.title}, {_percent_of_labels(self.share)} of the labels"
 
-def stages(recipe: Recipe, root: Path, checkpoint: Checkpoint | None, device: torch.device) -> list[Stage]:
-    """In the order in which they are done. Without a checkpoint they can be looked at, not done."""
+
+def stages(recipe: Recipe, root: Path, checkpoint: Checkpoint | None, device: torch.device, say: Say) -> list[Stage]:
+    """In the order in which they are done, with folders under `root`. Without a checkpoint they can only be listed."""
     source = checkpoint.path if checkpoint else root.parent
     pretrained = {"checkpoint": source.name, **(_identity(checkpoint) if checkpoint else {})}
     linear = root / "linear"
-    found = [Stage("linear probe", 1.0, linear, {**pretrained}, partial(_probe, source, linear, device))]
+    found = [Stage("linear probe", 1.0, linear, pretrained, partial(_probe, source, linear, device, say))]
     for share in recipe.labels:
         folder, tuning = root / f"labels_{share:g}", recipe.finetune
         tuned = {**pretrained, "labels": share, **tuning.model_dump()}
@@ -207,21 +153,19 @@ def stages(recipe: Recipe, root: Path, checkpoint: Checkpoint | None, device: to
 
 
 def _identity(checkpoint: Checkpoint) -> dict[str, str]:
-    """Its images, and its weights: a run that was trained anew under its old name is another one."""
+    """Its images and its weights: a run that was trained again under its old name has others."""
     manifest = _read(checkpoint.path / "MANIFEST.json")
     return {"images": checkpoint.fingerprint, "weights": manifest["files"]["model.safetensors"]["sha256"][:16]}
 
 
-def _probe(source: Path, folder: Path, device: torch.device) -> None:
+def _probe(source: Path, folder: Path, device: torch.device, say: Say) -> None:
     (score,), _ = evaluate(source, method="linear", device=device, say=say)
-    with replaces(folder / "result.json") as temporary:
-        temporary.write_text(json.dumps({"top1": score.top1, "top5": score.top5}) + "\n", encoding="utf-8")
+    replace_text(folder / "result.json", json.dumps({"top1": score.top1, "top5": score.top5}) + "\n")
 
 
-def _done(stage: Stage) -> dict[str, Any]:
-    """The stage's result, from disk if there is one. Raises ConfigError if it was asked for in other words."""
+def complete(stage: Stage, say: Say) -> dict[str, Any]:
+    """The stage's result, from disk if it has been done. Raises ConfigError if it was done with other settings."""
     asked, result = stage.folder / "asked.json", stage.folder / "result.json"
-    name = f"{stage.title}, {_percent_of_labels(stage.share)} of the labels"
     if result.exists():
         before, now = _flat(_read(asked)), _flat(stage.asked)
         changes = [
@@ -232,21 +176,20 @@ def _done(stage: Stage) -> dict[str, Any]:
         if changes:
             raise ConfigError(
                 [
-                    f"{stage.folder} holds another result ({'; '.join(changes)}): put that back, remove the folder to "
-                    "do it anew, or choose another name=… for the run"
+                    f"{stage.folder} holds another result ({'; '.join(changes)}): undo the change, remove the folder "
+                    "to do the stage again, or choose another name=… for the run"
                 ]
             )
-        say(f"recipe: {name}: done already")
+        say(f"recipe: {stage.name}: done already")
         return _read(result)
-    say(f"recipe: {name}")
+    say(f"recipe: {stage.name}")
     stage.folder.mkdir(parents=True, exist_ok=True)
-    (stage.folder / "classifier.safetensors").unlink(missing_ok=True)  # of a start that was cut off
-    with replaces(asked) as temporary:
-        temporary.write_text(json.dumps(stage.asked) + "\n", encoding="utf-8")
+    (stage.folder / "classifier.safetensors").unlink(missing_ok=True)  # of an interrupted start
+    replace_text(asked, json.dumps(stage.asked) + "\n")
     try:
         stage.make()
     except FloatingPointError as error:
-        raise ConfigError([f"{name}: {error}"]) from None
+        raise ConfigError([f"{stage.name}: {error}"]) from None
     return _read(result)
 
 
@@ -255,12 +198,9 @@ def _percent_of_labels(share: float) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"{path}: cannot be read ({error}); remove {path.parent} to do it anew"]) from None
+    values = read_record(path)
+    if values is None:
+        raise ConfigError([f"{path}: cannot be read; remove {path.parent} to do the stage again"])
     return values
 
 
@@ -276,26 +216,36 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 # The table
 
 
-def _show(folder: Path, checkpoint: Checkpoint, rows: list[dict[str, Any]]) -> None:
-    title = f"{checkpoint.config.name}, step {checkpoint.step}"
-    head = ("", "labels", "top-1", "top-5", "parameters")
+@dataclass(frozen=True)
+class Table:
+    """What results.md shows."""
+
+    path: Path
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def run_stages(recipe: Recipe, checkpoint: Checkpoint, root: Path, device: torch.device, say: Say) -> Table:
+    """Does what is left to do, writes results.json and results.md into `root`. Raises ConfigError, DataError."""
+    rows: list[dict[str, Any]] = []
+    for stage in stages(recipe, root, checkpoint, device, say):
+        result = complete(stage, say)
+        figures = {key: result.get(key) for key in ("top1", "top5", "num_parameters")}
+        rows.append({"result": stage.title, "labels": stage.share, **figures, "folder": str(stage.folder)})
+    name, step = checkpoint.config.name, checkpoint.step
+    replace_text(root / "results.json", json.dumps({"run": name, "step": step, "rows": rows}, indent=1) + "\n")
     cells = [
         (
             row["result"],
             _percent_of_labels(row["labels"]),
-            percent(row["top1"]),
-            percent(row["top5"]),
+            *(f"{100 * row[key]:.2f} %" for key in ("top1", "top5")),
             f"{row['num_parameters']:,}" if row["num_parameters"] else "",
         )
         for row in rows
     ]
-    lines = [f"{title}\n", f"| {' | '.join(head)} |", "|---|---:|---:|---:|---:|"]
+    table = Table(root / "results.md", f"{name}, step {step}", ("", "labels", "top-1", "top-5", "parameters"), cells)
+    lines = [f"{table.title}\n", f"| {' | '.join(table.columns)} |", "|---|---:|---:|---:|---:|"]
     lines += [f"| {' | '.join(row)} |" for row in cells]
-    for name, text in (
-        ("results.json", json.dumps({"run": checkpoint.config.name, "step": checkpoint.step, "rows": rows}, indent=1)),
-        ("results.md", "\n".join(lines)),
-    ):
-        with replaces(folder / name) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
-    print_table(title, head, cells)
-    print(folder / "results.md")
+    replace_text(table.path, "\n".join(lines) + "\n")
+    return table

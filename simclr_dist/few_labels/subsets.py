@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.atomic import replaces
+from simclr_dist.atomic import replace_text
 from simclr_dist.data.loading.open_images import DatasetInfo
 from simclr_dist.errors import DataError
 
@@ -53,8 +53,7 @@ def draw_subset(info: DatasetInfo, share: float, seed: int) -> Subset:
 
 def save_subset(path: Path, subset: Subset) -> None:
     """Writes JSON, one object; atomic."""
-    with replaces(path) as temporary:
-        temporary.write_text(json.dumps(asdict(subset)) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(asdict(subset)) + "\n")
 
 
 def load_subset(path: Path, info: DatasetInfo) -> Subset:

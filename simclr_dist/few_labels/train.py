@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from simclr_dist.atomic import replaces
-from simclr_dist.checkpoint.files import load_pretrained
-from simclr_dist.config import Config, ModelConfig, Precision
-from simclr_dist.data.loading.build import load_images
+from simclr_dist.atomic import replace_text
+from simclr_dist.checkpoint.pretrained import load_pretrained
+from simclr_dist.config import DataConfig, ModelConfig, Precision, parse_config
+from simclr_dist.data.loading.load_images import load_images
 from simclr_dist.errors import ConfigError, DataError
-from simclr_dist.evaluation.offline import LabelledImages, open_labelled
-from simclr_dist.few_labels.classifier import Classifier, Start, accuracy, load_classifier, save_classifier
+from simclr_dist.evaluation.offline import LabelledImages, Say, open_labelled
+from simclr_dist.few_labels.classifier import Accuracy, Classifier, Start, accuracy, load_classifier, save_classifier
 from simclr_dist.few_labels.distill import distil
 from simclr_dist.few_labels.finetune import (
     FINE_TUNE_LR,
@@ -39,12 +40,11 @@ from simclr_dist.network.simclr import build_model
 from simclr_dist.views.augment import normalize
 
 DISTILL_EPOCHS = 100
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a person may choose. None: the paper's value (see finetune.py), or the run's precision."""
+    """The choices of the user. None: the value of the paper (see finetune.py), or the precision of the run."""
 
     device: torch.device
     epochs: int | None = None
@@ -54,15 +54,15 @@ class Settings:
     seed: int = 0
     precision: Precision | None = None
 
-    def training(self, config: Config, say: Say, *, epochs: int, base_lr: float) -> Training:
-        """With `epochs`, `base_lr` and the precision of `config` where nothing else was chosen."""
+    def training(self, *, epochs: int, base_lr: float, precision: Precision, say: Say) -> Training:
+        """With these values where the user has chosen none."""
         epochs = self.epochs or epochs
         return Training(
             epochs,
             self.base_lr or base_lr,
             self.weight_decay,
             self.device,
-            self.precision or config.train.precision,
+            self.precision or precision,
             _reporter(epochs, say),
         )
 
@@ -80,7 +80,7 @@ def finetune_checkpoint(
     test: str | None = None,
     say: Say,
 ) -> dict[str, Any]:
-    """Fine-tunes the checkpoint's encoder with a share of the labels, or with freeze only a classifier on top.
+    """Fine-tunes the encoder of a checkpoint with a share of the labels, or with freeze only a classifier on top.
 
     subset_file: take these samples instead of drawing `share` by the settings' seed. Returns what result.json holds.
     Raises CheckpointError, ConfigError, DataError.
@@ -88,39 +88,32 @@ def finetune_checkpoint(
     _refuse_existing(out)
     model, checkpoint = load_pretrained(source, say)
     config = checkpoint.config
-    data = open_labelled(config, train, test)
-    info = data.train_info
+    images = open_labelled(config.data, train, test)
+    info = images.train_info
     subset = load_subset(subset_file, info) if subset_file else draw_subset(info, share, settings.seed)
     save_subset(out / "subset.json", subset)
     training = settings.training(
-        config,
-        say,
         epochs=LINEAR_EPOCHS if freeze else default_epochs(subset.share),
         base_lr=LINEAR_LR if freeze else FINE_TUNE_LR,
+        precision=config.train.precision,
+        say=say,
     )
-    say(f"{len(subset.ids)} labels of {info.num_samples}, {data.num_classes} classes, {training.epochs} epochs")
+    say(f"{len(subset.ids)} labels of {info.num_samples}, {images.num_classes} classes, {training.epochs} epochs")
     torch.manual_seed(settings.seed)
-    classifier = Classifier(model, data.num_classes, start)
-    made_of = {
+    classifier = Classifier(model, images.num_classes, start)
+    with _random_crops(images, subset.id_array, config.data, settings) as crops:
+        (linear_protocol if freeze else fine_tune)(classifier, crops, training)
+    found = _test(classifier, images, config.data, config.evaluation.batch_size, training)
+    history = {
         "method": "linear" if freeze else "finetune",
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
         "start": start,
         "share": subset.share,
         "num_labels": len(subset.ids),
+        **_history(settings, training, images, crops),
     }
-    method = linear_protocol if freeze else fine_tune
-    return _train(
-        out,
-        classifier,
-        lambda crops: method(classifier, crops, training),
-        subset.id_array,
-        config,
-        data,
-        settings,
-        training,
-        made_of,
-    )
+    return _save(out, classifier, images, config.model_dump_json(), history, found)
 
 
 def distill_classifier(
@@ -137,18 +130,19 @@ def distill_classifier(
     subset_file: Path | None = None,
     say: Say,
 ) -> dict[str, Any]:
-    """Trains a student on the teacher's answers for all images of `unlabelled` (the teacher's training data).
+    """Trains a student on the teacher's logits for all images of `unlabelled` (None: the teacher's training data).
 
     student: changes to the teacher's model section, e.g. {"encoder": "resnet18"}; the student starts from random
     weights, or from the encoder of the checkpoint student_from. subset_file with alpha below 1: labels to use as well.
     """
     _refuse_existing(out)
     if alpha < 1 and subset_file is None:
-        raise ConfigError([f"alpha {alpha:g} gives weight to labels: say which with a subset file"])
-    teacher, config, class_names = load_classifier(teacher_file)
-    data = open_labelled(config, unlabelled, test)
-    if data.test_info.class_names != class_names:
-        raise DataError(f"{data.test} has other classes than the teacher {teacher_file}")
+        raise ConfigError([f"alpha {alpha:g} gives weight to labels: name the samples with a subset file"])
+    teacher = load_classifier(teacher_file)
+    config = parse_config(teacher.config_json)
+    images = open_labelled(config.data, unlabelled, test)
+    if images.test_info.class_names != teacher.class_names:
+        raise DataError(f"{images.test} has other classes than the teacher {teacher_file}")
     torch.manual_seed(settings.seed)
     if student_from is not None:
         model, checkpoint = load_pretrained(student_from, say)
@@ -157,76 +151,85 @@ def distill_classifier(
         section = ModelConfig.model_validate({**config.model.model_dump(), **(student or {})})
         student_config = config.model_copy(update={"model": section})
         model = build_model(section)
-    network = Classifier(model, len(class_names))
-    labelled = torch.from_numpy(load_subset(subset_file, data.train_info).id_array) if subset_file else None
-    training = settings.training(config, say, epochs=DISTILL_EPOCHS, base_lr=FINE_TUNE_LR)
-    made_of = {
+    classifier = Classifier(model, images.num_classes)
+    labelled = torch.from_numpy(load_subset(subset_file, images.train_info).id_array) if subset_file else None
+    training = settings.training(epochs=DISTILL_EPOCHS, base_lr=FINE_TUNE_LR, precision=config.train.precision, say=say)
+    every_id = np.arange(images.train_info.num_samples)
+    with _random_crops(images, every_id, student_config.data, settings) as crops:
+        distil(
+            teacher.network,
+            classifier,
+            crops,
+            training,
+            labelled_ids=labelled,
+            temperature=temperature,
+            alpha=alpha,
+        )
+    found = _test(classifier, images, student_config.data, student_config.evaluation.batch_size, training)
+    history = {
         "method": "distill",
         "teacher": str(teacher_file),
         "student": student_config.model.encoder,
         "student_from": None if student_from is None else str(student_from),
         "temperature": temperature,
         "alpha": alpha,
+        **_history(settings, training, images, crops),
     }
-    return _train(
-        out,
-        network,
-        lambda crops: distil(
-            teacher, network, crops, training, labelled_ids=labelled, temperature=temperature, alpha=alpha
-        ),
-        np.arange(data.train_info.num_samples),
-        student_config,
-        data,
-        settings,
-        training,
-        made_of,
+    return _save(out, classifier, images, student_config.model_dump_json(), history, found)
+
+
+def _random_crops(images: LabelledImages, ids: NDArray[np.int64], data: DataConfig, settings: Settings) -> RandomCrops:
+    """Of the training images `ids`."""
+    return RandomCrops(
+        images.train,
+        ids,
+        image_size=data.image_size,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        num_threads=data.num_threads,
     )
 
 
-def _train(
-    out: Path,
-    classifier: Classifier,
-    train: Callable[[RandomCrops], None],
-    ids: np.ndarray,
-    config: Config,
-    data: LabelledImages,
-    settings: Settings,
-    training: Training,
-    made_of: dict[str, Any],
-) -> dict[str, Any]:
-    """Calls `train` with crops of the samples `ids`, looks at the test images, once, and writes everything down."""
-    with RandomCrops(
-        data.train,
-        ids,
-        image_size=config.data.image_size,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        num_threads=config.data.num_threads,
-    ) as crops:
-        train(crops)
-    found = accuracy(
+def _test(
+    classifier: Classifier, images: LabelledImages, data: DataConfig, batch_size: int, training: Training
+) -> Accuracy:
+    """On the test images, which are used only here."""
+    return accuracy(
         classifier,
-        load_images(data.test, config.data.image_size, batch_size=config.evaluation.batch_size),
+        load_images(images.test, data.image_size, batch_size=batch_size),
         device=training.device,
         precision=training.precision,
         normalize=normalize,
     )
-    history = {
-        **made_of,
+
+
+def _history(settings: Settings, training: Training, images: LabelledImages, crops: RandomCrops) -> dict[str, Any]:
+    return {
         "seed": settings.seed,
         "epochs": training.epochs,
         "base_lr": training.base_lr,
         "weight_decay": training.weight_decay,
         "batch_size": crops.batch_size,
         "precision": training.precision,
-        "train": data.train,
-        "test": data.test,
+        "train": images.train,
+        "test": images.test,
     }
-    save_classifier(out / "classifier.safetensors", classifier, config, data.train_info.class_names, history)
+
+
+def _save(
+    out: Path,
+    classifier: Classifier,
+    images: LabelledImages,
+    config_json: str,
+    history: dict[str, Any],
+    found: Accuracy,
+) -> dict[str, Any]:
+    """Writes classifier.safetensors, then result.json, and returns what the latter holds."""
+    class_names = images.train_info.class_names
+    save_classifier(out / "classifier.safetensors", classifier, class_names, config_json, history)
     num_parameters = sum(p.numel() for p in classifier.parameters())
     result = {**history, "num_parameters": num_parameters, "top1": found.top1, "top5": found.top5}
-    with replaces(out / "result.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    replace_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -236,7 +239,7 @@ def _refuse_existing(out: Path) -> None:
 
 
 def _reporter(epochs: int, say: Say) -> Callable[[int, float], None]:
-    """A line about every tenth of the training."""
+    """Prints about ten lines over the whole training."""
     every = max(1, epochs // 10)
 
     def report(epoch: int, loss: float) -> None:

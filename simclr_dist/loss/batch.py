@@ -1,4 +1,4 @@
-"""The rows of a global batch: checked and agreed upon by all ranks, brought to length one, gathered.
+"""The rows of a global batch: checked on all ranks, normalised to length one, gathered.
 
 Letters: B images per device, V views, n = V*B rows of this rank, W ranks, N = n*W rows, G = B*W images, K the width
 of z. Rank r holds the global rows r*n .. r*n + n - 1, view after view:
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -37,17 +37,17 @@ class NonFiniteError(ValueError):
 
 @dataclass
 class GlobalBatch:
-    """Unit rows of this rank, and the way to those of all."""
+    """The unit rows of this rank, and a function that waits for those of all ranks."""
 
     z: Tensor  # [n, K], unit rows of this rank, float32 or float64, differentiable
-    all_rows: Callable[[], Tensor]  # waits for [N, K]
-    ids: Tensor | None  # [G], a number for each image of the global batch
-    duplicates: Tensor  # [], int64: images whose number had occurred before
+    all_rows: Callable[[], Tensor]  # waits for the rows [N, K] of all ranks
+    ids: Tensor | None  # [G], the id of each image of the global batch
+    duplicates: Tensor  # [], int64: how many images have an id that occurs earlier in the batch
     temperature: float
     num_views: int
     rank: int
     world_size: int
-    grad_scale: float = 1.0  # of this rank's gradients: W where the training loop takes their mean over ranks
+    grad_scale: float = 1.0  # factor on this rank's gradients: W where the training loop averages over ranks
 
     @property
     def num_rows(self) -> int:
@@ -63,11 +63,11 @@ class GlobalBatch:
 
     @property
     def own(self) -> slice:
-        """Where the rows of this rank are among all."""
+        """The rows of this rank within those of all ranks."""
         return slice(self.rank * self.num_rows, (self.rank + 1) * self.num_rows)
 
     def per_row(self, per_image: Tensor) -> Tensor:
-        """[G] -> [N]: what is known of an image, for each of its rows."""
+        """[G] -> [N]: the value of each image, for each of its rows."""
         by_rank = per_image.view(self.world_size, 1, self.num_images)
         return by_rank.expand(-1, self.num_views, -1).reshape(-1)
 
@@ -85,7 +85,7 @@ def gather_batch(
     """Checks z [V*B, K] and ids [B] with all ranks, and starts gathering them.
 
     One collective of a few numbers comes first, so that every rank learns of a fault on any rank and raises instead
-    of waiting for ever. Its answer is read by the host: the loss's only wait for the device.
+    of waiting for ever. The host reads its result: the only time that the loss waits for the device.
     """
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     sound = z.ndim == 2 and z.dtype in DTYPES
@@ -99,14 +99,14 @@ def gather_batch(
     all_ids, duplicates = None, torch.zeros((), dtype=torch.int64, device=z.device)
     wait_for_ids = None
     if ids is not None:
-        # Half the bytes for every data set of less than two milliards of images.
+        # int32 halves the bytes; a dataset of more than two billion images needs int64.
         small = all(Header(*row).ids_fit_int32 for row in headers)
         wait_for_ids = distributed.all_gather_async(ids.to(torch.int32 if small else torch.int64))
-    travels_short = gather_dtype.itemsize < torch.float32.itemsize and distributed.world_size() > 1
-    rounded = gather_dtype if travels_short else dtype
-    unit: Tensor = _UnitRows.apply(z, lengths[:, None], rounded)  # type: ignore[no-untyped-call]
+    rounds = gather_dtype.itemsize < torch.float32.itemsize and distributed.world_size() > 1
+    sent_dtype = gather_dtype if rounds else dtype
+    unit: Tensor = _UnitRows.apply(z, lengths[:, None], sent_dtype)  # type: ignore[no-untyped-call]
     wait_for_rows = distributed.all_gather_async(
-        unit.detach().to(rounded) if rounded.itemsize < dtype.itemsize else unit
+        unit.detach().to(sent_dtype) if sent_dtype.itemsize < dtype.itemsize else unit
     )
     if wait_for_ids is not None:
         all_ids = wait_for_ids()
@@ -126,16 +126,16 @@ def gather_batch(
 
 
 class _UnitRows(torch.autograd.Function):
-    """x / |x|, rounded to what travels, so that every rank computes with the same numbers.
+    """x / |x|, rounded to the dtype that is sent, so that every rank computes with the same numbers.
 
     A row of zeros has no direction: it stays zero and receives no gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: Tensor, rounded: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, lengths: Tensor, sent_dtype: torch.dtype) -> Tensor:
         scale = torch.where(lengths > SHORTEST_ROW, 1 / lengths, 0)
         unit = x * scale
-        unit = unit.to(rounded).to(unit.dtype)
+        unit = unit.to(sent_dtype).to(unit.dtype)
         ctx.save_for_backward(unit, scale)
         ctx.dtype = x.dtype
         return unit
@@ -149,19 +149,19 @@ class _UnitRows(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Agreement
+# Checks that all ranks make together
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a rank brings, in whole numbers. The first eight must be the same everywhere."""
+    """What a rank tells the others about its z and its settings, as integers. The first eight must agree."""
 
     ndim: int
     rows: int
     width: int
-    dtype: int  # index in DTYPES, -1: another
+    dtype: int  # index in DTYPES; -1: another dtype
     num_views: int
-    num_ids: int  # -1: none; -2: not one int64 or int32 per image; -3: on another device
+    num_ids: int  # -1: no ids; -2: wrong dtype or shape; -3: on another device than z
     implementation: int
     temperature_bits: int  # of the float64
     ids_fit_int32: int
@@ -172,6 +172,9 @@ class Header:
     def temperature(self) -> float:
         value: float = struct.unpack("<d", struct.pack("<q", self.temperature_bits))[0]
         return value
+
+
+HEADER_BYTES = 8 * len(fields(Header))
 
 
 def _header(
@@ -187,9 +190,9 @@ def _header(
     dtype = DTYPES.index(z.dtype) if z.dtype in DTYPES else -1
     bits = 0 if isinstance(temperature, Tensor) else struct.unpack("<q", struct.pack("<d", temperature))[0]
     header = torch.tensor([z.ndim, *shape, dtype, num_views, num_ids, implementation, bits, 1, 0, 0])
-    # From page-locked memory: an ordinary copy would wait for the whole forward, and the launches after it come late.
+    # From page-locked memory: an ordinary copy would make the host wait until the GPU has done the whole forward.
     header = header.pin_memory().to(z.device, non_blocking=True) if z.is_cuda else header.to(z.device)
-    # What only the device knows is written there, so that the host reads once.
+    # Values that only the device knows are written there: the host then reads the device once.
     if isinstance(temperature, Tensor):
         header[7] = temperature.detach().to(torch.float64).view(torch.int64)
     if ids is not None and num_ids > 0:
@@ -201,8 +204,8 @@ def _header(
 
 
 def _raise_faults(headers: list[Header]) -> None:
-    """Raises what is wrong, in the same words on every rank."""
-    faults = [f"rank {r}: {fault}" for r, header in enumerate(headers) if (fault := _own_fault(header))]
+    """Raises if anything is wrong on any rank, with the same message on every rank."""
+    faults = [f"rank {r}: {fault}" for r, header in enumerate(headers) if (fault := _fault_in(header))]
     if faults:
         raise ValueError("the contrastive loss cannot use this batch.\n  " + "\n  ".join(faults))
     first = headers[0]
@@ -214,13 +217,13 @@ def _raise_faults(headers: list[Header]) -> None:
                     here, there = DTYPES[here], DTYPES[there]
                 raise ValueError(
                     f"contrastive loss: the ranks disagree about {unit}: {here} on rank 0, {there} on rank {r}. "
-                    "All ranks must bring batches of one shape and one setting; drop an incomplete last batch."
+                    "All ranks need batches of the same shape and the same settings; drop an incomplete last batch."
                 )
     bad = {r: (h.num_bad_rows, h.first_bad_row) for r, h in enumerate(headers) if h.num_bad_rows}
     if bad:
         where = [f"rank {r}: {count} of {first.rows} rows, first row {row}" for r, (count, row) in bad.items()]
         raise NonFiniteError(
-            f"z is NaN or infinite ({'; '.join(where)}). The network has diverged or a picture is broken: "
+            f"z is NaN or infinite ({'; '.join(where)}). The network has diverged or an image is broken: "
             "lower the learning rate, lengthen the warm-up, or try precision fp32.",
             bad,
         )
@@ -237,7 +240,7 @@ _MUST_AGREE = {
 }
 
 
-def _own_fault(header: Header) -> str | None:
+def _fault_in(header: Header) -> str | None:
     if header.ndim != 2:
         return f"z has {header.ndim} dimensions; expected [views * B, K]"
     if header.dtype < 0:

@@ -1,7 +1,7 @@
-"""exp(similarity) in tiles: never more than two of them in memory, none computed twice where symmetry can help.
+"""Sums of exp(similarity) in tiles: few of them in memory at once, and by symmetry each pair of rows only once.
 
-E_ij = exp(z_i.z_j / temperature) is symmetric. One process needs the tiles on and above the diagonal only, each
-serving its rows and, transposed, its columns. Over ranks every pair of blocks is summed by one of the two:
+E_ij = exp(z_i.z_j / temperature) is symmetric. One process needs the tiles on and above the diagonal only, each for its
+rows and, transposed, for its columns. Over ranks, each pair of blocks is summed by one of its two ranks:
 
     W = 4         columns of rank                 own      the block of this rank itself: upper triangle
                    0    1    2    3               ►        summed by this rank, for its rows and for the
@@ -10,8 +10,8 @@ serving its rows and, transposed, its columns. Over ranks every pair of blocks i
     of      2   │ / ► │     │ own │  ►  │                  the upper half of its rows, the higher rank the
     rank    3   │  ►  │ / ► │     │ own │                  right half of its columns: together one block
 
-Sums: 1 matrix product of half the elements and one exp2 each; an all-reduce of N numbers joins them. Gradient: every
-rank takes its rows against all columns, the own block once more by its triangle. No collective.
+Sums: one matrix product and one exp2 for half of the elements; an all-reduce of N numbers adds up the ranks' sums.
+Gradient: every rank computes its rows against all columns, its own block again by the triangle. No collective.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 700.0}
 
 
 class Tiles:
-    """E of the rows of this rank against all rows, without what `hide` names.
+    """E of the rows of this rank against all rows, zero where `hide` says.
 
-    hide: "image" leaves out all rows of the row's own image (and of its duplicates), "self" the row itself only.
+    hide: "image" for all rows of the row's own image (and of its duplicates), "self" for the row itself only.
     """
 
     def __init__(self, batch: GlobalBatch, hide: str, tile_size: int | None = None) -> None:
@@ -50,14 +50,13 @@ class Tiles:
         self.all = self.z
         self.exp2_scale = math.log2(math.e) / batch.temperature  # exp2 is several times faster than exp
         n = batch.num_rows
-        self.size = min(n, tile_size or _tile_size(n, self.z.device))
-        # A few tiles may stay for the gradient; more than fit into the cache would cost more than they save.
-        self.keeps_tiles = n * n <= 1 << 20 and self.z.device.type == "cpu"
+        self.size = min(n, tile_size or _tile_size(n, self.z.device.type))
+        self.keeps_tiles = _keeps_tiles(n, self.z.device.type)
         self.kept: list[Tensor] = []
         self._e, self._w = (self.z.new_empty(self.size**2) for _ in range(2))
         self.diagonals = range(1) if hide == "self" else range(1 - batch.num_views, batch.num_views)
         self.keys = None
-        # Looking whether there are duplicates makes a GPU wait; comparing all ids there does not.
+        # On a GPU, asking whether there are duplicates makes the host wait; comparing all ids does not.
         if hide == "image" and batch.ids is not None and (self.z.device.type != "cpu" or bool(batch.duplicates)):
             self.keys = batch.per_row(batch.ids)
 
@@ -66,7 +65,7 @@ class Tiles:
         n, W, own = self.batch.num_rows, self.batch.world_size, self.batch.own
         sums = self.z.new_zeros(n * W)
         own_sums = sums[own]
-        for i, j in triangle(n, self.size):  # while the rows of the others travel
+        for i, j in triangle(n, self.size):  # while the rows of the other ranks arrive
             e = self._exp(i, self.z, j, own.start, self._tile_to_keep() if self.keeps_tiles else self._e)
             own_sums[i] += e.sum(1)
             if i != j:
@@ -80,11 +79,11 @@ class Tiles:
             distributed.all_reduce_sum_(sums)
         return sums
 
-    def pull(self, a: Tensor) -> Tensor:
+    def gradient_rows(self, a: Tensor) -> Tensor:
         """[n, K]: for every row i of this rank the sum over j of E_ij (a_i + a_j) z_j; a [N]. After `sums`."""
         n, own = self.batch.num_rows, self.batch.own
-        pull = torch.zeros_like(self.z)
-        own_a, own_pull = a[own], pull
+        gradient = torch.zeros_like(self.z)
+        own_a = a[own]
         kept = iter(self.kept)
         for i, j in triangle(n, self.size):
             if self.keeps_tiles:
@@ -92,15 +91,15 @@ class Tiles:
             else:
                 e = self._exp(i, self.z, j, own.start, self._e)
             w = self._weigh(e, own_a[i], own_a[j])
-            own_pull[i].addmm_(w, self.z[j])
+            gradient[i].addmm_(w, self.z[j])
             if i != j:
-                own_pull[j].addmm_(w.T, self.z[i])
+                gradient[j].addmm_(w.T, self.z[i])
         self.kept.clear()
         for j in (*spans(0, own.start, self.size), *spans(own.stop, len(a), self.size)):
             for i in spans(0, n, self.size):
                 w = self._weigh(self._exp(i, self.all, j, 0, self._e), own_a[i], a[j])
-                pull[i].addmm_(w, self.all[j])
-        return pull
+                gradient[i].addmm_(w, self.all[j])
+        return gradient
 
     def _tile_to_keep(self) -> Tensor:
         self.kept.append(torch.empty_like(self._e))
@@ -127,15 +126,27 @@ class Tiles:
 
 
 def _shape(buffer: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The front of a buffer as a tile of so many rows and columns."""
+    """The start of a buffer as a tile [rows, columns]."""
     return buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
 
 
-def _tile_size(num_rows: int, device: torch.device) -> int:
-    """A tile that stays in a core's cache; on a GPU one that outweighs the launches."""
-    if device.type != "cpu":
+def _tile_size(num_rows: int, device_type: str) -> int:
+    """A tile that fits into a core's cache; on a GPU one that takes longer than its launch."""
+    if device_type != "cpu":
         return 4096
     return 256 if num_rows <= 1024 else 512
+
+
+def _keeps_tiles(num_rows: int, device_type: str) -> bool:
+    """Whether the gradient uses the tiles of the sums again: more than fit into the cache cost more than they save."""
+    return num_rows**2 <= 1 << 20 and device_type == "cpu"
+
+
+def tile_bytes(num_rows: int, device_type: str) -> int:
+    """Bytes of the float32 tiles that `Tiles` holds at once, for z [num_rows, K]."""
+    size = min(num_rows, _tile_size(num_rows, device_type))
+    kept = sum(1 for _ in triangle(num_rows, size)) if _keeps_tiles(num_rows, device_type) else 0
+    return (2 + kept) * 4 * size**2
 
 
 def spans(start: int, stop: int, size: int) -> list[slice]:
@@ -151,7 +162,7 @@ def triangle(n: int, size: int) -> Iterator[tuple[slice, slice]]:
 
 
 def share_of_pairs(rank: int, world_size: int, n: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """Tiles off the own block that this rank sums: (rows of its own, counted from 0; columns, counted globally).
+    """Tiles outside its own block that this rank sums: (its rows, counted from 0; columns, counted globally).
 
     Over all ranks they cover each unordered pair of rows of different ranks once.
     """

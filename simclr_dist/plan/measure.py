@@ -5,16 +5,16 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from simclr_dist.config import Config
+from simclr_dist.config import AugmentConfig, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from simclr_dist.data import Batch
-from simclr_dist.data.loading.build import build_loader
+from simclr_dist.data.loading.view_loader import build_loader
 from simclr_dist.loss import NTXentLoss
+from simclr_dist.network.precision import autocast
 from simclr_dist.network.simclr import build_model
-from simclr_dist.optim.lars import build_optimizer
+from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.micro_batch import backward_in_micro_batches
 from simclr_dist.parallel.distributed import World
 from simclr_dist.views.augment import Augment
@@ -32,29 +32,39 @@ class MeasuredStep:
     peak_bytes: int | None
 
 
-def measure_step(config: Config, device: torch.device, images: int, repetitions: int = 3) -> MeasuredStep:
-    """Steps of one process on random images: augmentation, network, loss, update. The first one only warms up."""
+def measure_step(
+    *,
+    augment: AugmentConfig,
+    model: ModelConfig,
+    loss: LossConfig,
+    optim: OptimConfig,
+    train: TrainConfig,
+    image_size: int,
+    images: int,
+    device: torch.device,
+    repetitions: int = 3,
+) -> MeasuredStep:
+    """Steps of one process on `images` random images: augmentation, network, loss, update. The first only warms up."""
     if device.type == "cpu":
-        images = min(images, config.train.micro_batch_size or images, MOST_IMAGES_ON_CPU)
-    S = config.data.image_size
-    model = build_model(config.model).to(device)
-    if config.train.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = build_optimizer(model, config.optim)
-    augment = Augment(config.augment, config.seed, S)
-    nt_xent = NTXentLoss(config.loss.temperature, config.loss.implementation)
+        images = min(images, train.micro_batch_size or images, MOST_IMAGES_ON_CPU)
+    S = image_size
+    network = build_model(model).to(device)
+    if train.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = build_optimizer(network, optim)
+    make_views = Augment(augment, 0, S)
+    nt_xent = NTXentLoss(loss.temperature, loss.implementation)
     ids = torch.arange(images)
     batch = Batch(torch.randint(0, 256, (2, images, S, S, 3), dtype=torch.uint8).to(device), ids.to(device), ids, 0)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
 
     def step() -> None:
-        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            views = augment(batch)
-            micro = config.train.micro_batch_size
+        with autocast(device, train.precision):
+            views = make_views(batch)
+            micro = train.micro_batch_size
             if micro and micro < images:
-                backward_in_micro_batches(model, views, nt_xent, micro_batch_size=micro)
+                backward_in_micro_batches(network, views, nt_xent, micro_batch_size=micro)
             else:
-                nt_xent(model(views.flatten(0, 1))[1].float()).backward()
+                nt_xent(network(views.flatten(0, 1))[1].float()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
@@ -70,14 +80,12 @@ def measure_step(config: Config, device: torch.device, images: int, repetitions:
     return MeasuredStep(images, images / statistics.median(times), _peak(device))
 
 
-def measure_loader(config: Config, images: int, local_size: int) -> float:
-    """Images that one of `local_size` processes on this machine decodes and crops a second."""
+def measure_loader(data: DataConfig, augment: AugmentConfig, *, images: int, local_size: int) -> float:
+    """Images per second that one of `local_size` processes on this machine decodes and crops, `images` a batch."""
     world = World(local_size=local_size)
-    with build_loader(
-        config.data, config.augment, seed=config.seed, global_batch_size=images, world=world, device="cpu"
-    ) as loader:
+    with build_loader(data, augment, seed=0, global_batch_size=images, world=world, device="cpu") as loader:
         batches = loader.batches(0)
-        for _ in range(config.data.batches_ahead + 1):  # compiles, and fills what is decoded ahead
+        for _ in range(data.batches_ahead + 1):  # compiles, and fills what is decoded ahead
             next(batches)
         start, count = time.perf_counter(), 0
         while time.perf_counter() - start < LOADER_S:
@@ -95,7 +103,3 @@ def _forget_peak(device: torch.device) -> None:
 
 def _peak(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def data_is_here(config: Config) -> bool:
-    return config.data.train == "synthetic" or Path(config.data.train).exists()

@@ -11,10 +11,9 @@ from typing import Literal
 
 from torch import nn
 
-from simclr_dist.config import Config
+from simclr_dist.config import LossConfig, ModelConfig, TrainConfig
+from simclr_dist.loss.batch import HEADER_BYTES
 from simclr_dist.plan.memory import shape_of_model
-
-HEADER_BYTES = 88  # what ranks agree upon before a loss is computed (simclr_dist/loss/batch.py)
 
 
 @dataclass(frozen=True)
@@ -33,27 +32,27 @@ class Collective:
         return self.count * factor[self.operation] * self.num_bytes
 
 
-def collectives(config: Config, world_size: int) -> list[Collective]:
+def collectives(*, model: ModelConfig, loss: LossConfig, train: TrainConfig, world_size: int) -> list[Collective]:
     """All of a step of pretraining; none in a world of one."""
     if world_size == 1:
         return []
-    model = shape_of_model(config)
-    B = config.train.global_batch_size // world_size
-    n, N, K = 2 * B, 2 * B * world_size, config.model.head_out_dim
-    width = 2 if config.loss.gather_dtype == "bfloat16" else 4
+    network = shape_of_model(model)
+    B = train.global_batch_size // world_size
+    n, N, K = 2 * B, 2 * B * world_size, model.head_out_dim
+    width = 2 if loss.gather_dtype == "bfloat16" else 4
     found = [
         Collective("loss: agreement", "all_gather", HEADER_BYTES),
         Collective("loss: sample ids", "all_gather", 4 * B),
         Collective("loss: z", "all_gather", width * n * K),
         Collective("loss: sums", "all_reduce", 4 * N),
-        Collective("gradients", "all_reduce", sum(p.nbytes for p in model.parameters())),
+        Collective("gradients", "all_reduce", sum(p.nbytes for p in network.parameters())),
         Collective("stop and save requests", "all_reduce", 8),
     ]
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if config.model.batch_norm == "per_device":
-        buffers = sum(buffer.nbytes for buffer in model.buffers())
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if model.batch_norm == "per_device":
+        buffers = sum(buffer.nbytes for buffer in network.buffers())
         return [*found, Collective("BatchNorm: running statistics", "broadcast", buffers)] if norms else found
-    micro = config.train.micro_batch_size
+    micro = train.micro_batch_size
     parts = -(-B // micro) if micro else 1
     forwards = 2 * parts if micro else 1  # a step in micro-batches goes forward twice
     for channels in sorted({m.num_features for m in norms}):

@@ -1,4 +1,4 @@
-"""What a run's encoder does to images: two views of them, neighbours, a map, a probe's confusion, similarities.
+"""What the encoder of a run does with images: augmented pairs, neighbours, a map, confusion, similarities.
 
 Letters: n images, D width of h, C classes, S side of an image.
 """
@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from simclr_dist.checkpoint.files import load_pretrained
-from simclr_dist.config import Config
-from simclr_dist.data.loading.build import build_loader, describe, load_images
+from simclr_dist.checkpoint.pretrained import load_pretrained
+from simclr_dist.config import AugmentConfig, DataConfig
+from simclr_dist.data.loading.load_images import load_images
+from simclr_dist.data.loading.open_images import describe
+from simclr_dist.data.loading.view_loader import build_loader
 from simclr_dist.errors import DataError
 from simclr_dist.evaluation.features import Features, extract_features
 from simclr_dist.evaluation.gallery import neighbour_rows, shrink
@@ -88,26 +90,27 @@ def look_into(
     model.to(device)
     config = checkpoint.config
     given = {key: value for key, value in (("train", train), ("test", test)) if value is not None}
-    config = config.model_copy(update={"data": config.data.model_copy(update=given)})
-    pairs, z = _views(config, model, device)
+    data = config.data.model_copy(update=given)
+    batch_size = config.evaluation.batch_size
+    pairs, z = _views(data, config.augment, config.seed, model, device)
     positives, negatives = similarities(z)
     insight = Insight(checkpoint.step, pairs, positives, negatives, [])
 
-    source = config.data.test or config.data.train
-    shown = _features(config, model, source, images, device)
+    source = data.test or data.train
+    shown = _features(data, model, source, images, batch_size, device)
     names = describe(source).class_names
     some = shown[torch.from_numpy(_spread(min(MAP_IMAGES, len(shown)), len(shown)))]
-    insight.neighbours = _neighbours(config, source, some, names)
+    insight.neighbours = _neighbours(data, source, some, names)
     if len(some) >= SMALLEST_MAP:
         insight.map = EmbeddingMap(*two_dimensions(some.h.numpy()), some.labels.numpy(), names)
     else:
         insight.notes.append(f"no map: {len(some)} images are too few")
-    if config.data.test is None:
+    if data.test is None:
         insight.notes.append("no probe: data.test is null; --test gives held-out images")
         return insight
     try:
-        open_labelled(config)
-        fitted = _features(config, model, config.data.train, images, device)
+        open_labelled(data)
+        fitted = _features(data, model, data.train, images, batch_size, device)
         insight.confusion = confusion(fitted, shown, names, device)
     except DataError as error:
         insight.notes.append(f"no probe: {error}")
@@ -142,26 +145,27 @@ def confusion(train: Features, test: Features, class_names: tuple[str, ...], dev
     return Confusion(counts.numpy(), class_names, probe.top1, len(train))
 
 
-def _views(config: Config, model: SimCLR, device: torch.device) -> tuple[Tensor, Tensor]:
+def _views(
+    data: DataConfig, augment: AugmentConfig, seed: int, model: SimCLR, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """The first augmented pairs on the CPU, and z [2, n, K] of the first batch of epoch 0."""
-    count = min(SIMILARITY_IMAGES, describe(config.data.train).num_samples)
-    loader = build_loader(
-        config.data, config.augment, seed=config.seed, global_batch_size=count, world=World(), device=device
-    )
+    count = min(SIMILARITY_IMAGES, describe(data.train).num_samples)
+    loader = build_loader(data, augment, seed=seed, global_batch_size=count, world=World(), device=device)
     with loader, torch.no_grad():
-        views = Augment(config.augment, config.seed, config.data.image_size)(next(iter(loader.batches(0))))
+        views = Augment(augment, seed, data.image_size)(next(iter(loader.batches(0))))
         z = model(views.flatten(0, 1))[1].unflatten(0, (2, -1))
         return views[:, :PAIRS].clone().cpu(), z
 
 
 def _spread(count: int, total: int) -> NDArray[np.int64]:
-    """`count` of 0..total-1, evenly."""
+    """`count` of the numbers 0..total-1, evenly spread."""
     return np.arange(count, dtype=np.int64) * total // count
 
 
-def _features(config: Config, model: SimCLR, source: str, images: int, device: torch.device) -> Features:
+def _features(
+    data: DataConfig, model: SimCLR, source: str, images: int, batch_size: int, device: torch.device
+) -> Features:
     total = describe(source).num_samples
-    data, batch_size = config.data, config.evaluation.batch_size
     batches = load_images(
         source,
         data.image_size,
@@ -173,10 +177,9 @@ def _features(config: Config, model: SimCLR, source: str, images: int, device: t
     return extract_features(model.encoder, batches, device=device, normalize=normalize)
 
 
-def _neighbours(config: Config, source: str, features: Features, names: tuple[str, ...]) -> list[Neighbours]:
+def _neighbours(data: DataConfig, source: str, features: Features, names: tuple[str, ...]) -> list[Neighbours]:
     rows = neighbour_rows(features.h, torch.from_numpy(_spread(min(QUERIES, len(features)), len(features))))
     wanted, place = features.sample_ids[rows].unique(return_inverse=True)
-    data = config.data
     loaded = load_images(source, data.image_size, batch_size=64, ids=wanted.numpy(), loader=data.loader)
     pictures = torch.cat([shrink(batch) for batch, _, _ in loaded])
     labels = features.labels[rows].tolist()

@@ -1,0 +1,29 @@
+"""Bytes that NT-Xent holds above its input z, computed without holding them. tests/test_plan.py compares."""
+
+from __future__ import annotations
+
+from simclr_dist.loss.tiled import tile_bytes
+
+PLAIN_MATRICES = 6  # N x N at once, masks among them
+NUMBERS_PER_ROW = 6
+
+
+def workspace_bytes(
+    num_rows: int,
+    width: int,
+    *,
+    world_size: int,
+    device_type: str,
+    implementation: str = "auto",
+    gather_dtype: str = "float32",
+) -> int:
+    """Of one of `world_size` ranks with z float32 [num_rows, width]: O(N K), two tiles, a few numbers for each row."""
+    n, N, K = num_rows, num_rows * world_size, width
+    if implementation == "plain":
+        return PLAIN_MATRICES * 4 * N * N + 3 * N * K * 4
+    gathered = 4 * N * K if world_size > 1 else 0
+    if world_size > 1 and gather_dtype == "bfloat16":
+        gathered += 2 * (N + n) * K
+    tiles = tile_bytes(n, device_type) if device_type == "cpu" or implementation == "tiled" else 0
+    # Unit rows, and two products of all rows with their positives while the value is computed.
+    return (n + 2 * N) * K * 4 + gathered + tiles + NUMBERS_PER_ROW * 4 * N
