@@ -1,4 +1,4 @@
-"""Pictures for the tests of the data path: deterministic, smooth like photographs, of awkward sizes."""
+"""Images for the tests of the data path: deterministic, smooth like photographs, of awkward sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from simclr_dist.data.randomness import keys, uniform
 SIZES = [(48, 64), (97, 31), (20, 20), (33, 120), (150, 110), (8, 9), (64, 64)]  # height, width
 
 
-def picture(i: int, height: int, width: int) -> np.ndarray:
+def make_image(i: int, height: int, width: int) -> np.ndarray:
     """uint8 [height, width, 3], a function of its arguments: waves of three frequencies, and a little noise."""
     wave = uniform(keys(1, 0, i, 0), np.arange(24)).reshape(3, 8)
     y, x = np.mgrid[:height, :width] / 32
@@ -25,12 +25,12 @@ def picture(i: int, height: int, width: int) -> np.ndarray:
 
 
 def make_folder(root: Path, num_samples: int, suffix: str = ".png", num_classes: int = 3) -> list[np.ndarray]:
-    """root/<class>/<number><suffix>; returns the pictures in the order in which they are found."""
+    """root/<class>/<number><suffix>; returns the images in the order in which they are found."""
     made = []
     for i in range(num_samples):
         path = root / f"class{i % num_classes}" / f"{i:04d}{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = picture(i, *SIZES[i % len(SIZES)])
+        pixels = make_image(i, *SIZES[i % len(SIZES)])
         Image.fromarray(pixels).save(path)
         made.append((path, pixels))
     return [pixels for _, pixels in sorted(made, key=lambda item: item[0])]

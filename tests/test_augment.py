@@ -1,6 +1,6 @@
 """Augmentations: each operation is torchvision's for the same parameters, and the parameters are SimCLR's.
 
-The reference applies torchvision's functional operations one picture at a time, in the drawn order.
+The reference applies torchvision's functional operations one image at a time, in the drawn order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SIDE = 24
 TOLERANCE = 5e-6  # of a value in [0, 1]; a grey level is 4e-3
 
 
-def pictures(n: int, seed: int = 0) -> Tensor:
+def random_images(n: int, seed: int = 0) -> Tensor:
     """float32 [n, 3, S, S] in [0, 1], with the cases that are easy to get wrong: greys, pure colours, ties."""
     x = torch.rand(n, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
     x[0] = (x[0] * 3).round() / 3  # many ties between channels
@@ -42,7 +42,7 @@ def pictures(n: int, seed: int = 0) -> Tensor:
 
 
 def batch(B: int, side: int = SIDE, first: int = 0, epoch: int = 0) -> Batch:
-    """Every sample has its own picture, wherever it stands."""
+    """Every sample has its own image, wherever it stands."""
     ids = torch.arange(first, first + B)
     views = torch.stack(
         [
@@ -85,7 +85,7 @@ def by_torchvision(image: Tensor, p: Parameters, i: int, kernel_size: int) -> Te
 
 
 def test_hue_is_torchvisions() -> None:
-    x, turns = pictures(64), torch.linspace(-0.5, 0.5, 64)
+    x, turns = random_images(64), torch.linspace(-0.5, 0.5, 64)
     expected = torch.stack([reference.adjust_hue(a, float(t)) for a, t in zip(x, turns, strict=True)])
     torch.testing.assert_close(rotate_hue_(x.clone(), turns), expected, atol=TOLERANCE, rtol=0)
 
@@ -99,19 +99,19 @@ def test_hue_is_torchvisions() -> None:
     ],
 )
 def test_blends_are_torchvisions(name: str, factors) -> None:
-    x, f = pictures(32), torch.linspace(0, 2, 32)
+    x, f = random_images(32), torch.linspace(0, 2, 32)
     expected = torch.stack([getattr(reference, name)(a, float(t)) for a, t in zip(x, f, strict=True)])
     torch.testing.assert_close(blend_(x.clone(), *factors(f)), expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 23])
 def test_blur_is_torchvisions(kernel_size: int) -> None:
-    x, sigma = pictures(16), torch.linspace(0.1, 2.0, 16)
+    x, sigma = random_images(16), torch.linspace(0.1, 2.0, 16)
     expected = torch.stack([reference.gaussian_blur(a, kernel_size, float(s)) for a, s in zip(x, sigma, strict=True)])
     torch.testing.assert_close(gaussian_blur(x, sigma, kernel_size), expected, atol=TOLERANCE, rtol=0)
 
 
-def test_blur_keeps_the_brightness_of_a_plain_picture() -> None:
+def test_blur_keeps_the_brightness_of_a_plain_image() -> None:
     x = torch.full((4, 3, SIDE, SIDE), 0.7)
     torch.testing.assert_close(gaussian_blur(x, torch.tensor([0.1, 0.5, 1.0, 2.0]), 5), x)
 
@@ -193,7 +193,7 @@ def test_views_that_are_held_do_not_change() -> None:
 
 
 def test_operations_compile_without_graph_breaks() -> None:
-    x, f = pictures(8), torch.rand(8)
+    x, f = random_images(8), torch.rand(8)
     for operation, arguments in (
         (rotate_hue_, (f,)),
         (blend_, (f, 1 - f, 0 * f)),
@@ -272,7 +272,9 @@ class TestDistribution:
         assert (augmentation.crop_scale_min, augmentation.flip_p) == (1.0, 0.0)
 
     def test_fields_override_the_preset(self) -> None:
-        augmentation = resolve_augmentation(AugmentConfig(jitter_strength=0.5, blur_p=0.0, grayscale_p=1.0, crop_scale_min=0.2))
+        augmentation = resolve_augmentation(
+            AugmentConfig(jitter_strength=0.5, blur_p=0.0, grayscale_p=1.0, crop_scale_min=0.2)
+        )
         assert augmentation.jitter == (0.4, 0.4, 0.4, 0.1)
         assert (augmentation.blur_p, augmentation.grayscale_p, augmentation.crop_scale_min) == ((0.0, 0.0), 1.0, 0.2)
         assert not self.draw(jitter_strength=0.0).jitter.any()

@@ -19,8 +19,8 @@ NUM_SAMPLES = 12
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("whole")
-    make_folder(root / "pictures", NUM_SAMPLES)
-    prepare(root / "pictures", root / "whole.beton", mode="smart", num_workers=1)
+    make_folder(root / "images", NUM_SAMPLES)
+    prepare(root / "images", root / "whole.beton", mode="smart", num_workers=1)
     return root / "whole.beton"
 
 
@@ -109,7 +109,7 @@ def test_editor_itself_changes_nothing(whole: Path, tmp_path: Path) -> None:
     assert describe(str(same)).fingerprint == describe(str(whole)).fingerprint
 
 
-def test_records_say_where_pictures_lie(whole: Path) -> None:
+def test_records_say_where_images_lie(whole: Path) -> None:
     edit = Editor(whole.read_bytes())
     with open_beton(whole) as beton:
         records = beton.records(np.array([jpeg_sample(edit), raw_sample(edit)]))
@@ -129,7 +129,7 @@ def test_class_names_come_from_the_sidecar(whole: Path, tmp_path: Path) -> None:
         describe(str(alone))
 
 
-def test_opening_reads_tables_not_pictures(whole: Path) -> None:
+def test_opening_reads_tables_not_images(whole: Path) -> None:
     """Tables stay in the page cache, shared by all processes of a node."""
     with open_beton(whole) as beton:
         assert isinstance(beton.images, np.memmap)

@@ -18,7 +18,7 @@ from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.decode.ffcv_import import unavailable
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.loading.pillow_images import BetonSource
-from tests.images import make_folder, picture
+from tests.images import make_folder, make_image
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -85,7 +85,7 @@ def test_ffcvs_loader_reads_our_files(tmp_path: Path) -> None:
     from PIL import Image
 
     for i in range(20):
-        Image.fromarray(picture(i, 40, 56)).save(tmp_path / "in" / "ab"[i % 2] / f"{i:02d}.png")
+        Image.fromarray(make_image(i, 40, 56)).save(tmp_path / "in" / "ab"[i % 2] / f"{i:02d}.png")
     prepare(tmp_path / "in", tmp_path / "out.beton", mode="raw", num_workers=1)
     script = """
         from ffcv.loader import Loader, OrderOption
@@ -95,7 +95,7 @@ def test_ffcvs_loader_reads_our_files(tmp_path: Path) -> None:
             np.savez(f"{sys.argv[2]}/{os_cache}.npz", images=torch.cat(images), labels=torch.cat(labels).squeeze(1))
     """
     run(script, tmp_path / "out.beton", tmp_path)
-    expected = [picture(i, 40, 56) for i in (*range(0, 20, 2), *range(1, 20, 2))]
+    expected = [make_image(i, 40, 56) for i in (*range(0, 20, 2), *range(1, 20, 2))]
     for os_cache in (False, True):
         read = np.load(tmp_path / f"{os_cache}.npz")
         assert np.array_equal(read["images"], np.stack(expected))
@@ -107,20 +107,20 @@ def test_we_read_what_ffcvs_writer_writes(tmp_path: Path) -> None:
     script = """
         from ffcv.fields import FloatField, IntField, JSONField, RGBImageField
         from ffcv.writer import DatasetWriter
-        from tests.images import SIZES, picture
+        from tests.images import SIZES, make_image
 
-        class Pictures:
+        class Indexed:
             def __len__(self):
                 return 30
             def __getitem__(self, i):
-                return i / 7, {"number": int(i)}, picture(i, *SIZES[i % len(SIZES)]), int(i % 4)
+                return i / 7, {"number": int(i)}, make_image(i, *SIZES[i % len(SIZES)]), int(i % 4)
 
         if __name__ == "__main__":
             for mode in ("raw", "jpg"):
                 fields = {"weight": FloatField(), "notes": JSONField(),
                           "photo": RGBImageField(write_mode=mode), "kind": IntField()}
                 writer = DatasetWriter(f"{sys.argv[1]}/{mode}.beton", fields, num_workers=2)
-                writer.from_indexed_dataset(Pictures(), chunksize=3)
+                writer.from_indexed_dataset(Indexed(), chunksize=3)
     """
     run(script, tmp_path)
     from tests.images import SIZES
@@ -136,5 +136,5 @@ def test_we_read_what_ffcvs_writer_writes(tmp_path: Path) -> None:
 
         assert inspect_beton(path, verify=True).damaged == {}
         for i in range(30):
-            difference = abs(source.read(i).astype(int) - picture(i, *SIZES[i % len(SIZES)]))
+            difference = abs(source.read(i).astype(int) - make_image(i, *SIZES[i % len(SIZES)]))
             assert difference.max() == 0 if mode == "raw" else difference.mean() < 12

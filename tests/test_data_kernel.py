@@ -12,7 +12,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from simclr_dist.data.decode.crops import center_crops, random_crops
 from simclr_dist.data.randomness import keys, uniform
-from tests.images import picture
+from tests.images import make_image
 
 pytest.importorskip("numba")
 kernel = pytest.importorskip("simclr_dist.data.decode.kernel")
@@ -46,38 +46,38 @@ def distance(a: np.ndarray, b: np.ndarray) -> int:
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (65, 97), (33, 32), (500, 375), (2000, 40), (32, 3000)])
 def test_shrinking_is_opencvs_area(height: int, width: int) -> None:
     cv2 = pytest.importorskip("cv2")
-    pixels = picture(0, height, width)
+    pixels = make_image(0, height, width)
     assert distance(resized(pixels, 32), cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_AREA)) <= 1
 
 
 @pytest.mark.parametrize("side", [1, 2, 7, 31])
 def test_enlarging_is_torchs_bilinear(side: int) -> None:
-    pixels = picture(1, side, side)
+    pixels = make_image(1, side, side)
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
     expected = torch.nn.functional.interpolate(x, (32, 32), mode="bilinear").round()[0].permute(1, 2, 0).numpy()
     assert distance(resized(pixels, 32), expected) <= 1
 
 
-def test_a_crop_is_the_resize_of_the_cut_picture() -> None:
-    pixels = picture(2, 80, 120)
+def test_a_crop_is_the_resize_of_the_cut_image() -> None:
+    pixels = make_image(2, 80, 120)
     cut = np.ascontiguousarray(pixels[11:61, 30:101])
     assert np.array_equal(resized(pixels, 24, (11, 30, 50, 71)), resized(cut, 24))
 
 
 def test_the_size_itself_changes_nothing() -> None:
-    pixels = picture(3, 40, 40)
+    pixels = make_image(3, 40, 40)
     assert np.array_equal(resized(pixels, 40), pixels)
-    assert np.array_equal(resized(picture(3, 60, 70), 40, (7, 9, 40, 40)), picture(3, 60, 70)[7:47, 9:49])
+    assert np.array_equal(resized(make_image(3, 60, 70), 40, (7, 9, 40, 40)), make_image(3, 60, 70)[7:47, 9:49])
 
 
 def test_flip_is_the_mirror_image() -> None:
-    pixels = picture(4, 50, 70)
+    pixels = make_image(4, 50, 70)
     assert np.array_equal(resized(pixels, 32, flip=True), resized(pixels, 32)[:, ::-1])
 
 
 @pytest.mark.parametrize("level", [0, 1, 127, 254, 255])
 @pytest.mark.parametrize("shape", [(1, 1), (9, 200), (500, 333), (32, 32), (6000, 3)])
-def test_a_plain_picture_stays_plain(level: int, shape: tuple[int, int]) -> None:
+def test_a_plain_image_stays_plain(level: int, shape: tuple[int, int]) -> None:
     assert (resized(np.full((*shape, 3), level, np.uint8), 32) == level).all()
 
 
@@ -136,7 +136,7 @@ def test_crops_are_distributed_as_torchvisions() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 50), (3000, 1), (2, 5)])
-def test_crops_of_tiny_pictures_lie_inside(shape: tuple[int, int]) -> None:
+def test_crops_of_tiny_images_lie_inside(shape: tuple[int, int]) -> None:
     table = random_crops(
         keys(0, 0, np.arange(500), 0), np.full(500, shape[0]), np.full(500, shape[1]), scale_min=0.08, flip_p=0.5
     )

@@ -45,7 +45,7 @@ ALONE = World()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     make_folder(root, NUM_SAMPLES)
     return root
 
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def beton(folder: Path) -> Path:
     """JPEG and raw records, of many sizes."""
-    out = folder.parent / "pictures.beton"
+    out = folder.parent / "images.beton"
     prepare(folder, out, mode="smart", num_workers=1)
     return out
 
@@ -128,7 +128,7 @@ def test_crops_are_those_of_the_table(beton: Path, folder: Path) -> None:
 
 @needs_ffcv
 def test_raw_square_crops_are_exact(tmp_path: Path, folder: Path) -> None:
-    """Where nothing has to be resized, a view is a piece of the picture."""
+    """Where nothing has to be resized, a view is a piece of the image."""
     out = tmp_path / "raw.beton"
     prepare(folder, out, mode="raw", num_workers=1)
     sizes = {tuple(image.shape[1:3]) for image, _, _ in load_images(str(out), 20, batch_size=4)}
@@ -216,18 +216,18 @@ GOLDEN_SCRIPT = """
     from simclr_dist.data.decode import kernel
     from simclr_dist.data.decode.crops import random_crops
     from simclr_dist.data.randomness import keys
-    from tests.images import SIZES, picture
+    from tests.images import SIZES, make_image
 
     b, S = 42, 32
-    pictures = [picture(i, *SIZES[i % len(SIZES)]) for i in range(b)]
-    offsets = np.cumsum([0] + [p.nbytes for p in pictures])
-    records = np.array([(o, p.nbytes, kernel.RAW, *p.shape[:2]) for o, p in zip(offsets, pictures)])
+    images = [make_image(i, *SIZES[i % len(SIZES)]) for i in range(b)]
+    offsets = np.cumsum([0] + [p.nbytes for p in images])
+    records = np.array([(o, p.nbytes, kernel.RAW, *p.shape[:2]) for o, p in zip(offsets, images)])
     view_keys = keys(1, 2, np.arange(b)[None], np.arange(2)[:, None])
     crops = random_crops(view_keys, records[:, 3], records[:, 4], scale_min=0.08, flip_p=0.5)
     views = np.empty((2, b, S, S, 3), np.uint8)
-    scratch = np.empty((1, 1), np.uint8), np.empty((1, max(p.nbytes for p in pictures)), np.uint8)
+    scratch = np.empty((1, 1), np.uint8), np.empty((1, max(p.nbytes for p in images)), np.uint8)
     with open(sys.argv[1], "w+b") as file:
-        file.write(b"".join(p.tobytes() for p in pictures))
+        file.write(b"".join(p.tobytes() for p in images))
         file.flush()
         status = np.ones(b, np.int32)
         kernel.decode_and_crop(file.fileno(), records, crops, views, status, *scratch)
@@ -269,7 +269,7 @@ def test_kernel_works_where_nothing_can_be_cached(tmp_path: Path) -> None:
 
 
 @needs_ffcv
-def test_a_picture_is_decoded_once_for_both_views(beton: Path) -> None:
+def test_an_image_is_decoded_once_for_both_views(beton: Path) -> None:
     """With a codec of our own in ffcv's place, which counts."""
     script = """
         import ctypes, sys, types
@@ -297,8 +297,8 @@ def test_a_picture_is_decoded_once_for_both_views(beton: Path) -> None:
         assert (views == 77).all()
         print(len(calls), len(jpeg))
     """
-    calls, pictures = run_python(script, str(beton)).split()
-    assert int(calls) == int(pictures) > 0
+    calls, images = run_python(script, str(beton)).split()
+    assert int(calls) == int(images) > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def spoil(beton: Path, out: Path, sample: int) -> Path:
 
 
 @needs_ffcv
-def test_a_damaged_picture_is_named_when_its_batch_is_due(beton: Path, tmp_path: Path) -> None:
+def test_a_damaged_image_is_named_when_its_batch_is_due(beton: Path, tmp_path: Path) -> None:
     with open_loader(beton) as loader:
         order, expected = loader.order, take(loader, 0, 2)
         with open_beton(beton) as opened:

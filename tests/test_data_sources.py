@@ -1,4 +1,4 @@
-"""Where pictures come from: folders, archives, torchvision's and Debian's files; and what is said when they do not."""
+"""Where images come from: folders, archives, torchvision's and Debian's files; and what is said when they do not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from simclr_dist.data.sources.images import ArrayImages, ImageSource
 from simclr_dist.data.sources.open import find_dataset, open_source
 from simclr_dist.data.sources.synthetic import synthetic_images
 from simclr_dist.errors import DataError
-from tests.images import make_folder, picture
+from tests.images import make_folder, make_image
 
 
 @pytest.fixture(autouse=True)
@@ -64,10 +64,10 @@ class TestFolders:
         with pytest.raises(DataError, match="has no splits"):
             open_source(tmp_path / "in" / "train", "train")
 
-    def test_pictures_without_classes_have_no_labels(self, tmp_path: Path) -> None:
+    def test_images_without_classes_have_no_labels(self, tmp_path: Path) -> None:
         (tmp_path / "in").mkdir()
         for i in range(3):
-            Image.fromarray(picture(i, 9, 9)).save(tmp_path / "in" / f"{i}.png")
+            Image.fromarray(make_image(i, 9, 9)).save(tmp_path / "in" / f"{i}.png")
         source = open_source(tmp_path / "in")
         assert source.class_names == ()
         assert source.labels.tolist() == [-1, -1, -1]
@@ -98,7 +98,7 @@ class TestFolders:
 
     def test_empty_and_missing_places_are_told(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
-        with pytest.raises(DataError, match="holds no pictures"):
+        with pytest.raises(DataError, match="holds no images"):
             open_source(tmp_path / "empty")
         with pytest.raises(DataError, match=r"nowhere: no such file or folder, nor a dataset's name \(cifar10, "):
             open_source("nowhere")
@@ -141,11 +141,11 @@ class TestArchives:
                 outer.add(tmp_path / f"{name}.tar", f"{name}.tar")
         source = open_source(tmp_path / "train.tar")
         assert source.class_names == ("n01", "n02")
-        assert [picture.shape for picture in read_all(source)] == [(48, 64, 3), (97, 31, 3)] * 2
+        assert [image.shape for image in read_all(source)] == [(48, 64, 3), (97, 31, 3)] * 2
 
     def test_nothing_is_written_where_an_archive_points(self, tmp_path: Path) -> None:
         content = io.BytesIO()
-        Image.fromarray(picture(0, 9, 9)).save(content, "PNG")
+        Image.fromarray(make_image(0, 9, 9)).save(content, "PNG")
         with tarfile.open(tmp_path / "evil.tar.gz", "w:gz") as tar:
             for name in ("a/1.png", "../../escaped.png", "/absolute.png"):
                 member = tarfile.TarInfo(name)
@@ -169,7 +169,7 @@ class TestArchives:
 
 
 def cifar_files(folder: Path, per_batch: int = 4, fine: bool = False) -> np.ndarray:
-    """CIFAR-10's (or -100's) python files, as the authors pickle them; returns the test pictures."""
+    """CIFAR-10's (or -100's) python files, as the authors pickle them; returns the test images."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     key, meta = ("fine_labels", "fine_label_names") if fine else ("labels", "label_names")
@@ -216,7 +216,7 @@ class TestTorchvisionsFiles:
     def test_stl10(self, tmp_path: Path) -> None:
         folder = tmp_path / "stl10_binary"
         folder.mkdir()
-        pixels = np.stack([picture(i, 96, 96) for i in range(4)])
+        pixels = np.stack([make_image(i, 96, 96) for i in range(4)])
         for split in ("train", "unlabeled"):
             (folder / f"{split}_X.bin").write_bytes(pixels.transpose(0, 3, 2, 1).tobytes())
         (folder / "train_y.bin").write_bytes(bytes([1, 3, 2, 1]))
@@ -226,7 +226,7 @@ class TestTorchvisionsFiles:
         assert train.labels.tolist() == [0, 2, 1, 0]
         assert unlabelled.labels.tolist() == [-1] * 4
         (folder / "train_y.bin").write_bytes(bytes([1, 3]))
-        with pytest.raises(DataError, match=r"4 pictures .* but 2 labels"):
+        with pytest.raises(DataError, match=r"4 images .* but 2 labels"):
             open_source(folder, "train")
 
     @pytest.mark.parametrize("packed", [False, True])
@@ -243,8 +243,8 @@ class TestTorchvisionsFiles:
 def fashion_files(folder: Path, packed: bool) -> None:
     folder.mkdir(parents=True)
     for prefix in ("train", "t10k"):
-        pictures = np.stack([picture(i, 28, 28)[..., 0] for i in range(3)])
-        for kind, values in (("images-idx3", pictures), ("labels-idx1", np.arange(3, dtype=np.uint8))):
+        images = np.stack([make_image(i, 28, 28)[..., 0] for i in range(3)])
+        for kind, values in (("images-idx3", images), ("labels-idx1", np.arange(3, dtype=np.uint8))):
             header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
             content = header + values.tobytes()
             name = f"{prefix}-{kind}-ubyte" + (".gz" if packed else "")
@@ -289,19 +289,19 @@ class TestByName:
             open_source("stl10", "unlabeled")
 
 
-def test_synthetic_pictures_repeat_and_can_be_learned() -> None:
+def test_synthetic_images_repeat_and_can_be_learned() -> None:
     a, b = synthetic_images(), synthetic_images()
     assert a.fingerprint == b.fingerprint
-    flat = a.pictures.reshape(len(a.labels), -1).astype(np.float64)
+    flat = a.images.reshape(len(a.labels), -1).astype(np.float64)
     assert 20 < flat.std() < 90
     # A class is seen in the strength of its frequencies, whatever the phase.
-    spectrum = abs(np.fft.rfft2(a.pictures, axes=(1, 2))).reshape(len(a.labels), -1)
+    spectrum = abs(np.fft.rfft2(a.images, axes=(1, 2))).reshape(len(a.labels), -1)
     means = np.stack([spectrum[a.labels == c].mean(0) for c in range(10)])
     nearest = ((spectrum[:, None] - means[None]) ** 2).sum(-1).argmin(1)
     assert (nearest == a.labels).mean() > 0.9
 
 
-def test_messages_keep_the_number_of_a_picture_sent_to_a_worker() -> None:
-    pictures = np.zeros((5, 4, 4, 3), np.uint8)
-    part = ArrayImages("here", (), np.full(5, -1), pictures).take(np.array([3, 4]))
+def test_messages_keep_the_number_of_an_image_sent_to_a_worker() -> None:
+    images = np.zeros((5, 4, 4, 3), np.uint8)
+    part = ArrayImages("here", (), np.full(5, -1), images).take(np.array([3, 4]))
     assert part.name(1) == "here[4]"

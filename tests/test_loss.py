@@ -287,7 +287,7 @@ def test_learned_temperature_descends_like_its_logarithm() -> None:
 def test_without_gradients_only_the_value_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     x = random_rows(8, 4)
     expected = nt_xent(x, 0.2, implementation="plain")
-    monkeypatch.setattr(tiled.Tiles, "pull", None)
+    monkeypatch.setattr(tiled.Tiles, "gradient_rows", None)
     assert nt_xent(x, 0.2, implementation="tiled").item() == pytest.approx(expected.item())
     with torch.no_grad():
         nt_xent(x.requires_grad_(), 0.2, implementation="tiled")

@@ -58,7 +58,7 @@ found = kernels.sums()  # without a process group: of the own rows only
 image = torch.arange(120) // 40 * 20 + torch.arange(120) % 20
 e = (z @ z.T / 0.2).exp() * (image[:, None] != image)
 a = torch.rand(120)
-for x, y in ((found, e.sum(1)[40:80]), (kernels.pull(a), ((e * (a[:, None] + a)) @ z)[40:80])):
+for x, y in ((found, e.sum(1)[40:80]), (kernels.gradient_rows(a), ((e * (a[:, None] + a)) @ z)[40:80])):
     assert (x - y).norm() < 1e-5 * y.norm(), (x, y)
 print("agree")
 """
@@ -77,11 +77,11 @@ from simclr_dist.loss import triton_kernels as kernels
 shared = {"own": "*fp32", "all_rows": "*fp32", "own_keys": "*i64", "all_keys": "*i64", "n": "i32", "N": "i32",
           "exp2_scale": "fp32"}
 sums = {**shared, "sums": "*fp32", "chunk": "i32"}
-pull = {**shared, "a": "*fp32", "pull": "*fp32", "chunk": "i32", "own_start": "i32"}
+gradient = {**shared, "a": "*fp32", "gradient": "*fp32", "chunk": "i32", "own_start": "i32"}
 for K, capability in ((128, 90), (200, 80)):
     padded, block = kernels.padded_width_and_block(K)
     constants = {"K": K, "K_PADDED": padded, "BLOCK": block}
-    for kernel, signature in ((kernels._sums_kernel, sums), (kernels._pull_kernel, pull)):
+    for kernel, signature in ((kernels._sums_kernel, sums), (kernels._gradient_kernel, gradient)):
         signature = {**signature, **dict.fromkeys(constants, "constexpr")}
         source = triton.compiler.ASTSource(kernel, signature, constants)
         target = GPUTarget("cuda", capability, 32)

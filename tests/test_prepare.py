@@ -1,4 +1,4 @@
-"""Writing .beton files: the same bytes for any number of workers, whole or not at all, and awkward pictures."""
+"""Writing .beton files: the same bytes for any number of workers, whole or not at all, and awkward images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from simclr_dist.data.loading.inspect import inspect_beton
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.loading.pillow_images import BetonSource
 from simclr_dist.errors import DataError
-from tests.images import make_folder, picture
+from tests.images import make_folder, make_image
 
 needs_ffcv = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -40,7 +40,7 @@ def test_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
     assert a == b
 
 
-def test_raw_pictures_come_back_as_they_were(tmp_path: Path) -> None:
+def test_raw_images_come_back_as_they_were(tmp_path: Path) -> None:
     pixels = make_folder(tmp_path / "in", 10)
     info = prepare(tmp_path / "in", tmp_path / "out.beton", mode="raw", num_workers=1)
     source = BetonSource(tmp_path / "out.beton")
@@ -49,7 +49,7 @@ def test_raw_pictures_come_back_as_they_were(tmp_path: Path) -> None:
     assert source.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 3
 
 
-def test_jpeg_pictures_come_back_nearly_as_they_were(tmp_path: Path) -> None:
+def test_jpeg_images_come_back_nearly_as_they_were(tmp_path: Path) -> None:
     pixels = make_folder(tmp_path / "in", 10)
     prepare(tmp_path / "in", tmp_path / "out.beton", mode="jpg", num_workers=1)
     source = BetonSource(tmp_path / "out.beton")
@@ -57,10 +57,10 @@ def test_jpeg_pictures_come_back_nearly_as_they_were(tmp_path: Path) -> None:
         assert abs(source.read(i).astype(int) - pixels[i]).mean() < 12
 
 
-def test_smart_keeps_small_pictures_raw(tmp_path: Path) -> None:
+def test_smart_keeps_small_images_raw(tmp_path: Path) -> None:
     (tmp_path / "in" / "a").mkdir(parents=True)
     for i, side in enumerate((32, 96, 97, 200)):
-        Image.fromarray(picture(i, side, side)).save(tmp_path / "in" / "a" / f"{i}.png")
+        Image.fromarray(make_image(i, side, side)).save(tmp_path / "in" / "a" / f"{i}.png")
     prepare(tmp_path / "in", tmp_path / "out.beton", num_workers=1)
     with open_beton(tmp_path / "out.beton") as beton:
         assert beton.images["mode"].tolist() == [1, 1, 0, 0]
@@ -69,7 +69,7 @@ def test_smart_keeps_small_pictures_raw(tmp_path: Path) -> None:
 def test_longer_sides_are_capped_and_proportions_kept(tmp_path: Path) -> None:
     (tmp_path / "in" / "a").mkdir(parents=True)
     for i, (height, width) in enumerate([(50, 300), (300, 50), (60, 60), (3, 600)]):
-        Image.fromarray(picture(i, height, width)).save(tmp_path / "in" / "a" / f"{i}.png")
+        Image.fromarray(make_image(i, height, width)).save(tmp_path / "in" / "a" / f"{i}.png")
     prepare(tmp_path / "in", tmp_path / "out.beton", max_side=100, num_workers=1)
     with open_beton(tmp_path / "out.beton") as beton:
         assert beton.images[["height", "width"]].tolist() == [(17, 100), (100, 17), (60, 60), (1, 100)]
@@ -94,7 +94,7 @@ def test_sidecar_says_what_is_in_the_file(tmp_path: Path) -> None:
     np.testing.assert_allclose(sidecar["std"], every.std(0), atol=1e-5)
 
 
-def test_progress_counts_every_picture(tmp_path: Path) -> None:
+def test_progress_counts_every_image(tmp_path: Path) -> None:
     make_folder(tmp_path / "in", 9)
     seen: list[tuple[int, int]] = []
     prepare(
@@ -116,7 +116,7 @@ def test_records_fill_pages_and_never_cross_them(tmp_path: Path, monkeypatch: py
         assert np.array_equal(beton.pages(), first)
 
 
-class TestAwkwardPictures:
+class TestAwkwardImages:
     """Everything becomes RGB, upright, on white."""
 
     def read(self, tmp_path: Path, image: Image.Image, suffix: str, **options) -> np.ndarray:
@@ -126,60 +126,60 @@ class TestAwkwardPictures:
         return BetonSource(tmp_path / "out.beton").read(0)
 
     def test_grey(self, tmp_path: Path) -> None:
-        grey = picture(0, 20, 30)[..., 0]
+        grey = make_image(0, 20, 30)[..., 0]
         assert np.array_equal(self.read(tmp_path, Image.fromarray(grey), ".png"), np.repeat(grey[..., None], 3, 2))
 
     def test_grey_of_16_bits(self, tmp_path: Path) -> None:
-        grey = picture(0, 20, 30)[..., 0]
+        grey = make_image(0, 20, 30)[..., 0]
         image = Image.fromarray(grey.astype(np.uint16) * 256 + 99)
         assert np.array_equal(self.read(tmp_path, image, ".png"), np.repeat(grey[..., None], 3, 2))
 
     def test_black_and_white(self, tmp_path: Path) -> None:
-        bits = picture(0, 20, 30)[..., 0] > 127
+        bits = make_image(0, 20, 30)[..., 0] > 127
         assert np.array_equal(self.read(tmp_path, Image.fromarray(bits), ".png")[..., 1], bits * 255)
 
     def test_palette(self, tmp_path: Path) -> None:
-        image = Image.fromarray(picture(0, 20, 30)).quantize(16)
+        image = Image.fromarray(make_image(0, 20, 30)).quantize(16)
         assert np.array_equal(self.read(tmp_path, image, ".gif"), np.asarray(image.convert("RGB")))
 
     def test_cmyk(self, tmp_path: Path) -> None:
-        pixels = picture(0, 40, 30)
+        pixels = make_image(0, 40, 30)
         read = self.read(tmp_path, Image.fromarray(pixels).convert("CMYK"), ".jpg", quality=100, subsampling=0)
         assert abs(read.astype(int) - pixels).mean() < 4
 
     def test_transparency_lies_on_white(self, tmp_path: Path) -> None:
-        pixels = np.dstack([picture(0, 20, 30), np.full((20, 30), 255, np.uint8)])
+        pixels = np.dstack([make_image(0, 20, 30), np.full((20, 30), 255, np.uint8)])
         pixels[:10, :, 3] = 0
         read = self.read(tmp_path, Image.fromarray(pixels), ".png")
         assert (read[:10] == 255).all()
         assert np.array_equal(read[10:], pixels[10:, :, :3])
 
     def test_exif_orientation(self, tmp_path: Path) -> None:
-        pixels = picture(0, 20, 30)
+        pixels = make_image(0, 20, 30)
         exif = Image.Exif()
         exif[0x0112] = 6  # turn by a quarter to see it upright
         read = self.read(tmp_path, Image.fromarray(pixels), ".png", exif=exif)
         assert np.array_equal(read, np.rot90(pixels, -1))
 
-    def test_only_the_first_picture_of_an_animation(self, tmp_path: Path) -> None:
+    def test_only_the_first_image_of_an_animation(self, tmp_path: Path) -> None:
         frames = [Image.fromarray(np.full((9, 9, 3), level, np.uint8)) for level in (10, 200)]
         assert self.read(tmp_path, frames[0], ".gif", save_all=True, append_images=frames[1:]).max() < 20
 
 
-class TestUnusablePictures:
+class TestUnusableImages:
     @pytest.fixture
     def damaged(self, tmp_path: Path) -> Path:
         root = tmp_path / "in"
         make_folder(root, 12, suffix=".jpg")
         truncated = root / "class1" / "0004.jpg"
         truncated.write_bytes(truncated.read_bytes()[:400])
-        (root / "class2" / "0005.jpg").write_bytes(b"this is no picture")
+        (root / "class2" / "0005.jpg").write_bytes(b"this is no image")
         (root / "class2" / "0008.jpg").write_bytes(b"")
         return root
 
     def test_refuse_names_the_file_and_leaves_nothing(self, damaged: Path, tmp_path: Path) -> None:
         before = everything(tmp_path)
-        with pytest.raises(DataError, match=r"class1/0004\.jpg: cannot be decoded: .*leave such pictures out"):
+        with pytest.raises(DataError, match=r"class1/0004\.jpg: cannot be decoded: .*leave such images out"):
             prepare(damaged, tmp_path / "out.beton", num_workers=1)
         assert everything(tmp_path) == before
 
@@ -195,7 +195,7 @@ class TestUnusablePictures:
         (tmp_path / "in" / "a").mkdir(parents=True)
         (tmp_path / "in" / "a" / "0.jpg").write_bytes(b"no")
         before = everything(tmp_path)
-        with pytest.raises(DataError, match="none of its 1 pictures can be used; the first: "):
+        with pytest.raises(DataError, match="none of its 1 images can be used; the first: "):
             prepare(tmp_path / "in", tmp_path / "out.beton", num_workers=1, on_error="skip")
         assert everything(tmp_path) == before
 
@@ -322,7 +322,7 @@ class TestInspect:
         assert found.damaged is None
 
     @needs_ffcv
-    def test_verify_finds_every_damaged_picture(self, tmp_path: Path) -> None:
+    def test_verify_finds_every_damaged_image(self, tmp_path: Path) -> None:
         make_folder(tmp_path / "in", 70)
         out = tmp_path / "out.beton"
         prepare(tmp_path / "in", out, mode="jpg", num_workers=1)

@@ -22,15 +22,15 @@ class Batch:
 
     views: uint8 [2, B, H, W, 3]; view 0 of all images, then view 1.
     sample_ids: int64 [B], the images' numbers in their dataset.
-    labels: int64 [B], -1 where there is none; SimCLR does not look at them.
-    epoch: of the sample order; with the seed and the ids it fixes every random draw.
+    labels: int64 [B], -1 where there is none; SimCLR does not use them.
+    epoch: with the seed and the ids it determines every random draw.
     """
 
     views: Tensor
     sample_ids: Tensor
     labels: Tensor
     epoch: int
-    # The ids once more, on the host: random parameters are drawn there, and reading them back would stall the device.
+    # The ids again, on the host: random parameters are drawn there, and reading ids back would wait for the device.
     host_ids: NDArray[np.int64] = field(default=None, repr=False, compare=False)  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class Batch:
 
 
 class Loader(Protocol):
-    """What the trainer sees of a dataset."""
+    """What the trainer uses of a dataset. wait_s: seconds spent waiting for batches so far."""
 
     num_samples: int
     class_names: tuple[str, ...]
@@ -53,7 +53,10 @@ class Loader(Protocol):
     order: Order
     wait_s: float
 
-    def batches(self, step: int) -> Iterator[Batch]: ...
+    def batches(self, step: int) -> Iterator[Batch]:
+        """All batches of this rank from global step `step` on, without end."""
+        ...
+
     def close(self) -> None: ...
     def __enter__(self) -> Loader: ...
     def __exit__(self, *exc: object) -> None: ...

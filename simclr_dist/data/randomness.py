@@ -1,9 +1,8 @@
 """Random numbers without state: every draw of a view is a hash of (seed, epoch, sample id, view, draw number).
 
 A view therefore does not depend on rank, number of threads, order or loader, and a resumed run needs no generator
-state: numba's generators, one a thread, cannot be seeded from Python, and skipping batches would draw from others. The
-hash is SplitMix64's finaliser (Steele, Lea and Flood 2014); all operations are exact, so the numbers are the same on
-every machine and under every version of numpy.
+state. The hash is SplitMix64's finaliser (Steele, Lea and Flood 2014); all operations are exact, so the numbers are the
+same on every machine and under every version of numpy.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# Fixed draw numbers, one range a purpose: adding an augmentation never shifts the others. Never renumber.
+# Fixed draw numbers, a range for each purpose, so that a new augmentation changes no other. Never renumber them.
 CROP = 0  # 0..39: ten tries of (area, ratio, top, left)
 FLIP = 64
 JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, JITTER_ORDER = 80, 81, 82, 83, 84, 85
@@ -47,14 +46,14 @@ def uniform(keys: NDArray[np.uint64], draw: ArrayLike) -> NDArray[np.float64]:
 
 
 def permutation(seed: int, epoch: int, stream: int, n: int) -> NDArray[np.int64]:
-    """A random order of 0..n-1, a function of its arguments alone: the ranks of n hashes."""
+    """A random order of 0..n-1 that depends on the arguments only: n hashes, sorted."""
     words = mix(keys(seed, epoch, stream, _PERMUTATION) + np.arange(1, n + 1, dtype=np.uint64) * _GOLDEN)
     return np.argsort(words, kind="stable")
 
 
-_PERMUTATION = 1 << 32  # stands where a view's number stands, so that orders and views share no key
+_PERMUTATION = 1 << 32  # used in place of a view's number, so that orders and views share no key
 
 
 def _words(value: ArrayLike) -> NDArray[np.uint64]:
-    # Arrays of one element rather than scalars: numpy warns when scalars wrap around, and wrapping is meant here.
+    # Arrays of one element instead of scalars: numpy warns when scalars overflow, which is intended here.
     return np.atleast_1d(np.asarray(value)).astype(np.uint64)

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from simclr_dist import __version__
 from simclr_dist.atomic import replaces
-from simclr_dist.checkpoint.files import Checkpoint, load_pretrained
+from simclr_dist.checkpoint.files import Checkpoint
+from simclr_dist.checkpoint.pretrained import load_pretrained
 from simclr_dist.config import Config, ModelConfig, render_config
 from simclr_dist.errors import ExportError
 from simclr_dist.network.encoders import (
@@ -33,7 +34,7 @@ from simclr_dist.network.encoders import (
     TIMM,
     build_encoder,
     class_layer,
-    take_off_class_layer,
+    remove_class_layer,
     torchvision_names,
     torchvision_network,
     torchvision_options,
@@ -119,7 +120,7 @@ def _write_torchvision(
     state |= {f"{name}.{key}": torch.zeros_like(value) for key, value in found.get_submodule(name).state_dict().items()}
     torch.save(state, path)
     found.load_state_dict(torch.load(path, weights_only=True), strict=True)
-    take_off_class_layer(found)
+    remove_class_layer(found)
     return found.eval()
 
 
@@ -211,7 +212,7 @@ def _instructions(
             "from safetensors import safe_open",
             "from safetensors.torch import load_file",
             "from simclr_dist.config import Config",
-            "from simclr_dist.encoders import build_encoder",
+            "from simclr_dist.network.encoders import build_encoder",
             "",
             f'with safe_open("{file}", framework="pt") as file:',
             '    config = Config.model_validate_json(file.metadata()["config"])',

@@ -1,4 +1,4 @@
-"""Which code sums the exponentials: by name, by device, and by what has shown that it works."""
+"""Chooses the code that sums the exponentials: by name and device, the GPU kernels only after a trial."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ IMPLEMENTATIONS = ("plain", "tiled", "triton")
 class Exponentials(Protocol):
     """E_ij = exp(s_ij) of the rows of this rank against all, summed without being stored."""
 
-    z: Tensor  # [n, K], the rows in the precision of the sums
+    z: Tensor  # [n, K], the rows of this rank, in the dtype of the sums
     all: Tensor  # [N, K], after `sums`
 
     def sums(self) -> Tensor: ...
 
-    def pull(self, a: Tensor) -> Tensor: ...
+    def gradient_rows(self, a: Tensor) -> Tensor: ...
 
 
 def choose(name: str, device: torch.device) -> str:
     """The implementation that `name` means on this device: "plain", "tiled" or "triton".
 
-    "auto" is triton on CUDA, where it works, and tiled elsewhere. Who asks for triton where it does not work gets
-    tiled, which computes the same, and a warning.
+    "auto" is triton on CUDA, where it works, and tiled elsewhere. Where triton does not work, tiled computes the same,
+    and a warning says so.
     """
     if name not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"unknown implementation {name!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
@@ -47,7 +47,7 @@ def choose(name: str, device: torch.device) -> str:
 
 @cache
 def obstacle_to_triton(device: torch.device) -> str | None:
-    """Why the kernels cannot be used on this device, if so; tried once a process, against the tiles."""
+    """Why the kernels cannot be used on this device; None if they can. Compares them with `Tiles` once per process."""
     if device.type != "cuda":
         return f"the kernels are for CUDA, z is on {device.type}"
     try:
@@ -58,15 +58,15 @@ def obstacle_to_triton(device: torch.device) -> str | None:
         ids = torch.arange(75, device=device) // 2
         batch = GlobalBatch(z, lambda: z, ids, torch.ones((), device=device), 0.2, 2, 0, 1)
         return disagreement(Kernels(batch, "image"), Tiles(batch, "image"))
-    except Exception as error:  # whatever a compiler or driver may raise: there is another way
+    except Exception as error:  # compilers and drivers raise anything; `Tiles` is used then
         return f"{type(error).__name__}: {error}"
 
 
 def disagreement(found: Exponentials, expected: Exponentials) -> str | None:
-    """How the results of two implementations differ, if they do; W = 1."""
+    """How the results of two implementations differ; None if they agree. For one process."""
     r, r_expected = found.sums(), expected.sums()
-    pull, pull_expected = found.pull(1 / r_expected), expected.pull(1 / r_expected)
-    for name, x, y in (("sums", r, r_expected), ("gradient", pull, pull_expected)):
+    rows, rows_expected = found.gradient_rows(1 / r_expected), expected.gradient_rows(1 / r_expected)
+    for name, x, y in (("sums", r, r_expected), ("gradient", rows, rows_expected)):
         error = float((x - y).norm() / y.norm())
         if not error < 1e-5:
             return f"its {name} are off by {error:.1e}"
@@ -74,7 +74,7 @@ def disagreement(found: Exponentials, expected: Exponentials) -> str | None:
 
 
 def exponentials(batch: GlobalBatch, hide: str, implementation: str) -> Exponentials:
-    """The code for this batch: float64, wide z and low temperatures are tiled. All ranks decide alike."""
+    """The code for this batch: float64, wide z and low temperatures are tiled. All ranks choose the same."""
     if implementation == "triton" and batch.z.dtype == torch.float32:
         from simclr_dist.loss.triton_kernels import LARGEST_WIDTH, Kernels
 

@@ -1,4 +1,4 @@
-"""Autograd's side of a loss: gradients that are known already, and gradients times a number."""
+"""Autograd functions: a value whose gradient was computed by formula, and a gradient times a number."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch.autograd.function import once_differentiable
 
 
 def with_gradient(value: Tensor, *inputs_and_gradients: tuple[Tensor, Tensor]) -> Tensor:
-    """`value`, whose gradients in the inputs are those given. Each is rounded to its input's dtype only after it was
-    multiplied by the incoming gradient, so that a GradScaler's scale keeps small float16 gradients alive.
+    """`value`, with the given gradients with respect to the inputs.
+
+    A gradient is rounded to its input's dtype only after it was multiplied by the incoming one: a GradScaler's scale
+    then keeps small float16 gradients from becoming zero.
     """
     inputs, gradients = zip(*inputs_and_gradients, strict=True)
     result: Tensor = _KnownGradient.apply(value, gradients, *inputs)  # type: ignore[no-untyped-call]
@@ -19,7 +21,7 @@ def with_gradient(value: Tensor, *inputs_and_gradients: tuple[Tensor, Tensor]) -
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """x, whose gradient is `scale` times as large."""
+    """x; its gradient is multiplied by `scale`."""
     result: Tensor = _ScaleGradient.apply(x, scale)  # type: ignore[no-untyped-call]
     return result
 

@@ -5,14 +5,16 @@ image, and its negatives, all rows of other images. With P_ip = E_ip and Q_i the
 
     L = mean over (i, p) of log(1 + Q_i / P_ip)                          two views: the paper's loss, mean of 2G rows
 
-Its gradient needs no E of another rank's rows, since E is symmetric; with V - 1 positives per row,
-a_i = mean_p 1 / (Q_i + P_ip) and m_ip = Q_i / (Q_i + P_ip) / (V - 1):
+Since E is symmetric, the gradient for a row needs the E of that row only, and the sums Q of all rows. With V - 1
+positives per row, a_i = mean_p 1 / (Q_i + P_ip) and m_ip = Q_i / (Q_i + P_ip) / (V - 1):
 
     dL/dz_i = 1 / (N temperature) [ sum_neg j E_ij (a_i + a_j) z_j  -  sum_p (m_ip + m_pi) z_p ]
     dL/dtemperature = -1 / (2 temperature) sum_i z_i.dL/dz_i             as L depends on z_i.z_j / temperature only
 
-The positive never enters a sum: where it has won, the usual softmax minus one-hot subtracts equals and loses every
-digit, this form none. The decoupled loss (DCL; Yeh et al. 2022, arXiv:2110.06848) leaves P out of the denominator:
+The positive is part of no sum. Where it is much larger than the negatives, the usual form, softmax minus one-hot,
+subtracts nearly equal numbers and loses their digits; this form does not.
+
+The decoupled loss (DCL; Yeh et al. 2022, arXiv:2110.06848) leaves P out of the denominator:
 L = mean of log(Q_i) - s_ip, hence a_i = 1 / Q_i and m_ip = 1 / (V - 1).
 """
 
@@ -61,17 +63,17 @@ class NTXentLoss(nn.Module):
     temperature: positive. learn_temperature: make its logarithm a parameter, `log_temperature`.
     implementation: "plain" (autograd on N x N), "tiled" (linear memory), "triton" (CUDA kernels), or "auto":
         the kernels on CUDA where they work, else tiled.
-    gather_dtype: what z travels as between ranks; bfloat16 halves the bytes, and every rank then computes with
-        the rounded z.
-    num_views: V >= 2; every other view of an image is a positive of its own.
+    gather_dtype: the dtype in which z is sent between ranks; bfloat16 halves the bytes, and every rank then computes
+        with the rounded z.
+    num_views: V >= 2; every other view of an image is a positive.
     decoupled: leave the positive out of the denominator (DCL).
     grad_reduction: what the training loop does with the gradients of the ranks: "mean" (DDP, FSDP) or "sum".
 
     Call with z [V*B, K], not normalised, all rows of view 0 first, and optionally sample_ids int64 [B]: images with
-    the same number are then no negatives of each other. Returns the mean over the *global* batch, the same number on
+    the same id are then not negatives of each other. Returns the mean over the *global* batch, the same number on
     every rank, in float32 (float64 for float64). The gradient on this rank's z is that of the global mean, times W
-    for "mean": after DDP's averaging, exactly the gradient of one process with the whole batch. So is that of
-    `log_temperature`, if DDP knows this module's parameter.
+    for "mean": after DDP's averaging, exactly the gradient of one process with the whole batch. The same
+    holds for `log_temperature` if this module is inside the one that DDP wraps.
 
     Raises ValueError on every rank if any rank's z, ids or settings do not fit; NonFiniteError (a ValueError) if
     any row anywhere is NaN or infinite. All ranks must call it together.
@@ -103,7 +105,7 @@ class NTXentLoss(nn.Module):
         self.decoupled = decoupled
         self.grad_reduction = grad_reduction
         self.masked_duplicates = torch.zeros((), dtype=torch.int64)
-        """Images of the last global batch whose sample id had occurred before (int64 tensor, on z's device)."""
+        """How many images of the last global batch have an id that occurs earlier in it (int64, on z's device)."""
 
     @property
     def temperature(self) -> float | Tensor:
@@ -160,7 +162,7 @@ def _nt_xent(
 
 
 def _symmetric(batch: GlobalBatch, temperature: Tensor, decoupled: bool, implementation: str) -> Tensor:
-    """The formulas at the top of this file."""
+    """Value and gradient by the formulas at the top of this file."""
     needs_gradient = torch.is_grad_enabled() and (batch.z.requires_grad or temperature.requires_grad)
     with torch.no_grad():
         e = exponentials(batch, "image", implementation)
@@ -168,13 +170,13 @@ def _symmetric(batch: GlobalBatch, temperature: Tensor, decoupled: bool, impleme
         loss = loss.to(batch.z.dtype)
         if not needs_gradient:
             return loss
-        gradient = e.pull(a)
+        gradient = e.gradient_rows(a)
         views = e.z.view(batch.num_views, batch.num_images, -1)
-        pulled = gradient.view_as(views)
+        gradient_by_view = gradient.view_as(views)
         for shift in range(1, batch.num_views):
-            # m_ip of the rows, and m_pi of their positives, which are `shift` views further on.
+            # m_ip of the rows, and m_pi of their positives, which are `shift` views later.
             weight = m[shift] + m[-shift].roll(-shift, dims=0)
-            pulled.addcmul_(weight[..., None], views.roll(-shift, dims=0), value=-1)
+            gradient_by_view.addcmul_(weight[..., None], views.roll(-shift, dims=0), value=-1)
         gradient *= batch.grad_scale / (batch.num_all_rows * batch.temperature)
         temperature_gradient = torch.dot(e.z.flatten(), gradient.flatten()) / (-2 * batch.temperature)
     return with_gradient(loss, (batch.z, gradient), (temperature, temperature_gradient))
@@ -183,8 +185,8 @@ def _symmetric(batch: GlobalBatch, temperature: Tensor, decoupled: bool, impleme
 def _value(batch: GlobalBatch, q: Tensor, z: Tensor, decoupled: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     """From the sums q [N] and all rows z [N, K]: the loss, a [N], and m of this rank's rows.
 
-    m[shift] [V, B] belongs to the pairs of a row and the view of its image `shift` further on; m[-shift] leads back
-    (m[0] only holds the place of the row itself).
+    m[shift] [V, B] is for the pairs of a row and the view of its image that comes `shift` views later, cyclically;
+    m[-shift] is for the view as many before. m[0] is not used.
     """
     W, V, B = batch.world_size, batch.num_views, batch.num_images
     z, q = z.view(W, V, B, -1), q.view(W, V, B)
@@ -193,7 +195,7 @@ def _value(batch: GlobalBatch, q: Tensor, z: Tensor, decoupled: bool) -> tuple[T
     for shift in range(1, V):
         s = (z * z.roll(-shift, dims=1)).sum(-1) / batch.temperature
         excess = q.log() - s
-        if decoupled:  # a row without negatives has nothing to be far from
+        if decoupled:  # a row without negatives adds nothing to the loss
             loss += excess.where(has_negatives, 0).mean()
             r = q.where(has_negatives, float("inf"))
             m.append(has_negatives[batch.rank].to(q.dtype))

@@ -1,6 +1,6 @@
-"""The definitions, by autograd on all N x N similarities: to read, to compare with, and for small batches.
+"""The definitions, by autograd on all N x N similarities: for reading, for comparisons, and for small batches.
 
-Every rank computes the whole matrix, so this costs W times what it must, and 4 N^2 bytes several times over.
+Every rank computes the whole matrix: W times the necessary work, and several matrices of 4 N^2 bytes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def nt_xent(batch: GlobalBatch, temperature: Tensor, *, decoupled: bool) -> Tens
         ids = batch.per_row(batch.ids)
         hidden = ids[:, None] == ids
     # The most negative finite number instead of -inf: a row without any negative then costs 0, not NaN.
-    nothing = torch.finfo(similarity.dtype).min
-    log_q = similarity.masked_fill(hidden, nothing).logsumexp(1)
+    lowest = torch.finfo(similarity.dtype).min
+    log_q = similarity.masked_fill(hidden, lowest).logsumexp(1)
     positive = same_image & ~torch.eye(len(image), dtype=torch.bool, device=image.device)
     s = similarity[positive].view(len(image), -1)
     if decoupled:

@@ -1,12 +1,12 @@
 """Supervised contrastive learning (Khosla et al. 2020, arXiv:2004.11362, eq. 2, "L_out"), on the tiles of NT-Xent.
 
-All rows of the same class are positives, and every other row stands in the denominator. With R_i the sum of E_ij over
-all j != i, c_i the rows of i's class, S_c the sum of their z:
+All rows of the same class are positives, and every other row is in the denominator. With R_i the sum of E_ij over
+all j != i, c_i the number of rows of i's class, S_c the sum of their z:
 
     L = mean over i of log R_i - z_i.(S_c - z_i) / (temperature (c_i - 1))
     dL/dz_i = 1 / (N temperature) [ sum_j!=i E_ij (1/R_i + 1/R_j) z_j  -  2 / (c_i - 1) (S_c - z_i) ]
 
-so the positives cost two passes over z, not an N x N mask. With one image per class and two views it is NT-Xent.
+The positives thus cost two passes over z, not an N x N mask. With one image per class and two views it is NT-Xent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class SupConLoss(nn.Module):
     """Supervised contrastive loss over the global batch.
 
     Call with z [V*B, K], not normalised, view after view, and labels int64 [B]. A negative label means "unknown":
-    such an image has only its own views as positives, which serves half-labelled data. Arguments, value, gradient
+    only the image's own views are then its positives, so that data may be labelled in part. Arguments, value, gradient
     and errors as for NTXentLoss.
     """
 
@@ -75,7 +75,7 @@ def _symmetric(batch: GlobalBatch, classes: Tensor, implementation: str) -> Tens
         loss = (r.log() - s).mean().to(batch.z.dtype)
         if not needs_gradient:
             return loss
-        gradient = e.pull(r.reciprocal())
+        gradient = e.gradient_rows(r.reciprocal())
         gradient -= 2 * others[batch.own] / num_positives[batch.own, None]
         gradient *= batch.grad_scale / (batch.num_all_rows * batch.temperature)
     return with_gradient(loss, (batch.z, gradient))

@@ -1,11 +1,11 @@
-"""exp(similarity) summed on the GPU in one kernel a pass; the N x N similarities never leave the registers.
+"""Sums of exp(similarity) on the GPU, one kernel per pass; the N x N similarities stay in registers.
 
-    sums    a program holds BLOCK rows and walks over the columns:   S_i += sum_j E_ij
-    pull    the same walk, with a second product on the way:         g_i += sum_j E_ij (a_i + a_j) z_j
+    sums       a program holds BLOCK rows and goes through the columns:   S_i += sum_j E_ij
+    gradient   the same, with a second product for each block:            g_i += sum_j E_ij (a_i + a_j) z_j
 
 Products are made of three TF32 products each, which is as exact as float32, and accumulated in float32. With few rows
 the columns are cut into chunks too, so that every multiprocessor has work; the chunks' sums are added afterwards, in a
-fixed order: no atomics. Across ranks a rank sums its own rows, and an all-gather of N numbers joins the sums.
+fixed order: no atomics. Every rank sums its own rows, and an all-gather of N numbers joins the sums.
 
 Importing this module needs triton; `implementations.py` does so on CUDA only. The kernels are compared with `Tiles`
 once per process before they are used. Tests run them by triton's interpreter on the CPU.
@@ -29,8 +29,9 @@ WARPS_AND_STAGES = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
 
 
 def padded_width_and_block(K: int) -> tuple[int, int]:
-    """K as a power of two, and the rows of a block: of them and of the columns, 96 KiB of shared memory are enough
-    on Ampere (Hopper: 160).
+    """K rounded up to a power of two, and the rows of a block.
+
+    A block of rows and the blocks of columns fit into 96 KiB of shared memory on Ampere (160 KiB on Hopper).
     """
     K_padded = max(16, triton.next_power_of_2(K))
     return K_padded, 64 if K_padded <= 128 else 32
@@ -58,11 +59,11 @@ class Kernels:
         _sums_kernel[grid](*self._rows(), partial, chunk, **self._constants())
         return distributed.all_gather(partial.sum(0))
 
-    def pull(self, a: Tensor) -> Tensor:
+    def gradient_rows(self, a: Tensor) -> Tensor:
         """[n, K]: for every row i of this rank the sum over j of E_ij (a_i + a_j) z_j; a [N]. After `sums`."""
         grid, chunk = self._grid()
         partial = self.z.new_empty(grid[1], *self.z.shape)
-        _pull_kernel[grid](*self._rows(), a.contiguous(), partial, chunk, self.batch.own.start, **self._constants())
+        _gradient_kernel[grid](*self._rows(), a.contiguous(), partial, chunk, self.batch.own.start, **self._constants())
         return partial.sum(0)
 
     def _grid(self) -> tuple[tuple[int, int], int]:
@@ -125,7 +126,7 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _pull_kernel(  # type: ignore[no-untyped-def]
+def _gradient_kernel(  # type: ignore[no-untyped-def]
     own,
     all_rows,
     own_keys,
@@ -134,7 +135,7 @@ def _pull_kernel(  # type: ignore[no-untyped-def]
     N,
     exp2_scale,
     a,  # [N]
-    pull,  # [chunks, n, K]
+    gradient,  # [chunks, n, K]
     chunk,
     own_start,
     K: tl.constexpr,
@@ -152,4 +153,4 @@ def _pull_kernel(  # type: ignore[no-untyped-def]
         total += tl.dot(weight, z_j, input_precision="tf32x3")
     k = tl.arange(0, K_PADDED)
     place = (tl.program_id(1) * n + i[:, None]) * K + k[None, :]
-    tl.store(pull + place, total, mask=real_i[:, None] & (k < K)[None, :])
+    tl.store(gradient + place, total, mask=real_i[:, None] & (k < K)[None, :])

@@ -1,8 +1,8 @@
 """BatchNorm whose statistics are those of the global batch, on every backend.
 
-SimCLR needs it: with statistics per device the network can tell positives from negatives by them (Chen et al. 2020,
-section 2.2, "Global BN"), and accuracy depends on the number of devices. torch's SyncBatchNorm takes CUDA tensors
-only; `GlobalBatchNorm` does the same over gloo, so that runs on one and on several CPU processes can be compared.
+SimCLR needs it: statistics per device let the network recognise positives by them (Chen et al. 2020, section 2.2,
+"Global BN"), and accuracy would depend on the number of devices. torch's SyncBatchNorm takes CUDA tensors only;
+`GlobalBatchNorm` does the same over gloo, so that runs on one and on several CPU processes can be compared.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from simclr_dist.parallel import distributed
 
 
 def convert_to_global_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with every BatchNorm replaced by one over all ranks; parameter names stay. A world of one: unchanged."""
+    """`model` with every BatchNorm replaced by one over all ranks; parameter names stay. One process: unchanged."""
     if distributed.world_size() == 1:
         return model
     if device.type == "cuda":
@@ -33,8 +33,8 @@ def _replace(module: nn.Module) -> nn.Module:
         if hasattr(module, "act"):
             replacement = GlobalBatchNormAct(module.num_features, module.eps, module.momentum, module.affine)
             replacement.drop, replacement.act = module.get_submodule("drop"), module.get_submodule("act")
-        like = next(iter(module.state_dict().values()), torch.empty(0))
-        replacement.to(like.device, like.dtype).load_state_dict(module.state_dict())
+        reference = next(iter(module.state_dict().values()), torch.empty(0))
+        replacement.to(reference.device, reference.dtype).load_state_dict(module.state_dict())
         return replacement.train(module.training)
     for name, child in module.named_children():
         setattr(module, name, _replace(child))
@@ -63,7 +63,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class GlobalBatchNormAct(GlobalBatchNorm):
-    """Stands for timm's BatchNormAct2d, which has dropout and an activation inside."""
+    """For timm's BatchNormAct2d, which contains dropout and an activation."""
 
     drop: nn.Module
     act: nn.Module
@@ -73,7 +73,7 @@ class GlobalBatchNormAct(GlobalBatchNorm):
 
 
 def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [C], biased variance [C] and row count [] over all ranks; pooled from each rank's own (Chan et al. 1979)."""
+    """Mean [C], biased variance [C] and row count [] over all ranks; pooled from each rank's (Chan et al. 1979)."""
     dims = [0, 2, 3][: x.dim() - 1]
     x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     local_var, local_mean = torch.var_mean(x, dims, correction=0)

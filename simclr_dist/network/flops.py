@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 VIEWS = 2
-# Dense bf16 and fp16, TFLOP/s, from NVIDIA's data sheets (the figures without sparsity). The first that fits counts.
+# Dense bf16 and fp16, TFLOP/s, from NVIDIA's data sheets (without sparsity). The first name that matches is used.
 PEAK_TFLOPS_16_BIT = {
     "B200": 2250.0,
     "H200": 989.4,
@@ -28,30 +28,32 @@ PEAK_TFLOPS_16_BIT = {
 def forward_flops(model: nn.Module, image_size: int) -> int | None:
     """Floating-point operations for one image, forward; a multiply-add counts as two. None: not known.
 
-    Counted on a copy without numbers (torch's meta device), so it takes neither memory nor arithmetic. What counts are
-    convolutions, matrix products and attention; the rest is less than a hundredth.
+    Counted on a copy without values (torch's meta device), so it takes neither memory nor time. Convolutions, matrix
+    products and attention are counted; the rest is less than a hundredth.
     """
     shape = copy.deepcopy(model).to("meta").eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             shape(torch.empty(1, 3, image_size, image_size, device="meta"))
-    except (NotImplementedError, RuntimeError):  # an encoder from elsewhere that asks tensors for their numbers
+    except (NotImplementedError, RuntimeError):  # a user's encoder that reads the values of its tensors
         return None
     return counter.get_total_flops()
 
 
 def train_flops(forward: int) -> int:
-    """Of one image in a training step: two views, and a backward twice as dear as its forward.
+    """For one image in a training step: two views, and a backward that costs twice its forward.
 
-    Model FLOPs in the sense of PaLM (arXiv:2204.02311, appendix B): forward passes that micro-batches repeat are no
-    useful work and do not count. Nor does the loss.
+    Model FLOPs as in PaLM (arXiv:2204.02311, appendix B): forward passes that micro-batches repeat do not count, nor
+    does the loss.
     """
     return 3 * VIEWS * forward
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """What a device can do in a second at best; None where it is not known. In fp32 it depends on the operation,
-    because TF32 serves convolutions and not products."""
+    """Floating-point operations per second of a device at best; None where unknown.
+
+    Unknown for fp32: there it depends on the operation, because convolutions use TF32 and matrix products do not.
+    """
     if precision == "fp32":
         return None
     fits = (peak for name, peak in PEAK_TFLOPS_16_BIT.items() if re.search(rf"\b{name}\b", device_name))

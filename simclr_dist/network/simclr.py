@@ -1,6 +1,6 @@
 """The network of SimCLR (Chen et al. 2020, section 2): an encoder f yields h, a projection head g yields z.
 
-Encoders are those of encoders.py; the head is a small perceptron.
+Encoders are built in encoders.py; the head is a small perceptron.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def build_model(config: ModelConfig) -> SimCLR:
 def build_projection_head(in_dim: int, hidden_dim: int, out_dim: int, *, layers: int, batch_norm: str) -> nn.Sequential:
     """g: `layers` linear maps with ReLU between (2: SimCLR v1, section 4.2; 3: SimCLR v2, arXiv 2006.10029 section 3).
 
-    batch_norm: "all" also normalises z, as the authors' code does; "hidden" leaves z alone; "none" has biases instead.
+    batch_norm: "all" also normalises z, as the authors' code does; "hidden" does not; "none" has biases instead.
     """
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     for i in range(1, layers + 1):

@@ -1,1 +1,1 @@
-"""Processes that work together: torch.distributed, and failing as one."""
+"""Several processes: torch.distributed, errors on all ranks, threads per process."""

@@ -1,4 +1,4 @@
-"""The one place that talks to torch.distributed. Every question has an answer in a world of one.
+"""The only module that uses torch.distributed. Every function also works in a single process.
 
 Letters: W the world size, n rows of this rank, N = W*n rows of all.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many processes this is."""
+    """The rank of this process, and how many there are. local_*: among the processes of this node."""
 
     rank: int = 0
     size: int = 1
@@ -34,7 +34,7 @@ def is_initialized() -> bool:
 
 
 def world() -> World:
-    """The process group if there is one, else what the launcher announced in the environment, else one process."""
+    """From the process group if there is one, else from the launcher's environment variables, else one process."""
     local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if is_initialized():
         return World(dist.get_rank(), dist.get_world_size(), *local)
@@ -52,7 +52,7 @@ def world_size() -> int:
 def all_gather_async(x: Tensor) -> Callable[[], Tensor]:
     """Starts gathering x [n, ...] of every rank; call the result to wait for [W*n, ...], in the order of ranks.
 
-    Carries no gradient: who needs one writes its backward (see loss.py). All ranks must bring the same shape.
+    Carries no gradient. All ranks need the same shape.
     """
     if world_size() == 1:
         return lambda: x
@@ -90,8 +90,8 @@ def all_reduce_max_(x: Tensor) -> Tensor:
 def agree_on_max(value: int, device: torch.device) -> Callable[[], int]:
     """Starts finding the largest `value` of all ranks; call the result to wait for it.
 
-    On CUDA that waits only for what the device was asked to do before this call: a host that asks at the start of a
-    step and reads at its end can be a step ahead of its device.
+    On CUDA that waits only for work queued before this call: a host that calls it at the start of a step and waits at
+    the end can be a step ahead of its device.
     """
     if world_size() == 1:
         return lambda: value
@@ -106,7 +106,7 @@ def agree_on_max(value: int, device: torch.device) -> Callable[[], int]:
 
         return wait
     on_device = x.pin_memory().to(device, non_blocking=True)
-    dist.all_reduce(on_device, op=dist.ReduceOp.MAX)  # queued; the host goes on
+    dist.all_reduce(on_device, op=dist.ReduceOp.MAX)  # queued; the host does not wait
     answer = torch.empty_like(x, pin_memory=True).copy_(on_device, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(device))
@@ -119,25 +119,25 @@ def agree_on_max(value: int, device: torch.device) -> Callable[[], int]:
 
 
 def first_failing_rank(failed: bool, device: torch.device) -> int | None:
-    """The lowest rank that brought failed=True, the same answer on every rank; None if all is well."""
+    """The lowest rank with failed=True, the same on every rank; None if no rank failed."""
     distance = torch.tensor([world_size() - rank() if failed else 0], device=device)
     worst = int(all_reduce_max_(distance))
     return world_size() - worst if worst else None
 
 
 def set_timeout(seconds: float) -> None:
-    """From now on a collective that is silent for so long fails."""
+    """From now on a collective that takes longer fails."""
     if world_size() == 1:
         return
     if hasattr(dist, "set_timeout"):
         dist.set_timeout(timedelta(seconds=seconds))
-    else:  # before torch 2.15 it had no public name
+    else:  # torch before 2.15 has no public name for it
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
 
 
 def barrier() -> None:
     if world_size() > 1:
-        # An all-reduce of one number: unlike dist.barrier() it needs no guess at a device.
+        # An all-reduce of one number: dist.barrier() would have to guess the device.
         device = (
             torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
         )
@@ -152,7 +152,7 @@ def broadcast_from_main_(x: Tensor) -> Tensor:
 
 
 def shut_down() -> None:
-    """Ends the process group after everything went well. Never on an error's path: it waits for the other ranks."""
+    """Ends the process group after success. Not for use after an error: it waits for the other ranks."""
     if is_initialized():
         barrier()
         dist.destroy_process_group()

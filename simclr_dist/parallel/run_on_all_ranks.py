@@ -1,4 +1,4 @@
-"""Processes fail together: what fails on one rank is known on all, and one rank reports it."""
+"""Runs a function on every rank; if it fails on one rank, all ranks raise, and one reports the reason."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 def run_on_all_ranks(build: Callable[[], T], device: torch.device) -> T:
-    """`build()` on every rank; if it fails on one, no rank goes on.
+    """`build()` on every rank; if it fails on one, every rank raises.
 
     The first failing rank raises its own UserError or OSError, the others raise FailedElsewhereError. Every other
-    exception is a fault of the program and is raised at once.
+    exception is an error of the program and is raised at once.
     """
     result, failure = None, None
     try:

@@ -1,4 +1,4 @@
-"""How many threads or workers a process may keep busy."""
+"""How many threads or workers a process should use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 
 def default_num_threads(asked: int | None, local_size: int = 1) -> int:
-    """Threads for decoding: `asked`, or this process's share of the CPUs that it may use."""
+    """Threads for decoding: `asked`, or the usable CPUs divided by the processes of this node."""
     available = len(os.sched_getaffinity(0))
     if asked is None:
         return max(1, available // local_size)

@@ -1,10 +1,11 @@
 """Colour, grayscale, blur, solarisation and normalisation: batched on the device, with every view's own parameters.
 
-Chen et al. 2020 (SimCLR), appendix A. Cropping and flipping happened in the loader. Parameters are drawn on the host,
-by the same keys as the crops, so that the views are the same on any device and any number of processes; the device
-only computes. Each operation gives what torchvision's does for the same parameters (tests/test_augment.py).
+Chen et al. 2020 (SimCLR), appendix A. The loader has already cropped and flipped. Parameters are drawn on the host
+with the same keys as the crops, so that views are the same on any device and any number of processes. Each operation
+gives the same result as torchvision's for the same parameters (tests/test_augment.py).
 
-On a CPU the compiled `augment_kernel` does the same, five times faster; without numba, the operations here do.
+On a CPU the compiled cpu_kernel.py does the same five times faster; the operations here serve GPUs, and CPUs without
+numba.
 
 Letters: B images, n views, S the side.
 """
@@ -53,18 +54,19 @@ _ORDERS = np.array([p for p in np.ndindex(4, 4, 4, 4) if len(set(p)) == 4])
 _NUM_BLENDS = 3
 _HUE = 3
 
-_TINY = 1e-12  # tells zero from nothing without moving a pixel
+_TINY = 1e-12  # avoids division by zero without changing a pixel
 
-# On a CPU, pictures are worked on in pieces that stay in the core's own cache, bytes of float32.
+# On a CPU, images are processed in pieces of so many bytes of float32, which fit into a core's cache.
 _PIECE_BYTES = 1 << 19
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """What happens to each of 2B views, view 0 of all images first; drawn by `draw_parameters`.
+    """The parameters of each of 2B views, view 0 of all images first; drawn by `draw_parameters`.
 
     brightness, contrast, saturation: factors, as torchvision's adjust_*. hue: turns, in [-0.5, 0.5].
-    order: [2B, 4] the order of brightness 0, contrast 1, saturation 2, hue 3. The others are masks.
+    order: [2B, 4], the order of brightness 0, contrast 1, saturation 2, hue 3. sigma: of the blur, in pixels.
+    The others say which views are changed.
     """
 
     jitter: NDArray[np.bool_]
@@ -80,7 +82,7 @@ class Parameters:
 
 
 def draw_parameters(augmentation: Augmentation, seed: int, epoch: int, sample_ids: NDArray[np.int64]) -> Parameters:
-    """The parameters of both views of `sample_ids` [B]: a function of the arguments alone."""
+    """The parameters of both views of `sample_ids` [B]; they depend on the arguments only."""
     B = len(sample_ids)
     key = keys(seed, epoch, sample_ids[None], np.arange(2)[:, None]).reshape(2 * B)
     view = np.arange(2).repeat(B)
@@ -110,22 +112,24 @@ def draw_parameters(augmentation: Augmentation, seed: int, epoch: int, sample_id
 def _kernel() -> ModuleType | None:
     """The compiled operations for CPUs; None without numba."""
     try:
-        from simclr_dist.views import cpu_kernel as augment_kernel
+        from simclr_dist.views import cpu_kernel
     except ImportError:
         return None
-    return augment_kernel
+    return cpu_kernel
 
 
 def warmup() -> None:
-    """Compiles this module's kernel and the loader's, unless their machine code is on disk: once a node, before many
-    processes start."""
+    """Compiles the kernels of views and loader, unless their machine code is on disk already.
+
+    Run it once per node before many processes start.
+    """
     _kernel()
     if unavailable() is None:
         from simclr_dist.data.decode import kernel  # noqa: F401 - importing is compiling
 
 
 class Augment(nn.Module):
-    """Colours the views of a batch. Has no parameters and no state; `draw_parameters` decides everything."""
+    """Changes the colours of a batch's views. Has no weights and no state: `draw_parameters` decides everything."""
 
     def __init__(self, config: AugmentConfig, seed: int, image_size: int) -> None:
         super().__init__()
@@ -141,7 +145,7 @@ class Augment(nn.Module):
 
     @torch.no_grad()
     def apply_parameters(self, images: Tensor, parameters: Parameters) -> Tensor:
-        """Views uint8 [n, S, S, 3] with their parameters, to float32 [n, 3, S, S]."""
+        """Views uint8 [n, S, S, 3] to float32 [n, 3, S, S], with the given parameters."""
         if images.device.type == "cpu":
             out = self._memory.empty(tuple(images.shape), torch.float32)
             kernel = _kernel()
@@ -158,11 +162,11 @@ class Augment(nn.Module):
         p, n = parameters, len(images)
         pixels, result = images.contiguous().numpy(), out.numpy()
         factors = np.stack([p.brightness, p.contrast, p.saturation, p.hue, p.sigma], axis=1)
-        then = np.stack([p.grayscale, p.blur, p.solarize], axis=1)
+        switches = np.stack([p.grayscale, p.blur, p.solarize], axis=1)
         constants = blur_kernel_size(self.image_size), np.array(MEAN, np.float32), np.array(STD, np.float32)
 
         def work(part: slice) -> None:
-            arguments = (p.jitter[part], factors[part], p.order[part], then[part])
+            arguments = (p.jitter[part], factors[part], p.order[part], switches[part])
             kernel.augment_views(pixels[part], result[part], *arguments, *constants)
 
         num_threads = torch.get_num_threads()
@@ -176,8 +180,8 @@ class Augment(nn.Module):
 
     def _with_torch(self, images: Tensor, out: Tensor, parameters: Parameters) -> None:
         S = images.shape[1]
-        # Views with hue at the same place in their order are worked on together: between the hues, the three other
-        # operations are all blends, told apart by their factors alone.
+        # Views with hue at the same place in their order are processed together: the three other operations are all
+        # blends, which differ in their factors only.
         hue_place = np.where(parameters.jitter, (parameters.order == _HUE).argmax(1), -1)
         with torch.autocast(images.device.type, enabled=False):
             for place in range(-1, 4):
@@ -190,7 +194,7 @@ class Augment(nn.Module):
     def _augment_some(
         self, images: Tensor, out: Tensor, parameters: Parameters, chosen: NDArray[np.int64], hue_place: int
     ) -> None:
-        """Works on the views `chosen`, whose hue comes after `hue_place` blends (-1: no jitter)."""
+        """Processes the views `chosen`, whose hue comes after `hue_place` blends (-1: no jitter)."""
         device = images.device
         index = _to(chosen, device)
         x = _unit_range(images.index_select(0, index))
@@ -220,7 +224,7 @@ class Augment(nn.Module):
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 [b, S, S, 3] to float32 [b, 3, S, S], channels_last, as `Augment` normalises: for evaluation."""
+    """uint8 [b, S, S, 3] to float32 [b, 3, S, S], channels_last, normalised as in `Augment`: for evaluation."""
     x = images.float().mul_(1 / 255)
     return x.sub_(_constant(MEAN, x)).mul_(1 / _constant(STD, x)).permute(0, 3, 1, 2)
 
@@ -230,7 +234,7 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def blend_(x: Tensor, scale: Tensor, gray: Tensor, mean: Tensor) -> Tensor:
-    """scale * x + gray * (the grey picture) + mean * (its mean), clamped to [0, 1], in place.
+    """scale * x + gray * (the grey image) + mean * (its mean), clamped to [0, 1], in place.
 
     With factor f: adjust_brightness is (f, 0, 0), adjust_saturation (f, 1 - f, 0), adjust_contrast (f, 0, 1 - f).
     """
@@ -241,22 +245,22 @@ def blend_(x: Tensor, scale: Tensor, gray: Tensor, mean: Tensor) -> Tensor:
 
 
 def rotate_hue_(x: Tensor, turns: Tensor) -> Tensor:
-    """Turns the hue, in place: torchvision's adjust_hue without the way through HSV.
+    """Turns the hue, in place: torchvision's adjust_hue without converting to HSV.
 
     With maximum V, minimum m and C = V - m, and hues in sixths of a turn, a channel is V - C clip(d - 1, 0, 1) where
-    d is the distance of the picture's hue from its own: 0 for red, 2 for green, -2 for blue.
+    d is the distance of the pixel's hue from the channel's own hue: 0 for red, 2 for green, -2 for blue.
     """
     r, g, b = x.unbind(1)
     value = torch.maximum(torch.maximum(r, g), b)
     chroma = value - torch.minimum(torch.minimum(r, g), b)
-    # On the way from red over yellow and green to cyan, where g >= b, the hue grows by 1 with each move of one channel
-    # from one end to the other: 2C - V - r + g + b in units of C. The way back over magenta is its mirror image.
+    # From red over yellow and green to cyan, where g >= b, the hue is 2C - V - r + g + b in units of C: it grows by 1
+    # whenever one channel goes from one end of its range to the other. The other half, over magenta, is symmetric.
     hue = (2 * chroma).sub_(value).sub_(r).add_(g).add_(b).mul_((g - b).add_(_TINY).sign_())
     hue.div_(chroma.clamp_min(_TINY)).add_(6 * turns.view(-1, 1, 1))
     hue.sub_((hue / 6).round_().mul_(6))  # to -3 .. 3
     for channel, centre in zip((r, g, b), (0, 2, -2), strict=True):
         away = (hue - centre).abs_()
-        if centre:  # the shorter way round the circle
+        if centre:  # the shorter of the two distances around the circle
             away.sub_(3).abs_().neg_().add_(3)
         channel.copy_(value).addcmul_(chroma, away.sub_(1).clamp_(0, 1), value=-1)
     return x
@@ -326,5 +330,5 @@ def _per_view(values: Tensor) -> Tensor:
 
 def _to(values: NDArray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(values)
-    # From page-locked memory the copy need not stop the device.
+    # From page-locked memory the copy does not make the host wait.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,39 +1,28 @@
-"""`simclr_dist.augment` for CPUs, compiled: a view goes through all its operations while it lies in the core's cache.
+"""The operations of augment.py for CPUs, compiled: one view at a time, so that it stays in a core's cache.
 
-The operations and their order are those of `augment`, which explains them; tests hold the two together. Runs without
-the GIL on as many threads as the caller likes; a view's result does not depend on its company.
+augment.py explains the operations; tests compare the two. Runs without the GIL in any number of threads; the result for
+a view does not depend on the other views of its batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import numpy as np
-from numba import njit, types
+from numba import types
+
+from simclr_dist.data.decode.compiled import compiled
 
 f4 = np.float32
 _ZERO, _ONE, _TWO, _THREE, _SIX, _TINY = f4(0), f4(1), f4(2), f4(3), f4(6), f4(1e-12)
 _R, _G, _B = f4(0.2989), f4(0.587), f4(0.114)
 _HALF, _TO_UNIT = f4(0.5), f4(1 / 255)
-# Sums may be added up in any order, which is what lets them use the CPU's wide registers.
-_FASTMATH = {"reassoc", "contract", "nsz"}
+# Sums may be added up in any order: only then can the compiler use the CPU's wide registers.
+_compiled = partial(compiled, fastmath={"reassoc", "contract", "nsz"})
 
 _plane = types.float32[::1]
 _planes = types.float32[:, ::1]
 _index = types.uintp
-
-
-def _compiled(signature: Any) -> Callable[[Callable], Callable]:
-    jit: Any = njit
-
-    def decorate(function: Callable) -> Callable:
-        try:
-            return jit(signature, nogil=True, cache=True, error_model="numpy", fastmath=_FASTMATH)(function)
-        except RuntimeError:  # no folder to keep machine code in: compile in every process
-            return jit(signature, nogil=True, error_model="numpy", fastmath=_FASTMATH)(function)
-
-    return decorate
 
 
 @_compiled(types.void(_planes, types.float32))
@@ -70,7 +59,7 @@ def _saturation(x, factor):  # type: ignore[no-untyped-def]
 
 @_compiled(types.void(_planes, types.float32))
 def _hue(x, turns):  # type: ignore[no-untyped-def]
-    """See augment.rotate_hue_."""
+    """As rotate_hue_ in augment.py."""
     r, g, b = x[0], x[1], x[2]
     shift = _SIX * turns
     for i in range(r.size):
@@ -106,9 +95,9 @@ def _solarize(x):  # type: ignore[no-untyped-def]
 
 @_compiled(types.void(_plane, _index, _plane, _index, _index, _index, _index, _index, types.float32, types.float32))
 def _add_pairs(out, o, x, a, b, c, d, n, near, far):  # type: ignore[no-untyped-def]
-    """out[o:o+n] += near * (x[a:] + x[b:]) + far * (x[c:] + x[d:]): two pairs at once, since writing is what costs.
+    """out[o:o+n] += near * (x[a:] + x[b:]) + far * (x[c:] + x[d:]): two pairs at once, since writing takes longest.
 
-    Unsigned indices spare the compiler the thought of negative ones.
+    Indices are unsigned, so that the compiled code need not handle negative ones.
     """
     for i in range(n):
         out[o + i] += near * (x[a + i] + x[b + i]) + far * (x[c + i] + x[d + i])
@@ -119,13 +108,13 @@ def _blur(x, side, sigma, kernel_size, scratch, row):  # type: ignore[no-untyped
     """scratch [side * side], row [side + kernel_size + 1]. Borders are reflected without repeating the edge."""
     reach = kernel_size // 2
     margin = reach + 1
-    # Taps are taken two by two on each side: the last may be one too many, of weight zero.
+    # The taps of each side are used in pairs: the last one may be one too many, with weight zero.
     weight = np.zeros(reach + 2, np.float64)
     for t in range(reach + 1):
         weight[t] = np.exp(-0.5 * (t / sigma) ** 2)
     weight /= 2 * weight.sum() - weight[0]
     k = weight.astype(np.float32)
-    start = np.empty(side + 2 * margin, np.uintp)  # where row y of a plane begins, from y = -margin on
+    start = np.empty(side + 2 * margin, np.uintp)  # index of row y in a plane, for y from -margin on
     for y in range(-margin, side + margin):
         inside = abs(y)
         inside = 2 * (side - 1) - inside if inside >= side else inside
@@ -180,11 +169,11 @@ def _blur(x, side, sigma, kernel_size, scratch, row):  # type: ignore[no-untyped
         _plane,
     )
 )
-def augment_views(images, out, jitter, factors, order, then, kernel_size, mean, std):  # type: ignore[no-untyped-def]
+def augment_views(images, out, jitter, factors, order, switches, kernel_size, mean, std):  # type: ignore[no-untyped-def]
     """Augments n views, uint8 images [n, S, S, 3] to normalised float32 out [n, S, S, 3].
 
     jitter [n]; factors [n, 5]: brightness, contrast, saturation, hue, sigma; order [n, 4];
-    then [n, 3]: grayscale, blur, solarise; mean, std [3].
+    switches [n, 3]: grayscale, blur, solarise; mean, std [3].
     """
     n, S = images.shape[0], images.shape[1]
     P = S * S
@@ -194,7 +183,7 @@ def augment_views(images, out, jitter, factors, order, then, kernel_size, mean, 
     scratch = np.empty(P, np.float32)
     row = np.empty(S + kernel_size + 1, np.float32)
     for k in range(n):
-        # Flat, so that the compiler sees three values a pixel.
+        # Flat, so that the compiler sees three values per pixel.
         pixels = images[k].reshape(3 * P)
         for i in range(P):
             r[i] = f4(pixels[3 * i]) * _TO_UNIT
@@ -212,11 +201,11 @@ def augment_views(images, out, jitter, factors, order, then, kernel_size, mean, 
                     _saturation(x, factor)
                 else:
                     _hue(x, factor)
-        if then[k, 0]:
+        if switches[k, 0]:
             _grayscale(x)
-        if then[k, 1]:
+        if switches[k, 1]:
             _blur(x, S, factors[k, 4], kernel_size, scratch, row)
-        if then[k, 2]:
+        if switches[k, 2]:
             _solarize(x)
         target = out[k].reshape(3 * P)
         for i in range(P):

@@ -29,8 +29,8 @@ def poisoned(rank: int) -> Tensor:
 FAULTS: dict[str, tuple[Callable[[int], Tensor], str]] = {
     "uneven": (
         lambda rank: nt_xent(torch.ones(6 if rank == 2 else 8, 4)),
-        "the ranks disagree about the rows of z: 8 on rank 0, 6 on rank 2. All ranks must bring batches of one shape "
-        "and one setting; drop an incomplete last batch.",
+        "the ranks disagree about the rows of z: 8 on rank 0, 6 on rank 2. All ranks need batches of the same "
+        "shape and the same settings; drop an incomplete last batch.",
     ),
     "width": (lambda rank: nt_xent(torch.ones(8, 4 + rank)), "disagree about the width of z: 4 on rank 0, 5 on rank 1"),
     "odd": (lambda rank: nt_xent(torch.ones(7 if rank == 1 else 8, 4)), "rank 1: z has the shape [7, 4]"),

@@ -1,1 +1,1 @@
-"""The .beton file: reading its tables, writing it."""
+"""The .beton file: preparing it from any source, writing it, reading its tables."""

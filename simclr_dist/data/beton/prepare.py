@@ -1,8 +1,8 @@
-"""Writing .beton files: any source of pictures in, one whole file out, or none.
+"""Makes a .beton file from any source of images.
 
-ffcv's own writer waits for ever when one of its workers fails, and its bytes depend on which worker was first. Here a
-pool of processes decodes and encodes, and this one lays the records into pages in the order of the source, so that the
-bytes are the same for any number of workers. The file appears under its name only when it is complete and on disk.
+ffcv's own writer waits for ever when one of its workers fails, and its bytes depend on which worker is fastest. Here a
+pool of processes decodes and encodes, and this process writes the records in the order of the source, so that the bytes
+are the same for any number of workers. The file appears under its name only when it is complete and on disk.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from PIL import Image
 from simclr_dist.atomic import replaces
 from simclr_dist.data.beton.reader import JPEG, RAW, open_beton, sidecar_path
 from simclr_dist.data.beton.writer import PAGE_BYTES, PagedWriter, Record
-from simclr_dist.data.sources.images import ImageSource, Picture
+from simclr_dist.data.sources.images import ImageSource, Pixels
 from simclr_dist.data.sources.open import open_source
 from simclr_dist.errors import DataError
 from simclr_dist.parallel.threads import default_num_threads
@@ -42,9 +42,9 @@ Mode = Literal["auto", "jpg", "raw", "smart"]
 OnError = Literal["skip", "refuse"]
 
 LARGEST_SIDE = 65535  # metadata keeps 16 bits
-# Below this many pixels decoding a JPEG costs more than reading three bytes a pixel.
+# Up to this size decoding a JPEG costs more than reading three bytes per pixel.
 RAW_UP_TO_PIXELS = 96 * 96
-_CHUNK = 32  # pictures a worker takes at once
+_CHUNK = 32  # images that a worker gets at a time
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PreparedInfo:
     num_samples: int
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]
-    skipped: tuple[str, ...]  # a message for each picture left out
+    skipped: tuple[str, ...]  # a message for each image left out
     num_bytes: int
     fingerprint: str
     seconds: float
@@ -74,15 +74,15 @@ def prepare(
     on_error: OnError = "refuse",
     progress: Callable[[int, int], None] | None = None,
 ) -> PreparedInfo:
-    """Writes the pictures of `source` (see `open_source`) to a .beton file, with a JSON file beside it.
+    """Writes the images of `source` (see `open_source`) to a .beton file, with a JSON file beside it.
 
-    mode: `jpg`; `raw`, three bytes a pixel; `smart`, raw for pictures up to 96 x 96 and JPEG for larger ones.
+    mode: `jpg`; `raw`, three bytes per pixel; `smart`, raw for images up to 96 x 96 and JPEG for larger ones.
         `auto` is `smart`.
-    max_side: shrink pictures whose longer side is longer, in pixels.
-    limit: take only that many pictures, spread evenly over the source.
-    on_error: what a picture that cannot be decoded does: `refuse` ends with its message, `skip` leaves it out.
-    progress: called with (pictures done, pictures in all).
-    Raises DataError; then nothing lies under `out` that did not lie there before.
+    max_side: images whose longer side exceeds so many pixels are shrunk to it.
+    limit: take only that many images, spread evenly over the source.
+    on_error: for an image that cannot be decoded: `refuse` raises, `skip` leaves it out.
+    progress: called with (images done, images in all).
+    Raises DataError; `out` is then as it was before.
     """
     begin = time.perf_counter()
     out = Path(out)
@@ -92,7 +92,7 @@ def prepare(
         raise DataError(f"on_error `{on_error}`: expected one of {', '.join(get_args(OnError))}")
     if not 1 <= quality <= 100:
         raise DataError(f"JPEG quality {quality}: expected 1 to 100")
-    if out.parent.parent.is_dir():  # `data/` of a fresh checkout; a longer way that is not there is a slip of the pen
+    if out.parent.parent.is_dir():  # makes `data/` in a fresh checkout, but no longer path: that is a typing error
         out.parent.mkdir(exist_ok=True)
     if out.is_dir() or not out.parent.is_dir():
         raise DataError(f"{out}: {'is a folder' if out.is_dir() else f'there is no folder {out.parent}'}")
@@ -106,21 +106,21 @@ def prepare(
         _remove_abandoned(out)
         with tempfile.NamedTemporaryFile(dir=out.parent, prefix=_unfinished_prefix(out), delete=False) as file:
             temporary = Path(file.name)
-            fcntl.flock(file, fcntl.LOCK_EX)  # falls with this process: who can take it has found an orphan
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when this process ends: a free lock marks an abandoned file
             try:
                 writer = PagedWriter(file, len(ids))
                 workers = default_num_threads(num_workers)
                 for done, result in enumerate(_in_order(encoder, images, ids, workers), 1):
                     if isinstance(result, DataError):
                         if on_error == "refuse":
-                            raise DataError(f"{result}; leave such pictures out with --on-error skip")
+                            raise DataError(f"{result}; leave such images out with --on-error skip")
                         skipped.append(str(result))
                     else:
                         writer.add(result)
                     if progress is not None:
                         progress(done, len(ids))
                 if not writer.rows:
-                    raise DataError(f"{source}: none of its {len(ids)} pictures can be used; the first: {skipped[0]}")
+                    raise DataError(f"{source}: none of its {len(ids)} images can be used; the first: {skipped[0]}")
                 writer.finish()
                 os.fchmod(file.fileno(), 0o666 & ~_umask())
                 file.flush()
@@ -144,7 +144,7 @@ def prepare(
                     **writer.statistics(),
                     "skipped": skipped,
                 }
-                # First the sidecar, then the file: who sees the file sees its names as well.
+                # The sidecar comes first, so that a file never lacks its class names.
                 with replaces(sidecar_path(out)) as path:
                     path.write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
                 os.replace(temporary, out)
@@ -177,46 +177,46 @@ class _Encoder:
         return [self._encode(images, index) for index in range(len(images.labels))]
 
     def _encode(self, images: ImageSource, index: int) -> Record | DataError:
-        """A picture as it goes into the file, or what is wrong with it."""
+        """The record of an image, or the error of one that cannot be used."""
         try:
-            picture = images.read(index)
+            image = images.read(index)
         except DataError as error:
             return error
-        picture = _shrunk(picture, self.max_side)
-        height, width, _ = picture.shape
+        image = _shrunk(image, self.max_side)
+        height, width, _ = image.shape
         if max(height, width) > LARGEST_SIDE:
             return DataError(f"{images.name(index)}: {width} x {height} pixels are too many; set --max-side")
         small = height * width <= RAW_UP_TO_PIXELS
         raw = self.mode == "raw" or (self.mode in ("smart", "auto") and small)
-        content = picture.tobytes() if raw else _jpeg(picture, self.quality)
+        content = image.tobytes() if raw else _jpeg(image, self.quality)
         if len(content) > PAGE_BYTES:
             return DataError(
                 f"{images.name(index)}: {width} x {height} pixels take {len(content)} bytes, "
                 f"more than a page of {PAGE_BYTES}; set --max-side{' or --mode jpg' if raw else ''}"
             )
-        histogram = np.array(Image.fromarray(picture).histogram()).reshape(3, 256)
+        histogram = np.array(Image.fromarray(image).histogram()).reshape(3, 256)
         return Record(content, RAW if raw else JPEG, height, width, int(images.labels[index]), histogram)
 
 
-def _shrunk(picture: Picture, max_side: int | None) -> Picture:
-    height, width, _ = picture.shape
+def _shrunk(image: Pixels, max_side: int | None) -> Pixels:
+    height, width, _ = image.shape
     if max_side is None or max(height, width) <= max_side:
-        return picture
+        return image
     scale = max_side / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX, reducing_gap=None))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX, reducing_gap=None))
 
 
-def _jpeg(picture: Picture, quality: int) -> bytes:
+def _jpeg(image: Pixels, quality: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=quality)
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
 def _in_order(
     encoder: _Encoder, images: ImageSource, ids: NDArray[np.int64], num_workers: int
 ) -> Iterator[Record | DataError]:
-    """Results in the order of ids, with a bounded number in memory."""
+    """Results in the order of ids; a bounded number of them is in memory."""
     chunks = (images.take(ids[start : start + _CHUNK]) for start in range(0, len(ids), _CHUNK))
     if num_workers == 1 or len(ids) <= _CHUNK:
         for chunk in chunks:
@@ -234,17 +234,17 @@ def _in_order(
             while ahead:
                 yield from ahead.popleft().result()
         except BrokenProcessPool:
-            raise DataError("a worker died while preparing, perhaps for want of memory; use fewer --workers") from None
+            raise DataError("a worker process died, perhaps because memory ran out; use fewer --workers") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _prepare_worker(parent: int) -> None:
-    """A worker leaves the keyboard to its parent, and dies with it even if that is killed outright."""
+    """A worker ignores Ctrl-C, which its parent handles, and dies with its parent even when that is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it was killed before the line above
+    if os.getppid() != parent:  # the parent was killed before the line above
         os._exit(1)
 
 
@@ -253,7 +253,7 @@ def _unfinished_prefix(out: Path) -> str:
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Unfinished files for `out` whose writer was killed."""
+    """Deletes unfinished files for `out` whose writer was killed."""
     for path in out.parent.glob(f"{glob.escape(_unfinished_prefix(out))}*"):
         with suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,12 +1,12 @@
-"""Reading .beton files: what is in one, and whether it is whole, with numpy alone.
+"""Reads the tables of .beton files and checks that a file is complete, with numpy alone.
 
 Layout (ffcv 1.0.2, version 2), all little-endian:
 
     header 24 B │ field descriptors 1041 B each │ metadata, one row a sample │ pages of data │ allocation table
                                                                                               (sample, offset, size)
 
-ffcv itself believes whatever a file says: a truncated table gives wrong pictures and an unfinished file ends the
-process. `Beton` checks at opening that every picture lies whole inside the data.
+ffcv itself checks nothing: a truncated table gives wrong images, and an unfinished file crashes the process.
+`open_beton` checks that every image lies completely inside the data.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FLOAT_FIELD, INT_FIELD, IMAGE_FIELD = 0, 1, 2
 JPEG, RAW = 0, 1
 
 _BLOB = np.dtype([("ptr", "<u8"), ("size", "<u8")])
-# type id: (metadata of a sample, whether it allocates data)
+# type id: (metadata of a sample, whether it has data of its own)
 _FIELDS: dict[int, tuple[Any, bool]] = {
     FLOAT_FIELD: ("<f8", False),
     INT_FIELD: ("<i8", False),
@@ -53,7 +53,7 @@ _FIELDS: dict[int, tuple[Any, bool]] = {
 
 
 def sidecar_path(path: Path) -> Path:
-    """The JSON file that lies beside a .beton file and knows its class names."""
+    """The JSON file beside a .beton file, with its class names."""
     return path.with_name(path.name + ".json")
 
 
@@ -63,9 +63,9 @@ def metadata_type(type_ids: list[int]) -> np.dtype:
 
 @dataclass(frozen=True)
 class Beton:
-    """An opened and checked file. Tables are memory-mapped: processes share them, and opening reads little.
+    """An opened and checked file. Tables are memory-mapped, so that processes share them.
 
-    fd: stays open as long as the object lives. labels: int64 [n], -1 without a label field.
+    fd: open until `close`. labels: int64 [n], -1 without a label field.
     """
 
     path: Path
@@ -84,7 +84,7 @@ class Beton:
         return len(self.images)
 
     def records(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The records [b, 5] of `ids`: offset, size, mode, height, width. Refuses ids outside of the file."""
+        """The records [b, 5] of `ids`: offset, size, mode, height, width. Raises DataError for unknown ids."""
         if len(ids) and not (ids.min() >= 0 and ids.max() < self.num_samples):
             outside = ids[(ids < 0) | (ids >= self.num_samples)][0]
             raise DataError(f"{self.path}: there is no sample {outside}; the file holds 0 to {self.num_samples - 1}")
@@ -107,7 +107,7 @@ class Beton:
 
 
 def open_beton(path: str | Path) -> Beton:
-    """Opens and checks a file. Raises DataError when it is no .beton file, or not a whole one."""
+    """Opens and checks a file. Raises DataError when it is not a .beton file, or not a complete one."""
     path = Path(path)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -164,24 +164,24 @@ def _checked(path: Path, fd: int) -> Beton:
     allocations = np.memmap(path, ALLOCATION, "r", offset=table, shape=(num_records,))
     images = metadata[f"f{type_ids.index(IMAGE_FIELD)}"]
     offsets, sizes = (np.ascontiguousarray(allocations[name]) for name in ("ptr", "size"))
-    if np.any(offsets[1:] < offsets[:-1]):  # ffcv's own writer with several workers
-        turn = np.argsort(offsets)
-        offsets, sizes = offsets[turn], sizes[turn]
+    if np.any(offsets[1:] < offsets[:-1]):  # as ffcv's own writer leaves it with several workers
+        by_offset = np.argsort(offsets)
+        offsets, sizes = offsets[by_offset], sizes[by_offset]
     ends = offsets + sizes
     if offsets[0] < data_start or np.any(ends < offsets) or ends.max() > table:
         raise refuse("damaged: its allocation table points outside of the data")
     if np.any(offsets[1:] < ends[:-1]):
         raise refuse("damaged: records overlap in its allocation table")
-    place = np.searchsorted(offsets, images["data_ptr"])
-    found = (place < num_records) & (offsets[np.minimum(place, num_records - 1)] == images["data_ptr"])
+    position = np.searchsorted(offsets, images["data_ptr"])
+    found = (position < num_records) & (offsets[np.minimum(position, num_records - 1)] == images["data_ptr"])
     if not found.all():
         raise refuse(f"damaged: sample {int(np.argmin(found))} is not in the allocation table")
-    record_bytes = sizes[place].astype(np.int64)
+    record_bytes = sizes[position].astype(np.int64)
     pixels = images["width"].astype(np.int64) * images["height"]
-    sound = (pixels > 0) & (images["mode"] <= RAW)
-    sound &= (images["mode"] != RAW) | (record_bytes == 3 * pixels)
-    if not sound.all():
-        bad = int(np.argmin(sound))
+    valid = (pixels > 0) & (images["mode"] <= RAW)
+    valid &= (images["mode"] != RAW) | (record_bytes == 3 * pixels)
+    if not valid.all():
+        bad = int(np.argmin(valid))
         mode, width, height, _ = images[bad].tolist()
         raise refuse(f"damaged: sample {bad} is {width} x {height} pixels of mode {mode} in {record_bytes[bad]} bytes")
     digest = hashlib.blake2b(digest_size=16)
@@ -212,7 +212,7 @@ def _labels(metadata: NDArray[Any], type_ids: list[int], names: list[str], n: in
 
 
 def _read_sidecar(path: Path) -> dict[str, Any]:
-    """What `prepare` wrote beside the file; empty for files of ffcv's own writer."""
+    """The content of the JSON file beside it; empty for files of ffcv's own writer."""
     try:
         content = json.loads(sidecar_path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,7 +1,4 @@
-"""Writes a .beton file record by record: pages of data first, then the tables around them.
-
-The format is that of ffcv 1.0.2; reader.py draws it.
-"""
+"""Writes a .beton file record by record: pages of data first, then the tables. The layout is drawn in reader.py."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ class Record:
 
 
 class PagedWriter:
-    """Lays records into pages, then writes the tables around them."""
+    """Puts records into pages; `finish` writes the tables before and after them."""
 
     _FIELDS = (("image", IMAGE_FIELD), ("label", INT_FIELD))
 
@@ -73,7 +70,7 @@ class PagedWriter:
         return {"mean": mean.round(6).tolist(), "std": deviation.round(6).tolist()}
 
     def finish(self) -> None:
-        # Whole pages only: ffcv's reader for files larger than memory fetches them one by one.
+        # Whole pages only: ffcv's reader for files larger than memory reads page by page.
         left = -self._position % PAGE_BYTES
         self._file.write(bytes(left))
         table_start = self._position + left

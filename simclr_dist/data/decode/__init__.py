@@ -1,1 +1,1 @@
-"""From stored bytes to two crops: presets, crop parameters, the compiled kernel, ffcv's codec."""
+"""From stored bytes to resized crops: where to crop, the compiled kernel, ffcv's codec, memory for the results."""

@@ -1,4 +1,4 @@
-"""Where to crop: tables of (top, left, height, width, flip), drawn by key and the same for every decoder."""
+"""Where to crop: tables of (top, left, height, width, flip), drawn by key, the same for every decoder."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def random_crops(
             break
     if len(waiting):
         h_max, w_max = H[waiting], W[waiting]
-        # A picture of one or two pixels may leave nothing of its longer side; a crop has at least one.
+        # For an image one or two pixels wide the rule may give 0; a crop has at least one pixel.
         h = np.maximum(np.minimum(h_max, np.rint(w_max / _ASPECT_RATIOS[0])), 1)
         w = np.maximum(np.minimum(w_max, np.rint(h_max * _ASPECT_RATIOS[1])), 1)
         table[waiting, :4] = np.stack([(h_max - h) // 2, (w_max - w) // 2, h, w], axis=1)
@@ -58,7 +58,7 @@ def random_crops(
 def center_crops(heights: NDArray[np.int64], widths: NDArray[np.int64], size: int) -> NDArray[np.int32]:
     """The crops [b, 5] of an evaluation: the central square of 0.875 of the shorter side.
 
-    Pictures that are `size` x `size` already stay whole.
+    Images of `size` x `size` stay whole.
     """
     shorter = np.minimum(heights, widths)
     side = np.maximum(np.rint(_EVALUATION_SHARE * shorter).astype(np.int64), 1)
@@ -67,7 +67,7 @@ def center_crops(heights: NDArray[np.int64], widths: NDArray[np.int64], size: in
 
 
 def _exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """exp for |x| < 0.3 from additions and multiplications alone, so that its last bit is the same on every CPU."""
+    """exp for |x| < 0.3 by additions and multiplications only, so that the last bit is the same on every CPU."""
     result = np.ones_like(x)
     for n in range(14, 0, -1):
         result = 1.0 + x * result / n

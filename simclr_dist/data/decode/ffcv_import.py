@@ -1,8 +1,8 @@
-"""The one place that touches the installed ffcv.
+"""The one module that imports ffcv or loads its library.
 
-Training needs two things of ffcv: its file format, which `beton` reads with numpy alone, and its compiled JPEG codec,
-whose shared library is opened here without importing the package (the import alone takes seconds). Who wants ffcv's
-own Loader or DatasetWriter gets the package from `import_ffcv`.
+Training uses two things of ffcv: its file format, which `beton` reads with numpy alone, and its compiled JPEG codec,
+whose shared library is loaded here without importing the package, as the import takes seconds. `import_ffcv` imports
+the package, for its own Loader or DatasetWriter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HOW_TO_INSTALL = "install it with `pip install --no-deps ffcv==1.0.2` (see docs
 
 @cache
 def codec() -> ctypes.CDLL:
-    """ffcv's compiled library (TurboJPEG's decoder). Raises DataError when there is none that loads."""
+    """ffcv's compiled library (TurboJPEG's decoder). Raises DataError when it is missing or does not load."""
     spec = importlib.util.find_spec("ffcv")
     folders = list(spec.submodule_search_locations or []) if spec else []
     libraries = [path for folder in folders for path in sorted(Path(folder).glob("_libffcv*.so"))]
@@ -48,8 +48,8 @@ def unavailable() -> str | None:
 def import_ffcv() -> ModuleType:
     """The package ffcv, with its import made ten times shorter.
 
-    ffcv 1.0.2 builds a numba.typed.Dict at import, which compiles for four seconds in every process. The values are
-    only looked up while code is generated, so that a plain dict serves as well.
+    ffcv 1.0.2 builds a numba.typed.Dict at import, which compiles for four seconds in every process. Its values are
+    only read while code is generated, so a plain dict is enough.
     """
     import numba.typed
 

@@ -1,21 +1,21 @@
-"""The compiled heart of the loader: read a record, decode it once, cut any number of resized crops from it.
+"""The compiled part of the loader: reads a record, decodes it once and cuts any number of resized crops from it.
 
-Compiled by numba when first imported, and kept on disk (next to this file, in NUMBA_CACHE_DIR, or in the user's cache
-folder), which works because C functions are bound by name. The kernel runs without the GIL and knows no threads:
-callers run it from as many Python threads as they like, so that there is no OpenMP or TBB layer to go wrong after a
-fork or beside torch. All arithmetic is on integers: the same bytes come out on every CPU.
+Numba compiles it at the first import and keeps the machine code on disk (beside this file, in NUMBA_CACHE_DIR, or in
+the user's cache folder); for that, C functions must be bound by name. It starts no threads: callers run it, without the
+GIL, in Python threads of theirs, so that no OpenMP or TBB layer can fail after a fork or beside torch. All arithmetic
+is on integers, so that every CPU gives the same bytes.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
 import numpy as np
-from numba import njit, types
+from numba import types
 
+from simclr_dist.data.decode.compiled import compiled
 from simclr_dist.data.decode.ffcv_import import codec
 
 # Columns of a record.
@@ -24,12 +24,12 @@ JPEG, RAW = 0, 1
 
 OK, UNREADABLE, UNDECODABLE, WRONG_SIZE = range(4)
 STATUS_TEXT = {
-    UNREADABLE: "the file ends before the picture does, or cannot be read",
+    UNREADABLE: "the file ends before the image does, or cannot be read",
     UNDECODABLE: "its JPEG data cannot be decoded",
     WRONG_SIZE: "its stored size does not fit its height and width",
 }
 
-# Without add_symbol a call would jump to address 0: bind before anything can compile.
+# Must come before anything is compiled: without it a call would jump to address 0.
 llvmlite.binding.add_symbol("simclr_dist_imdecode", ctypes.cast(codec().imdecode, ctypes.c_void_p).value)
 _imdecode: Any = types.ExternalFunction(
     "simclr_dist_imdecode",
@@ -51,32 +51,15 @@ _ONE = 1 << _BITS
 _BETWEEN = 6
 
 
-def _compiled(signature: Any) -> Callable[[Callable], Callable]:
-    """Compiles for one signature when the module is imported, or loads the result from disk.
-
-    Without a signature each layout of the arrays, whole or sliced, would be compiled when it is first met.
-    """
-
-    jit: Any = njit
-
-    def decorate(function: Callable) -> Callable:
-        try:
-            return jit(signature, nogil=True, cache=True, error_model="numpy")(function)
-        except RuntimeError:  # no folder to keep machine code in: compile in every process
-            return jit(signature, nogil=True, error_model="numpy")(function)
-
-    return decorate
-
-
 _bytes_2d, _int32_1d, _int32_2d = types.uint8[:, ::1], types.int32[::1], types.int32[:, ::1]
 
 
-@_compiled(types.void(types.int64, types.int64, _int32_1d, _int32_1d, _int32_2d))
-def _weigh(n_in, n_out, first, count, weight):  # type: ignore[no-untyped-def]
-    """Which of n_in pixels make each of n_out, and how much: weight [n_out, taps] in units of 2^-14.
+@compiled(types.void(types.int64, types.int64, _int32_1d, _int32_1d, _int32_2d))
+def _resize_weights(n_in, n_out, first, count, weight):  # type: ignore[no-untyped-def]
+    """Which of n_in input pixels contribute to each of n_out, and how much: weight [n_out, taps] in units of 2^-14.
 
-    Shrinking covers by area; enlarging interpolates linearly between pixel centres. Rational numbers are kept as
-    integers, and rounding goes over cumulative weights, so that every row sums to exactly one.
+    Shrinking averages over areas; enlarging interpolates linearly between pixel centres. Rational numbers are kept as
+    integers, and cumulative weights are rounded, so that every row sums to exactly one.
     """
     for o in range(n_out):
         if n_in > n_out:
@@ -107,7 +90,7 @@ def _weigh(n_in, n_out, first, count, weight):  # type: ignore[no-untyped-def]
                 count[o] = 2
 
 
-@_compiled(
+@compiled(
     types.void(
         _bytes_2d,
         types.int64,
@@ -120,15 +103,15 @@ def _weigh(n_in, n_out, first, count, weight):  # type: ignore[no-untyped-def]
     )
 )
 def resize_crop(pixels, stride, crop, out, row, first, count, weight):  # type: ignore[no-untyped-def]
-    """Resizes one crop (top, left, height, width, flip) of a picture to out [S, S, 3].
+    """Resizes one crop (top, left, height, width, flip) of an image to out [S, S, 3].
 
     pixels: uint8 [1, >= height * stride], rows of `stride` bytes. The others are scratch: row int32 [>= 3 * width],
     first and count int32 [2, S], weight int32 [2, S, taps].
     """
     top, left, h, w = np.int64(crop[0]), np.int64(crop[1]), np.int64(crop[2]), np.int64(crop[3])
     S = out.shape[0]
-    _weigh(h, S, first[0], count[0], weight[0])
-    _weigh(w, S, first[1], count[1], weight[1])
+    _resize_weights(h, S, first[0], count[0], weight[0])
+    _resize_weights(w, S, first[1], count[1], weight[1])
     length = w * 3
     half_between = np.int32(1 << (_BETWEEN - 1))
     shift = np.int32(2 * _BITS - _BETWEEN)
@@ -163,7 +146,7 @@ def resize_crop(pixels, stride, crop, out, row, first, count, weight):  # type: 
             line[place, 2] = np.uint8(b >> shift)
 
 
-@_compiled(
+@compiled(
     types.void(
         types.int64,
         types.int64[:, ::1],
@@ -175,12 +158,12 @@ def resize_crop(pixels, stride, crop, out, row, first, count, weight):  # type: 
     )
 )
 def decode_and_crop(fd, records, crops, out, status, encoded, pixels):  # type: ignore[no-untyped-def]
-    """Reads and decodes b pictures, each once, and writes their V crops.
+    """Reads and decodes b images, each once, and writes their V crops.
 
     fd: of the .beton file. records: int64 [b, 5] (OFFSET, SIZE, MODE, HEIGHT, WIDTH). crops: int32 [V, b, 5] of
     (top, left, height, width, flip). out: uint8 [V, b, S, S, 3]. status: int32 [b], see STATUS_TEXT.
-    encoded, pixels: uint8 [1, n] scratch for the largest record and the largest picture. (Two-dimensional on purpose:
-    ffcv alters numba's type of one-dimensional bytes when it builds a Loader, which breaks compiled code.)
+    encoded, pixels: uint8 [1, n] scratch for the largest record and the largest image. (Two-dimensional because ffcv
+    changes numba's type of one-dimensional bytes when it builds a Loader, which breaks compiled code.)
     """
     V, b, S = out.shape[0], out.shape[1], out.shape[2]
     largest = np.int64(1)

@@ -1,1 +1,1 @@
-"""From a data set to batches on the device."""
+"""From a dataset to batches on the device."""

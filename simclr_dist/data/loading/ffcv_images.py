@@ -1,4 +1,4 @@
-"""Pictures of a .beton file, decoded by ffcv's codec inside our kernel."""
+"""Images of a .beton file, decoded by ffcv's codec inside our kernel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BetonImages:
     """Decodes samples of a .beton file; `fill` may be called from several threads at once."""
 
     def __init__(self, path: str | Path) -> None:
-        from simclr_dist.data.decode import kernel  # compiles, and needs ffcv: only now
+        from simclr_dist.data.decode import kernel  # imported here: compiles, and needs ffcv
 
         self._kernel = kernel
         self.beton = open_beton(path)
@@ -29,14 +29,14 @@ class BetonImages:
         self._scratch = threading.local()
 
     def fill(self, ids: NDArray[np.int64], crop: CropRule, out: NDArray[np.uint8]) -> None:
-        """Writes the V crops of each picture to out [V, b, S, S, 3]."""
+        """Writes the V crops of each image to out [V, b, S, S, 3]."""
         records = self.beton.records(ids)
         status = self._decode(records, crop(records[:, self._kernel.HEIGHT], records[:, self._kernel.WIDTH]), out)
         if status.any():
             raise self._explain(ids, records, status)
 
     def damaged(self, ids: NDArray[np.int64]) -> dict[int, str]:
-        """What is wrong with those of `ids` that cannot be decoded."""
+        """The reason for each of `ids` that cannot be decoded."""
         none = np.empty((0, len(ids), 5), np.int32)
         status = self._decode(self.beton.records(ids), none, np.empty((0, len(ids), 1, 1, 3), np.uint8))
         return {int(ids[k]): self._kernel.STATUS_TEXT[int(status[k])] for k in np.flatnonzero(status)}
@@ -45,7 +45,7 @@ class BetonImages:
         self, records: NDArray[np.int64], crops: NDArray[np.int32], out: NDArray[np.uint8]
     ) -> NDArray[np.int32]:
         status = np.zeros(len(records), np.int32)
-        if not hasattr(self._scratch, "pixels"):  # a thread's own, sized for the largest picture
+        if not hasattr(self._scratch, "pixels"):  # one per thread, sized for the largest image
             self._scratch.encoded = np.empty((1, int(self.beton.record_bytes.max())), np.uint8)
             self._scratch.pixels = np.empty((1, 3 * self.beton.max_pixels), np.uint8)
         self._kernel.decode_and_crop(

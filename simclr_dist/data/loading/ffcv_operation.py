@@ -1,4 +1,4 @@
-"""Our two crops inside ffcv's own Loader, for who has a pipeline of ffcv transforms already.
+"""Our two crops as an operation of ffcv's own Loader, for pipelines of ffcv transforms.
 
     crops = TwoCrops("train.beton", size=224, seed=0)
     loader = import_ffcv().Loader("train.beton", ..., pipelines={"image": [SampleIds(), crops]})
@@ -6,7 +6,7 @@
         for views, in loader: ...        # uint8 [B, 2, S, S, 3]
 
 The views are those of `build_loader` for the same seed, epoch and sample. Everything else is ffcv's: its buffers are
-used again for later batches, and an error in its thread is not passed on, which is why training does not go this way.
+overwritten by later batches, and an error in its thread is lost, which is why training does not use it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ffcv.pipeline.operation import Operation  # noqa: E402
 
 
 class SampleIds(SimpleRGBImageDecoder):
-    """Passes the samples' numbers on: ffcv insists that a decoder be compiled, and the work is in `TwoCrops`."""
+    """Passes the sample ids on: ffcv requires a compiled decoder, and `TwoCrops` does the decoding."""
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, AllocationQuery]:
         state = replace(previous_state, jit_mode=True, shape=(), dtype=np.dtype("<i8"))
@@ -48,7 +48,7 @@ class SampleIds(SimpleRGBImageDecoder):
 
 
 class TwoCrops(Operation):
-    """Sample numbers [B] to two random crops each, uint8 [B, 2, S, S, 3]; `epoch` may be changed between epochs."""
+    """Sample ids [B] to two random crops each, uint8 [B, 2, S, S, 3]; `epoch` may be changed between epochs."""
 
     def __init__(
         self, path: str | Path, *, size: int, seed: int, scale_min: float = 0.08, flip_p: float = 0.5, epoch: int = 0

@@ -1,4 +1,4 @@
-"""What is in a .beton file, and whether all of it can be decoded."""
+"""What is in a .beton file, and whether every image can be decoded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHUNK = 64
 
 @dataclass(frozen=True)
 class Inspection:
-    """sides: (smallest, median, largest) longer side in pixels. damaged: reason by sample; None: not looked."""
+    """sides: (smallest, median, largest) longer side in pixels. damaged: reason by sample id; None: not checked."""
 
     path: Path
     num_bytes: int

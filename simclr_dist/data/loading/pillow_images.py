@@ -1,4 +1,4 @@
-"""Pictures of any source, decoded by Pillow and cropped by torchvision: slower than ffcv, and needs nothing else."""
+"""Images of any source, decoded by Pillow and cropped by torchvision: slower than ffcv, but always available."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from torchvision.transforms.functional import resized_crop
 
 from simclr_dist.data.beton.reader import RAW, open_beton
 from simclr_dist.data.loading.decode_pool import CropRule
-from simclr_dist.data.sources.images import UNREADABLE, Picture, Pictures, decode_image
+from simclr_dist.data.sources.images import UNREADABLE, LabelledImages, Pixels, decode_image
 from simclr_dist.errors import DataError
 
 
 class SourceImages:
-    """The same crops as `BetonImages` for the same keys; pixels differ a little, as the resizing does."""
+    """The same crops as `BetonImages` for the same keys; pixels differ a little, because the resizing does."""
 
-    def __init__(self, source: Pictures) -> None:
+    def __init__(self, source: LabelledImages) -> None:
         self.source = source
         self.class_names = source.class_names
         self.labels = source.labels
         self.fingerprint = source.fingerprint
 
     def fill(self, ids: NDArray[np.int64], crop: CropRule, out: NDArray[np.uint8]) -> None:
-        """Writes the V crops of each picture to out [V, b, S, S, 3]."""
-        pictures = [self.source.read(int(i)) for i in ids]
-        heights, widths = (np.array([picture.shape[axis] for picture in pictures], np.int64) for axis in (0, 1))
+        """Writes the V crops of each image to out [V, b, S, S, 3]."""
+        images = [self.source.read(int(i)) for i in ids]
+        heights, widths = (np.array([image.shape[axis] for image in images], np.int64) for axis in (0, 1))
         crops = crop(heights, widths)
-        for k, picture in enumerate(pictures):
+        for k, image in enumerate(images):
             for v in range(len(out)):
-                out[v, k] = _cropped(picture, crops[v, k].tolist(), out.shape[2])
+                out[v, k] = _cropped(image, crops[v, k].tolist(), out.shape[2])
 
     def pages(self) -> None:
         return None
@@ -43,12 +43,12 @@ class SourceImages:
         pass
 
 
-def _cropped(picture: Picture, crop: list[int], size: int) -> Picture:
+def _cropped(image: Pixels, crop: list[int], size: int) -> Pixels:
     top, left, height, width, flip = crop
     if (height, width) == (size, size):
-        view = picture[top : top + size, left : left + size]
+        view = image[top : top + size, left : left + size]
     else:
-        planar = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        planar = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         resized = resized_crop(
             planar, top, left, height, width, [size, size], InterpolationMode.BILINEAR, antialias=True
         )
@@ -57,7 +57,7 @@ def _cropped(picture: Picture, crop: list[int], size: int) -> Picture:
 
 
 class BetonSource:
-    """A .beton file read without ffcv: records are raw pixels or plain JPEG, which Pillow knows as well."""
+    """A .beton file read without ffcv: records are raw pixels or JPEG, which Pillow can decode."""
 
     def __init__(self, path: str | Path) -> None:
         self._beton = open_beton(path)
@@ -65,7 +65,7 @@ class BetonSource:
         self.labels = self._beton.labels
         self.fingerprint = self._beton.fingerprint
 
-    def read(self, index: int) -> Picture:
+    def read(self, index: int) -> Pixels:
         offset, size, mode, height, width = self._beton.records(np.array([index]))[0].tolist()
         content = os.pread(self._beton.fd, size, offset)
         try:

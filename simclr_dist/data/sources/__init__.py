@@ -1,1 +1,1 @@
-"""Where images come from: folders, archives, files of known data sets."""
+"""Sources of images: folders, archives, the files of known datasets."""

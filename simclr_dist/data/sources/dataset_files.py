@@ -1,6 +1,6 @@
-"""Datasets that come in files of their own: CIFAR's pickles, STL-10's and Fashion-MNIST's arrays.
+"""Datasets with file formats of their own: CIFAR's pickles, STL-10's and Fashion-MNIST's arrays.
 
-The pickles are read by a reader that knows arrays only: they come from the network.
+Pickles come from the network, so they are read by an unpickler that can build arrays only.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ FASHION_MNIST_CLASSES = (
 
 
 def torchvision_files(root: Path, split: str | None) -> ImageSource | None:
-    """The dataset whose files lie in `root` as torchvision leaves them, or as they come; None if there is none."""
+    """The dataset whose files are in `root`, as published or as torchvision stores them; None if there is none."""
     for cifar in CIFARS.values():
         for folder in (root, root / cifar.folder):
             if folder.name == cifar.folder and (folder / cifar.meta).is_file():
@@ -81,18 +81,18 @@ def torchvision_archive(path: Path, split: str | None) -> ImageSource | None:
                     files = {name: file.read() for name, file in members.items() if file is not None}
                 return _cifar(cifar, split, str(path), files.__getitem__)
             except (tarfile.TarError, EOFError, OSError, KeyError) as error:
-                raise DataError(f"{path}: is no whole archive of {cifar.folder}: {error}") from None
+                raise DataError(f"{path}: is not a complete archive of {cifar.folder}: {error}") from None
     return None
 
 
-def _need_split(split: str | None, known: tuple[str, ...], origin: str) -> str:
+def _check_split(split: str | None, known: tuple[str, ...], origin: str) -> str:
     if split not in known:
         raise DataError(f"{origin}: has the splits {', '.join(known)}; say which with --split")
     return split
 
 
 def _cifar(cifar: Cifar, split: str | None, origin: str, read: Callable[[str], bytes]) -> ArrayImages:
-    split = _need_split(split, ("train", "test"), origin)
+    split = _check_split(split, ("train", "test"), origin)
     try:
         parts = [_load_arrays(read(name)) for name in (cifar.train if split == "train" else cifar.test)]
         names = _load_arrays(read(cifar.meta))[cifar.names_key]
@@ -104,7 +104,7 @@ def _cifar(cifar: Cifar, split: str | None, origin: str, read: Callable[[str], b
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """CIFAR's files are pickles: this one builds arrays and plain values and refuses all that could run code."""
+    """Builds arrays and plain values only, and refuses everything that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):
@@ -123,13 +123,13 @@ def _load_arrays(content: bytes) -> dict[str, Any]:
 
 
 def _stl10(folder: Path, split: str | None) -> ArrayImages:
-    split = _need_split(split, ("train", "test", "unlabeled"), str(folder))
+    split = _check_split(split, ("train", "test", "unlabeled"), str(folder))
     side = 96
     file = folder / f"{split}_X.bin"
     try:
         count, rest = divmod(file.stat().st_size, 3 * side * side)
-        # Stored channel by channel, and within a channel column by column.
-        pictures = np.memmap(file, np.uint8, "r", shape=(count, 3, side, side)).transpose(0, 3, 2, 1)
+        # Stored channel by channel, each channel column by column.
+        images = np.memmap(file, np.uint8, "r", shape=(count, 3, side, side)).transpose(0, 3, 2, 1)
         names = tuple((folder / "class_names.txt").read_text().split())
         if split == "unlabeled":
             labels = np.full(count, -1, np.int64)
@@ -138,18 +138,18 @@ def _stl10(folder: Path, split: str | None) -> ArrayImages:
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read: {error}") from None
     if rest or len(labels) != count:
-        raise DataError(f"{file}: {count} pictures (and {rest} bytes), but {len(labels)} labels; download it again")
-    return ArrayImages(str(folder), names, labels, pictures)
+        raise DataError(f"{file}: {count} images (and {rest} bytes), but {len(labels)} labels; download it again")
+    return ArrayImages(str(folder), names, labels, images)
 
 
 def _idx(folder: Path, split: str | None) -> ArrayImages:
-    split = _need_split(split, ("train", "test"), str(folder))
+    split = _check_split(split, ("train", "test"), str(folder))
     prefix = "train" if split == "train" else "t10k"
-    pictures = _read_idx(folder, f"{prefix}-images-idx3-ubyte", ndim=3)
+    images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", ndim=3)
     labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", ndim=1).astype(np.int64)
-    if len(labels) != len(pictures):
-        raise DataError(f"{folder}: {len(pictures)} pictures of `{split}`, but {len(labels)} labels")
-    return ArrayImages(str(folder), FASHION_MNIST_CLASSES, labels, pictures)
+    if len(labels) != len(images):
+        raise DataError(f"{folder}: {len(images)} images of `{split}`, but {len(labels)} labels")
+    return ArrayImages(str(folder), FASHION_MNIST_CLASSES, labels, images)
 
 
 def _read_idx(folder: Path, name: str, ndim: int) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Pictures in folders and tar archives: found, sorted, and their class and split read from their paths."""
+"""Images in folders and tar archives, sorted by path; class and split are read from the path."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _Entry = tuple[PurePosixPath, str, int, int]  # relative path, file, offset, siz
 
 
 def open_folder(root: Path, split: str | None) -> FileImages:
-    """The pictures under `root`, links followed. Raises DataError."""
-    return _arranged(_walk(root), split, str(root))
+    """The images under `root`, links followed. Raises DataError."""
+    return _from_paths(_walk(root), split, str(root))
 
 
 def _walk(root: Path) -> Iterator[_Entry]:
@@ -48,7 +48,7 @@ def _is_image(name: str) -> bool:
 
 
 def open_tar(path: Path, split: str | None) -> FileImages:
-    """The pictures in an archive, read in place; a compressed one is decompressed to a temporary file.
+    """The images in an archive, read in place; a compressed one is decompressed to a temporary file.
 
     Raises DataError.
     """
@@ -62,12 +62,12 @@ def open_tar(path: Path, split: str | None) -> FileImages:
         with open(plain, "rb") as file:
             entries = [(name, str(plain), offset, size) for name, offset, size in _tar_images(file, PurePosixPath())]
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{path}: is no whole tar archive: {error}") from None
-    return _arranged(entries, split, str(path), keep)
+        raise DataError(f"{path}: is not a complete tar archive: {error}") from None
+    return _from_paths(entries, split, str(path), keep)
 
 
 def _decompressed(path: Path) -> Any:
-    """The archive without its compression, in a file that vanishes when it is closed. Read once, front to back."""
+    """The archive without its compression, in a temporary file that is deleted when it is closed."""
     import bz2
     import lzma
     import shutil
@@ -86,7 +86,7 @@ def _decompressed(path: Path) -> Any:
 
 
 def _tar_images(file: IO[bytes], prefix: PurePosixPath) -> Iterator[tuple[PurePosixPath, int, int]]:
-    """Name, offset and size of every picture; tars within (as in ImageNet's own archive) count as class folders."""
+    """Name, offset and size of every image; tars inside (as in ImageNet's own archive) count as class folders."""
     with tarfile.open(fileobj=file, mode="r:") as archive:
         inner = []
         for member in archive:
@@ -102,13 +102,13 @@ def _tar_images(file: IO[bytes], prefix: PurePosixPath) -> Iterator[tuple[PurePo
         yield from _tar_images(file, name)
 
 
-def _arranged(entries: Iterable[_Entry], split: str | None, origin: str, keep: Any = None) -> FileImages:
-    """Finds split and class of each picture in its path: [common/folders/][split/]class/…/picture.jpg."""
-    found = sorted((entry for entry in entries), key=lambda entry: entry[0].parts)
+def _from_paths(entries: Iterable[_Entry], split: str | None, origin: str, keep: Any = None) -> FileImages:
+    """Reads split and class of each image from its path: [common/folders/][split/]class/…/image.jpg."""
+    found = sorted(entries, key=lambda entry: entry[0].parts)
     if not found:
-        raise DataError(f"{origin}: holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise DataError(f"{origin}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     parts = [entry[0].parts for entry in found]
-    # A folder around everything says nothing, unless it is the split or the only class.
+    # One folder around everything is dropped, unless it is the split or the only class.
     while all(len(p) > 2 for p in parts) and len({p[0] for p in parts}) == 1 and parts[0][0] not in SPLIT_NAMES:
         parts = [p[1:] for p in parts]
     heads = {p[0] for p in parts}

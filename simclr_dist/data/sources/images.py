@@ -1,4 +1,4 @@
-"""Labelled pictures by number, in files or in memory, and how any of them becomes RGB."""
+"""Labelled images by number, in files or in memory, each read as RGB."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from PIL import Image, ImageOps
 
 from simclr_dist.errors import DataError
 
-Picture = NDArray[np.uint8]  # [H, W, 3]
+Pixels = NDArray[np.uint8]  # RGB [H, W, 3]
 
 
-class Pictures(Protocol):
-    """Labelled pictures by number. `read` may be called from several threads."""
+class LabelledImages(Protocol):
+    """Labelled images by number. `read` may be called from several threads."""
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
@@ -32,35 +32,35 @@ class Pictures(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def read(self, index: int) -> Picture:
-        """RGB uint8 [H, W, 3]. Raises DataError, naming the picture, when it cannot be decoded."""
+    def read(self, index: int) -> Pixels:
+        """RGB uint8 [H, W, 3]. Raises DataError, naming the image, when it cannot be decoded."""
         ...
 
 
-class ImageSource(Pictures, Protocol):
-    """Pictures that a .beton file can be made of."""
+class ImageSource(LabelledImages, Protocol):
+    """Images that a .beton file can be made of."""
 
     def name(self, index: int) -> str:
-        """What to call a picture in a message."""
+        """The name of an image in messages."""
         ...
 
     def take(self, ids: NDArray[np.int64]) -> ImageSource:
-        """Only these pictures, renumbered from 0: small enough to send to another process."""
+        """Only these images, renumbered from 0: small enough to send to another process."""
         ...
 
 
-def decode_image(file: str | Path | IO[bytes]) -> Picture:
-    """RGB uint8 [H, W, 3] of any picture that Pillow reads: grey, palette, CMYK, 16 bits; turned as EXIF says.
+def decode_image(file: str | Path | IO[bytes]) -> Pixels:
+    """RGB uint8 [H, W, 3] of any image that Pillow reads: grey, palette, CMYK, 16 bits; rotated as EXIF says.
 
-    Transparent places become white. Raises OSError or ValueError on unreadable and truncated pictures.
+    Transparent pixels are put on white. Raises OSError or ValueError on unreadable and truncated images.
     """
     with Image.open(file) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode in ("I;16", "I;16B", "I;16L", "I"):
-            # Pillow clips 16 bits to 8; what is meant is the upper byte.
+            # Pillow would clip 16 bits to 8; the upper byte is the right value.
             return np.repeat((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8)[..., None], 3, axis=2)
         if upright.mode == "F":
-            raise ValueError("floating-point pictures have no defined range")
+            raise ValueError("floating-point images have no defined range")
         if upright.has_transparency_data:
             solid = upright.convert("RGBA")
             white = Image.new("RGBA", solid.size, "white")
@@ -68,21 +68,21 @@ def decode_image(file: str | Path | IO[bytes]) -> Picture:
         return np.asarray(upright.convert("RGB"))
 
 
-# What Pillow raises on damaged pictures, depending on the format.
+# What Pillow raises on damaged images, depending on the format.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, zlib.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
 class FileImages:
-    """Pictures in files, or in byte ranges of a file.
+    """Images in files, or in byte ranges of a file.
 
-    entries: (name, file, offset, size) each; size -1 stands for the whole file.
+    entries: (name, file, offset, size) of each; size -1 means the whole file.
     """
 
     class_names: tuple[str, ...]
     labels: NDArray[np.int64]
     entries: list[tuple[str, str, int, int]]
-    keep: Any = field(default=None, repr=False)  # a temporary file that must live as long as this
+    keep: Any = field(default=None, repr=False)  # a temporary file that must exist as long as this object
 
     @property
     def fingerprint(self) -> str:
@@ -98,7 +98,7 @@ class FileImages:
     def take(self, ids: NDArray[np.int64]) -> FileImages:
         return FileImages(self.class_names, self.labels[ids], [self.entries[i] for i in ids])
 
-    def read(self, index: int) -> Picture:
+    def read(self, index: int) -> Pixels:
         name, path, offset, size = self.entries[index]
         try:
             if size < 0:
@@ -112,28 +112,28 @@ class FileImages:
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Pictures in memory (or memory-mapped): uint8 [n, H, W, 3] or [n, H, W]."""
+    """Images in memory (or memory-mapped): uint8 [n, H, W, 3] or [n, H, W]."""
 
     origin: str
     class_names: tuple[str, ...]
     labels: NDArray[np.int64]
-    pictures: NDArray[np.uint8]
-    numbers: NDArray[np.int64] | None = None  # what messages call the pictures; their index by default
+    images: NDArray[np.uint8]
+    numbers: NDArray[np.int64] | None = None  # the images' numbers in messages; by default their index
 
     @property
     def fingerprint(self) -> str:
-        digest = hashlib.blake2b(f"{self.pictures.shape}".encode(), digest_size=16)
+        digest = hashlib.blake2b(f"{self.images.shape}".encode(), digest_size=16)
         digest.update(self.labels.tobytes())
-        for start in range(0, len(self.pictures), 4096):
-            digest.update(self.pictures[start : start + 4096].tobytes())
+        for start in range(0, len(self.images), 4096):
+            digest.update(self.images[start : start + 4096].tobytes())
         return digest.hexdigest()
 
     def name(self, index: int) -> str:
         return f"{self.origin}[{index if self.numbers is None else self.numbers[index]}]"
 
     def take(self, ids: NDArray[np.int64]) -> ArrayImages:
-        return ArrayImages(self.origin, self.class_names, self.labels[ids], np.array(self.pictures[ids]), ids)
+        return ArrayImages(self.origin, self.class_names, self.labels[ids], np.array(self.images[ids]), ids)
 
-    def read(self, index: int) -> Picture:
-        picture = np.asarray(self.pictures[index])
-        return picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=2)
+    def read(self, index: int) -> Pixels:
+        image = np.asarray(self.images[index])
+        return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)

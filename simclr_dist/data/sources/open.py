@@ -60,27 +60,29 @@ def _by_name(name: str, split: str | None) -> ImageSource:
 
 
 def _candidates(name: str) -> list[Path]:
-    """Where the files of a dataset may lie."""
-    places: list[Path] = []
+    """Paths where the files of a dataset may be."""
+    paths: list[Path] = []
     for root in data_roots():
         if name in CIFARS:
             cifar = CIFARS[name]
             dashed = name.replace("cifar", "cifar-")
-            places += [root / cifar.folder, root / cifar.archive]
-            places += [root / stem for stem in (name, dashed, f"{name}-jpeg")]
-            places += [root / f"{stem}{suffix}" for stem in (f"{name}-jpeg", name) for suffix in TAR_SUFFIXES]
+            paths += [root / cifar.folder, root / cifar.archive]
+            paths += [root / stem for stem in (name, dashed, f"{name}-jpeg")]
+            paths += [root / f"{stem}{suffix}" for stem in (f"{name}-jpeg", name) for suffix in TAR_SUFFIXES]
         elif name == "stl10":
-            places.append(root / "stl10_binary")
+            paths.append(root / "stl10_binary")
         else:
-            places += [root / "FashionMNIST" / "raw", root / "fashion-mnist"]
+            paths += [root / "FashionMNIST" / "raw", root / "fashion-mnist"]
     if name == "fashion-mnist":
-        places.append(DEBIAN_FASHION_MNIST)
-    return places
+        paths.append(DEBIAN_FASHION_MNIST)
+    return paths
 
 
 def download(name: str, root: Path, split: str | None = None, timeout_s: float = 10.0) -> Path:
-    """Fetches a dataset with torchvision and returns the folder with its files. Raises DataError within seconds
-    when there is no network."""
+    """Fetches a dataset with torchvision and returns the folder with its files.
+
+    Raises DataError, within seconds when there is no network.
+    """
     from torchvision import datasets
 
     before = socket.getdefaulttimeout()
@@ -105,10 +107,10 @@ def download(name: str, root: Path, split: str | None = None, timeout_s: float =
 
 
 def find_dataset() -> tuple[str, Path]:
-    """The first dataset for a demonstration that is there: (its name, its place); both splits lie in that place.
+    """The first dataset found for a demonstration: (its name, the path of both splits).
 
-    CIFAR-10 as image folder, archive or torchvision's files in one of `data_roots`, then a download of it, then
-    Debian's Fashion-MNIST. Raises DataError with every place that was tried.
+    Tries CIFAR-10 as image folder, archive or torchvision's files in one of `data_roots`, then its download, then
+    Debian's Fashion-MNIST. Raises DataError with every path that was tried.
     """
     tried = []
     for path in _candidates("cifar10"):

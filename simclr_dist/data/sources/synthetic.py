@@ -1,4 +1,4 @@
-"""Pictures out of nothing, for smoke tests: deterministic, and with classes that can be learned."""
+"""Computed images for smoke tests: deterministic, and with classes that can be learned."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def synthetic_images(num_samples: int = 512, side: int = 40) -> ArrayImages:
     fx, fy = (of_class[..., i, None, None] * 6 - 3 for i in range(2))
     phase = of_sample[..., None, None]
     waves = np.sin(2 * np.pi * (fx * x + fy * y + phase))  # [n, components, side, side]
-    pictures = np.einsum("nkyx,nkc->nyxc", waves, of_class[..., 2:5] - 0.5)
-    noise = uniform(keys(0, 2, ids[:, None], 0), np.arange(side * side * 3)[None]).reshape(pictures.shape)
-    pictures = 127.5 + 90 * pictures + 24 * (noise - 0.5)
+    images = np.einsum("nkyx,nkc->nyxc", waves, of_class[..., 2:5] - 0.5)
+    noise = uniform(keys(0, 2, ids[:, None], 0), np.arange(side * side * 3)[None]).reshape(images.shape)
+    images = 127.5 + 90 * images + 24 * (noise - 0.5)
     names = tuple(f"wave {i}" for i in range(NUM_CLASSES))
-    return ArrayImages("synthetic", names, labels.astype(np.int64), np.clip(pictures, 0, 255).astype(np.uint8))
+    return ArrayImages("synthetic", names, labels.astype(np.int64), np.clip(images, 0, 255).astype(np.uint8))
