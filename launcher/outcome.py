@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from launcher.errors import Exit
 from launcher.launch_plan import job_of
-from simclr_dist.run.layout import RunDir, append_record, read_records
+from simclr_dist.run.layout import RunDir, append_record, read_records, step_of
 from simclr_dist.run.status import Status
 
 PERMANENT = ("config_error", "data_error", "nan_abort", "checkpoint_error")
@@ -24,7 +24,7 @@ PERMANENT = ("config_error", "data_error", "nan_abort", "checkpoint_error")
 
 def newest_step(run_dir: Path) -> int:
     """The step of the newest checkpoint, by name; 0 if there is none."""
-    return max(RunDir(run_dir).checkpoint_steps(), default=0)
+    return max(map(step_of, RunDir(run_dir).list_checkpoints()), default=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

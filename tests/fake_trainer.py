@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from simclr_dist.run.layout import RunDir, write_record
+from simclr_dist.run.layout import RunDir, step_of, write_record
 from simclr_dist.run.status import write_status
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -36,7 +36,7 @@ def main() -> None:
     seen = {"pid": os.getpid(), "argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}
     write_record(run_dir / "ranks" / f"{ATTEMPT}-{RANK}.json", seen)
     files = RunDir(run_dir)
-    step = max(files.checkpoint_steps(), default=0)
+    step = max(map(step_of, files.list_checkpoints()), default=0)
 
     def report(state: str, **why: str) -> None:
         if RANK == 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,21 +15,12 @@ from simclr_dist.atomic import replace_text
 from simclr_dist.checkpoint.files import Checkpoint, read_checkpoint
 from simclr_dist.errors import CheckpointError
 from simclr_dist.parallel import distributed
-from simclr_dist.run.layout import RunDir
-
-_NAME = re.compile(r"step_(\d{8,})")
+from simclr_dist.run.layout import RunDir, is_checkpoint, step_of
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
-    folder = RunDir(run_dir).checkpoints
-    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that the directory's name tells."""
-    return int(checkpoint.name.removeprefix("step_"))
+    return RunDir(run_dir).list_checkpoints()
 
 
 def newest_valid(run_dir: Path, warn: Callable[[str], None], *, set_aside: bool = False) -> Checkpoint | None:
@@ -109,7 +99,7 @@ def prune(run_dir: Path, keep: int) -> None:
 def find_checkpoint(path: str | Path, warn: Callable[[str], None] = lambda _: None) -> Checkpoint:
     """`path` is a run's directory (its newest valid checkpoint is taken) or one checkpoint. Raises CheckpointError."""
     path = Path(path)
-    if (path / "MANIFEST.json").exists() or _NAME.fullmatch(path.name):
+    if (path / "MANIFEST.json").exists() or is_checkpoint(path):
         return read_checkpoint(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory; give a run's directory or one of its checkpoints/step_…")

@@ -14,9 +14,8 @@ from simclr_dist.run.layout import read_records
 class LogFile(Sink):
     """Appends to `path`. Lines after `samples_seen` are removed: a resumed run repeats those steps."""
 
-    name = "log.jsonl"
-
     def __init__(self, path: Path, samples_seen: int) -> None:
+        self.name = path.name
         if path.exists():
             lines = [line for line in read_records(path) if is_at_most(line.get("samples_seen"), samples_seen)]
             temporary = path.with_suffix(".tmp")

@@ -77,10 +77,9 @@ class RunDir:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:08d}"
 
-    def checkpoint_steps(self) -> list[int]:
-        """The steps of all checkpoints, ascending. Found by name: no file is opened."""
-        names = (re.fullmatch(r"step_(\d+)", path.name) for path in self.checkpoints.glob("step_*"))
-        return sorted(int(name[1]) for name in names if name)
+    def list_checkpoints(self) -> list[Path]:
+        """Committed checkpoints, oldest first. Found by name: no file is opened."""
+        return sorted(filter(is_checkpoint, self.checkpoints.glob("step_*")), key=step_of)
 
     @property
     def evaluations(self) -> Path:
@@ -147,6 +146,16 @@ class RunDir:
     def non_finite(self, step: int, rank: int) -> Path:
         """The sample ids of a batch whose loss or gradient was NaN or infinite."""
         return self.path / f"non_finite_step_{step:08d}_rank_{rank}.json"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` has the name of a committed checkpoint; unfinished and damaged ones have a suffix."""
+    return re.fullmatch(r"step_\d{8,}", path.name) is not None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint's directory."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
