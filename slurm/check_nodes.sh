@@ -1,5 +1,5 @@
 #!/bin/bash
-# Are these nodes fit for a training? All ranks meet and gather each other's tensors; a node that does not is named.
+# Are these nodes fit for a training? All ranks connect and gather tensors; nodes that fail are named.
 #
 #   sbatch --nodes=4 slurm/check_nodes.sh            exit code 0: all fit; 3: see the end of the log
 #

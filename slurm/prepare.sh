@@ -6,7 +6,7 @@
 #SBATCH --job-name=simclr-prepare
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
-#SBATCH --cpus-per-task=8          # EDIT: one picture a CPU at a time; ImageNet takes about an hour with 16
+#SBATCH --cpus-per-task=8          # EDIT: one image a CPU at a time; ImageNet takes about an hour with 16
 ##SBATCH --time=04:00:00           # EDIT
 ##SBATCH --partition=cpu           # EDIT
 #SBATCH --output=slurm-%j.out

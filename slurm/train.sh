@@ -30,7 +30,7 @@ NODE_PYTHON="$PYTHON"              # EDIT: the interpreter inside the container
 JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
 JOB="${JOB:-$SLURM_JOB_ID}"
 RUN_DIR="" STOP_EARLY=""
-# The signal goes to the workers. Those that still import torch do not hear it, so there is a file as well.
+# The signal goes to the workers. Those that still import torch ignore it, and find the file later.
 stop() {
   [ -n "$RUN_DIR" ] || { STOP_EARLY=1; return; }
   : > "$RUN_DIR/STOP_REQUEST.$JOB"
@@ -38,7 +38,7 @@ stop() {
 }
 STOP_SIGNAL=USR1
 trap stop USR1 USR2
-trap : TERM CONT                   # stay alive to the end: the workers have been told as well
+trap : TERM CONT                   # stay alive to the end: the workers get these signals, too
 
 RUN_DIR="$("$PYTHON" -m launcher plan "$@")" || exit $?
 [ -n "$RUN_DIR" ] || exit 0        # somebody asked for a stop while the job was waiting
@@ -46,9 +46,9 @@ RUN_DIR="$("$PYTHON" -m launcher plan "$@")" || exit $?
 [ -z "$STOP_EARLY" ] || stop
 
 # In the background, because bash runs a trap only when the foreground command is over.
-# kill-on-bad-exit: without it a dead node leaves the others waiting for 5 minutes and more.
+# kill-on-bad-exit: without it the other nodes wait for a dead one for 5 minutes and more.
 # cpus-per-task: since SLURM 22.05 srun no longer takes it from sbatch, and one core would feed all GPUs.
-# immediate: if a node went away between allocation and start, srun would ask for it again for ever.
+# immediate: if a node was lost between allocation and start, srun would retry for ever.
 # The inner trap: the stop signal may come before Python runs.
 srun --immediate=120 --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-${SLURM_JOB_CPUS_PER_NODE%%[(,]*}}" --label \
   ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} \
