@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -35,20 +36,34 @@ def room_of(dotted: str) -> str:
     return room_of(dotted.rpartition(".")[0])
 
 
-def test_a_package_imports_only_packages_below_it() -> None:
+def floors() -> list[set[str]]:
+    """Rooms that import only rooms of the floors before. Raises CycleError where two packages import each other."""
     arrows: dict[str, set[str]] = {}
     for path in [*modules("simclr_dist"), *modules("launcher")]:
         own = room_of(".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"))
         ours = {name for name in imported_names(path) if name.split(".")[0] in ("simclr_dist", "launcher")}
         arrows.setdefault(own, set()).update({room_of(name) for name in ours} - {own})
-    floors = TopologicalSorter(arrows)
-    floors.prepare()  # raises CycleError where two packages import each other
-    num_floors = 0
-    while floors.is_active():
-        num_floors += 1
-        floors.done(*floors.get_ready())
-    assert num_floors <= MAX_FLOORS
     assert not any("launcher" in names for room, names in arrows.items() if room != "launcher")
+    sorter, found = TopologicalSorter(arrows), []
+    sorter.prepare()
+    while sorter.is_active():
+        found.append(set(sorter.get_ready()))
+        sorter.done(*found[-1])
+    return found
+
+
+def test_a_package_imports_only_packages_below_it() -> None:
+    assert len(floors()) <= MAX_FLOORS
+
+
+def test_the_architecture_page_shows_every_package_on_its_floor() -> None:
+    page = (REPOSITORY / "docs" / "architecture.md").read_text()
+    picture = page.split("```")[1]
+    shown = re.split(r"^(?=\d )", picture, flags=re.MULTILINE)[:0:-1]  # from the ground up
+    assert len(shown) == len(floors())
+    for text, rooms in zip(shown, floors(), strict=True):
+        names = {room.removeprefix("simclr_dist.").replace(".", "/") for room in rooms} - {"simclr_dist"}
+        assert names <= set(re.split(r"[\s,]+", text)), names
 
 
 def test_only_one_module_talks_to_torch_distributed() -> None:

@@ -16,7 +16,6 @@ from simclr_dist.config import Config, load_config
 from tests import doc_commands
 from tests.conftest import REPOSITORY
 from tests.doc_commands import OURS, WrongDocumentationError, blocks, check, commands, inline_code
-from tests.test_architecture import LAYERS
 
 PAGES = sorted(path for pattern in ("*.md", "docs/**/*.md", "slurm/*.md") for path in REPOSITORY.glob(pattern))
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -75,12 +74,6 @@ def test_commands_and_settings_in_the_text_exist(page: Path) -> None:
         section, _, key = code.partition("=")[0].partition(".")
         if section in Config.model_fields and key.isidentifier() and key not in ("py", "md", "sh", "yaml", "beton"):
             doc_commands.check_key(f"{section}.{key}")
-
-
-def test_the_architecture_names_every_part() -> None:
-    text = (REPOSITORY / "docs" / "architecture.md").read_text()
-    missing = {name for layer in LAYERS for name in layer if f"`{name}`" not in text}
-    assert not missing
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
