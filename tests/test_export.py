@@ -16,7 +16,7 @@ from torch import nn
 from simclr_dist.checkpoint.files import write_checkpoint
 from simclr_dist.config import Config
 from simclr_dist.errors import ExportError
-from simclr_dist.export import export as export_module
+from simclr_dist.export import formats
 from simclr_dist.export.export import check_same_outputs, export
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.run.state import TrainState
@@ -150,8 +150,8 @@ def test_a_failed_self_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
         state["conv1.weight"] = state["conv1.weight"] * 1.01
         save_file(state, path, metadata)
 
-    save_file = export_module.save_file
-    monkeypatch.setattr(export_module, "save_file", save_damaged)
+    save_file = formats.save_file
+    monkeypatch.setattr(formats, "save_file", save_damaged)
     with pytest.raises(RuntimeError, match="self-check failed"):
         export(run, tmp_path / "out", format="safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
