@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -75,17 +76,38 @@ def test_gradient_of_the_own_loss_is_that_of_one_process() -> None:
 
 
 def test_own_views_are_the_same_however_a_batch_is_divided() -> None:
-    pictures = torch.randint(0, 256, (2, 8, 32, 32, 3), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2, 8, 32, 32, 3), dtype=torch.uint8)
     ids = torch.arange(8) * 7
 
     def views(part: slice) -> Tensor:
         augment = Occluded(Augment(AugmentConfig(preset="simclr_cifar"), 3, 32), seed=3)
-        return augment(Batch(pictures[:, part], ids[part], ids[part], epoch=1))
+        return augment(Batch(images[:, part], ids[part], ids[part], epoch=1))
 
     whole = views(slice(0, 8)).clone()
     assert torch.equal(whole[:, 4:], views(slice(4, 8)))
     hidden = (whole == 0).all(dim=2).sum(dim=(2, 3))  # zero is the mean colour; no other pixel is it exactly
     assert np.array_equal(hidden.numpy(), np.full((2, 8), 64))
+
+
+def test_a_script_written_for_0_1_0_finds_its_imports() -> None:
+    """The imports of examples/own_parts.py in that version; the package alone needs no torch."""
+    script = """
+        import sys
+        import simclr_dist
+        assert "torch" not in sys.modules
+        from simclr_dist import cli, distributed, encoders, train
+        from simclr_dist.config import Config, ModelConfig
+        from simclr_dist.data import Batch
+        from simclr_dist.data.randomness import keys, uniform
+        from simclr_dist.trainer import Trainer
+        assert not hasattr(simclr_dist, "nothing")
+        print(encoders.register.__module__, distributed.all_gather.__module__)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=REPOSITORY, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["simclr_dist.network.encoders", "simclr_dist.parallel.distributed"]
 
 
 def test_a_registered_name_is_known_and_a_taken_one_refused(monkeypatch: pytest.MonkeyPatch) -> None:
