@@ -72,7 +72,7 @@ def test_restored_training_goes_on_bit_identically(tmp_path: Path, name: str) ->
     other = build_model(CONFIG.model)
     other_optimizer = build_optimizer(other, CONFIG.optim.model_copy(update={"optimizer": name}))
     set_learning_rate(other_optimizer, 0.1)
-    state = checkpoint.restore(found, other, other_optimizer)
+    state = checkpoint.load_state(found, other, other_optimizer)
     assert (state.step, state.samples_seen, found.config, found.grad_scaler) == (2, 8, CONFIG, {"scale": 2.0})
     x = torch.randn(4, 3, 16, 16)
     for m, o in ((model, optimizer), (other, other_optimizer)):
@@ -232,7 +232,7 @@ def test_another_architecture_is_refused_before_anything_changes(tmp_path: Path)
     other = build_model(CONFIG.model.model_copy(update={"width": 4}))
     before = {key: value.clone() for key, value in other.state_dict().items()}
     with pytest.raises(CheckpointError, match=r"has shape .* the configured model has"):
-        checkpoint.restore(found, other, build_optimizer(other, CONFIG.optim))
+        checkpoint.load_state(found, other, build_optimizer(other, CONFIG.optim))
     assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
 
 

@@ -153,7 +153,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: written by another version of simclr_dist: {error}") from None
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> TrainState:
+def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> TrainState:
     """Copies the checkpoint into `model` and `optimizer`. Raises CheckpointError before anything is changed."""
     check_names(checkpoint.path, "model", checkpoint.model_state, model.state_dict())
     names = parameter_order(model)

@@ -80,7 +80,7 @@ def restore(
             probe.load_state_dict(found.probe_state)
         except ValueError as error:
             raise CheckpointError(f"{found.path}: {error}") from None
-    return files.restore(found, model, optimizer)
+    return files.load_state(found, model, optimizer)
 
 
 class Saver:
