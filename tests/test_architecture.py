@@ -66,6 +66,17 @@ def test_the_architecture_page_shows_every_package_on_its_floor() -> None:
         assert names <= set(re.split(r"[\s,]+", text)), names
 
 
+def test_only_the_trainer_and_the_commands_see_the_whole_configuration() -> None:
+    allowed = {"simclr_dist.config", "simclr_dist.checkpoint", "simclr_dist.training", "simclr_dist.cli"}
+    users = {
+        str(path.relative_to(REPOSITORY))
+        for path in modules("simclr_dist")
+        if ".".join(path.relative_to(REPOSITORY).parts[:2]) not in allowed
+        and imported_names(path) & {"simclr_dist.config.Config", "simclr_dist.config.schema.Config"}
+    }
+    assert not users
+
+
 def test_only_one_module_talks_to_torch_distributed() -> None:
     users = {
         path.name

@@ -1,7 +1,8 @@
 """The settings of a run, section by section, and what must fit together.
 
-Each part of the program takes its own section; only the trainer sees the whole. This package imports neither torch nor
-numpy: the launcher reads configurations on login nodes.
+Each part of the program takes its own section, as plain values or as a model below. Only training, the commands and the
+launcher see the whole `Config`; a checkpoint carries it as a record. This package imports neither torch nor numpy: the
+launcher reads configurations on login nodes.
 """
 
 from __future__ import annotations
