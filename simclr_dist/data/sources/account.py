@@ -1,0 +1,118 @@
+"""What became of everything that was found at a source, and how a source is to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+Layout = Literal["auto", "classes", "flat"]
+OnDamage = Literal["warn", "skip", "stop"]
+
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a source is read. The defaults ask (DataError) wherever two readings are possible."""
+
+    split: str | None = None
+    """`train`, `test`, … where a source has several."""
+    layout: Layout = "auto"
+    """`classes`: folders are classes, whatever they are called. `flat`: images without classes."""
+    class_depth: int | None = None
+    """Which folder above an image is its class: 1 is the outermost one inside the source (and the split)."""
+    classes_from: str | None = None
+    """A .beton file or a folder whose classes, in their order, this source must use."""
+    labels: str | None = None
+    """A CSV file with the header `name,label`; names relative to the source."""
+    files: str | None = None
+    """A text file with one name a line, relative to the source: only these images, in the order of names."""
+    value_range: tuple[float, float] | None = None
+    """Stored values that become 0 and 255, for images that do not have 8 bits."""
+    bands: tuple[int, int, int] | None = None
+    """Which channels, counted from 1, become red, green and blue."""
+    on_damage: OnDamage = "warn"
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Things of one kind that were found and not taken.
+
+    reason: plain words, such as "not an image (.cls)". names: the first few.
+    """
+
+    reason: str
+    count: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Account:
+    """Everything found at a source: taken, or left out for a reason.
+
+    layout: one sentence that says which folders are classes. taken: a number of images.
+    """
+
+    source: str
+    layout: str
+    taken: int
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[LeftOut, ...] = ()
+    """Images that were taken in part, such as the first page of several."""
+
+    @property
+    def num_left_out(self) -> int:
+        return sum(group.count for group in self.left_out)
+
+    def with_left_out(self, reason: str, names: Sequence[str]) -> Account:
+        """The account after images among those taken turned out to be unusable."""
+        if not names:
+            return self
+        group = LeftOut(reason, len(names), tuple(names[:_NAMES_SHOWN]))
+        return replace(self, taken=self.taken - len(names), left_out=(*self.left_out, group))
+
+    def with_note(self, reason: str, names: Sequence[str]) -> Account:
+        """The account with images that were taken in part."""
+        if not names:
+            return self
+        return replace(self, notes=(*self.notes, LeftOut(reason, len(names), tuple(names[:_NAMES_SHOWN]))))
+
+    def lines(self) -> list[str]:
+        """For a terminal or a log: one line a fact, printable whatever bytes the names hold."""
+        lines = [f"{self.source}: {self.layout}", f"taken: {self.taken:,} images"]
+        lines += [f"left out: {_line(group)}" for group in self.left_out]
+        lines += [f"note: {_line(group)}" for group in self.notes]
+        return [printable(line) for line in lines]
+
+    def to_json(self) -> dict[str, Any]:
+        return _printable_json(asdict(self))
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Account:
+        """Raises KeyError or TypeError when the content is no account."""
+        groups = {
+            key: tuple(LeftOut(str(g["reason"]), int(g["count"]), tuple(map(str, g["names"]))) for g in content[key])
+            for key in ("left_out", "notes")
+        }
+        return cls(str(content["source"]), str(content["layout"]), int(content["taken"]), **groups)
+
+
+def printable(text: str) -> str:
+    r"""The text with undecodable bytes of file names and control characters as \xNN, so that it can be printed."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _line(group: LeftOut) -> str:
+    more = ", …" if group.count > len(group.names) else ""
+    return f"{group.count:,} × {group.reason}: {', '.join(group.names)}{more}"
+
+
+def _printable_json(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {key: _printable_json(item) for key, item in value.items()}
+    return [_printable_json(item) for item in value] if isinstance(value, tuple | list) else value
