@@ -1,16 +1,22 @@
 """`simclr_dist.train` with a fault in it: FAULT="kind rank step"; rank "*" is every rank.
 
 raise: an exception. stuck: sleeps outside of any collective. loss: NaN in the views. gradient: infinite, of one rank.
+weights: NaN in a weight after the step. save, evaluation: does not end, at whatever step. takeover: another training
+claims the directory while a checkpoint is written.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from pathlib import Path
 
 import torch
 
 from simclr_dist import train
+from simclr_dist.checkpoint import files
+from simclr_dist.evaluation import online
 from simclr_dist.training.trainer import Trainer
 
 kind, rank, step = os.environ["FAULT"].split()
@@ -36,9 +42,30 @@ def faulty_step(self: Trainer, batch):
             return sound_step(self, batch)
         finally:
             handle.remove()
-    return sound_step(self, batch)
+    result = sound_step(self, batch)
+    if here and kind == "weights":
+        with torch.no_grad():
+            next(self.parts.network.parameters()).fill_(torch.nan)
+    return result
 
 
+def never_ends(*_: object, **__: object) -> None:
+    time.sleep(600)
+
+
+def taken_over_while_saving(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    owner = path.parents[2] / "owner.json"  # runs/<name>/checkpoints/.tmp-…/model.safetensors
+    owner.write_text(json.dumps({**json.loads(owner.read_text()), "session": "0" * 12, "attempt": "812.1-bbbbbb"}))
+    sound_save_file(tensors, path)
+
+
+sound_save_file = files.save_file
+if kind == "save":
+    files.save_file = never_ends
+if kind == "takeover":
+    files.save_file = taken_over_while_saving
+if kind == "evaluation":
+    online.knn_top1 = never_ends  # type: ignore[assignment]
 Trainer.train_step = faulty_step  # type: ignore[method-assign]
 if __name__ == "__main__":
     train.main()

@@ -65,6 +65,27 @@ def test_one_that_was_taken_over_writes_no_more(images: Path, tmp_path: Path) ->
     assert (first.run_dir / "status.json").read_bytes() == status
 
 
+def test_one_that_is_taken_over_while_it_writes_a_checkpoint_does_not_commit_it(images: Path, tmp_path: Path) -> None:
+    training = Training(images, tmp_path, "one", "checkpoint.every_steps=2", module=FAULTY, FAULT="takeover 0 0")
+    assert training.wait() == [2]
+    assert "taken over by" in training.output[0]
+    assert list((training.run_dir / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "doing", "limit"), [("save", "saving", "save_s"), ("evaluation", "", "evaluation_s")]
+)
+def test_work_between_two_steps_has_a_time_limit_of_its_own(
+    images: Path, tmp_path: Path, fault: str, doing: str, limit: str
+) -> None:
+    overrides = (f"timeout.{limit}=2", "timeout.step_s=600", f"data.test={images}", "evaluation.knn_every_epochs=1")
+    training = Training(images, tmp_path, "one", *overrides, module=FAULTY, FAULT=f"{fault} 0 0")
+    assert training.wait() == [1]
+    assert training.status()["reason"] == "hang"
+    assert f"no progress for 2 s (timeout.{limit}): step" in str(training.status()["message"])
+    assert doing in str(training.status()["message"])
+
+
 def test_the_rank_that_fails_first_is_the_one_that_tells(images: Path, tmp_path: Path) -> None:
     training = Training(images, tmp_path, "raise", world_size=2, module=FAULTY, FAULT="raise 1 3")
     assert training.wait() == [1, 1]
@@ -138,6 +159,14 @@ def test_nan_on_one_rank_stops_all_and_is_written_down(images: Path, tmp_path: P
         assert len(record["sample_ids"]) == 32
         assert record["lr"] > 0
     assert not list((training.run_dir / "checkpoints").glob("step_*"))
+
+
+def test_weights_that_hold_nan_are_not_saved(images: Path, tmp_path: Path) -> None:
+    training = Training(images, tmp_path, "nan", module=FAULTY, FAULT=f"weights 0 {STEPS - 1}")
+    assert training.wait() == [2]
+    assert training.status()["reason"] == "nan_abort"
+    assert "holds NaN or infinity after step 24; nothing was saved" in training.output[0]
+    assert list((training.run_dir / "checkpoints").glob("step_*")) == []
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
