@@ -1,4 +1,4 @@
-"""Do our loss and our augmentation teach an encoder as much as lightly's? On the same pictures, step for step.
+"""Do our loss and our augmentation teach an encoder as much as lightly's? On the same images, step for step.
 
     simclr-dist prepare cifar10-jpeg.tar.xz /tmp/train.beton --split train --limit 10000
     simclr-dist prepare cifar10-jpeg.tar.xz /tmp/test.beton --split test
@@ -6,8 +6,8 @@
 
 Both sides train the same encoder and projection head from the same initial weights, with the same optimiser, learning
 rate, batch size and number of steps. What differs is what is compared: ours takes `build_loader`, `Augment` and
-`NTXentLoss`; lightly its `SimCLRTransform` on the decoded pictures, in an order drawn by torch, and its `NTXentLoss`.
-Both are scored by our kNN and linear probe, with all the training pictures and all the test pictures.
+`NTXentLoss`; lightly its `SimCLRTransform` on the decoded images, in an order drawn by torch, and its `NTXentLoss`.
+Both are scored by our kNN and linear probe, with all the training images and all the test images.
 
 Several seeds; mean, standard deviation, and the difference with its standard error. One process. Writes a JSON file
 and a table to --out. Needs `pip install lightly lightning-utilities` besides simclr_dist.
@@ -31,14 +31,17 @@ from PIL import Image
 from torch import Tensor
 
 from simclr_dist.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig
-from simclr_dist.data.loading.build import build_loader, describe, load_images
+from simclr_dist.data.loading.load_images import load_images
+from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.loading.pillow_images import BetonSource
+from simclr_dist.data.loading.view_loader import build_loader
 from simclr_dist.evaluation.features import extract_features
 from simclr_dist.evaluation.knn import knn_top1
 from simclr_dist.evaluation.linear import linear_probe
 from simclr_dist.loss import NTXentLoss
 from simclr_dist.network.simclr import SimCLR, build_model
-from simclr_dist.optim.lars import build_optimizer, build_schedule, set_learning_rate
+from simclr_dist.optim.build import build_optimizer
+from simclr_dist.optim.schedule import build_schedule, set_learning_rate
 from simclr_dist.parallel.distributed import world
 from simclr_dist.views.augment import Augment, normalize
 
@@ -121,11 +124,11 @@ def lightlys_views(args: argparse.Namespace, seed: int, steps: int) -> Iterator[
 
     transform = SimCLRTransform(input_size=args.image_size, **LIGHTLY)
     source = BetonSource(args.train)
-    pictures = [Image.fromarray(np.array(source.read(i))) for i in range(len(source.labels))]
+    images = [Image.fromarray(np.array(source.read(i))) for i in range(len(source.labels))]
     for _ in range(args.epochs):
-        order = torch.randperm(len(pictures))
+        order = torch.randperm(len(images))
         for ids in order[: steps * BATCH].split(BATCH):
-            pairs = [transform(pictures[i]) for i in ids.tolist()]
+            pairs = [transform(images[i]) for i in ids.tolist()]
             yield torch.stack([torch.stack(views) for views in zip(*pairs, strict=True)]), ids
 
 

@@ -64,8 +64,8 @@ def main() -> None:
 
 
 def stage(source: Path, split: str | None, place: Path) -> dict[str, str]:
-    """The pictures as a .beton file and as a folder of files."""
-    from simclr_dist.data.beton.writer import prepare
+    """The images as a .beton file and as a folder of files."""
+    from simclr_dist.data.beton.prepare import prepare
 
     folder = source
     if source.is_file():
@@ -159,7 +159,7 @@ Batches = Callable[[], Iterator[Any]]
 
 def ours(side: int, complete: bool, beton: str, folder: str) -> Batches:
     from simclr_dist.config import AugmentConfig, DataConfig
-    from simclr_dist.data.loading.build import build_loader
+    from simclr_dist.data.loading.view_loader import build_loader
     from simclr_dist.parallel.distributed import World
     from simclr_dist.views.augment import Augment
 

@@ -111,7 +111,7 @@ part_cifar() {
         --runs "$out/runs" --minutes "$minutes_left" --out "$out/cifar.json" "${small[@]}"
 }
 
-# The pictures are prepared once, before the parts that need them.
+# The images are prepared once, before the parts that need them.
 if ((!dry_run)) && [[ -z $train && " ${parts[*]} " == *" cifar "* ]]; then
     archive=${SIMCLR_DATA:-data}/cifar10-jpeg.tar.xz
     [[ -e $archive ]] || { echo "no CIFAR-10: give --train and --test, or set SIMCLR_DATA (tried $archive)" >&2; exit 2; }

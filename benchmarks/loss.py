@@ -291,7 +291,7 @@ def on_ranks(world_size: int, rows: int, repetitions: int, clock: str) -> tuple[
 
 
 def micro_batch_step(images: int, size: int, parts: int, threads: int, clock: str) -> tuple[float, float]:
-    """(seconds, peak MiB) of forward and backward of a ResNet-18 with GroupNorm on 2 x `images` pictures."""
+    """(seconds, peak MiB) of forward and backward of a ResNet-18 with GroupNorm on 2 x `images` images."""
     from torchvision.models import resnet18
 
     torch.set_num_threads(threads)

@@ -195,7 +195,7 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--data", default="synthetic", help="a .beton file; synthetic pictures need no decoding")
+    parser.add_argument("--data", default="synthetic", help="a .beton file; synthetic images need no decoding")
     parser.add_argument("--encoder", default="resnet18")
     parser.add_argument("--stem", choices=["cifar", "imagenet"], default="cifar")
     parser.add_argument("--image-size", type=int, default=32)

@@ -1,10 +1,10 @@
-"""An encoder, views and a loss of one's own, in a script beside simclr_dist. docs/guides/extending.md explains.
+"""Your own encoder, views and loss, in a script that uses simclr_dist. docs/guides/extending.md explains.
 
     python examples/own_parts.py train configs/smoke.yaml model.encoder=patches name=own
     python examples/own_parts.py evaluate knn runs/own
     accelerate launch examples/own_parts.py train configs/smoke.yaml model.encoder=patches name=own
 
-Whoever evaluates or exports the run needs the encoder too: so this script passes on every other command.
+Evaluating or exporting the run needs the encoder too, so this script also runs every other command of simclr-dist.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Mixing(nn.Module):
 
 
 def patches(config: ModelConfig) -> tuple[nn.Module, int]:
-    """The network, and D. `config` is the section `model`; BatchNorm becomes global by itself."""
+    """The network, and D. `config` is the section `model`; BatchNorm becomes global automatically."""
     D = 4 * config.width
     network = nn.Sequential(
         nn.Conv2d(3, D, kernel_size=4, stride=4), Mixing(D), Mixing(D), nn.AdaptiveAvgPool2d(1), nn.Flatten()
@@ -49,19 +49,19 @@ def patches(config: ModelConfig) -> tuple[nn.Module, int]:
     return network, D
 
 
-encoders.register("patches", patches)  # from here on `model.encoder: patches` means this
+encoders.register("patches", patches)  # from here on `model.encoder: patches` builds this network
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Views: a Batch to float views [2, B, 3, S, S]
 
-HIDE_TOP, HIDE_LEFT = 1000, 1001  # draw numbers: from 1000 on they are yours
+HIDE_TOP, HIDE_LEFT = 1000, 1001  # draw numbers from 1000 on are free for your use
 
 
 class Occluded(nn.Module):
-    """The configured views, each with a quarter of its side squared hidden.
+    """The configured views, each with a square of a quarter of its side hidden.
 
-    The place is a hash of seed, epoch, sample and view: the same for any number of processes, and after a resume.
+    Its position is a hash of seed, epoch, sample and view: the same for any number of processes, and after a resume.
     """
 
     def __init__(self, augment: nn.Module, seed: int) -> None:
@@ -72,9 +72,9 @@ class Occluded(nn.Module):
         views = self.augment(batch)
         side = views.shape[-1] // 4
         key = keys(self.seed, batch.epoch, batch.host_ids[None], np.arange(2)[:, None])  # [2, B]
-        places = [(uniform(key, draw) * (views.shape[-1] - side)).astype(int) for draw in (HIDE_TOP, HIDE_LEFT)]
-        for (view, image), top in np.ndenumerate(places[0]):
-            left = places[1][view, image]
+        positions = [(uniform(key, draw) * (views.shape[-1] - side)).astype(int) for draw in (HIDE_TOP, HIDE_LEFT)]
+        for (view, image), top in np.ndenumerate(positions[0]):
+            left = positions[1][view, image]
             views[view, image, :, top : top + side, left : left + side] = 0
         return views
 
@@ -86,7 +86,7 @@ class Occluded(nn.Module):
 class AlignmentAndUniformity(nn.Module):
     """Wang & Isola 2020, with t = 2: positives near each other, all rows spread over the sphere.
 
-    DDP averages the gradients of the ranks, so a rank must bring W times its part of the global gradient.
+    DDP averages the gradients of the ranks, so a rank must return W times its part of the global gradient.
     """
 
     def forward(self, z: Tensor, sample_ids: Tensor) -> Tensor:
@@ -100,14 +100,14 @@ class AlignmentAndUniformity(nn.Module):
         kernel = torch.exp(4 * (z @ everyone.T - 1)).masked_fill(itself, 0)  # exp(-2 |x - y|^2)
         total = distributed.all_reduce_sum_(kernel.detach().sum())
         uniformity = torch.log(total / (len(everyone) * (len(everyone) - 1)))
-        # The gradient of log(total): every pair is summed by both of its ranks, each for its own row: hence 2.
+        # The gradient of log(total). Each pair is in the sums of both of its rows; a rank sums its own only: hence 2.
         share = 2 * W * kernel.sum() / total
         value = distributed.all_reduce_sum_(alignment.detach().clone()) / W + uniformity
         return value + (alignment + share - (alignment + share).detach())
 
 
 class OwnTrainer(Trainer):
-    """The trainer, with views and a loss exchanged."""
+    """The trainer with other views and another loss."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
