@@ -1,6 +1,7 @@
 # make demo      install what is missing and run the whole way on real images: prepare, pretrain, evaluate, table
-# make test      lint, types, tests (1 to 4 processes; on a throw-away SLURM if installed): what CI runs
-# make test-all  also the slow ones
+# make test      lint, types, tests (on 1 to 4 processes; on a throw-away SLURM if installed): under 10 minutes on 2 cores
+# make test-slow the tests that take longest, and those for a GPU if there is one
+# make test-all  both: what CI runs
 #                SLURM for the tests, as root: bash tools/install_slurm.sh
 # make lock      renew requirements.lock
 # make clean     remove runs and prepared data; `rm -rf .venv` removes the installation
@@ -12,17 +13,23 @@ ifneq ($(wildcard ../shared/data),)
 export SIMCLR_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo test test-all lint install lock clean
+# Tests that start several processes or measure time run one after the other, the others side by side.
+ALONE := distributed or slurm or timed
+
+.PHONY: demo test test-slow test-all lint install lock clean
 .DELETE_ON_ERROR:
 
 demo: install
 	$(BIN)/simclr-dist demo
 
 test: install lint
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not gpu and not ($(ALONE))" -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -m "not slow and not gpu and ($(ALONE))"
 
-test-all: install lint
-	$(BIN)/pytest
+test-slow: install
+	$(BIN)/pytest -m "slow or gpu"
+
+test-all: test test-slow
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The watchdog's rules and words, without a training: those that need one are in test_faults.py."""
+"""The watchdog's rules and messages, without a training: tests that need one are in test_faults.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from simclr_dist.run.heartbeat import Heartbeats
 from tests.conftest import REPOSITORY
+
+pytestmark = pytest.mark.timed
 
 PROGRAM = """
 import signal, sys, time
@@ -37,7 +41,7 @@ def under_watch(run: Path, work: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_who_gets_on_is_left_alone_and_leaves_no_file(tmp_path: Path) -> None:
+def test_a_rank_that_makes_progress_is_left_alone_and_leaves_no_file(tmp_path: Path) -> None:
     done = under_watch(tmp_path, "for i in range(8): dog.doing('training', i, 0.6, 'step_s'); time.sleep(0.2)")
     assert (done.returncode, done.stdout) == (0, "went on\n")
     assert not (tmp_path / "heartbeat").exists()
@@ -52,7 +56,7 @@ def test_a_limit_that_passed_ends_the_process_with_stacks_and_reason(tmp_path: P
     assert "went on" not in done.stdout
 
 
-def test_what_is_busy_with_something_long_has_the_limit_of_that(tmp_path: Path) -> None:
+def test_a_busy_activity_has_its_own_limit_and_then_the_old_one_counts_again(tmp_path: Path) -> None:
     work = "dog.doing('training', 7, 0.3, 'step_s')\nwith dog.busy('saving', 30, 'save_s'): time.sleep(1)\n"
     assert under_watch(tmp_path, work).returncode == 0
     done = under_watch(tmp_path, work + "time.sleep(60)")  # and afterwards the old one again
