@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from simclr_dist.data.sources.account import Account
 from simclr_dist.data.sources.images import FileImages
 from simclr_dist.errors import DataError
 
@@ -128,4 +129,4 @@ def _from_paths(entries: Iterable[_Entry], split: str | None, origin: str, keep:
     named = [
         (f"{origin}/{relative}" if size >= 0 else path, path, offset, size) for relative, path, offset, size in found
     ]
-    return FileImages(class_names, labels, named, keep)
+    return FileImages(class_names, labels, named, Account(origin, "", len(named)), origin, keep)

@@ -6,7 +6,8 @@ import hashlib
 import io
 import os
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from simclr_dist.data.sources.account import Account, LeftOut
 from simclr_dist.errors import DataError
 
 Pixels = NDArray[np.uint8]  # RGB [H, W, 3]
@@ -39,6 +41,20 @@ class LabelledImages(Protocol):
 
 class ImageSource(LabelledImages, Protocol):
     """Images that a .beton file can be made of."""
+
+    @property
+    def account(self) -> Account:
+        """Everything found at the source, and how it was read."""
+        ...
+
+    @property
+    def content_fingerprint(self) -> str:
+        """Differs where an image, a label or a class name differs; the same wherever the data lies.
+
+        Files count by name, size and time of their last change; images in an archive or in memory by their bytes.
+        Raises DataError.
+        """
+        ...
 
     def name(self, index: int) -> str:
         """The name of an image in messages."""
@@ -82,32 +98,51 @@ class FileImages:
     class_names: tuple[str, ...]
     labels: NDArray[np.int64]
     entries: list[tuple[str, str, int, int]]
+    account: Account
+    root: str = ""  # what all names begin with, and what is no part of the images' identity
     keep: Any = field(default=None, repr=False)  # a temporary file that must exist as long as this object
 
     @property
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for (name, path, _, size), label in zip(self.entries, self.labels.tolist(), strict=True):
-            size = size if size >= 0 else os.path.getsize(path)
-            digest.update(f"{name}\0{size}\0{label}\n".encode())
+            size = size if size >= 0 else _stat(path).st_size
+            digest.update(f"{name}\0{size}\0{label}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    @property
+    def content_fingerprint(self) -> str:
+        digest = _digest_of_labels(self.class_names, self.labels)
+        for index, (name, path, _, size) in enumerate(self.entries):
+            digest.update(name.removeprefix(self.root).encode("utf-8", "surrogateescape"))
+            if size < 0:
+                found = _stat(path)
+                digest.update(f"\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+            else:
+                digest.update(f"\0{size}\n".encode() + self._content(index))
         return digest.hexdigest()
 
     def name(self, index: int) -> str:
         return self.entries[index][0]
 
     def take(self, ids: NDArray[np.int64]) -> FileImages:
-        return FileImages(self.class_names, self.labels[ids], [self.entries[i] for i in ids])
+        return replace(self, labels=self.labels[ids], entries=[self.entries[i] for i in ids], keep=None)
 
     def read(self, index: int) -> Pixels:
-        name, path, offset, size = self.entries[index]
+        name, path, _, size = self.entries[index]
         try:
-            if size < 0:
-                return decode_image(path)
-            with open(path, "rb") as file:
-                file.seek(offset)
-                return decode_image(io.BytesIO(file.read(size)))
+            return decode_image(path if size < 0 else io.BytesIO(self._content(index)))
         except UNREADABLE as error:
             raise DataError(f"{name}: cannot be decoded: {error}") from None
+
+    def _content(self, index: int) -> bytes:
+        name, path, offset, size = self.entries[index]
+        try:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                return file.read(size)
+        except OSError as error:
+            raise DataError(f"{name}: cannot be read: {error.strerror}") from None
 
 
 @dataclass(frozen=True)
@@ -119,6 +154,12 @@ class ArrayImages:
     labels: NDArray[np.int64]
     images: NDArray[np.uint8]
     numbers: NDArray[np.int64] | None = None  # the images' numbers in messages; by default their index
+    layout: str = "images in memory"
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def account(self) -> Account:
+        return Account(self.origin, self.layout, len(self.labels), self.left_out)
 
     @property
     def fingerprint(self) -> str:
@@ -128,12 +169,34 @@ class ArrayImages:
             digest.update(self.images[start : start + 4096].tobytes())
         return digest.hexdigest()
 
+    @cached_property
+    def content_fingerprint(self) -> str:
+        digest = _digest_of_labels(self.class_names, self.labels)
+        digest.update(f"{self.images.shape}".encode())
+        for start in range(0, len(self.images), 4096):
+            digest.update(self.images[start : start + 4096].tobytes())
+        return digest.hexdigest()
+
     def name(self, index: int) -> str:
         return f"{self.origin}[{index if self.numbers is None else self.numbers[index]}]"
 
     def take(self, ids: NDArray[np.int64]) -> ArrayImages:
-        return ArrayImages(self.origin, self.class_names, self.labels[ids], np.array(self.images[ids]), ids)
+        return replace(self, labels=self.labels[ids], images=np.array(self.images[ids]), numbers=ids)
 
     def read(self, index: int) -> Pixels:
         image = np.asarray(self.images[index])
         return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+
+
+def _stat(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _digest_of_labels(class_names: tuple[str, ...], labels: NDArray[np.int64]) -> hashlib.blake2b:
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update("\0".join(class_names).encode("utf-8", "surrogateescape"))
+    digest.update(labels.tobytes())
+    return digest
