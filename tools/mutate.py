@@ -18,9 +18,11 @@ import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
+from queue import SimpleQueue
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_name("mutations.toml")
@@ -42,12 +44,13 @@ class Mutation:
     tests: list[str]
     """pytest node ids."""
 
-    def apply(self, root: Path) -> None:
+    def texts(self, root: Path) -> tuple[str, str]:
+        """The content of `file`, as it is and broken. Raises TableError."""
         path = root / self.file
-        before = path.read_text(encoding="utf-8") if path.is_file() else ""
-        if (found := before.count(self.old)) != 1:
+        content = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if (found := content.count(self.old)) != 1:
             raise TableError(f"{self.promise}: found {found} times in {self.file}, not once: {self.old!r}")
-        path.write_text(before.replace(self.old, self.new), encoding="utf-8")
+        return content, content.replace(self.old, self.new)
 
 
 def read_table(path: Path = TABLE) -> list[Mutation]:
@@ -81,11 +84,16 @@ def run_tests(root: Path, tests: Sequence[str]) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def is_noticed(mutation: Mutation) -> bool:
-    """Raises TableError if the tests cannot run."""
-    with copy_of_repository() as root:
-        mutation.apply(root)
+def is_noticed(mutation: Mutation, copies: SimpleQueue[Path]) -> bool:
+    """In one of `copies`, which has it back as it was. Raises TableError if the tests cannot run."""
+    root = copies.get()
+    sound, broken = mutation.texts(root)
+    try:
+        (root / mutation.file).write_text(broken, encoding="utf-8")
         code, output = run_tests(root, mutation.tests)
+    finally:
+        (root / mutation.file).write_text(sound, encoding="utf-8")
+        copies.put(root)
     if code not in (PASSED, FAILED):
         raise TableError(f"{mutation.promise}: its tests cannot run (pytest: exit code {code})\n{output}")
     return code == FAILED
@@ -104,14 +112,20 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not chosen:
         parser.error(f"no promise contains {args.only!r}; see --list")
-    survivors = 0
+    survivors, copies = 0, SimpleQueue[Path]()
     try:
-        with copy_of_repository() as root:
+        for mutation in chosen:
+            mutation.texts(REPOSITORY)
+        with ExitStack() as stack:
+            for _ in range(args.jobs):
+                copies.put(stack.enter_context(copy_of_repository()))
+            root = copies.get()
             code, output = run_tests(root, sorted({test for mutation in chosen for test in mutation.tests}))
-        if code != PASSED:
-            raise TableError(f"the tests do not pass on the unchanged copy (pytest: exit code {code})\n{output}")
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for mutation, noticed in zip(chosen, pool.map(is_noticed, chosen), strict=True):
+            if code != PASSED:
+                raise TableError(f"the tests do not pass on the unchanged copy (pytest: exit code {code})\n{output}")
+            copies.put(root)
+            pool = stack.enter_context(ThreadPoolExecutor(args.jobs))
+            for mutation, noticed in zip(chosen, pool.map(is_noticed, chosen, repeat(copies)), strict=True):
                 survivors += not noticed
                 print(f"{'noticed ' if noticed else 'SURVIVED'}  {mutation.promise}", flush=True)
     except TableError as error:
