@@ -91,7 +91,7 @@ def test_large_pictures_are_cropped_as_in_the_embedding(run: Path, tmp_path: Pat
 def test_bad_input_is_named(run: Path, tmp_path: Path) -> None:
     folder = save_images(tmp_path / "pictures", 2, seed=0)
     embeddings = embed(run, str(folder), device="cpu")
-    with pytest.raises(DataError, match=r"nothing.jpg: neither an embedded image's name nor a readable picture"):
+    with pytest.raises(DataError, match=r"nothing.jpg: neither an embedded image's name nor a readable image"):
         query_embedding(embeddings, "nothing.jpg")
     for name in ("bad.npz", "bad.parquet"):
         (tmp_path / name).write_bytes(b"PK\x03\x04 not really")
@@ -108,7 +108,7 @@ def test_a_file_that_could_not_be_written_is_refused_before_anything_is_embedded
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    for out, said in (("x.parquet", "pip install 'simclr-dist[eval]'"), ("x.csv", "kept in .npz or .parquet")):
+    for out, said in (("x.parquet", "pip install 'simclr-dist[eval]'"), ("x.csv", "embeddings are .npz or .parquet")):
         with pytest.raises(SystemExit) as caught:
             main(["embed", str(tmp_path / "no_run"), str(tmp_path / "no_images"), out])
         assert caught.value.code == 2

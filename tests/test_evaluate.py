@@ -19,14 +19,14 @@ from simclr_dist.errors import ConfigError, DataError, ExportError
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
 from simclr_dist.evaluation.features import Features, digest
 from simclr_dist.few_labels.classifier import load_classifier
-from simclr_dist.network.simclr import build_model
+from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.run.state import TrainState
 
 CLASSES = ("blue", "green", "red")
 
 
 def save_images(folder: Path, per_class: int, seed: int, classes: tuple[str, ...] = CLASSES) -> Path:
-    """Noisy pictures of one colour each."""
+    """Noisy images of one colour each."""
     generator = np.random.default_rng(seed)
     for i, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
@@ -37,26 +37,8 @@ def save_images(folder: Path, per_class: int, seed: int, classes: tuple[str, ...
     return folder
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    config = Config.model_validate(
-        {
-            "name": "tiny",
-            "runs_dir": str(tmp_path / "runs"),
-            "data": {
-                "train": str(save_images(tmp_path / "train", 20, seed=0)),
-                "test": str(save_images(tmp_path / "test", 10, seed=1)),
-                "image_size": 16,
-                "num_threads": 1,
-            },
-            "model": {"encoder": "resnet_small", "width": 4},
-            "optim": {"warmup_epochs": 0.0},
-            "train": {"global_batch_size": 8, "epochs": 1, "precision": "fp32"},
-            "evaluation": {"knn_k": 5, "batch_size": 7},
-        }
-    )
-    torch.manual_seed(5)
-    model = build_model(config.model)
+def save_checkpoint(config: Config, model: SimCLR) -> Path:
+    """The checkpoint of step 7 in the run of `config`; returns the run's folder."""
     write_checkpoint(
         config.run_dir / "checkpoints",
         attempt="test",
@@ -69,6 +51,33 @@ def run(tmp_path: Path) -> Path:
         versions={},
     )
     return config.run_dir
+
+
+def make_run(folder: Path) -> Path:
+    """A run with one checkpoint of a network that has not been trained, beside its images."""
+    config = Config.model_validate(
+        {
+            "name": "tiny",
+            "runs_dir": str(folder / "runs"),
+            "data": {
+                "train": str(save_images(folder / "train", 20, seed=0)),
+                "test": str(save_images(folder / "test", 10, seed=1)),
+                "image_size": 16,
+                "num_threads": 1,
+            },
+            "model": {"encoder": "resnet_small", "width": 4},
+            "optim": {"warmup_epochs": 0.0},
+            "train": {"global_batch_size": 8, "epochs": 1, "precision": "fp32"},
+            "evaluation": {"knn_k": 5, "batch_size": 7},
+        }
+    )
+    torch.manual_seed(5)
+    return save_checkpoint(config, build_model(config.model))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path)
 
 
 def call(*arguments: object) -> int:

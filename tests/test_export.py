@@ -13,14 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from simclr_dist.checkpoint.files import write_checkpoint
 from simclr_dist.config import Config
 from simclr_dist.errors import ExportError
 from simclr_dist.export import formats
 from simclr_dist.export.export import check_same_outputs, export
 from simclr_dist.network.simclr import SimCLR, build_model
-from simclr_dist.run.state import TrainState
 from simclr_dist.views.augment import MEAN
+from tests.test_evaluate import save_checkpoint
 
 
 def save_run(folder: Path, *, encoder: str, stem: str = "imagenet", image_size: int = 32) -> tuple[Path, SimCLR]:
@@ -43,18 +42,7 @@ def save_run(folder: Path, *, encoder: str, stem: str = "imagenet", image_size: 
                 module.running_mean.normal_(std=0.1)  # type: ignore[union-attr]
                 module.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr]
                 module.weight.uniform_(0.5, 1.5)  # type: ignore[union-attr]
-    write_checkpoint(
-        config.run_dir / "checkpoints",
-        attempt="test",
-        config=config,
-        state=TrainState(7, 56),
-        fingerprint="f00d",
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        grad_scaler={},
-        versions={},
-    )
-    return config.run_dir, model.eval()
+    return save_checkpoint(config, model), model.eval()
 
 
 @pytest.mark.parametrize("encoder", ["resnet18", "resnet50"])

@@ -16,12 +16,13 @@ from simclr_dist import cli
 from simclr_dist.checkpoint.files import read_checkpoint
 from simclr_dist.config import render_config
 from simclr_dist.evaluation.features import Features
+from simclr_dist.monitor.events import Figures
 from simclr_dist.monitor.tensorboard import TensorBoard
 from simclr_dist.report.html import Html, element
 from simclr_dist.report.insight import confusion, similarities
 from simclr_dist.report.page import POLICY
 from simclr_dist.report.record import read_curves
-from tests.test_evaluate import run  # noqa: F401
+from tests.test_evaluate import make_run
 
 EVIL = "<script>alert('x')</script>\"><img src=http://example.org/x>$\\frac{1}$"
 
@@ -49,9 +50,10 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.fixture
-def recorded(run: Path) -> Path:  # noqa: F811
-    """The small run with everything that a training leaves behind, and strangers' words in it."""
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run with every record of a training, and hostile texts in them."""
+    run = make_run(tmp_path_factory.mktemp("recorded"))
     checkpoint = read_checkpoint(next((run / "checkpoints").iterdir()))
     (run / "config.yaml").write_text(render_config(checkpoint.config))
     (run / "environment.jsonl").write_text(json.dumps({"git": EVIL, "versions": {"torch": "2.11"}}) + "\n{half")
@@ -66,7 +68,8 @@ def recorded(run: Path) -> Path:  # noqa: F811
         (run / folder / "result.json").write_text(json.dumps(found))
     board = TensorBoard(run / "tensorboard", 0)
     for samples_seen in range(8, 64, 8):
-        board.log({"train/loss": 3.0 - samples_seen / 64, "speed/images_per_s": 10.0}, samples_seen)
+        figures = {"train/loss": 3.0 - samples_seen / 64, "speed/images_per_s": 10.0}
+        board.show(Figures(figures, samples_seen // 8, samples_seen))
     board.close()
     return run
 
@@ -77,9 +80,14 @@ def report(*arguments: object) -> None:
     assert ended.value.code == 0
 
 
-def test_the_page_has_every_section_and_loads_nothing(recorded: Path) -> None:
+@pytest.fixture(scope="module")
+def text(recorded: Path) -> str:
     report(recorded)
-    page = Page((recorded / "report.html").read_text())
+    return (recorded / "report.html").read_text()
+
+
+def test_the_page_has_every_section_and_loads_nothing(text: str) -> None:
+    page = Page(text)
     headings = {tag["id"] for name, tag in page.tags if name == "section"}
     assert headings >= {"results", "curves", "augmented-pairs", "nearest-neighbours", "map-of-embeddings"}
     assert headings >= {"confusion-of-the-probe", "similarities", "configuration", "environment"}
@@ -95,17 +103,14 @@ def test_the_page_has_every_section_and_loads_nothing(recorded: Path) -> None:
     assert "no probe" not in page.text
 
 
-def test_every_entry_of_the_contents_leads_to_a_section(recorded: Path) -> None:
-    report(recorded)
-    tags = Page((recorded / "report.html").read_text()).tags
+def test_every_entry_of_the_contents_leads_to_a_section(text: str) -> None:
+    tags = Page(text).tags
     links = [attributes["href"] for tag, attributes in tags if tag == "a"]
     assert links == [f"#{attributes['id']}" for tag, attributes in tags if tag == "section"]
     assert len(links) == 9
 
 
-def test_what_a_run_says_is_shown_as_text(recorded: Path) -> None:
-    report(recorded)
-    text = (recorded / "report.html").read_text()
+def test_what_a_run_says_is_shown_as_text(text: str) -> None:
     assert "<script" not in text
     assert "<img src=http" not in text
     assert Page(text).text.count(EVIL) == 4  # the git id, the state, the solver, the student
@@ -121,7 +126,7 @@ def test_runs_stand_side_by_side_and_differences_come_first(recorded: Path, tmp_
     report(recorded, other, "--out", out)
     page = Page(out.read_text())
     assert "$weird_name: the page" not in page.text
-    assert "no checkpoint in it" in page.text  # why there are no pictures of the second run
+    assert "no checkpoint in it" in page.text  # why there are no images of the second run
     marked = out.read_text().split('class="marked"')[1].split("</table>")[0]
     assert "loss.temperature" in marked
     assert "model.encoder" not in marked
@@ -154,13 +159,13 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.Capture
 def test_curves_forget_what_a_resume_took_back(tmp_path: Path) -> None:
     first = TensorBoard(tmp_path, 0)
     for samples_seen in (8, 16, 24):
-        first.log({"train/loss": 1.0}, samples_seen)
+        first.show(Figures({"train/loss": 1.0}, samples_seen // 8, samples_seen))
     first.close()
     # Event files sort by second and host; a resume within the same second would need a later name.
     for file in tmp_path.glob("events*"):
         file.rename(tmp_path / "events.out.tfevents.0000000001.x")
     second = TensorBoard(tmp_path, 8)
-    second.log({"train/loss": 2.0}, 16)
+    second.show(Figures({"train/loss": 2.0}, 2, 16))
     second.close()
     curve = read_curves(tmp_path)["train/loss"]
     assert (curve.samples_seen, curve.values) == ((8, 16), (1.0, 2.0))

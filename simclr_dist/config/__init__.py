@@ -17,6 +17,7 @@ from simclr_dist.config.schema import (
     Section,
     TimeoutConfig,
     TrainConfig,
+    flatten,
     json_schema,
     parse_config,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "Section",
     "TimeoutConfig",
     "TrainConfig",
+    "flatten",
     "json_schema",
     "load_config",
     "load_section",

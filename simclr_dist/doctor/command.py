@@ -41,5 +41,5 @@ def render(findings: Sequence[Finding]) -> Iterator[str]:
 
 
 def plain(text: str) -> str:
-    """On one line, and without what could act on a terminal: values come from anywhere."""
+    """On one line and without control characters: values of variables can be anything."""
     return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -1,4 +1,4 @@
-"""Is everything here that data loading needs, and is the data itself in order?"""
+"""Findings about the libraries that data loading needs, and about the data of a configuration."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 
 def examine_data_path() -> list[Finding]:
-    """The loader's libraries, where their compiled code is kept, and the CPUs they may use. Changes nothing."""
+    """The loader's libraries, the folder of their compiled code, and the CPUs that they may use. Changes nothing."""
     findings = [
-        _have("numba", "numba", "pip install numba; without it colour is slow and .beton files are read with Pillow"),
-        _have("setuptools", "setuptools", "pip install setuptools; ffcv imports distutils, newer Pythons lack it"),
-        _have("cv2", "opencv-python-headless", "pip install opencv-python-headless (opencv-python would need libGL)"),
+        _installed(
+            "numba", "numba", "pip install numba; without it colour is slow and .beton files are read with Pillow"
+        ),
+        _installed("setuptools", "setuptools", "pip install setuptools; ffcv imports distutils, newer Pythons lack it"),
+        _installed(
+            "cv2", "opencv-python-headless", "pip install opencv-python-headless (opencv-python would need libGL)"
+        ),
     ]
     try:
         codec()
@@ -41,7 +45,7 @@ def examine_data_path() -> list[Finding]:
 
 
 def examine_data(data: DataConfig, global_batch_size: int) -> Iterator[Finding]:
-    """The images that a configuration names: are they there, whole, enough, and do they fit into memory?"""
+    """Whether the images of a configuration exist, are enough, and fit into memory."""
     from simclr_dist.data.loading.open_images import describe
 
     if data.loader == "ffcv":
@@ -85,10 +89,10 @@ def _available_memory() -> int:
     return 0
 
 
-def _have(module: str, package: str, how: str) -> Finding:
+def _installed(module: str, package: str, how: str) -> Finding:
     try:
         there = importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # something in sys.modules that is no real module
+    except (ImportError, ValueError):  # sys.modules holds something that is no module
         there = False
     if not there:
         return Finding("warning", package, "not installed", how)
@@ -132,7 +136,7 @@ def _processors() -> Finding:
 
 
 def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
-    """CPUs' time that this container may use, if it is limited (cgroup v2)."""
+    """How many CPUs' time this container may use; None: unlimited (cgroup v2)."""
     try:
         quota, period = path.read_text().split()
         return None if quota == "max" else int(quota) / int(period)

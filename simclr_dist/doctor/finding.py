@@ -1,4 +1,4 @@
-"""One line of a report on whether things are in order. Knows nothing but the standard library."""
+"""A row of the doctor's table. Imports the standard library only."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What torch can do here, tried out: `simclr-dist doctor` runs this file in a process of its own.
+"""Tries what torch can do on this machine. `simclr-dist doctor` runs this file in a process of its own.
 
-A broken library may raise, abort or hang: so there is a line of JSON on stdout for each thing that is tried. Nothing of
-this package is imported: it must start when little else does.
+A broken library may raise, abort or hang. So a line of JSON on stdout precedes each attempt, another has its result.
+Imports nothing of this package, so that it starts where little else works.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from typing import Any
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    tell("torch", torch)
-    tell("torchvision", torchvision)
-    tell("accelerate", accelerate)
-    tell("gpus", gpus)
-    tell("gloo", lambda: meet("gloo", "cpu"))
+    attempt("torch", torch)
+    attempt("torchvision", torchvision)
+    attempt("accelerate", accelerate)
+    attempt("gpus", gpus)
+    attempt("gloo", lambda: start_group("gloo", "cpu"))
     import torch as t
 
     if t.cuda.is_available():
-        tell("nccl", lambda: meet("nccl", "cuda"))
-    tell("openmp", openmp)
+        attempt("nccl", lambda: start_group("nccl", "cuda"))
+    attempt("openmp", openmp)
 
 
-def tell(what: str, look: Callable[[], Any]) -> None:
+def attempt(what: str, action: Callable[[], Any]) -> None:
     print(json.dumps({"trying": what}), flush=True)
     try:
-        print(json.dumps({what: look()}), flush=True)
+        print(json.dumps({what: action()}), flush=True)
     except Exception as error:
         print(json.dumps({what: {"error": f"{type(error).__name__}: {error}"}}), flush=True)
         if what == "torch":
@@ -93,8 +93,8 @@ def gpus() -> list[dict[str, Any]]:
     return found
 
 
-def meet(backend: str, device: str) -> dict[str, Any]:
-    """A group of one: proves that the library loads and starts, not that other machines can be reached."""
+def start_group(backend: str, device: str) -> dict[str, Any]:
+    """A process group of one: shows that the library loads and starts, not that other machines can be reached."""
     import torch
 
     dist = torch.distributed
@@ -108,7 +108,7 @@ def meet(backend: str, device: str) -> dict[str, Any]:
 
 
 def openmp() -> list[str]:
-    """OpenMP runtimes in one process with all that training loads."""
+    """OpenMP runtimes in a process that loads the libraries of training."""
     for module in ("numba", "cv2", "sklearn"):
         try:
             __import__(module)

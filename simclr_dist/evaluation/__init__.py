@@ -1,1 +1,1 @@
-"""What a frozen encoder is worth: features, weighted kNN, linear probe. Nothing here changes the encoder."""
+"""How good a frozen encoder is: features, weighted kNN, linear probe. Nothing here changes the encoder."""

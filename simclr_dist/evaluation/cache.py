@@ -1,8 +1,8 @@
-"""Features kept on disk, keyed by everything that they depend on, and memory-mapped when read.
+"""Features on disk, under a key made of everything that they depend on, and memory-mapped when read.
 
     <folder>/<key>/h.npy, labels.npy, sample_ids.npy, MANIFEST.json
 
-A directory appears complete or not at all; each file's hash is in the manifest, and is checked before it is believed.
+A directory appears complete or not at all. The manifest has the hash of each file; a file with another hash is refused.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _ARRAYS = {"h": np.float32, "labels": np.int64, "sample_ids": np.int64}
 
 
 def cache_key(encoder_digest: str, data_fingerprint: str, image_size: int, precision: str) -> str:
-    """A name for the features of one encoder on one dataset; `encoder_digest` is features.digest's."""
+    """A name for the features of one encoder on one dataset. encoder_digest: of `features.digest`."""
     parts = json.dumps([1, encoder_digest, data_fingerprint, image_size, precision])
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
 
 def read_features(folder: Path, key: str) -> Features | None:
-    """The features kept under `key`, mapped into memory; None if there are none. Raises DataError when damaged."""
+    """The features stored under `key`, mapped into memory; None if there are none. Raises DataError when damaged."""
     entry = folder / key
     if not entry.is_dir():
         return None
@@ -40,7 +40,7 @@ def read_features(folder: Path, key: str) -> Features | None:
         for name in _ARRAYS:
             if _hash(entry / f"{name}.npy") != expected[name]:
                 raise DataError(f"{entry / name}.npy: its content has changed since it was written: {advice}")
-        # Copy-on-write: torch wants arrays that it may write to; the file stays as it is.
+        # Copy-on-write: torch needs writable arrays, and the file must not change.
         arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="c") for name in _ARRAYS}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{entry}: cannot be read ({error}): {advice}") from None
@@ -51,7 +51,7 @@ def read_features(folder: Path, key: str) -> Features | None:
 
 
 def write_features(folder: Path, key: str, features: Features) -> None:
-    """Keeps `features` under `key`. Raises OSError."""
+    """Stores `features` under `key`. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".tmp-{key}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -63,7 +63,7 @@ def write_features(folder: Path, key: str, features: Features) -> None:
             np.save(temporary / f"{name}.npy", array, allow_pickle=False)
             hashes[name] = _hash(temporary / f"{name}.npy")
         (temporary / "MANIFEST.json").write_text(json.dumps({"files": hashes}, indent=1))
-        if not (folder / key).exists():  # another process may have been quicker with the same content
+        if not (folder / key).exists():  # another process may have written the same content
             os.rename(temporary, folder / key)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

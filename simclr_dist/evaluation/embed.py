@@ -1,4 +1,4 @@
-"""Embeddings of anyone's images, and what looks like what among them."""
+"""Embeddings of any images, and nearest neighbours among them."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ def embed(
         str(loaded.path.resolve()),
         digest(model.encoder),
         source,
-        info.fingerprint,
+        info.content_fingerprint,
     )
 
 
 def _names(source: str, n: int) -> tuple[str, ...]:
-    """The pictures' file names; numbers where there are no files."""
+    """File names of the images; numbers where there are no files."""
     if source.endswith(".beton") or source == "synthetic":
         return tuple(f"{source}[{i}]" for i in range(n))
-    pictures = open_source(source)
-    return tuple(pictures.name(i) for i in range(n))
+    images = open_source(source)
+    return tuple(images.name(i) for i in range(n))
 
 
 def neighbours_of(embeddings: Embeddings, h: NDArray[np.float32], k: int) -> list[Neighbour]:
@@ -85,7 +85,7 @@ def neighbours_of(embeddings: Embeddings, h: NDArray[np.float32], k: int) -> lis
 def query_embedding(
     embeddings: Embeddings, query: str, *, checkpoint: str | Path | None = None, device: torch.device | str = "cpu"
 ) -> NDArray[np.float32]:
-    """h [D] of `query`: one of the embedded images by its name, or any picture file, embedded now.
+    """h [D] of `query`: one of the embedded images by its name, or any image file, embedded now.
 
     checkpoint: where the encoder lies now, if it has moved. Raises DataError; CheckpointError when the encoder is not
     the one that made the embeddings.
@@ -93,25 +93,25 @@ def query_embedding(
     if query in embeddings.names:
         return embeddings.h[embeddings.names.index(query)]
     try:
-        picture = decode_image(query)
+        pixels = decode_image(query)
     except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise DataError(f"{query}: neither an embedded image's name nor a readable picture: {error}") from None
+        raise DataError(f"{query}: neither an embedded image's name nor a readable image: {error}") from None
     model, loaded = load_pretrained(checkpoint or embeddings.checkpoint)
     if digest(model.encoder) != embeddings.encoder_digest:
         raise CheckpointError(f"{loaded.path}: its encoder is not the one that made these embeddings; embed again")
-    image = _central(picture, loaded.config.data.image_size)
+    image = _center_crop(pixels, loaded.config.data.image_size)
     batch = (image[None], torch.tensor([-1]), torch.tensor([0]))
     features = extract_features(model.encoder.to(device), [batch], device=device, normalize=normalize)
     return features.h[0].numpy()
 
 
-def _central(picture: NDArray[np.uint8], size: int) -> torch.Tensor:
-    """uint8 [S, S, 3]: the crop that `load_images` takes."""
+def _center_crop(pixels: NDArray[np.uint8], size: int) -> torch.Tensor:
+    """uint8 [S, S, 3], as `load_images` crops the image uint8 [H, W, 3]."""
     from torchvision.transforms.functional import resized_crop
 
-    height, width = picture.shape[:2]
+    height, width = pixels.shape[:2]
     top, left, crop_height, crop_width, _ = center_crops(np.array([height]), np.array([width]), size)[0].tolist()
-    planar = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    planar = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
     if (height, width) == (size, size):
         return planar.permute(1, 2, 0)
     return resized_crop(planar, top, left, crop_height, crop_width, [size, size], antialias=True).permute(1, 2, 0)

@@ -37,11 +37,11 @@ class Embeddings:
 
 
 def check_format(path: Path) -> None:
-    """Raises DataError if `path` could not be written or read, before hours are spent on what it shall hold."""
+    """Raises DataError if `path` could not be written or read; asked before the work of hours."""
     if path.suffix == ".parquet":
         _pyarrow()
     elif path.suffix != ".npz":
-        raise DataError(f"{path}: embeddings are kept in .npz or .parquet; give it one of these endings")
+        raise DataError(f"{path}: embeddings are .npz or .parquet files; choose one of these endings")
 
 
 def save_embeddings(path: Path, embeddings: Embeddings) -> None:

@@ -1,4 +1,4 @@
-"""What a frozen encoder says about images: h, computed once and shared by every evaluation.
+"""Features: h of images from a frozen encoder, computed once and shared by all evaluations.
 
 Letters: n images, D width of h, W world size.
 """
@@ -51,16 +51,16 @@ def digest(module: nn.Module) -> str:
     state = hashlib.blake2b(digest_size=16)
     for name, tensor in module.state_dict().items():
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        # Bytes, because numpy knows no bfloat16; flat first, because a single number has no last axis to split.
+        # As bytes, because numpy has no bfloat16; flat first, because a scalar has no last axis to split.
         state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return state.hexdigest()
 
 
 @contextmanager
 def frozen(encoder: nn.Module) -> Iterator[nn.Module]:
-    """The encoder in evaluation mode; afterwards as it was.
+    """The encoder in evaluation mode, afterwards in the modes of before.
 
-    Frozen is checked, not hoped for: RuntimeError when a parameter or a BatchNorm buffer has changed inside.
+    Raises RuntimeError when a parameter or a BatchNorm buffer has changed inside.
     """
     modes = {module: module.training for module in encoder.modules()}
     before = digest(encoder)
@@ -123,8 +123,8 @@ def extract_features_distributed(
 ) -> Features:
     """h of samples 0..samples-1, or of the ids int64 in `samples`, on every rank; each has computed a contiguous part.
 
-    `load(ids)` yields the images of these ids in order. A rank that fails raises its error; the others learn of it
-    and raise DataError instead of waiting for ever.
+    `load(ids)` yields the images of these ids in order. A rank that fails raises its error; the others raise DataError
+    instead of waiting for it for ever.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     everything = np.arange(samples, dtype=np.int64) if isinstance(samples, int) else samples
@@ -140,12 +140,12 @@ def extract_features_distributed(
                 raise DataError(f"asked for {len(ids)} samples from {ids[0]} on, the loader gave {len(own)} others")
     except Exception as error:
         failure = error
-    news = torch.tensor([rank + 1 if failure else 0, own.h.shape[1] if own else 0], device=device)
-    failed_rank, width = distributed.all_reduce_max_(news).tolist()
+    outcome = torch.tensor([rank + 1 if failure else 0, own.h.shape[1] if own else 0], device=device)
+    failed_rank, width = distributed.all_reduce_max_(outcome).tolist()
     if failure:
         raise failure
     if failed_rank:
-        raise DataError(f"rank {failed_rank - 1} could not compute its features; its own message says why")
+        raise DataError(f"rank {failed_rank - 1} could not compute its features; see its own message")
     if own is None:
         own = Features(torch.empty(0, width), *torch.empty(2, 0, dtype=torch.int64))
     gathered = (_gather_rows(own_rows, len(everything), device) for own_rows in (own.h, own.labels, own.sample_ids))
@@ -166,7 +166,7 @@ def _gather_rows(own: Tensor, total: int, device: torch.device | str) -> Tensor:
 
 
 def pixel_features(batches: Iterable[ImageBatch], *, normalize: Normalize, max_side: int = 16) -> Features:
-    """The images themselves as features: the baseline that every encoder has to beat.
+    """The pixels as features: the baseline that an encoder has to beat.
 
     Normalised per channel as the encoder sees them (so that cosine similarity does not only measure brightness),
     averaged down to `max_side` when larger, flattened to [n, 3 * side * side]. On CIFAR-10 (JPEG q75) kNN

@@ -1,7 +1,7 @@
 """Linear evaluation on cached features: multinomial logistic regression, its weight decay chosen on held-out images.
 
 Features are standardised with the training set's mean and deviation. The weight decay is swept on a class-stratified
-tenth of the *training* images, then the classifier is fitted to all of them; test images are looked at once, to report.
+tenth of the *training* images, then the classifier is fitted to all of them; test images serve the result only.
 
 Letters: n images, D width of h, C classes. Minimised, for weights W [D, C] and a bias b [C] without decay:
 
@@ -28,7 +28,7 @@ WEIGHT_DECAYS = tuple(10.0**-i for i in range(7))  # 1 ... 1e-6: each fit starts
 HELD_OUT = 0.1
 PATIENCE = 2  # weaker decays tried after the held-out loss has begun to rise
 CHUNK_ROWS = 16_384  # keeps logits small and in cache
-SWEEP_TOLERANCE, FINAL_TOLERANCE = 1e-4, 1e-5  # of the largest slope; the sweep only has to rank
+SWEEP_TOLERANCE, FINAL_TOLERANCE = 1e-4, 1e-5  # of the largest gradient; the sweep only has to rank
 SGD_BATCH_SIZE = 256
 SGD_EPOCHS = 60
 
@@ -124,11 +124,11 @@ def _correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class _Curvature:
-    """The principal axes of standardised features, in which the objective is nearly round.
+    """L-BFGS along the principal axes of standardised features, scaled so that the objective is nearly isotropic.
 
     At W = 0 the Hessian is close to covariance / C + weight_decay. Searching for V with W = Q diag(s) V, Q the
-    covariance's eigenvectors and s = (eigenvalue / C + weight_decay)^-1/2, L-BFGS needs half as many steps and knows
-    when it has arrived, whatever the weight decay.
+    covariance's eigenvectors and s = (eigenvalue / C + weight_decay)^-1/2, L-BFGS needs half as many steps, and one
+    tolerance of the gradient fits every weight decay.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -137,7 +137,7 @@ class _Curvature:
     def fit(self, x: Tensor, y: Tensor, weight_decay: float, start: _Fit, tolerance: float) -> _Fit:
         """The minimum for features x float32 [n, D] and labels y [n]: matrix products in float32, sums in float64."""
         n, (D, C) = len(x), start.weight.shape
-        # Classes first: sums over them then run along whole cache lines, 1.5 times as fast in all for ten classes.
+        # Classes first: sums over them then run along whole cache lines, 1.5 times as fast with ten classes.
         targets = F.one_hot(y, C).T.to(x.dtype).contiguous()
         s = (self.eigenvalues.clamp_min(0) / C + weight_decay).rsqrt()[:, None]
         v = ((self.axes.T @ start.weight) / s).requires_grad_()
@@ -174,7 +174,7 @@ class _Curvature:
 def _path_lbfgs(
     x: Tensor, y: Tensor, num_classes: int, weight_decays: tuple[float, ...], seed: int
 ) -> Iterator[tuple[float, _Fit]]:
-    """Fits from the strongest decay to the weakest, each started from the one before. Nothing is random."""
+    """Fits from the strongest decay to the weakest, each started from the one before. Deterministic; ignores `seed`."""
     curvature = _Curvature(x)
     zeros = x.new_zeros((x.shape[1] + 1, num_classes), dtype=torch.float64)
     fit = _Fit(zeros[:-1], zeros[-1])
@@ -184,7 +184,7 @@ def _path_lbfgs(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# SGD
+# SGD, the procedure of most papers: for figures to compare with theirs
 
 
 def _path_sgd(

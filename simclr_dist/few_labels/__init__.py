@@ -1,1 +1,1 @@
-"""What h is worth with few labels: fine-tuning, distillation, recipes."""
+"""Classifiers from few labels: fine-tuning, distillation, recipes."""

@@ -64,7 +64,7 @@ def linear_protocol(classifier: Classifier, data: RandomCrops, training: Trainin
 
 
 class _OnFrozen(nn.Module):
-    """The classifier with no gradient into its backbone."""
+    """The classifier without a gradient into its backbone."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
@@ -83,7 +83,10 @@ def _cross_entropy(logits: Tensor, batch: ImageBatch) -> Tensor:
 def train_supervised(
     network: nn.Module, parameters: Iterator[nn.Parameter], data: RandomCrops, loss_of: Loss, training: Training
 ) -> None:
-    """SGD with Nesterov momentum on loss_of(logits [b, C] float32, batch on the device). Modes are the caller's."""
+    """SGD with Nesterov momentum on loss_of(logits [b, C] float32, batch on the device).
+
+    The caller sets training or evaluation mode. Raises FloatingPointError when the mean loss of an epoch is not finite.
+    """
     device, precision = torch.device(training.device), training.precision
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type == "cuda")
     optimizer = torch.optim.SGD(

@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 
 from simclr_dist.atomic import replace_text
 from simclr_dist.checkpoint.files import Checkpoint
-from simclr_dist.config import Count, ModelConfig, NonNegative, Positive, Section
+from simclr_dist.config import Count, ModelConfig, NonNegative, Positive, Section, flatten
 from simclr_dist.errors import ConfigError
 from simclr_dist.evaluation.offline import Say, evaluate
 from simclr_dist.few_labels.classifier import Start
@@ -167,7 +167,7 @@ def complete(stage: Stage, say: Say) -> dict[str, Any]:
     """The stage's result, from disk if it has been done. Raises ConfigError if it was done with other settings."""
     asked, result = stage.folder / "asked.json", stage.folder / "result.json"
     if result.exists():
-        before, now = _flat(_read(asked)), _flat(stage.asked)
+        before, now = flatten(_read(asked)), flatten(stage.asked)
         changes = [
             f"{key}: {before.get(key)} then, {now.get(key)} now"
             for key in sorted(before.keys() | now.keys())
@@ -202,14 +202,6 @@ def _read(path: Path) -> dict[str, Any]:
     if values is None:
         raise ConfigError([f"{path}: cannot be read; remove {path.parent} to do the stage again"])
     return values
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"teacher": {"seed": 0}} -> {"teacher.seed": 0}"""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

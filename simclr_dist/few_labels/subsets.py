@@ -1,4 +1,4 @@
-"""Few labels: class-balanced parts of a dataset, drawn by seed and written down, so that others train on the same."""
+"""Class-balanced parts of a dataset, drawn by seed and saved, so that others can train on the same samples."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def draw_subset(info: DatasetInfo, share: float, seed: int) -> Subset:
     if empty:
         raise DataError(f"{len(empty)} class(es) have no image to choose from: {', '.join(empty[:10])}")
     if share == 1:
-        return Subset(tuple(labelled.tolist()), info.fingerprint, share, seed)
+        return Subset(tuple(labelled.tolist()), info.content_fingerprint, share, seed)
     per_class = max(1, round(share * len(labelled) / len(counts)))
     order = np.random.Generator(np.random.Philox(seed)).permutation(labelled)
     chosen = [order[info.labels[order] == label][:per_class] for label in range(len(counts))]
-    return Subset(tuple(np.sort(np.concatenate(chosen)).tolist()), info.fingerprint, share, seed)
+    return Subset(tuple(np.sort(np.concatenate(chosen)).tolist()), info.content_fingerprint, share, seed)
 
 
 def save_subset(path: Path, subset: Subset) -> None:
@@ -68,9 +68,10 @@ def load_subset(path: Path, info: DatasetInfo) -> Subset:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: is no subset file: {error!r}") from None
-    if subset.fingerprint != info.fingerprint:
+    if not info.is_called(subset.fingerprint):
         raise DataError(
-            f"{path}: was drawn from a dataset with fingerprint {subset.fingerprint}, this one has {info.fingerprint}"
+            f"{path}: was drawn from a dataset with fingerprint {subset.fingerprint}, "
+            f"this one has {info.content_fingerprint}"
         )
     if not subset.ids or min(subset.ids) < 0 or max(subset.ids) >= info.num_samples:
         raise DataError(f"{path}: names samples that the dataset does not have (it has {info.num_samples})")

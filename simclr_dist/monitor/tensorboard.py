@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid
 
+from simclr_dist.config import flatten
 from simclr_dist.health.figures import Histogram
 from simclr_dist.monitor.events import Embedding, Event, Figures, Finished, Histograms, Neighbours, Pairs, Sink
 from simclr_dist.monitor.projector import write_projector
@@ -119,11 +120,3 @@ class TensorBoard(Sink):
         for summary in hparams(flat, dict(figures)):
             # add_hparams would write into a folder of its own, and the run would be listed twice.
             self._writer._get_file_writer().add_summary(summary)
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

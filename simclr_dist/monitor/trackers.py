@@ -8,9 +8,9 @@ from typing import Any
 
 from accelerate import tracking
 
+from simclr_dist.config import flatten
 from simclr_dist.errors import ConfigError
 from simclr_dist.monitor.events import Event, Figures, Sink
-from simclr_dist.monitor.tensorboard import flatten
 
 PROJECT = "simclr_dist"
 

@@ -1,4 +1,4 @@
-"""Charts (SVG) and pictures (PNG) as data URIs. Greys and colours that can be read on white and on black."""
+"""Charts (SVG) and images (PNG) as data URIs, in greys and colours that show on white and on black."""
 
 from __future__ import annotations
 
@@ -110,20 +110,20 @@ def confusion_chart(confusion: Confusion) -> str:
         return _svg(figure)
 
 
-def pair_picture(views: Tensor) -> str:
+def pair_image(views: Tensor) -> str:
     """views: float [2, n, 3, H, W], normalised; a column a pair."""
     low, high = views.amin(), views.amax()
     grid = make_grid((views.flatten(0, 1) - low) / (high - low).clamp_min(1e-6), nrow=views.shape[1], padding=1)
     return _png(grid.mul(255).round().to(torch.uint8).permute(1, 2, 0))
 
 
-def row_picture(pictures: Tensor) -> str:
+def row_image(images: Tensor) -> str:
     """uint8 [n, S, S, 3] in a row, the first set apart."""
-    S = pictures.shape[1]
+    S = images.shape[1]
     gap, line = torch.full((S, 4, 3), 128, dtype=torch.uint8), torch.full((S, 1, 3), 128, dtype=torch.uint8)
-    parts = [pictures[0], gap]
-    for picture in pictures[1:]:
-        parts += [picture, line]
+    parts = [images[0], gap]
+    for image in images[1:]:
+        parts += [image, line]
     return _png(torch.cat(parts[:-1], dim=1))
 
 

@@ -37,5 +37,5 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], **attributes: str)
     return element("div", element("table", top, body, **attributes), class_="scroll", tabindex="0")
 
 
-def picture(uri: str, description: str, caption: str, class_: str = "") -> Html:
+def figure(uri: str, description: str, caption: str, class_: str = "") -> Html:
     return element("figure", element("img", src=uri, alt=description, class_=class_), element("figcaption", caption))

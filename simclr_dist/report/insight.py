@@ -36,9 +36,9 @@ SMALLEST_MAP = 8
 
 @dataclass(frozen=True)
 class Neighbours:
-    """pictures uint8 [1 + k, S, S, 3], the query first, and their classes."""
+    """images uint8 [1 + k, S, S, 3], the query first, and their classes."""
 
-    pictures: Tensor
+    images: Tensor
     classes: tuple[str, ...]
 
 
@@ -66,7 +66,7 @@ class EmbeddingMap:
 class Insight:
     """positives [n], negatives [n (n - 1)]: cosine similarities of z. pairs: float [2, PAIRS, 3, S, S], normalised.
 
-    notes: what could not be had, and why.
+    notes: what is missing, and why.
     """
 
     step: int
@@ -181,9 +181,9 @@ def _neighbours(data: DataConfig, source: str, features: Features, names: tuple[
     rows = neighbour_rows(features.h, torch.from_numpy(_spread(min(QUERIES, len(features)), len(features))))
     wanted, place = features.sample_ids[rows].unique(return_inverse=True)
     loaded = load_images(source, data.image_size, batch_size=64, ids=wanted.numpy(), loader=data.loader)
-    pictures = torch.cat([shrink(batch) for batch, _, _ in loaded])
+    images = torch.cat([shrink(batch) for batch, _, _ in loaded])
     labels = features.labels[rows].tolist()
     return [
-        Neighbours(pictures[at], tuple(names[label] if label >= 0 else "unlabelled" for label in classes))
+        Neighbours(images[at], tuple(names[label] if label >= 0 else "unlabelled" for label in classes))
         for at, classes in zip(place, labels, strict=True)
     ]

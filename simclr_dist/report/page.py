@@ -1,4 +1,4 @@
-"""The page: every topic a section, in it the runs side by side, or in one chart."""
+"""The page: a section for each topic, with the runs side by side or in one chart."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simclr_dist.report import figures
-from simclr_dist.report.html import Html, element, join, picture, table
+from simclr_dist.report.html import Html, element, figure, join, table
 from simclr_dist.report.insight import Insight
 from simclr_dist.report.record import RunRecord
 
-# In the order in which one asks: does it learn, is it healthy, is it fast?
+# In the order of the questions: does it learn, is it healthy, is it fast?
 CHARTS = (
     r"train/loss",
     r"eval/.*top1",
@@ -25,7 +25,7 @@ CHARTS = (
     r"speed/data_wait_share",
     r"speed/memory_peak_gib",
 )
-# Nothing is loaded from anywhere and nothing runs, whatever a run may have written into its names.
+# Nothing is loaded from anywhere and no script runs, whatever the names and texts of a run contain.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 CSS = Html("""
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --mark: #f5b70055 }
@@ -51,7 +51,7 @@ summary { cursor: pointer; margin-top: 1rem }
 
 
 def render(runs: Mapping[str, RunRecord], insights: Mapping[str, Insight | str], written: str) -> str:
-    """The whole page. runs: by the name to show. insights: of each, or why there is none. written: date, version."""
+    """The whole page. runs: by the name to show. insights: of each, or why it has none. written: date and version."""
     sections = [
         ("Results", _results(runs, insights)),
         ("Curves", _curves(runs)),
@@ -89,7 +89,7 @@ def render(runs: Mapping[str, RunRecord], insights: Mapping[str, Insight | str],
 def _results(runs: Mapping[str, RunRecord], insights: Mapping[str, Insight | str]) -> Html:
     rows: dict[str, dict[str, str]] = {}
     for name, run in runs.items():
-        facts = {"state": f"{run.status.get('state', 'unknown')} at step {run.status.get('step', '?')}"}
+        facts = {"state": f"{run.status.state} at step {run.status.step}" if run.status else "unknown"}
         for evaluation in run.evaluations:
             setting = f"k={evaluation.get('k')}" if evaluation.get("method") == "knn" else evaluation.get("solver")
             what = f"{evaluation.get('method')} ({setting}) top-1 on {evaluation.get('test')}"
@@ -128,7 +128,7 @@ def _curves(runs: Mapping[str, RunRecord]) -> Html:
         for tag in sorted(tag for tag in tags if re.fullmatch(pattern, tag)):
             curves = {name: run.curves[tag] for name, run in runs.items() if tag in run.curves}
             last = ", ".join(f"{name} {curve.values[-1]:.4g}" for name, curve in curves.items())
-            charts.append(picture(figures.curve_chart(curves, tag), tag, f"at the end: {last}"))
+            charts.append(figure(figures.curve_chart(curves, tag), tag, f"at the end: {last}"))
     return element("div", *charts, class_="grid") if charts else element("p", "There are no event files.")
 
 
@@ -142,7 +142,7 @@ def _side_by_side(insights: Mapping[str, Insight | str], show: Any) -> Html:
 
 def _pairs(insight: Insight) -> Html:
     caption = "Two views of an image, one above the other, as the network sees them in training."
-    return picture(figures.pair_picture(insight.pairs), "augmented pairs", caption, "pixels")
+    return figure(figures.pair_image(insight.pairs), "augmented pairs", caption, "pixels")
 
 
 def _neighbours(insight: Insight) -> Html:
@@ -150,7 +150,7 @@ def _neighbours(insight: Insight) -> Html:
     for row in insight.neighbours:
         query, *others = row.classes
         caption = f"{query}: {others.count(query)} of {len(others)} neighbours share its class"
-        rows.append(picture(figures.row_picture(row.pictures), "query and neighbours", caption, "pixels"))
+        rows.append(figure(figures.row_image(row.images), "query and neighbours", caption, "pixels"))
     return join(
         [
             element("p", f"Left the query, then the nearest by cosine of h, step {insight.step}.", class_="note"),
@@ -164,7 +164,7 @@ def _map(insight: Insight) -> Html:
     if found is None:
         return _missing(insight, "no map")
     maps = [
-        picture(figures.map_chart(points, found.labels, found.class_names, name), name, f"{len(points):,} images")
+        figure(figures.map_chart(points, found.labels, found.class_names, name), name, f"{len(points):,} images")
         for name, points in (("PCA of h", found.pca), ("t-SNE of h", found.tsne))
     ]
     return element("div", *maps, class_="grid")
@@ -178,7 +178,7 @@ def _confusion(insight: Insight) -> Html:
         f"Linear probe on h, fitted to {found.fitted_to:,} training images: top-1 {found.top1:.2%} of "
         f"{int(found.counts.sum()):,} test images. Cells: % of the true class."
     )
-    return element("div", picture(figures.confusion_chart(found), "confusion matrix", caption), class_="grid")
+    return element("div", figure(figures.confusion_chart(found), "confusion matrix", caption), class_="grid")
 
 
 def _similarities(insight: Insight) -> Html:
@@ -187,7 +187,7 @@ def _similarities(insight: Insight) -> Html:
         f"{n} images in evaluation mode. Positives: two views of an image, mean {insight.positives.mean():.3f}; "
         f"negatives: views of different images, mean {insight.negatives.mean():.3f}."
     )
-    return element("div", picture(figures.similarity_chart(insight), "similarities", caption), class_="grid")
+    return element("div", figure(figures.similarity_chart(insight), "similarities", caption), class_="grid")
 
 
 def _missing(insight: Insight, what: str) -> Html:
