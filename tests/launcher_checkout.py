@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.processes import die_with_parent
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 NEEDED_BY_THE_LAUNCHER = ("config", "run", "__init__.py", "argument_types.py", "errors.py")
 """Of simclr_dist. Without the rest, a launcher that imports more of it fails in every test."""
@@ -65,6 +67,7 @@ class Checkout:
                 stdout=log,
                 stderr=log,
                 text=True,
+                preexec_fn=die_with_parent,
             )
 
     def log(self) -> str:

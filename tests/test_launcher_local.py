@@ -23,7 +23,7 @@ def checkout(tmp_path: Path) -> Checkout:
     return make_checkout(tmp_path / "check out, with 'quotes' & $HOME")
 
 
-def test_starts_the_planned_processes_and_tells_them_who_they_are(checkout: Checkout) -> None:
+def test_starts_the_planned_processes_with_their_rank_and_settings(checkout: Checkout) -> None:
     environment = {"PMI_SIZE": "7", "WORLD_SIZE": "9", "ACCELERATE_USE_FSDP": "true", "OMP_NUM_THREADS": "1"}
     done = checkout.launch(
         "local", CONFIG, "seed=1", "--nproc", "2", "--env", "NOTE=a, b", "name=fake", env=environment
@@ -188,7 +188,7 @@ def test_two_launchers_do_not_share_a_run_directory(checkout: Checkout) -> None:
     assert not is_running(launcher.pid)
 
 
-def test_a_busy_port_is_an_error_and_no_surprise(checkout: Checkout) -> None:
+def test_a_busy_port_is_an_error(checkout: Checkout) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
         done = checkout.launch("local", CONFIG, "--nproc", "2", "--port", str(port))
@@ -231,6 +231,6 @@ print("ended as it meant to")
 """
 
 
-def test_a_second_interrupt_that_comes_too_late_does_not_spoil_the_end() -> None:
+def test_a_second_interrupt_that_comes_late_does_not_change_the_exit_code() -> None:
     done = subprocess.run([sys.executable, "-c", LATE], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "ended as it meant to\n"), done.stderr

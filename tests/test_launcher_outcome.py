@@ -1,4 +1,4 @@
-"""What follows from an attempt's end: the whole decision table, without any process."""
+"""What follows from the end of an attempt: the whole decision table, without any process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def action(
 
 
 @pytest.mark.parametrize("job", ["none", "running", "time_limit", "cancelled", "requeued", "unknown"])
-def test_what_is_over_is_over_whatever_the_scheduler_says(job: outcome.JobState) -> None:
+def test_a_finished_or_stopped_run_is_done_whatever_the_scheduler_reports(job: outcome.JobState) -> None:
     assert action(FINISHED, job) == ("done", Exit.OK)
     assert action(STOPPED, job) == ("done", Exit.OK)
     assert action(PREEMPTED, job, stop_file=True) == ("done", Exit.OK)

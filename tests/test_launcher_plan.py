@@ -1,4 +1,4 @@
-"""Plans: what they hold and refuse, how nodes find each other, and that the launcher knows no torch.
+"""Launch plans: what they hold and refuse, how nodes find each other, and that the launcher needs no torch.
 
 Run: pytest tests/test_launcher_plan.py
 """
@@ -207,7 +207,7 @@ def test_roll_call_names_the_node_that_does_not_come(plan: LaunchPlan) -> None:
     assert "no word from n2 (node 1)" in answers[0][0]
 
 
-def test_roll_call_turns_strangers_away(plan: LaunchPlan) -> None:
+def test_roll_call_ignores_reports_of_another_attempt(plan: LaunchPlan) -> None:
     plan = replace(plan, port=machine.free_port("127.0.0.1", 3))
     stranger = replace(plan, attempt="7.9-abcdef")
     threading.Thread(target=_call_all, args=(stranger, [_report(1)], 1)).start()

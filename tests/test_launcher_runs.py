@@ -1,4 +1,4 @@
-"""Backends and commands around runs: hosts over a pretended ssh, sweeps, check, status, cancel, resume.
+"""Backends and commands for runs: hosts over a fake ssh, sweeps, check, status, cancel, resume.
 
 Run: pytest tests/test_launcher_runs.py
 """
@@ -110,7 +110,7 @@ def test_a_sweep_runs_every_point_and_ends_with_a_table(checkout: Checkout) -> N
     assert len(checkout.ranks(checkout.root / "runs" / "fake-000")) == 1  # finished runs are not run again
 
 
-def test_a_sweep_speaks_json_before_and_after(checkout: Checkout) -> None:
+def test_a_sweep_prints_json_before_and_after_its_runs(checkout: Checkout) -> None:
     (checkout.root / "sweep.yaml").write_text("list: [{seed: 1}, {seed: 2, optim.base_lr: 0.1}]")
     words = ("local", CONFIG, "--nproc=1", "--sweep", "sweep.yaml", "--json")
     shown = json.loads(checkout.launch(*words, "--dry-run").stdout)
@@ -218,7 +218,7 @@ def test_stop_asks_a_local_run_and_is_refused_where_nothing_runs(checkout: Check
     assert "nothing runs there" in again.stderr
 
 
-def test_the_verbs_work_on_hosts(checkout: Checkout) -> None:
+def test_the_commands_for_a_run_work_on_hosts(checkout: Checkout) -> None:
     checkout.behave(steps=100_000)
     launcher = checkout.start(*hosts_words(checkout, "n1 addr=127.0.0.1", "n2"))
     wait_for(lambda: len(checkout.ranks()) == 2 and checkout.newest_step() >= 2, 60, "two steps of two workers")

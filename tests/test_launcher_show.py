@@ -1,4 +1,4 @@
-"""What `show` prints (golden files), and words that are unlucky or hostile. Run: pytest tests/test_launcher_show.py
+"""What `show` prints (golden files), and arguments that are unlucky or hostile. Run: pytest tests/test_launcher_show.py
 
 REGOLD=1 writes the golden files anew.
 """
@@ -65,7 +65,7 @@ def test_dry_run_is_show(checkout: Checkout) -> None:
     assert checkout.launch("slurm", CONFIG, "--nodes=2", "--dry-run").stdout == shown != ""
 
 
-# -- hostile and unlucky words ----------------------------------------------------------------------------------------
+# -- hostile and unlucky arguments ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_wrong_command_line_is_refused_by_name(checkout: Checkout, words: list
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "%x", "-rf", "a b", "a\nb", "$(touch pwned)", "a;b", "é", "x" * 65])
-def test_run_names_cannot_leave_their_folder_or_become_words(checkout: Checkout, name: str) -> None:
+def test_run_names_cannot_leave_their_folder_or_become_options(checkout: Checkout, name: str) -> None:
     done = checkout.launch("show", "slurm", CONFIG, f"name={name}")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
@@ -165,7 +165,7 @@ def test_a_configuration_may_lie_anywhere(
         ("--env=A=b\nc",),
     ],
 )
-def test_words_that_could_act_are_refused_on_every_backend(
+def test_arguments_that_could_act_as_options_are_refused_on_every_backend(
     inside: Checkout, capsys: pytest.CaptureFixture[str], backend: str, words: tuple[str, ...]
 ) -> None:
     hostfile = ["--hostfile=hosts.txt"] if backend == "hosts" else []

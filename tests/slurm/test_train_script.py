@@ -1,4 +1,4 @@
-"""`sbatch slurm/train.sh` on a real SLURM of two nodes, with a trainer that only plays: who stops, who comes back.
+"""`sbatch slurm/train.sh` on a real SLURM of two nodes, with the fake trainer: which jobs stop, and which are requeued.
 
 Run: pytest tests/slurm (needs slurm-wlm and munge; SIMCLR_REQUIRE_SLURM=1 makes their absence a failure)
 """
@@ -157,7 +157,7 @@ def test_a_killed_rank_ends_the_job_and_a_crash_loop_stops(cluster: MiniSlurm, c
     assert not checkout.pids_alive()
 
 
-def test_what_would_only_fail_again_is_not_requeued(cluster: MiniSlurm, checkout: Checkout) -> None:
+def test_a_failure_that_would_come_back_is_not_requeued(cluster: MiniSlurm, checkout: Checkout) -> None:
     checkout.behave(end={"*": [2, "nan_abort"]})
     job = submit(cluster, checkout)
     assert end(cluster, checkout, job) == "FAILED"
