@@ -15,7 +15,7 @@ from simclr_dist.config import Precision
 from simclr_dist.data.decode.crops import center_crops
 from simclr_dist.data.loading.load_images import load_images
 from simclr_dist.data.loading.open_images import describe
-from simclr_dist.data.sources.images import decode_image
+from simclr_dist.data.sources.decoding import decode
 from simclr_dist.data.sources.open import open_source
 from simclr_dist.errors import CheckpointError, DataError
 from simclr_dist.evaluation.embeddings_file import Embeddings
@@ -93,8 +93,9 @@ def query_embedding(
     if query in embeddings.names:
         return embeddings.h[embeddings.names.index(query)]
     try:
-        pixels = decode_image(query)
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        with open(query, "rb") as file:
+            pixels, _ = decode(file)
+    except (OSError, DataError) as error:
         raise DataError(f"{query}: neither an embedded image's name nor a readable image: {error}") from None
     model, loaded = load_pretrained(checkpoint or embeddings.checkpoint)
     if digest(model.encoder) != embeddings.encoder_digest:

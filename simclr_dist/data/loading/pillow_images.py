@@ -14,7 +14,8 @@ from torchvision.transforms.functional import resized_crop
 
 from simclr_dist.data.beton.reader import RAW, open_beton
 from simclr_dist.data.loading.decode_pool import CropRule
-from simclr_dist.data.sources.images import UNREADABLE, LabelledImages, Pixels, decode_image
+from simclr_dist.data.sources.decoding import Pixels, decode
+from simclr_dist.data.sources.images import LabelledImages
 from simclr_dist.errors import DataError
 
 
@@ -26,6 +27,10 @@ class SourceImages:
         self.class_names = source.class_names
         self.labels = source.labels
         self.fingerprint = source.fingerprint
+
+    @property
+    def content_fingerprint(self) -> str:
+        return self.source.content_fingerprint
 
     def fill(self, ids: NDArray[np.int64], crop: CropRule, out: NDArray[np.uint8]) -> None:
         """Writes the V crops of each image to out [V, b, S, S, 3]."""
@@ -65,12 +70,16 @@ class BetonSource:
         self.labels = self._beton.labels
         self.fingerprint = self._beton.fingerprint
 
+    @property
+    def content_fingerprint(self) -> str:
+        return self._beton.content_fingerprint
+
     def read(self, index: int) -> Pixels:
         offset, size, mode, height, width = self._beton.records(np.array([index]))[0].tolist()
         content = os.pread(self._beton.fd, size, offset)
+        if mode == RAW:
+            return np.frombuffer(content, np.uint8).reshape(height, width, 3)
         try:
-            if mode == RAW:
-                return np.frombuffer(content, np.uint8).reshape(height, width, 3)
-            return decode_image(io.BytesIO(content))
-        except UNREADABLE as error:
-            raise DataError(f"{self._beton.path}: sample {index}: cannot be decoded: {error}") from None
+            return decode(io.BytesIO(content))[0]
+        except DataError as error:
+            raise DataError(f"{self._beton.path}: sample {index}: {error}") from None

@@ -5,20 +5,17 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import zlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from simclr_dist.data.sources.account import Account, LeftOut
+from simclr_dist.data.sources.decoding import Pixels, decode
+from simclr_dist.data.sources.sample_values import ASK, Decoding
 from simclr_dist.errors import DataError
-
-Pixels = NDArray[np.uint8]  # RGB [H, W, 3]
 
 
 class LabelledImages(Protocol):
@@ -60,32 +57,13 @@ class ImageSource(LabelledImages, Protocol):
         """The name of an image in messages."""
         ...
 
+    def read_checked(self, index: int) -> tuple[Pixels, str | None]:
+        """As `read`, and one line on an image that is damaged, or of which only a part is taken."""
+        ...
+
     def take(self, ids: NDArray[np.int64]) -> ImageSource:
         """Only these images, renumbered from 0: small enough to send to another process."""
         ...
-
-
-def decode_image(file: str | Path | IO[bytes]) -> Pixels:
-    """RGB uint8 [H, W, 3] of any image that Pillow reads: grey, palette, CMYK, 16 bits; rotated as EXIF says.
-
-    Transparent pixels are put on white. Raises OSError or ValueError on unreadable and truncated images.
-    """
-    with Image.open(file) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode in ("I;16", "I;16B", "I;16L", "I"):
-            # Pillow would clip 16 bits to 8; the upper byte is the right value.
-            return np.repeat((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-        if upright.mode == "F":
-            raise ValueError("floating-point images have no defined range")
-        if upright.has_transparency_data:
-            solid = upright.convert("RGBA")
-            white = Image.new("RGBA", solid.size, "white")
-            upright = Image.alpha_composite(white, solid)
-        return np.asarray(upright.convert("RGB"))
-
-
-# What Pillow raises on damaged images, depending on the format.
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, zlib.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -100,6 +78,7 @@ class FileImages:
     entries: list[tuple[str, str, int, int]]
     account: Account
     root: str = ""  # what all names begin with, and what is no part of the images' identity
+    decoding: Decoding = ASK
     keep: Any = field(default=None, repr=False)  # a temporary file that must exist as long as this object
 
     @property
@@ -129,11 +108,20 @@ class FileImages:
         return replace(self, labels=self.labels[ids], entries=[self.entries[i] for i in ids], keep=None)
 
     def read(self, index: int) -> Pixels:
+        pixels, damage = self.read_checked(index)
+        if damage is not None and self.decoding.on_damage != "warn":
+            raise DataError(f"{self.name(index)}: {damage}")
+        return pixels
+
+    def read_checked(self, index: int) -> tuple[Pixels, str | None]:
         name, path, _, size = self.entries[index]
         try:
-            return decode_image(path if size < 0 else io.BytesIO(self._content(index)))
-        except UNREADABLE as error:
-            raise DataError(f"{name}: cannot be decoded: {error}") from None
+            with open(path, "rb") if size < 0 else io.BytesIO(self._content(index)) as file:
+                return decode(file, self.decoding)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
+        except OSError as error:
+            raise DataError(f"{name}: cannot be read: {error.strerror}") from None
 
     def _content(self, index: int) -> bytes:
         name, path, offset, size = self.entries[index]
@@ -182,6 +170,9 @@ class ArrayImages:
 
     def take(self, ids: NDArray[np.int64]) -> ArrayImages:
         return replace(self, labels=self.labels[ids], images=np.array(self.images[ids]), numbers=ids)
+
+    def read_checked(self, index: int) -> tuple[Pixels, None]:
+        return self.read(index), None
 
     def read(self, index: int) -> Pixels:
         image = np.asarray(self.images[index])

@@ -1,0 +1,209 @@
+"""A file to RGB pixels: whatever Pillow reads, and TIFF of any depth and number of bands."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from simclr_dist.data.sources import tiff, turbojpeg
+from simclr_dist.data.sources.sample_values import ASK, DARK_16_BIT, MAX_PIXELS, Decoding, on_white, to_rgb
+from simclr_dist.errors import DataError
+
+Pixels = NDArray[np.uint8]  # RGB [H, W, 3]
+
+_UNKNOWN_FORMATS = (  # first bytes, where, what they are
+    (b"DICM", 128, "DICOM, which pydicom reads"),
+    (b"\x93NUMPY", 0, "a numpy array, which numpy.load reads"),
+    (b"ftyphe", 4, "HEIC, which pillow-heif reads"),
+    (b"ftypmif1", 4, "HEIF, which pillow-heif reads"),
+    (b"ftypavif", 4, "AVIF, which Pillow reads from version 11.3 on"),
+    (b"\xff\x0a", 0, "JPEG XL, which pillow-jxl-plugin reads"),
+    (b"JXL ", 4, "JPEG XL, which pillow-jxl-plugin reads"),
+    (b"\x89HDF", 0, "HDF5, which h5py reads"),
+    (b"v/1\x01", 0, "OpenEXR, which OpenEXR reads"),
+    (b"%PDF", 0, "PDF, which pypdfium2 reads"),
+    (b"II\xbc", 0, "JPEG XR, which imagecodecs reads"),
+)
+
+
+def decode(file: IO[bytes], decoding: Decoding = ASK) -> tuple[Pixels, str | None]:
+    """RGB uint8 [H, W, 3], upright according to EXIF, transparent pixels on white; and what is wrong with the file.
+
+    The second is None, or one line on an image that is taken all the same: damage found by the JPEG decoder, or pages
+    that are not taken. Raises DataError, without the image's name, for whatever else goes wrong with this image.
+    """
+    try:
+        with _without_pillows_limit():
+            pages = tiff.pages(file)
+            if pages and (decoding.bands is not None or not pages[0].is_plain):
+                return _decode_samples(file, pages, decoding), _note_on_pages(pages, decoding)
+            try:
+                return _decode_by_pillow(file, decoding, pages)
+            except (DataError, MemoryError):
+                raise
+            except Exception:
+                if not pages:
+                    raise
+                # Metadata alone can make Pillow fail.
+                file.seek(0)
+                return _decode_by_pillow(BytesIO(tiff.without_metadata(file.read(), pages[0])), decoding, pages)
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises nearly everything on damaged data
+        raise DataError(f"cannot be decoded: {_reason(error, file)}") from None
+
+
+def _decode_by_pillow(file: IO[bytes], decoding: Decoding, pages: list[tiff.Page]) -> tuple[Pixels, str | None]:
+    damage = _note_on_pages(pages, decoding)
+    file.seek(0)
+    with Image.open(file) as image:
+        _check_size(image.width, image.height, decoding)
+        pixels: Pixels | None = None
+        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and decoding.bands is None:
+            file.seek(0)
+            found = turbojpeg.decode_jpeg(file.read(), image.width, image.height)
+            pixels, damage = (None, found) if isinstance(found, str) else (found, None)
+        if pixels is None:
+            # Before loading, as loading forgets how the samples are stored.
+            stored_as = image.tile[0][3] if image.tile else ""
+            image.load()
+            if pages and pages[0].get(tiff.BITS, 1) == 12:
+                pixels = (np.asarray(image) >> 4).astype(np.uint8)[..., None].repeat(3, axis=2)
+            elif isinstance(stored_as, str) and stored_as.endswith(";16B") and image.mode in ("RGB", "RGBA", "LA"):
+                pixels = _from_16_bits(file, image, stored_as, decoding)
+            else:
+                pixels = _to_rgb(image, decoding)
+        return _upright(pixels, _orientation(image)), damage
+
+
+def _to_rgb(image: Image.Image, decoding: Decoding) -> Pixels:
+    if image.mode.startswith("I;16") or image.mode == "F":
+        return to_rgb(np.asarray(image)[..., None], decoding, num_colours=1)
+    if image.mode == "I":
+        samples = np.asarray(image)[..., None]
+        # Pillow has scaled what PGM holds to 16 bits.
+        return to_rgb(samples.astype(np.uint16) if image.format == "PPM" else samples, decoding, num_colours=1)
+    if decoding.bands is not None:
+        if image.mode not in ("L", "LA", "RGB", "RGBA"):
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        samples = np.asarray(image)
+        return to_rgb(samples if samples.ndim == 3 else samples[..., None], decoding)
+    if image.has_transparency_data:
+        return on_white(image)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _from_16_bits(file: IO[bytes], image: Image.Image, stored_as: str, decoding: Decoding) -> Pixels:
+    """Of colours with 16 bits, of which Pillow has taken the upper bytes."""
+    upper = np.asarray(image)
+    num_colours = len(image.getbands()) - (image.mode in ("LA", "RGBA"))
+    if decoding.value_range is None and not upper[..., :num_colours].max() < DARK_16_BIT >> 8:
+        return _to_rgb(image, decoding)
+    if image.mode == "LA":
+        raise DataError("16-bit grey with transparency, nearly black: convert it to 16-bit grey, then say --range")
+    file.seek(0)
+    with Image.open(file) as again:
+        # Read as if the other byte came first.
+        again.tile = [(*tile[:3], stored_as.replace(";16B", ";16L")) for tile in again.tile]  # type: ignore[misc]
+        lower = np.asarray(again)
+    samples = upper.astype(np.uint16) << 8 | lower
+    return to_rgb(samples, decoding, num_colours=3, alpha=3 if image.mode == "RGBA" else None)
+
+
+def _decode_samples(file: IO[bytes], pages: list[tiff.Page], decoding: Decoding) -> Pixels:
+    """Of a TIFF whose samples Pillow does not give as they are."""
+    page = pages[0]
+    height, width, num_samples = page.shape
+    _check_size(width, height * num_samples, decoding)
+    file.seek(0)
+    content = file.read()
+    samples = np.concatenate([tiff.read_samples(content, page) for page in _pages_as_bands(pages, decoding)], axis=2)
+    photometric = page.get(tiff.PHOTOMETRIC, tiff.WHITE_IS_ZERO)
+    alpha = page.alpha if page.dtype in (np.uint8, np.uint16) else None
+    pixels = to_rgb(samples, decoding, num_colours=3 if photometric == tiff.RGB else 1, alpha=alpha)
+    if photometric == tiff.WHITE_IS_ZERO:
+        pixels = 255 - pixels
+    return _upright(pixels, page.get(tiff.ORIENTATION, 1))
+
+
+def _pages_as_bands(pages: list[tiff.Page], decoding: Decoding) -> list[tiff.Page]:
+    """Microscopes store each channel as a page."""
+    alike = all(page.shape == pages[0].shape and page.dtype == pages[0].dtype for page in pages)
+    return pages if decoding.bands is not None and pages[0].num_samples == 1 and alike else pages[:1]
+
+
+def _note_on_pages(pages: list[tiff.Page], decoding: Decoding) -> str | None:
+    taken = len(_pages_as_bands(pages, decoding)) if pages else 0
+    return None if taken == len(pages) else f"only the first of its {len(pages)} pages is taken"
+
+
+def _orientation(image: Image.Image) -> int:
+    """Of EXIF; 1, which is upright, when EXIF is damaged. The image has been loaded, if Pillow decodes it."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # as many kinds as there are ways to damage EXIF
+        return 1
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Undoes what EXIF says about the camera: 1 to 8 are the ways to turn and mirror an image."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _check_size(width: int, height: int, decoding: Decoding) -> None:
+    limit = MAX_PIXELS if decoding.max_pixels is None else decoding.max_pixels
+    if width * height > limit:
+        raise DataError(f"{width} x {height} pixels are more than {limit}: say --max-pixels {width * height}")
+
+
+class _Limit:
+    """Pillow's own limit, which warns without naming the file; set aside while any thread decodes."""
+
+    lock = threading.Lock()
+    num_decoding = 0
+    of_pillow: int | None = None
+
+
+@contextmanager
+def _without_pillows_limit() -> Iterator[None]:
+    with _Limit.lock:
+        if _Limit.num_decoding == 0:
+            _Limit.of_pillow, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        _Limit.num_decoding += 1
+    try:
+        yield
+    finally:
+        with _Limit.lock:
+            _Limit.num_decoding -= 1
+            if _Limit.num_decoding == 0:
+                Image.MAX_IMAGE_PIXELS = _Limit.of_pillow
+
+
+def _reason(error: Exception, file: IO[bytes]) -> str:
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    if isinstance(error, UnidentifiedImageError):
+        file.seek(0)
+        head = file.read(160)
+        if not head:
+            return "the file is empty"
+        for magic, start, what in _UNKNOWN_FORMATS:
+            if head[start:].startswith(magic):
+                return f"it is {what}; convert it first"
+        return f"it is no image that Pillow knows, or its header is damaged (it begins with {head[:12]!r})"
+    if isinstance(error, OSError | ValueError | SyntaxError | EOFError) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

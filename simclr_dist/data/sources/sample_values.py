@@ -1,0 +1,117 @@
+"""What the numbers in an image mean: which of its bands are red, green and blue, and which values are black and white.
+
+What is not 8-bit grey or RGB says neither for itself. A guess that is wrong makes images nearly constant, so the values
+are shown and asked for instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from simclr_dist.data.sources.account import OnDamage
+from simclr_dist.errors import DataError
+
+MAX_PIXELS = 1 << 29  # 2 GiB in Pillow
+DARK_16_BIT = 1 << 14  # 16 bits of which the upper two are unused rather hold 8 to 14 bits than a dark image
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How images are read whose files leave it open.
+
+    value_range: the values that become 0 and 255, where they do not have 8 bits.
+    bands: which bands, counted from 1, are red, green and blue.
+    max_pixels: larger images are refused; None is 2**29.
+    on_damage: what `read` does with an image whose data are damaged and can be decoded all the same.
+    """
+
+    value_range: tuple[float, float] | None = None
+    bands: tuple[int, int, int] | None = None
+    max_pixels: int | None = None
+    on_damage: OnDamage = "warn"
+
+
+ASK = Decoding()
+
+
+def to_rgb(
+    samples: NDArray, decoding: Decoding, *, num_colours: int = 0, alpha: int | None = None
+) -> NDArray[np.uint8]:
+    """RGB uint8 [H, W, 3] of samples [H, W, S].
+
+    num_colours: 1 or 3, how many of the samples the file declares to be colours. alpha: which one is transparency.
+    Raises DataError that says what to type.
+    """
+    num_bands = samples.shape[2]
+    if decoding.bands is not None:
+        if not 1 <= min(decoding.bands) <= max(decoding.bands) <= num_bands:
+            asked = " ".join(map(str, decoding.bands))
+            raise DataError(f"{_describe(samples)}: there are no --bands {asked}, only 1 to {num_bands}")
+        samples, alpha = samples[..., [band - 1 for band in decoding.bands]], None
+    elif num_bands != num_colours + (alpha is not None):
+        raise DataError(
+            f"{_describe(samples)}: which bands are red, green and blue? Say --bands I J K, each from 1 to {num_bands}"
+            + (_ask_range(samples) if decoding.value_range is None and samples.dtype != np.uint8 else "")
+        )
+    colours = samples if alpha is None else np.delete(samples, alpha, axis=2)
+    rgb = _to_8_bits(colours, decoding.value_range)
+    rgb = rgb if rgb.shape[2] == 3 else np.repeat(rgb, 3, axis=2)
+    if alpha is None:
+        return rgb
+    opacity = samples[..., alpha]
+    opacity = opacity if opacity.dtype == np.uint8 else _to_8_bits(opacity, (0, np.iinfo(opacity.dtype).max))
+    return on_white(Image.fromarray(np.concatenate([rgb, opacity[..., None]], axis=2)))
+
+
+def on_white(image: Image.Image) -> NDArray[np.uint8]:
+    """RGB uint8 [H, W, 3] of an image with transparency, put on white.
+
+    Raises DataError when the transparency looks like one more band. Such as near infrared, which many programs store
+    there: it has many values, and few of them are 0 or 255.
+    """
+    image = image.convert("RGBA")
+    histogram = np.array(image.getchannel("A").histogram())
+    if 2 * histogram[1:255].sum() > histogram.sum() and np.count_nonzero(histogram) > 32:
+        raise DataError(
+            f"uint8, {image.height} x {image.width} x 4, values of the fourth band from "
+            f"{histogram.nonzero()[0][0]} to {histogram.nonzero()[0][-1]}: it varies like a band of its own, not like "
+            "transparency; say which bands are red, green and blue, such as --bands 1 2 3"
+        )
+    white = Image.new("RGBA", image.size, "white")
+    return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+
+
+def _to_8_bits(samples: NDArray, value_range: tuple[float, float] | None) -> NDArray[np.uint8]:
+    if samples.dtype == np.uint8:
+        return samples
+    if value_range is not None:
+        low, high = value_range
+        scaled = (samples.astype(np.float64) - low) * (255 / (high - low))
+        return np.rint(np.nan_to_num(scaled, nan=0.0).clip(0, 255)).astype(np.uint8)
+    if samples.dtype.kind == "u" and samples.dtype.itemsize == 2 and not 0 < samples.max() < DARK_16_BIT:
+        return (samples >> 8).astype(np.uint8)
+    raise DataError(f"{_describe(samples)}: which values are black and white?{_ask_range(samples)}")
+
+
+def _describe(samples: NDArray) -> str:
+    """Such as `int16, 512 x 512 x 1, values from -1024 to 3071`."""
+    low, high = _extremes(samples)
+    return f"{samples.dtype.name}, {' x '.join(map(str, samples.shape))}, values from {low} to {high}"
+
+
+def _ask_range(samples: NDArray) -> str:
+    low, high = _extremes(samples)
+    if isinstance(low, int) and low >= 0:  # 0 to all ones, as sensors count
+        low, high = 0, max(255, (1 << int(high).bit_length()) - 1)
+    return f" Say --range LOW HIGH, such as --range {low} {high}, the same for all images"
+
+
+def _extremes(samples: NDArray) -> tuple[int, int] | tuple[float, float] | tuple[str, str]:
+    if samples.dtype.kind == "f":
+        finite = samples[np.isfinite(samples)]
+        return (float(f"{finite.min():.4g}"), float(f"{finite.max():.4g}")) if finite.size else ("NaN", "NaN")
+    return int(samples.min()), int(samples.max())

@@ -1,0 +1,208 @@
+"""Samples of TIFF files that Pillow does not open, or opens with other values: many bands, 16 bits and more, pages.
+
+Pillow still does the decompression. A page is shown to it as grey bytes: one line of W pixels with S samples of
+b bytes each is one line of W * S * b grey pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from dataclasses import dataclass, replace
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+_MAGIC = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
+_INTEGER_TYPES = {1: "u1", 3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}
+
+SUBFILE_TYPE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER = 254, 256, 257, 258, 259, 262, 266
+STRIP_OFFSETS, SAMPLES, ROWS_PER_STRIP, STRIP_SIZES, PLANAR = 273, 277, 278, 279, 284
+PREDICTOR, TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_SIZES = 317, 322, 323, 324, 325
+EXTRA_SAMPLES, SAMPLE_FORMAT, ORIENTATION, COLOUR_MAP, YCBCR_SUBSAMPLING = 338, 339, 274, 320, 530
+_STORAGE = (HEIGHT, COMPRESSION, STRIP_OFFSETS, ROWS_PER_STRIP, STRIP_SIZES, TILE_HEIGHT, TILE_OFFSETS, TILE_SIZES)
+_MEANING = (WIDTH, BITS, PHOTOMETRIC, FILL_ORDER, SAMPLES, PLANAR, PREDICTOR, TILE_WIDTH, EXTRA_SAMPLES, SAMPLE_FORMAT)
+_OF_PIXELS = (*_STORAGE, *_MEANING, ORIENTATION, COLOUR_MAP, YCBCR_SUBSAMPLING)
+
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2
+_BYTES_ONLY = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, LZMA, Zstandard
+_REDUCED_OR_MASK = 0b101  # of SUBFILE_TYPE: a thumbnail or a mask of another page
+_MOST_PAGES = _MOST_TAGS = 10_000  # what exceeds this is damage
+
+
+@dataclass(frozen=True)
+class Page:
+    """The integer tags of one page. big: a BigTIFF, whose offsets have 8 bytes."""
+
+    byte_order: str
+    big: bool
+    tags: dict[int, tuple[int, ...]]
+
+    def get(self, tag: int, default: int) -> int:
+        return self.tags.get(tag, (default,))[0]
+
+    @property
+    def num_samples(self) -> int:
+        return self.get(SAMPLES, 1)
+
+    @property
+    def alpha(self) -> int | None:
+        """The number of the sample that is declared to be transparency: the first after the colours."""
+        colours = 3 if self.get(PHOTOMETRIC, 0) == RGB else 1
+        if self.num_samples != colours + 1:
+            return None
+        undeclared = 2 if colours == 3 else 0  # four bands without a word are red, green, blue, alpha for most programs
+        return colours if self.get(EXTRA_SAMPLES, undeclared) != 0 else None
+
+    @property
+    def dtype(self) -> np.dtype | None:
+        """Of the samples, or None when they differ or are no whole bytes."""
+        bits, formats = self.tags.get(BITS, (1,)), self.tags.get(SAMPLE_FORMAT, (1,))
+        kind = {1: "u", 2: "i", 3: "f", 4: "u"}.get(formats[0])
+        if len(set(bits)) > 1 or len(set(formats)) > 1 or kind is None or bits[0] not in (8, 16, 32, 64):
+            return None
+        return None if (kind, bits[0]) == ("f", 8) else np.dtype(f"{self.byte_order}{kind}{bits[0] // 8}")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether Pillow alone gives the right pixels."""
+        if self.get(PHOTOMETRIC, 0) not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB) or self.dtype is None:
+            return True
+        colours = 3 if self.get(PHOTOMETRIC, 0) == RGB else 1
+        return self.dtype == np.uint8 and (self.num_samples == colours or self.alpha is not None)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.get(HEIGHT, 0), self.get(WIDTH, 0), self.num_samples
+
+
+def pages(file: IO[bytes]) -> list[Page]:
+    """The pages of a TIFF without thumbnails and masks; none when the file is no TIFF or its tags cannot be read."""
+    file.seek(0)
+    head = file.read(16)
+    byte_order = _MAGIC.get(head[:4])
+    if byte_order is None:
+        return []
+    big = head[2:4] in (b"+\0", b"\0+")
+    found: list[Page] = []
+    seen = set()
+    try:
+        (offset,) = struct.unpack_from(f"{byte_order}{'Q' if big else 'I'}", head, 8 if big else 4)
+        while offset and offset not in seen and len(seen) < _MOST_PAGES:
+            seen.add(offset)
+            page, offset = _read_page(file, offset, byte_order, big)
+            if not found or not page.get(SUBFILE_TYPE, 0) & _REDUCED_OR_MASK:
+                found.append(page)
+    except (struct.error, OverflowError, ValueError):  # a table that is not there
+        pass
+    return found
+
+
+def _read_page(file: IO[bytes], offset: int, byte_order: str, big: bool) -> tuple[Page, int]:
+    """A page, and the offset of the next one."""
+    entry, count_format, next_format = ("HHQ8s", "Q", "Q") if big else ("HHI4s", "H", "I")
+    file.seek(offset)
+    (count,) = _unpack(file, byte_order + count_format)
+    if count > _MOST_TAGS:
+        raise struct.error("not a table of tags")
+    entries = [_unpack(file, byte_order + entry) for _ in range(count)]
+    (following,) = _unpack(file, byte_order + next_format)
+    tags = {}
+    for tag, kind, length, value in entries:
+        if kind not in _INTEGER_TYPES or not 0 < length < 1 << 24:
+            continue
+        dtype = np.dtype(byte_order + _INTEGER_TYPES[kind])
+        size = length * dtype.itemsize
+        if size > len(value):
+            file.seek(struct.unpack(f"{byte_order}{next_format}", value)[0])
+            value = file.read(size)
+        if len(value) >= size:
+            tags[tag] = tuple(np.frombuffer(value, dtype, length).tolist())
+    return Page(byte_order, big, tags), following
+
+
+def _unpack(file: IO[bytes], layout: str) -> tuple:
+    return struct.unpack(layout, file.read(struct.calcsize(layout)))
+
+
+def read_samples(content: bytes, page: Page) -> NDArray:
+    """All samples of a page [H, W, S], as stored. Raises ValueError and whatever Pillow raises."""
+    dtype = page.dtype
+    compression = page.get(COMPRESSION, 1)
+    if dtype is None or compression not in _BYTES_ONLY:
+        raise ValueError(
+            f"TIFF with {page.num_samples} bands of {page.get(BITS, 1)} bits and compression {compression}: "
+            "convert it with a program that reads it, such as tifffile or gdal_translate"
+        )
+    if page.get(PLANAR, 1) == 1:
+        return _read_interleaved(content, page, dtype)
+    bands = []
+    for band in range(page.num_samples):
+        one = {SAMPLES: (1,)}
+        for tag in (STRIP_OFFSETS, STRIP_SIZES, TILE_OFFSETS, TILE_SIZES):
+            if tag in page.tags:
+                per_band = len(page.tags[tag]) // page.num_samples
+                one[tag] = page.tags[tag][band * per_band : (band + 1) * per_band]
+        bands.append(_read_interleaved(content, replace(page, tags=page.tags | one), dtype))
+    return np.concatenate(bands, axis=2)
+
+
+def _read_interleaved(content: bytes, page: Page, dtype: np.dtype) -> NDArray:
+    height, width, samples = page.shape
+    per_pixel = samples * dtype.itemsize
+    tile = page.get(TILE_WIDTH, width) if TILE_OFFSETS in page.tags else width
+    padded = -(-width // tile) * tile  # the last tile is stored whole
+    tags = {tag: page.tags[tag] for tag in _STORAGE if tag in page.tags}
+    tags |= {WIDTH: (padded * per_pixel,), BITS: (8,), PHOTOMETRIC: (BLACK_IS_ZERO,), SAMPLES: (1,)}
+    if TILE_OFFSETS in page.tags:
+        tags[TILE_WIDTH] = (tile * per_pixel,)
+    with Image.open(io.BytesIO(_with_tags(content, page, tags))) as image:
+        stored = np.array(image).reshape(height, padded // tile, tile, per_pixel)
+    values = [
+        _without_predictor(stored[:, column], page.get(PREDICTOR, 1), samples, dtype)
+        for column in range(padded // tile)
+    ]
+    return np.concatenate(values, axis=1)[:, :width]
+
+
+def without_metadata(content: bytes, page: Page) -> bytes:
+    """The file with only those tags of its first page that its pixels need."""
+    return _with_tags(content, page, {tag: page.tags[tag] for tag in _OF_PIXELS if tag in page.tags})
+
+
+def _with_tags(content: bytes, page: Page, tags: dict[int, tuple[int, ...]]) -> bytes:
+    """The file with another table of tags for its first page, appended to it."""
+    size, letter, kind = (8, "Q", 16) if page.big else (4, "I", 4)
+    order = page.byte_order
+    content += b"\0" * (-len(content) % 8)
+    start = len(content)
+    table = struct.pack(order + ("Q" if page.big else "H"), len(tags))
+    outside = start + len(table) + len(tags) * (4 + 2 * size) + size
+    values = b""
+    for tag, numbers in sorted(tags.items()):
+        packed = struct.pack(f"{order}{len(numbers)}{letter}", *numbers)
+        table += struct.pack(f"{order}HH{letter}", tag, kind, len(numbers))
+        if len(numbers) == 1:
+            table += packed
+        else:
+            table += struct.pack(order + letter, outside + len(values))
+            values += packed
+    head = content[:size] + struct.pack(order + letter, start)
+    return head + content[len(head) :] + table + struct.pack(order + letter, 0) + values
+
+
+def _without_predictor(lines: NDArray[np.uint8], predictor: int, samples: int, dtype: np.dtype) -> NDArray:
+    """Bytes uint8 [H, W, S * itemsize] to values [H, W, S]."""
+    height, width, _ = lines.shape
+    if predictor == 3:  # of floats: bytes of equal rank lie together, most significant first, as differences
+        flat = lines.reshape(height, width * dtype.itemsize, samples)
+        flat = np.cumsum(flat, axis=1, dtype=np.uint8).reshape(height, dtype.itemsize, width * samples)
+        values = np.ascontiguousarray(flat.transpose(0, 2, 1)).view(dtype.newbyteorder(">"))
+        return values.reshape(height, width, samples)
+    values = np.ascontiguousarray(lines).view(dtype)
+    if predictor == 2:
+        unsigned = values.view(f"{dtype.byteorder}u{dtype.itemsize}")
+        values = np.cumsum(unsigned, axis=1, dtype=f"u{dtype.itemsize}").view(dtype.newbyteorder("="))
+    return values

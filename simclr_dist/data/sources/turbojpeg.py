@@ -1,0 +1,67 @@
+"""JPEG by libturbojpeg, which says what Pillow does not: that the compressed data are damaged.
+
+The decoder is the one in Pillow (libjpeg-turbo), so the pixels are the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import features
+
+_NAMES = ("libturbojpeg.so.0", "libturbojpeg.so", "libturbojpeg.dylib")  # what ffcv's library is linked with
+_RGB = 0  # TJPF_RGB
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    if not features.check("libjpeg_turbo"):  # another libjpeg in Pillow could round differently
+        return None
+    for name in _NAMES:
+        try:
+            library = ctypes.CDLL(name)
+            for function in (library.tjInitDecompress, library.tjGetErrorStr2):
+                function.restype = ctypes.c_void_p
+            library.tjGetErrorStr2.restype = ctypes.c_char_p
+            return library
+        except (OSError, AttributeError):  # AttributeError: a version before 2.0
+            continue
+    return None
+
+
+def unavailable() -> str | None:
+    """Why damaged JPEG data go unnoticed here, or None when they are noticed."""
+    if _library() is None:
+        return "libturbojpeg is not installed (on Debian: apt install libturbojpeg0)"
+    return None
+
+
+def decode_jpeg(content: bytes, width: int, height: int) -> NDArray[np.uint8] | str | None:
+    """RGB uint8 [height, width, 3]; or what is wrong with the data; or None when this is not for libturbojpeg.
+
+    width, height: the size according to Pillow, as a guard for the memory that is written to.
+    """
+    library = _library()
+    handle = library.tjInitDecompress() if library is not None else None
+    if library is None or handle is None:
+        return None
+    try:
+        found = [ctypes.c_int() for _ in range(4)]  # width, height, subsampling, colour space
+        source = (ctypes.c_void_p(handle), content, ctypes.c_ulong(len(content)))
+        if library.tjDecompressHeader3(*source, *(ctypes.byref(value) for value in found)) < 0:
+            return _error(library, handle)
+        if (found[0].value, found[1].value) != (width, height):
+            return None
+        pixels = np.empty((height, width, 3), np.uint8)
+        target = (ctypes.c_void_p(pixels.ctypes.data), width, 3 * width, height, _RGB, 0)
+        return _error(library, handle) if library.tjDecompress2(*source, *target) < 0 else pixels
+    finally:
+        library.tjDestroy(ctypes.c_void_p(handle))
+
+
+def _error(library: ctypes.CDLL, handle: int) -> str:
+    message: bytes = library.tjGetErrorStr2(ctypes.c_void_p(handle))
+    return message.decode("ascii", "replace")
