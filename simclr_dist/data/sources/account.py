@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 Layout = Literal["auto", "classes", "flat"]
 OnDamage = Literal["warn", "skip", "stop"]
 
-_NAMES_SHOWN = 5
+NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,12 @@ class SourceOptions:
     """Which channels, counted from 1, become red, green and blue."""
     on_damage: OnDamage = "warn"
     max_pixels: int | None = None
+
+    @classmethod
+    def from_arguments(cls, parsed: object) -> SourceOptions:
+        """Of `argument_types.add_source_arguments`."""
+        given: dict[str, Any] = {field.name: getattr(parsed, field.name) for field in fields(cls)}
+        return cls(**given | {name: tuple(value) for name, value in given.items() if isinstance(value, list)})
 
 
 @dataclass(frozen=True)
@@ -70,14 +76,14 @@ class Account:
         """The account after images among those taken turned out to be unusable."""
         if not names:
             return self
-        group = LeftOut(reason, len(names), tuple(names[:_NAMES_SHOWN]))
+        group = LeftOut(reason, len(names), tuple(names[:NAMES_SHOWN]))
         return replace(self, taken=self.taken - len(names), left_out=(*self.left_out, group))
 
     def with_note(self, reason: str, names: Sequence[str]) -> Account:
         """The account with images that were taken in part."""
         if not names:
             return self
-        return replace(self, notes=(*self.notes, LeftOut(reason, len(names), tuple(names[:_NAMES_SHOWN]))))
+        return replace(self, notes=(*self.notes, LeftOut(reason, len(names), tuple(names[:NAMES_SHOWN]))))
 
     def lines(self) -> list[str]:
         """For a terminal or a log: one line a fact, printable whatever bytes the names hold."""

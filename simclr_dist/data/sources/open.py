@@ -8,43 +8,121 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from simclr_dist.data.sources.account import SourceOptions, printable
+from simclr_dist.data.sources.archives import list_archive
 from simclr_dist.data.sources.dataset_files import CIFARS, torchvision_archive, torchvision_files
-from simclr_dist.data.sources.folders import TAR_SUFFIXES, open_folder, open_tar
-from simclr_dist.data.sources.images import ImageSource
+from simclr_dist.data.sources.folders import list_folder
+from simclr_dist.data.sources.image_files import images_of
+from simclr_dist.data.sources.images import ArrayImages, ImageSource
+from simclr_dist.data.sources.listing import TAR_SUFFIXES, Stamp, stamp
+from simclr_dist.data.sources.lists import class_names_in_sidecar, number_classes
 from simclr_dist.errors import DataError
 
 DATASETS = ("cifar10", "cifar100", "stl10", "fashion-mnist")
 DEBIAN_FASHION_MNIST = Path("/usr/share/dataset-fashion-mnist")
 
 
-def open_source(source: str | Path, split: str | None = None) -> ImageSource:
+def open_source(source: str | Path, options: SourceOptions | str | None = None) -> ImageSource:
     """The images at a path, or a dataset by name.
 
     source: a folder of class folders; a tar (.tar, .tar.gz, .tar.xz, .tar.bz2) of one; a folder with torchvision's
         files of CIFAR-10, CIFAR-100, STL-10 or Fashion-MNIST; or the name `cifar10`, `cifar100`, `stl10` or
         `fashion-mnist`, which is looked for in $SIMCLR_DATA, ./data and where Debian puts it, else downloaded.
-    split: `train`, `test`, … where the source has several; STL-10 also has `unlabeled`.
+    options: how to read it; a string is a split: `train`, `test`, … (STL-10 also has `unlabeled`).
+    What was opened before in this process, and has not changed, is not read again.
     Raises DataError.
     """
+    if not isinstance(options, SourceOptions):
+        options = SourceOptions(split=options)
+    try:
+        return _open(source, options)
+    except OSError as error:
+        place = printable(os.fsdecode(error.filename)) if error.filename is not None else source
+        raise DataError(f"{place}: cannot be read: {error.strerror or error}") from None
+
+
+def _open(source: str | Path, options: SourceOptions) -> ImageSource:
     path = Path(source)
     if str(source) in DATASETS and not path.exists():
-        return _by_name(str(source), split)
-    if path.is_dir():
-        known = torchvision_files(path, split)
-        return known if known is not None else open_folder(path, split)
+        return _by_name(str(source), options)
     if path.name.endswith(".beton"):
         raise DataError(f"{path}: is a .beton file already")
-    if path.is_file():
-        known = torchvision_archive(path, split)
-        if known is not None:
-            return known
-        if path.name.endswith(TAR_SUFFIXES):
-            return open_tar(path, split)
+    if not path.exists():
+        near = f", nor a dataset's name ({', '.join(DATASETS)})" if os.sep not in str(source) else ""
+        raise DataError(f"{source}: no such file or folder{near}")
+    key = (os.path.abspath(path), str(path), options)
+    if key in _opened and all(map(_is_unchanged, _opened[key].stamps)):
+        return _opened[key].images
+    _opened.pop(key, None)
+    images, stamps = _read(path, options)
+    for file in (options.files, options.labels):
+        stamps += [] if file is None else [stamp(file)]
+    # A file may be changed again within the clock's tick: what is that young is not remembered.
+    if time.time_ns() - max(changed for _, changed, _ in stamps) > _SETTLED_NS:
+        while len(_opened) >= _MOST_OPENED:
+            del _opened[next(iter(_opened))]
+        _opened[key] = _Opened(images, stamps)
+    return images
+
+
+@dataclass(frozen=True)
+class _Opened:
+    images: ImageSource
+    stamps: list[Stamp]
+
+
+_opened: dict[tuple[str, str, SourceOptions], _Opened] = {}
+_MOST_OPENED = 4
+_SETTLED_NS = 2_000_000_000
+
+
+def _is_unchanged(before: Stamp) -> bool:
+    try:
+        return stamp(before[0]) == before
+    except OSError:
+        return False
+
+
+def _read(path: Path, options: SourceOptions) -> tuple[ImageSource, list[Stamp]]:
+    """The images, and what has to be unchanged for them to be the same when they are opened again."""
+    is_folder = path.is_dir()
+    known = torchvision_files(path, options.split) if is_folder else torchvision_archive(path, options.split)
+    if known is not None:
+        for name in ("labels", "files", "class_depth"):
+            if getattr(options, name) is not None:
+                raise DataError(f"{path}: --{name.replace('_', '-')} is for image files, but these are {known.layout}")
+        if options.classes_from is not None:
+            known = replace(known, **_renumbered(known, options))
+        places = [path, Path(known.origin)] if is_folder else [path]
+        files = [entry for place in places if place.is_dir() for entry in place.iterdir() if entry.exists()]
+        return known, [stamp(str(place)) for place in (*places, *files)]
+    if is_folder:
+        listing = list_folder(path)
+    elif path.name.endswith(TAR_SUFFIXES):
+        listing = list_archive(path)
+    else:
         raise DataError(f"{path}: neither a folder nor a tar archive ({', '.join(TAR_SUFFIXES)})")
-    near = f", nor a dataset's name ({', '.join(DATASETS)})" if os.sep not in str(source) else ""
-    raise DataError(f"{source}: no such file or folder{near}")
+    return images_of(listing, options, _classes_of(options)), listing.stamps
+
+
+def _classes_of(options: SourceOptions) -> tuple[str, ...] | None:
+    if options.classes_from is None:
+        return None
+    if options.classes_from.endswith(".beton"):
+        return class_names_in_sidecar(Path(options.classes_from))
+    return open_source(options.classes_from, SourceOptions(layout=options.layout)).class_names
+
+
+def _renumbered(known: ArrayImages, options: SourceOptions) -> dict[str, Any]:
+    """The fields of `known` that change with the classes to use."""
+    classes = [known.class_names[label] if label >= 0 else None for label in known.labels.tolist()]
+    names, labels = number_classes(classes, _classes_of(options), known.origin, options.classes_from)
+    return {"class_names": names, "labels": labels}
 
 
 def data_roots() -> list[Path]:
@@ -52,11 +130,11 @@ def data_roots() -> list[Path]:
     return [Path(root) for root in (os.environ.get("SIMCLR_DATA"), "data") if root]
 
 
-def _by_name(name: str, split: str | None) -> ImageSource:
+def _by_name(name: str, options: SourceOptions) -> ImageSource:
     for path in _candidates(name):
         if path.exists():
-            return open_source(path, split)
-    return open_source(download(name, data_roots()[0], split), split)
+            return open_source(path, options)
+    return open_source(download(name, data_roots()[0], options.split), options)
 
 
 def _candidates(name: str) -> list[Path]:
