@@ -11,14 +11,17 @@ import pickle
 import tarfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.data.sources.images import ArrayImages, ImageSource
+from simclr_dist.data.sources.account import NAMES_SHOWN, LeftOut
+from simclr_dist.data.sources.images import ArrayImages
+from simclr_dist.data.sources.listing import image_suffixes
 from simclr_dist.errors import DataError
 
 
@@ -53,36 +56,58 @@ FASHION_MNIST_CLASSES = (
 )  # fmt: skip
 
 
-def torchvision_files(root: Path, split: str | None) -> ImageSource | None:
-    """The dataset whose files are in `root`, as published or as torchvision stores them; None if there is none."""
-    for cifar in CIFARS.values():
-        for folder in (root, root / cifar.folder):
-            if folder.name == cifar.folder and (folder / cifar.meta).is_file():
-                names = (*cifar.train, *cifar.test, cifar.meta)
-                present = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
-                return _cifar(cifar, split, str(folder), present.__getitem__)
-        if (root / cifar.archive).is_file():
-            return torchvision_archive(root / cifar.archive, split)
+def torchvision_files(root: Path, split: str | None) -> ArrayImages | None:
+    """The dataset whose files are in `root`, as published or as torchvision stores them; None if there is none.
+
+    Raises DataError, also when there is more than one.
+    """
+    found: dict[str, tuple[Path, Callable[[Path, str | None], ArrayImages]]] = {}
+    for name, cifar in CIFARS.items():
+        folder = next(
+            (at for at in (root, root / cifar.folder) if at.name == cifar.folder and _has(at, cifar.meta)), None
+        )
+        if folder is not None:
+            found[name] = folder, partial(_cifar_folder, cifar)
+        elif _has(root, cifar.archive):
+            found[name] = root / cifar.archive, partial(_cifar_archive, cifar)
     for folder in (root, root / "stl10_binary"):
-        if (folder / "train_X.bin").is_file() or (folder / "unlabeled_X.bin").is_file():
-            return _stl10(folder, split)
+        if _has(folder, "train_X.bin") or _has(folder, "unlabeled_X.bin"):
+            found.setdefault("stl10", (folder, _stl10))
     for folder in (root, root / "FashionMNIST" / "raw", root / "raw"):
         if list(folder.glob("train-images-idx3-ubyte*")):
-            return _idx(folder, split)
+            found.setdefault("fashion-mnist", (folder, _idx))
+    if len(found) > 1:
+        places = ", ".join(f"{name} in {place}" for name, (place, _) in found.items())
+        raise DataError(f"{root}: holds several datasets; give the place of one: {places}")
+    for name, (place, read) in found.items():
+        images = read(place, split)
+        return replace(images, layout=f"{name}, {images.layout}", left_out=_beside(root, place, name))
     return None
 
 
-def torchvision_archive(path: Path, split: str | None) -> ImageSource | None:
-    for cifar in CIFARS.values():
+def torchvision_archive(path: Path, split: str | None) -> ArrayImages | None:
+    """The dataset that the archive is, told by its name; None for others. Raises DataError."""
+    for name, cifar in CIFARS.items():
         if path.name == cifar.archive:
-            try:
-                with tarfile.open(path) as archive:
-                    members = {PurePosixPath(m.name).name: archive.extractfile(m) for m in archive if m.isreg()}
-                    files = {name: file.read() for name, file in members.items() if file is not None}
-                return _cifar(cifar, split, str(path), files.__getitem__)
-            except (tarfile.TarError, EOFError, OSError, KeyError) as error:
-                raise DataError(f"{path}: is not a complete archive of {cifar.folder}: {error}") from None
+            images = _cifar_archive(cifar, path, split)
+            return replace(images, layout=f"{name}, {images.layout}")
     return None
+
+
+def _has(folder: Path, name: str) -> bool:
+    return (folder / name).is_file()
+
+
+def _beside(root: Path, place: Path, name: str) -> tuple[LeftOut, ...]:
+    """What lies in root and is not part of the dataset: everything beside its folder, images beside its files."""
+    own = {place.relative_to(root).parts[0]} if place != root else set()
+    own |= {cifar.archive for cifar in CIFARS.values()}
+    names = sorted(
+        entry.name
+        for entry in root.iterdir()
+        if entry.name not in own and (place != root or entry.is_dir() or entry.suffix.lower() in image_suffixes())
+    )
+    return (LeftOut(f"not part of {name}", len(names), tuple(names[:NAMES_SHOWN])),) if names else ()
 
 
 def _check_split(split: str | None, known: tuple[str, ...], origin: str) -> str:
@@ -91,16 +116,40 @@ def _check_split(split: str | None, known: tuple[str, ...], origin: str) -> str:
     return split
 
 
+def _cifar_folder(cifar: Cifar, folder: Path, split: str | None) -> ArrayImages:
+    return _cifar(cifar, split, str(folder), lambda name: (folder / name).read_bytes())
+
+
+def _cifar_archive(cifar: Cifar, path: Path, split: str | None) -> ArrayImages:
+    try:
+        with tarfile.open(path) as archive:
+            members = {PurePosixPath(m.name).name: archive.extractfile(m) for m in archive if m.isreg()}
+            files = {name: file.read() for name, file in members.items() if file is not None}
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: is not a complete archive of {cifar.folder}: {error}") from None
+    return _cifar(cifar, split, str(path), files.__getitem__)
+
+
 def _cifar(cifar: Cifar, split: str | None, origin: str, read: Callable[[str], bytes]) -> ArrayImages:
     split = _check_split(split, ("train", "test"), origin)
     try:
         parts = [_load_arrays(read(name)) for name in (cifar.train if split == "train" else cifar.test)]
-        names = _load_arrays(read(cifar.meta))[cifar.names_key]
-    except (OSError, KeyError, pickle.UnpicklingError, EOFError) as error:
-        raise DataError(f"{origin}: cannot be read: {error}") from None
-    pixels = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    labels = np.concatenate([np.asarray(part[cifar.label_key], np.int64) for part in parts])
-    return ArrayImages(origin, tuple(names), labels, np.ascontiguousarray(pixels))
+        names = tuple(map(str, _load_arrays(read(cifar.meta))[cifar.names_key]))
+        pixels = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels = np.concatenate([np.asarray(part[cifar.label_key], np.int64) for part in parts])
+    except Exception as error:  # a damaged pickle raises nearly everything
+        raise DataError(f"{origin}: cannot be read: {type(error).__name__}: {error}") from None
+    return _checked(origin, names, labels, np.ascontiguousarray(pixels), split)
+
+
+def _checked(
+    origin: str, names: tuple[str, ...], labels: NDArray[np.int64], images: NDArray[np.uint8], split: str
+) -> ArrayImages:
+    if images.dtype != np.uint8 or len(labels) != len(images):
+        raise DataError(f"{origin}: {len(images)} images ({images.dtype}) of `{split}`, but {len(labels)} labels")
+    if len(labels) and not -1 <= labels.min() <= labels.max() < len(names):
+        raise DataError(f"{origin}: labels from {labels.min()} to {labels.max()}, but {len(names)} classes")
+    return ArrayImages(origin, names, labels, images, layout=f"split {split}, {len(names)} classes by its own list")
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -139,7 +188,7 @@ def _stl10(folder: Path, split: str | None) -> ArrayImages:
         raise DataError(f"{file}: cannot be read: {error}") from None
     if rest or len(labels) != count:
         raise DataError(f"{file}: {count} images (and {rest} bytes), but {len(labels)} labels; download it again")
-    return ArrayImages(str(folder), names, labels, images)
+    return _checked(str(folder), names, labels, images, split)
 
 
 def _idx(folder: Path, split: str | None) -> ArrayImages:
@@ -147,9 +196,7 @@ def _idx(folder: Path, split: str | None) -> ArrayImages:
     prefix = "train" if split == "train" else "t10k"
     images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", ndim=3)
     labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", ndim=1).astype(np.int64)
-    if len(labels) != len(images):
-        raise DataError(f"{folder}: {len(images)} images of `{split}`, but {len(labels)} labels")
-    return ArrayImages(str(folder), FASHION_MNIST_CLASSES, labels, images)
+    return _checked(str(folder), FASHION_MNIST_CLASSES, labels, images, split)
 
 
 def _read_idx(folder: Path, name: str, ndim: int) -> NDArray[np.uint8]:
