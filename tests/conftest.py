@@ -25,3 +25,11 @@ def data_root() -> Path:
         if folder.is_dir():
             return folder
     pytest.skip(f"no real images at {', '.join(map(str, candidates))}; set SIMCLR_DATA")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """512 images of noise to train on, as a .beton file."""
+    from tests.training import write_images  # which imports this file
+
+    return write_images(tmp_path_factory.mktemp("images") / "noise.beton")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import STEPS, Training, write_images
+from tests.training import STEPS, Training
 
 CASES = {
     "lars, global BatchNorm": (2, "optim.optimizer=lars", "optim.base_lr=0.2"),
@@ -23,11 +23,6 @@ CASES = {
     ),
 }
 OFTEN = "checkpoint.every_steps=3"
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images") / "noise.beton", count=512)
 
 
 @pytest.mark.distributed

@@ -13,15 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.training import STEPS, TINY, Training, write_images
+from tests.training import STEPS, TINY, Training
 
 FAULTY = "tests.faulty_train"
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images") / "noise.beton")
 
 
 def steps(training: Training) -> list[int]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from simclr_dist.evaluation.online_probe import LEARNING_RATE, OnlineProbe
 from tests.distributed.spawn import run_ranks
-from tests.training import Training, write_images
+from tests.training import Training
 
 D, C, STEPS = 12, 7, 6
 
@@ -110,11 +110,6 @@ def test_the_state_of_other_classes_is_refused() -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In training
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images") / "noise.beton")
 
 
 def probe_figures(run_dir: Path) -> dict[int, dict[str, float]]:

@@ -10,12 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from simclr_dist.config import load_config
-from tests.training import STEPS, Training, write_images
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images") / "noise.beton")
+from tests.training import STEPS, Training
 
 
 @pytest.fixture(scope="module")
