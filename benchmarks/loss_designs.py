@@ -28,6 +28,8 @@ TEMPERATURE = 0.1
 # Bytes read and written for each similarity by the operations of `_cross_entropy` and its backward, counted there:
 # product 1; divide, mask, log-softmax 2 each; their backward 3, 2, 2; two products 2.
 PASSES = 16
+# How many matrices of similarities are held at once at most (tests/test_scaling.py measures it).
+COPIES = 3.3154
 
 
 class _Gather(torch.autograd.Function):
@@ -86,10 +88,10 @@ class Design:
             return 0.0
         return PASSES * 4.0 * (n * W if self.all_rows else n) * n * W
 
-    def held_bytes(self, n: int, W: int, K: int, copies: float) -> float:
-        """Of an autograd design at its fullest: `copies` matrices of similarities, the gathered z and its gradient."""
+    def held_bytes(self, n: int, W: int, K: int) -> float:
+        """The most that an autograd design holds at once: matrices of similarities, gathered z and its gradient."""
         N = n * W
-        return copies * 4.0 * (N if self.all_rows else n) * N + 2 * 4.0 * N * K
+        return COPIES * 4.0 * (N if self.all_rows else n) * N + 2 * 4.0 * N * K
 
     def collectives(self, n: int, W: int, K: int) -> list[Collective]:
         if W == 1:

@@ -1,72 +1,31 @@
-"""benchmarks/scaling.py: its designs are the same loss and send what it says; its fit finds what is there."""
+"""benchmarks/scaling.py: its designs compute the same loss, and send and hold what it says."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.loss_designs import FULL, GATHERED, OURS, Design
-from benchmarks.scaling import A100, SYSTEMS, measured_config, projected_config
-from benchmarks.scaling_measure import whole_step
-from benchmarks.scaling_model import (
-    Device,
-    Network,
-    TimedCollective,
-    TimedLoss,
-    collectives_of,
-    fit,
-    fit_line,
-    fit_loss,
-    fit_network,
-    step,
-)
+from benchmarks.scaling import A100, SYSTEMS, projected_config
+from benchmarks.scaling_model import Network, collectives_of, step
 from benchmarks.traffic import CountTraffic
-from simclr_dist.plan.traffic import Collective
+from simclr_dist.config import Config, load_config
+from simclr_dist.data import Batch
+from simclr_dist.loss import NTXentLoss
+from simclr_dist.network.batchnorm import convert_to_global_batch_norm
+from simclr_dist.network.simclr import build_model
+from simclr_dist.plan.memory import LiveBytes
+from simclr_dist.run.stop_requests import Requests
+from simclr_dist.views.augment import Augment
+from tests.conftest import REPOSITORY
 from tests.distributed.spawn import run_ranks
 
 DESIGNS = {design.name: design for design in (OURS, GATHERED, FULL)}
-GLOO = Network("gloo", 1 << 30, 30e-6, 20e-6, 2e9, 20e-6, 2e9)
-
-
-def timed_collectives(network: Network) -> list[TimedCollective]:
-    return [
-        TimedCollective(operation, size, W, network.seconds(Collective("", operation, size), W))  # type: ignore[arg-type]
-        for operation in ("all_gather", "all_reduce")
-        for size in (256, 2**16, 2**22)
-        for W in (2, 4)
-    ]
-
-
-def test_fit_finds_latency_and_bandwidth() -> None:
-    found = fit_network(timed_collectives(GLOO), "gloo")
-    assert found.start_s == pytest.approx(GLOO.start_s, rel=1e-6)
-    assert found.local_hop_s == pytest.approx(GLOO.local_hop_s, rel=1e-6)
-    assert found.local_bytes_per_s == pytest.approx(GLOO.local_bytes_per_s, rel=1e-6)
-
-
-def test_fit_stands_noise_and_knows_no_negative_times() -> None:
-    noisy = [
-        TimedCollective(t.operation, t.num_bytes, t.W, t.seconds * (1.05 if i % 2 else 0.95))
-        for i, t in enumerate(timed_collectives(GLOO))
-    ]
-    found = fit_network(noisy, "gloo")
-    for t in timed_collectives(GLOO):
-        assert found.seconds(t.as_collective(), t.W) == pytest.approx(t.seconds, rel=0.15)
-    assert fit([(1, 10), (1, 100), (1, 1000)], [0.5, 9.5, 99.5]) == [0.0, pytest.approx(0.0934, abs=0.05)]
-
-
-def test_fit_finds_the_devices_constants() -> None:
-    device = Device("", 5e-3, 2e-3, 1e-4, 3e-5, 4e-4, 8e10, 6e9)
-    assert fit_line({B: device.network(B) for B in (32, 64, 128)}) == pytest.approx((5e-3, 2e-3))
-    timed = [
-        TimedLoss(design, n, W, 128, device.loss(design, n, W, 128))
-        for design in DESIGNS.values()
-        for n in (1024, 4096)
-        for W in (1, 2, 4)
-    ]
-    assert fit_loss(timed) == pytest.approx((4e-4, 8e10, 6e9), rel=1e-6)
+CPU = torch.device("cpu")
 
 
 def gradients_and_bytes(rank: int, W: int) -> dict[str, tuple[Any, float]]:
@@ -94,24 +53,59 @@ def test_the_designs_are_the_same_loss_and_send_what_is_predicted() -> None:
 
 
 def predicted_bytes(design: Design, W: int) -> float:
-    """float64 rows are twice as wide as the predicted float32; the agreement's header stays."""
+    """float64 rows are twice as wide as the predicted float32; the header of the check stays."""
     return sum(c.sent(W) * (1 if c.what == "loss: agreement" else 2) for c in design.collectives(24, W, 16))
 
 
+@pytest.mark.parametrize("design", [GATHERED, FULL], ids=lambda design: design.name)
+def test_an_autograd_design_holds_what_is_predicted(design: Design) -> None:
+    n, K = 1024, 128
+    z = torch.randn(n, K, requires_grad=True)
+    with LiveBytes() as live:
+        design.loss(z).backward()
+    assert live.peak == pytest.approx(design.held_bytes(n, 1, K), rel=0.1)
+
+
+def small_config() -> Config:
+    overrides = ["train.global_batch_size=16", "data.train=synthetic", "data.test=null"]
+    overrides += ["evaluation.knn_every_epochs=null"]
+    return load_config(REPOSITORY / "configs" / "cifar10_demo.yaml", overrides, world_size=2)
+
+
 def sent_in_a_step(rank: int, W: int) -> float:
-    return whole_step(measured_config(W, 8), 1)[2]
+    """A step made of the trainer's parts: the third, since in the second DDP sends the order of its buckets."""
+    config = small_config()
+    B, S = config.train.global_batch_size // W, config.data.image_size
+    ids = torch.arange(B) + rank * B
+    batch = Batch(torch.randint(0, 256, (2, B, S, S, 3), dtype=torch.uint8), ids, ids, 0)
+    augment, nt_xent = Augment(config.augment, config.seed, S), NTXentLoss(config.loss.temperature)
+    network = convert_to_global_batch_norm(build_model(config.model), CPU)
+    model = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    requests = Requests(Path("nowhere"), CPU)
+
+    def run() -> None:
+        requests.announce()
+        model.zero_grad(set_to_none=True)
+        nt_xent(model(augment(batch).flatten(0, 1))[1], batch.sample_ids).backward()
+        requests.agreed()
+
+    run()
+    run()
+    with CountTraffic(W) as traffic:
+        run()
+    return traffic.sent
 
 
 @pytest.mark.distributed
-def test_a_step_sends_what_the_model_reckons_with() -> None:
-    planned = sum(c.sent(2) for c in collectives_of(measured_config(2, 8), 2))
+def test_a_step_sends_what_the_model_counts() -> None:
+    planned = sum(c.sent(2) for c in collectives_of(small_config(), 2))
     assert run_ranks(2, sent_in_a_step) == [pytest.approx(planned)] * 2
 
 
 def test_more_bandwidth_is_never_slower_and_one_device_sends_nothing() -> None:
     (_, ndr), (_, hdr), (_, ethernet), (_, slow) = SYSTEMS
     config = projected_config(64, 64 * 128)
-    times = [step(config, 64, A100, network).seconds for network in (ndr, hdr, ethernet, slow)]
+    times = [sum(step(config, 64, A100, network).parts.values()) for network in (ndr, hdr, ethernet, slow)]
     assert times == sorted(times)
     alone = step(projected_config(1, 128), 1, A100, hdr).parts
     assert sum(alone[name] for name in ("loss: sending", "BatchNorm", "gradients, not hidden", "stop requests")) == 0
