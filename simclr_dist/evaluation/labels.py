@@ -1,11 +1,14 @@
-"""Do the labels of two sets of features fit together? Asked before every evaluation that needs them."""
+"""Labels of two sets of features: checked and matched before every evaluation that needs them."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from simclr_dist.data.classes import ClassMap
 from simclr_dist.errors import DataError
 from simclr_dist.evaluation.features import Features
 
@@ -39,6 +42,11 @@ def check_label_range(labels: Tensor, num_classes: int, name: str) -> None:
             f"the {name} images have label {int(labels.max())}, but there are {num_classes} classes "
             f"(0..{num_classes - 1})"
         )
+
+
+def relabelled(features: Features, classes: ClassMap) -> Features:
+    """The features of a test set with the training set's class numbers."""
+    return replace(features, labels=torch.from_numpy(classes(features.labels.numpy())))
 
 
 def train_counts(train: Features, num_classes: int) -> Tensor:

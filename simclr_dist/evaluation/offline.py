@@ -17,12 +17,14 @@ from torch import nn
 from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.checkpoint.pretrained import load_pretrained
 from simclr_dist.config import DataConfig, ModelConfig, Precision
+from simclr_dist.data.classes import ClassMap, match_classes
 from simclr_dist.data.loading.load_images import load_images
 from simclr_dist.data.loading.open_images import DatasetInfo, describe
-from simclr_dist.errors import ConfigError, DataError
+from simclr_dist.errors import ConfigError
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
 from simclr_dist.evaluation.features import Features, digest, extract_features_distributed, pixel_features
 from simclr_dist.evaluation.knn import knn_top1
+from simclr_dist.evaluation.labels import relabelled
 from simclr_dist.evaluation.linear import linear_probe
 from simclr_dist.network.simclr import build_model
 from simclr_dist.parallel import distributed
@@ -40,6 +42,8 @@ class LabelledImages:
     test: str
     train_info: DatasetInfo
     test_info: DatasetInfo
+    classes: ClassMap
+    """From the test set's class numbers to the training set's."""
 
     @property
     def num_classes(self) -> int:
@@ -58,24 +62,18 @@ class Score:
 def open_labelled(data: DataConfig, train: str | None = None, test: str | None = None) -> LabelledImages:
     """The images of the section `data`, or others in their place: evaluating on another dataset is a transfer.
 
-    Raises ConfigError without test data, DataError when the two have different classes.
+    Raises ConfigError without test data, DataError when the test set has classes that the training set lacks.
     """
     train, test = train or data.train, test or data.test
     if test is None:
         raise ConfigError(["data.test is null, and there is no --test: give held-out images with --test PATH"])
     train_info, test_info = describe(train), describe(test)
-    if train_info.class_names != test_info.class_names:
-        only_train = sorted(set(train_info.class_names) - set(test_info.class_names))
-        only_test = sorted(set(test_info.class_names) - set(train_info.class_names))
-        difference = f"only in train: {_few(only_train)}; only in test: {_few(only_test)}"
-        if not only_train and not only_test:
-            difference = "the same names in another order"
-        raise DataError(f"{train} and {test} have different classes ({difference})")
-    return LabelledImages(train, test, train_info, test_info)
+    return LabelledImages(train, test, train_info, test_info, match(train_info, test_info, train=train, test=test))
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "-"
+def match(train_info: DatasetInfo, test_info: DatasetInfo, *, train: str, test: str) -> ClassMap:
+    """`match_classes` of two described data sets."""
+    return match_classes(train_info.class_names, test_info.class_names, test_info.labels, train=train, test=test)
 
 
 def features_of(
@@ -91,7 +89,7 @@ def features_of(
     say: Say,
 ) -> Features:
     """h of all images of `source` on every rank, from the cache when it has them. Raises DataError."""
-    key = cache_key(digest(encoder), info.fingerprint, data.image_size, precision)
+    key = cache_key(digest(encoder), info.content_fingerprint, data.image_size, precision)
     found = read_features(cache, key) if cache else None
     # A cache on a node's own disk may be there for some ranks only; they must all do the same.
     if not distributed.all_reduce_max_(torch.tensor([found is None], dtype=torch.int32, device=device)).item():
@@ -146,6 +144,8 @@ def evaluate(
     model, checkpoint = load_pretrained(source, say)
     config = checkpoint.config
     images = open_labelled(config.data, train, test)
+    if images.classes.sentence:
+        say(images.classes.sentence)
     run = RunDir.of_checkpoint(checkpoint.path)
     settings: dict[str, Any] = {"precision": precision or config.train.precision}
     if method == "knn":
@@ -185,7 +185,7 @@ def evaluate(
             )
             for source, info in ((images.train, images.train_info), (images.test, images.test_info))
         )
-        return train, test
+        return train, relabelled(test, images.classes)
 
     scores = []
     if baselines:
@@ -193,7 +193,8 @@ def evaluate(
             pixel_features(load_images(source, config.data.image_size, batch_size=512), normalize=normalize)
             for source in (images.train, images.test)
         )
-        scores.append(score("raw pixels", *pixels))
+        train_pixels, test_pixels = pixels
+        scores.append(score("raw pixels", train_pixels, relabelled(test_pixels, images.classes)))
         scores.append(score("untrained encoder", *features(_untrained(config.model, config.seed))))
     scores.append(score("trained encoder", *features(model.encoder)))
     record = {
@@ -201,8 +202,8 @@ def evaluate(
         "method": method,
         "train": images.train,
         "test": images.test,
-        "train_fingerprint": images.train_info.fingerprint,
-        "test_fingerprint": images.test_info.fingerprint,
+        "train_fingerprint": images.train_info.content_fingerprint,
+        "test_fingerprint": images.test_info.content_fingerprint,
         **settings,
         "top1": scores[-1].top1,
         "top5": scores[-1].top5,

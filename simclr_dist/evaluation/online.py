@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from simclr_dist.config import DataConfig, EvaluationConfig, Precision
+from simclr_dist.data.classes import match_classes
 from simclr_dist.data.loading.load_images import load_images
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.evaluation.features import Features, extract_features_distributed
 from simclr_dist.evaluation.knn import knn_top1
+from simclr_dist.evaluation.labels import relabelled
 from simclr_dist.evaluation.online_probe import OnlineProbe
 from simclr_dist.views.augment import normalize
 
@@ -45,7 +47,9 @@ def evaluate_while_training(
             normalize=normalize,
         )
 
-    looked_up, asked = features_of(data.train, bank), features_of(data.test, np.arange(test.num_samples))
+    classes = match_classes(train.class_names, test.class_names, test.labels, train=data.train, test=data.test)
+    looked_up = features_of(data.train, bank)
+    asked = relabelled(features_of(data.test, np.arange(test.num_samples)), classes)
     knn = knn_top1(
         looked_up,
         asked,
