@@ -87,7 +87,7 @@ class Account:
 
     def lines(self) -> list[str]:
         """For a terminal or a log: one line a fact, printable whatever bytes the names hold."""
-        lines = [f"{self.source}: {self.layout}", f"taken: {self.taken:,} images"]
+        lines = [f"{self.source}: {self.layout}", f"taken: {self.taken:,} {'image' if self.taken == 1 else 'images'}"]
         lines += [f"left out: {_line(group)}" for group in self.left_out]
         lines += [f"note: {_line(group)}" for group in self.notes]
         return [printable(line) for line in lines]

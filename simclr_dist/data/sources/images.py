@@ -91,15 +91,25 @@ class FileImages:
 
     @property
     def content_fingerprint(self) -> str:
+        in_archive = bool(self.entries) and self.entries[0][3] >= 0
+        return self._fingerprint_of_bytes if in_archive else self._fingerprint_of_files()
+
+    def _fingerprint_of_files(self) -> str:
         digest = _digest_of_labels(self.class_names, self.labels)
-        for index, (name, path, _, size) in enumerate(self.entries):
-            digest.update(name.removeprefix(self.root).encode("utf-8", "surrogateescape"))
-            if size < 0:
-                found = _stat(path)
-                digest.update(f"\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
-            else:
-                digest.update(f"\0{size}\n".encode() + self._content(index))
+        for name, path, _, _ in self.entries:
+            found = _stat(path)
+            digest.update(self._encoded(name) + f"\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
         return digest.hexdigest()
+
+    @cached_property
+    def _fingerprint_of_bytes(self) -> str:
+        digest = _digest_of_labels(self.class_names, self.labels)
+        for index, (name, _, _, size) in enumerate(self.entries):
+            digest.update(self._encoded(name) + f"\0{size}\n".encode() + self._content(index))
+        return digest.hexdigest()
+
+    def _encoded(self, name: str) -> bytes:
+        return name.removeprefix(self.root).encode("utf-8", "surrogateescape")
 
     def name(self, index: int) -> str:
         return self.entries[index][0]

@@ -150,8 +150,7 @@ def _only_split(rest: dict[int, Parts], ask: _Questions) -> str | None:
         beside = sorted(heads - set(alike)) + (["images in no folder"] if () in folders else [])
         if beside:
             raise ask.about(
-                f"{_some(alike)} look like splits, but beside them there are {_some(beside)}; "
-                "choose a split, or take all folders as classes",
+                f"{_some(alike)}: splits? Beside them are {_some(beside)}. Choose a split, or take all as classes",
                 [*choices[:NAMES_SHOWN], "--layout classes"],
             )
         if len(alike) > 1:
@@ -231,8 +230,8 @@ def _read_classes(rest: dict[int, Parts], ask: _Questions, reading: Reading) -> 
             )
         reading.sentence = "no classes, because the images lie in no folders"
         return
-    level = "outermost folders" if depth == 1 else f"folders at depth {depth}"
-    count = "1 class" if len(names) == 1 else f"{len(names):,} classes"
+    count, folder = ("1 class", "folder") if len(names) == 1 else (f"{len(names):,} classes", "folders")
+    level = f"outermost {folder}" if depth == 1 else f"{folder} at depth {depth}"
     reading.sentence = f"{count}, the {level} ({_some(names)})"
     if any(len(folder) > depth for folder in folders):
         reading.sentence += "; folders inside them are no classes"

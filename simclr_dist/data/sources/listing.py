@@ -80,7 +80,7 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(
         suffix
         for suffix, format_name in Image.registered_extensions().items()
-        if format_name in Image.OPEN and format_name not in _NOT_IMAGES
+        if format_name in {*Image.OPEN, "MPO"} - _NOT_IMAGES
     )
 
 

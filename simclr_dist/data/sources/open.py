@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from simclr_dist.data.sources.account import SourceOptions, printable
+from simclr_dist.data.sources.account import SourceOptions
 from simclr_dist.data.sources.archives import list_archive
 from simclr_dist.data.sources.dataset_files import CIFARS, torchvision_archive, torchvision_files
 from simclr_dist.data.sources.folders import list_folder
@@ -42,8 +42,13 @@ def open_source(source: str | Path, options: SourceOptions | str | None = None) 
     try:
         return _open(source, options)
     except OSError as error:
-        place = printable(os.fsdecode(error.filename)) if error.filename is not None else source
-        raise DataError(f"{place}: cannot be read: {error.strerror or error}") from None
+        raise _cannot_be_read(error, source) from None
+
+
+def _cannot_be_read(error: OSError, source: str | Path) -> DataError:
+    """Names the place that failed, which may be a folder far inside the source."""
+    place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else source
+    return DataError(f"{place}: cannot be read: {error.strerror or error}")
 
 
 def _open(source: str | Path, options: SourceOptions) -> ImageSource:
@@ -218,8 +223,11 @@ def find_dataset() -> tuple[str, Path]:
 
 
 def size_on_disk(source: str) -> int:
-    """Bytes of the files behind a data source; 0 for synthetic images."""
+    """Bytes of the files behind a data source; 0 for synthetic images. Raises DataError."""
     path = Path(source)
-    if path.is_dir():
-        return sum(os.path.getsize(os.path.join(at, name)) for at, _, names in os.walk(path) for name in names)
-    return path.stat().st_size if path.is_file() else 0
+    try:
+        if path.is_dir():
+            return sum(os.path.getsize(found.path) for found in list_folder(path).files)
+        return path.stat().st_size if path.is_file() else 0
+    except OSError as error:
+        raise _cannot_be_read(error, source) from None
