@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from simclr_dist.config import ModelConfig
+from simclr_dist.config import ModelConfig, Precision
+from simclr_dist.network.precision import autocast
 from simclr_dist.network.simclr import build_model, build_projection_head
 
 
@@ -37,3 +38,12 @@ def test_heads_have_their_layers(layers: int, batch_norm: str, expected: list[st
         if isinstance(part, nn.Linear):
             assert (part.bias is None) == isinstance(following, nn.BatchNorm1d)
     assert head(torch.randn(5, 8)).shape == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_precision_is_the_type_that_networks_compute_in(precision: Precision, dtype: torch.dtype) -> None:
+    x = torch.ones(2, 2)
+    with autocast("cpu", precision):
+        assert (x @ x).dtype == dtype

@@ -59,7 +59,7 @@ def _run(args: argparse.Namespace) -> int:
     print_table("", ("top-1 accuracy of", "kNN", "linear probe"), rows)
     speeds = [record["speed/images_per_s"] for record in read_records(run.log) if "speed/images_per_s" in record]
     print(f"{statistics.median(speeds):,.0f} images/s in training; {time.monotonic() - started:.0f} s in all")
-    print(f"The run lies in {run.path}; to start afresh, remove it.")
+    print(f"The run lies in {run.path}; remove it to start again from the beginning.")
     print(f"Its curves and images: {Path(sys.executable).with_name('tensorboard')} --logdir {run.path.parent}")
     return 0
 

@@ -87,7 +87,7 @@ def query_embedding(
 ) -> NDArray[np.float32]:
     """h [D] of `query`: one of the embedded images by its name, or any image file, embedded now.
 
-    checkpoint: where the encoder lies now, if it has moved. Raises DataError; CheckpointError when the encoder is not
+    checkpoint: where the encoder is now, if it has moved. Raises DataError; CheckpointError when the encoder is not
     the one that made the embeddings.
     """
     if query in embeddings.names:

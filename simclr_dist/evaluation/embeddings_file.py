@@ -37,7 +37,7 @@ class Embeddings:
 
 
 def check_format(path: Path) -> None:
-    """Raises DataError if `path` could not be written or read; asked before the work of hours."""
+    """Raises DataError if `path` has a format that cannot be written or read here. Call it before hours of work."""
     if path.suffix == ".parquet":
         _pyarrow()
     elif path.suffix != ".npz":

@@ -38,7 +38,7 @@ def default_epochs(share: float) -> int:
 
 @dataclass(frozen=True)
 class Training:
-    """How to train, and where. base_lr: for a batch of 256. on_epoch(epoch, mean loss): called after each epoch."""
+    """How to train, and where. base_lr: for a batch of 256. on_epoch(epoch, mean loss) is called after each epoch."""
 
     epochs: int
     base_lr: float = FINE_TUNE_LR

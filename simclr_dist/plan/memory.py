@@ -95,7 +95,7 @@ def step_activations(model: ModelConfig, *, image_size: int, images: int, precis
             parameter.grad = torch.empty_like(parameter)
         views = torch.empty(2 * images, 3, image_size, image_size)
         with LiveBytes() as live:
-            # bf16 stands for fp16: as many bytes, and known to every CPU.
+            # bf16 stands for fp16: as many bytes, and supported by every CPU.
             with autocast("cpu", "fp32" if precision == "fp32" else "bf16"):
                 _, z = network(views)
             z.backward(torch.empty_like(z))
