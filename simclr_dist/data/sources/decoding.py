@@ -46,12 +46,13 @@ def decode(file: IO[bytes], decoding: Decoding = ASK) -> tuple[Pixels, str | Non
                 return _decode_samples(file, pages, decoding), _note_on_pages(pages, decoding)
             try:
                 return _decode_by_pillow(file, decoding, pages)
-            except (DataError, MemoryError):
-                raise
-            except Exception:
-                if not pages:
+            except Exception as error:
+                of_pixels = isinstance(error, (DataError, MemoryError, OSError)) and not isinstance(
+                    error, UnidentifiedImageError
+                )
+                if of_pixels or not pages:
                     raise
-                # Metadata alone can make Pillow fail.
+                # Only the metadata make Pillow fail.
                 file.seek(0)
                 return _decode_by_pillow(BytesIO(tiff.without_metadata(file.read(), pages[0])), decoding, pages)
     except DataError:
@@ -66,17 +67,19 @@ def _decode_by_pillow(file: IO[bytes], decoding: Decoding, pages: list[tiff.Page
     with Image.open(file) as image:
         _check_size(image.width, image.height, decoding)
         pixels: Pixels | None = None
-        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and decoding.bands is None:
+        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
             file.seek(0)
             found = turbojpeg.decode_jpeg(file.read(), image.width, image.height)
             pixels, damage = (None, found) if isinstance(found, str) else (found, None)
+            if pixels is not None and decoding.bands is not None:
+                pixels = to_rgb(pixels if image.mode == "RGB" else pixels[..., :1], decoding)
         if pixels is None:
             # Before loading, as loading forgets how the samples are stored.
             stored_as = image.tile[0][3] if image.tile else ""
             image.load()
             if pages and pages[0].get(tiff.BITS, 1) == 12:
                 pixels = (np.asarray(image) >> 4).astype(np.uint8)[..., None].repeat(3, axis=2)
-            elif isinstance(stored_as, str) and stored_as.endswith(";16B") and image.mode in ("RGB", "RGBA", "LA"):
+            elif isinstance(stored_as, str) and stored_as in ("RGB;16B", "RGBA;16B", "LA;16B"):
                 pixels = _from_16_bits(file, image, stored_as, decoding)
             else:
                 pixels = _to_rgb(image, decoding)
@@ -103,10 +106,9 @@ def _to_rgb(image: Image.Image, decoding: Decoding) -> Pixels:
 def _from_16_bits(file: IO[bytes], image: Image.Image, stored_as: str, decoding: Decoding) -> Pixels:
     """Of colours with 16 bits, of which Pillow has taken the upper bytes."""
     upper = np.asarray(image)
-    num_colours = len(image.getbands()) - (image.mode in ("LA", "RGBA"))
-    if decoding.value_range is None and not upper[..., :num_colours].max() < DARK_16_BIT >> 8:
+    if decoding.value_range is None and upper[..., :3].max() >= DARK_16_BIT >> 8:
         return _to_rgb(image, decoding)
-    if image.mode == "LA":
+    if stored_as == "LA;16B":
         raise DataError("16-bit grey with transparency, nearly black: convert it to 16-bit grey, then say --range")
     file.seek(0)
     with Image.open(file) as again:
@@ -125,8 +127,9 @@ def _decode_samples(file: IO[bytes], pages: list[tiff.Page], decoding: Decoding)
     file.seek(0)
     content = file.read()
     samples = np.concatenate([tiff.read_samples(content, page) for page in _pages_as_bands(pages, decoding)], axis=2)
-    photometric = page.get(tiff.PHOTOMETRIC, tiff.WHITE_IS_ZERO)
-    alpha = page.alpha if page.dtype in (np.uint8, np.uint16) else None
+    photometric = page.get(tiff.PHOTOMETRIC, tiff.BLACK_IS_ZERO)
+    unassociated = page.dtype in (np.uint8, np.uint16) and page.get(tiff.EXTRA_SAMPLES, 2) == 2
+    alpha = page.alpha if unassociated else None
     pixels = to_rgb(samples, decoding, num_colours=3 if photometric == tiff.RGB else 1, alpha=alpha)
     if photometric == tiff.WHITE_IS_ZERO:
         pixels = 255 - pixels

@@ -34,6 +34,10 @@ class Decoding:
     max_pixels: int | None = None
     on_damage: OnDamage = "warn"
 
+    def __post_init__(self) -> None:
+        if self.value_range is not None and self.value_range[0] == self.value_range[1]:
+            raise DataError(f"--range {self.value_range[0]} {self.value_range[1]}: expected two different values")
+
 
 ASK = Decoding()
 
@@ -43,7 +47,8 @@ def to_rgb(
 ) -> NDArray[np.uint8]:
     """RGB uint8 [H, W, 3] of samples [H, W, S].
 
-    num_colours: 1 or 3, how many of the samples the file declares to be colours. alpha: which one is transparency.
+    num_colours: 1 or 3, how many of the samples the file declares to be colours. alpha: which one is transparency,
+    unsigned.
     Raises DataError that says what to type.
     """
     num_bands = samples.shape[2]
@@ -55,27 +60,26 @@ def to_rgb(
     elif num_bands != num_colours + (alpha is not None):
         raise DataError(
             f"{_describe(samples)}: which bands are red, green and blue? Say --bands I J K, each from 1 to {num_bands}"
-            + (_ask_range(samples) if decoding.value_range is None and samples.dtype != np.uint8 else "")
+            + (f"; and {_range(samples)}" if decoding.value_range is None and samples.dtype != np.uint8 else "")
         )
     colours = samples if alpha is None else np.delete(samples, alpha, axis=2)
     rgb = _to_8_bits(colours, decoding.value_range)
     rgb = rgb if rgb.shape[2] == 3 else np.repeat(rgb, 3, axis=2)
     if alpha is None:
         return rgb
-    opacity = samples[..., alpha]
-    opacity = opacity if opacity.dtype == np.uint8 else _to_8_bits(opacity, (0, np.iinfo(opacity.dtype).max))
-    return on_white(Image.fromarray(np.concatenate([rgb, opacity[..., None]], axis=2)))
+    opacity = samples[..., alpha, None] >> 8 * (samples.dtype.itemsize - 1)
+    return on_white(Image.fromarray(np.concatenate([rgb, opacity.astype(np.uint8)], axis=2)))
 
 
 def on_white(image: Image.Image) -> NDArray[np.uint8]:
     """RGB uint8 [H, W, 3] of an image with transparency, put on white.
 
-    Raises DataError when the transparency looks like one more band. Such as near infrared, which many programs store
-    there: it has many values, and few of them are 0 or 255.
+    Raises DataError when the transparency looks like one more band, such as near infrared, which many programs store
+    there: more than 16 values, and most pixels neither clear nor solid.
     """
     image = image.convert("RGBA")
     histogram = np.array(image.getchannel("A").histogram())
-    if 2 * histogram[1:255].sum() > histogram.sum() and np.count_nonzero(histogram) > 32:
+    if 2 * histogram[1:255].sum() > histogram.sum() and np.count_nonzero(histogram) > 16:
         raise DataError(
             f"uint8, {image.height} x {image.width} x 4, values of the fourth band from "
             f"{histogram.nonzero()[0][0]} to {histogram.nonzero()[0][-1]}: it varies like a band of its own, not like "
@@ -94,24 +98,36 @@ def _to_8_bits(samples: NDArray, value_range: tuple[float, float] | None) -> NDA
         return np.rint(np.nan_to_num(scaled, nan=0.0).clip(0, 255)).astype(np.uint8)
     if samples.dtype.kind == "u" and samples.dtype.itemsize == 2 and not 0 < samples.max() < DARK_16_BIT:
         return (samples >> 8).astype(np.uint8)
-    raise DataError(f"{_describe(samples)}: which values are black and white?{_ask_range(samples)}")
+    raise DataError(f"{_describe(samples)}: which values are black and white? Say {_range(samples)}")
 
 
 def _describe(samples: NDArray) -> str:
     """Such as `int16, 512 x 512 x 1, values from -1024 to 3071`."""
     low, high = _extremes(samples)
-    return f"{samples.dtype.name}, {' x '.join(map(str, samples.shape))}, values from {low} to {high}"
+    return f"{_kind(samples)}, values from {_text(low)} to {_text(high)}"
 
 
-def _ask_range(samples: NDArray) -> str:
+def _range(samples: NDArray) -> str:
     low, high = _extremes(samples)
-    if isinstance(low, int) and low >= 0:  # 0 to all ones, as sensors count
-        low, high = 0, max(255, (1 << int(high).bit_length()) - 1)
-    return f" Say --range LOW HIGH, such as --range {low} {high}, the same for all images"
+    if isinstance(high, int) and low >= 0:  # 0 to all ones, as sensors count
+        low, high = 0, max(255, (1 << high.bit_length()) - 1)
+    elif low >= 0 and high <= 1:
+        low, high = 0, 1
+    return f"--range LOW HIGH, such as --range {_text(low)} {_text(high)}, the same for all images"
 
 
-def _extremes(samples: NDArray) -> tuple[int, int] | tuple[float, float] | tuple[str, str]:
+def _extremes(samples: NDArray) -> tuple[float, float]:
     if samples.dtype.kind == "f":
         finite = samples[np.isfinite(samples)]
-        return (float(f"{finite.min():.4g}"), float(f"{finite.max():.4g}")) if finite.size else ("NaN", "NaN")
-    return int(samples.min()), int(samples.max())
+        if not finite.size:
+            raise DataError(f"{_kind(samples)}: holds no finite number")
+        samples = finite
+    return samples.min().item(), samples.max().item()
+
+
+def _kind(samples: NDArray) -> str:
+    return f"{samples.dtype.name}, {' x '.join(map(str, samples.shape))}"
+
+
+def _text(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:.6g}"

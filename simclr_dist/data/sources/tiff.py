@@ -23,7 +23,19 @@ STRIP_OFFSETS, SAMPLES, ROWS_PER_STRIP, STRIP_SIZES, PLANAR = 273, 277, 278, 279
 PREDICTOR, TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_SIZES = 317, 322, 323, 324, 325
 EXTRA_SAMPLES, SAMPLE_FORMAT, ORIENTATION, COLOUR_MAP, YCBCR_SUBSAMPLING = 338, 339, 274, 320, 530
 _STORAGE = (HEIGHT, COMPRESSION, STRIP_OFFSETS, ROWS_PER_STRIP, STRIP_SIZES, TILE_HEIGHT, TILE_OFFSETS, TILE_SIZES)
-_MEANING = (WIDTH, BITS, PHOTOMETRIC, FILL_ORDER, SAMPLES, PLANAR, PREDICTOR, TILE_WIDTH, EXTRA_SAMPLES, SAMPLE_FORMAT)
+_MEANING = (
+    SUBFILE_TYPE,
+    WIDTH,
+    BITS,
+    PHOTOMETRIC,
+    FILL_ORDER,
+    SAMPLES,
+    PLANAR,
+    PREDICTOR,
+    TILE_WIDTH,
+    EXTRA_SAMPLES,
+    SAMPLE_FORMAT,
+)
 _OF_PIXELS = (*_STORAGE, *_MEANING, ORIENTATION, COLOUR_MAP, YCBCR_SUBSAMPLING)
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2
@@ -34,10 +46,9 @@ _MOST_PAGES = _MOST_TAGS = 10_000  # what exceeds this is damage
 
 @dataclass(frozen=True)
 class Page:
-    """The integer tags of one page. big: a BigTIFF, whose offsets have 8 bytes."""
+    """The integer tags of one page."""
 
     byte_order: str
-    big: bool
     tags: dict[int, tuple[int, ...]]
 
     def get(self, tag: int, default: int) -> int:
@@ -87,7 +98,7 @@ def pages(file: IO[bytes]) -> list[Page]:
         return []
     big = head[2:4] in (b"+\0", b"\0+")
     found: list[Page] = []
-    seen = set()
+    seen: set[int] = set()
     try:
         (offset,) = struct.unpack_from(f"{byte_order}{'Q' if big else 'I'}", head, 8 if big else 4)
         while offset and offset not in seen and len(seen) < _MOST_PAGES:
@@ -111,7 +122,7 @@ def _read_page(file: IO[bytes], offset: int, byte_order: str, big: bool) -> tupl
     (following,) = _unpack(file, byte_order + next_format)
     tags = {}
     for tag, kind, length, value in entries:
-        if kind not in _INTEGER_TYPES or not 0 < length < 1 << 24:
+        if tag not in _OF_PIXELS or kind not in _INTEGER_TYPES or length == 0:
             continue
         dtype = np.dtype(byte_order + _INTEGER_TYPES[kind])
         size = length * dtype.itemsize
@@ -120,7 +131,7 @@ def _read_page(file: IO[bytes], offset: int, byte_order: str, big: bool) -> tupl
             value = file.read(size)
         if len(value) >= size:
             tags[tag] = tuple(np.frombuffer(value, dtype, length).tolist())
-    return Page(byte_order, big, tags), following
+    return Page(byte_order, tags), following
 
 
 def _unpack(file: IO[bytes], layout: str) -> tuple:
@@ -140,7 +151,7 @@ def read_samples(content: bytes, page: Page) -> NDArray:
         return _read_interleaved(content, page, dtype)
     bands = []
     for band in range(page.num_samples):
-        one = {SAMPLES: (1,)}
+        one: dict[int, tuple[int, ...]] = {SAMPLES: (1,)}
         for tag in (STRIP_OFFSETS, STRIP_SIZES, TILE_OFFSETS, TILE_SIZES):
             if tag in page.tags:
                 per_band = len(page.tags[tag]) // page.num_samples
@@ -152,13 +163,15 @@ def read_samples(content: bytes, page: Page) -> NDArray:
 def _read_interleaved(content: bytes, page: Page, dtype: np.dtype) -> NDArray:
     height, width, samples = page.shape
     per_pixel = samples * dtype.itemsize
-    tile = page.get(TILE_WIDTH, width) if TILE_OFFSETS in page.tags else width
+    tile = page.get(TILE_WIDTH, 0) if TILE_OFFSETS in page.tags else width
+    if not 0 < tile <= max(width, 1 << 16):
+        raise ValueError(f"TIFF with tiles of {tile} pixels")
     padded = -(-width // tile) * tile  # the last tile is stored whole
     tags = {tag: page.tags[tag] for tag in _STORAGE if tag in page.tags}
     tags |= {WIDTH: (padded * per_pixel,), BITS: (8,), PHOTOMETRIC: (BLACK_IS_ZERO,), SAMPLES: (1,)}
     if TILE_OFFSETS in page.tags:
         tags[TILE_WIDTH] = (tile * per_pixel,)
-    with Image.open(io.BytesIO(_with_tags(content, page, tags))) as image:
+    with Image.open(io.BytesIO(_with_tags(content, tags, "<"))) as image:
         stored = np.array(image).reshape(height, padded // tile, tile, per_pixel)
     values = [
         _without_predictor(stored[:, column], page.get(PREDICTOR, 1), samples, dtype)
@@ -169,28 +182,29 @@ def _read_interleaved(content: bytes, page: Page, dtype: np.dtype) -> NDArray:
 
 def without_metadata(content: bytes, page: Page) -> bytes:
     """The file with only those tags of its first page that its pixels need."""
-    return _with_tags(content, page, {tag: page.tags[tag] for tag in _OF_PIXELS if tag in page.tags})
+    return _with_tags(content, {tag: page.tags[tag] for tag in _OF_PIXELS if tag in page.tags}, page.byte_order)
 
 
-def _with_tags(content: bytes, page: Page, tags: dict[int, tuple[int, ...]]) -> bytes:
-    """The file with another table of tags for its first page, appended to it."""
-    size, letter, kind = (8, "Q", 16) if page.big else (4, "I", 4)
-    order = page.byte_order
-    content += b"\0" * (-len(content) % 8)
-    start = len(content)
-    table = struct.pack(order + ("Q" if page.big else "H"), len(tags))
-    outside = start + len(table) + len(tags) * (4 + 2 * size) + size
+def _with_tags(content: bytes, tags: dict[int, tuple[int, ...]], byte_order: str) -> bytes:
+    """The file behind another header and table of tags.
+
+    Little-endian as BigTIFF, for any size; Pillow reads no big-endian one.
+    """
+    big = byte_order == "<"
+    letter, size, kind = ("Q", 8, 16) if big else ("I", 4, 4)
+    head = b"II+\0\x08\0\0\0" if big else b"MM\0*"
+    head += struct.pack(byte_order + letter, len(head) + size)
+    table = struct.pack(byte_order + ("Q" if big else "H"), len(tags))
+    values_at = len(head) + len(table) + len(tags) * (4 + 2 * size) + size
+    content_at = values_at + size * sum(len(numbers) for numbers in tags.values() if len(numbers) > 1)
     values = b""
     for tag, numbers in sorted(tags.items()):
-        packed = struct.pack(f"{order}{len(numbers)}{letter}", *numbers)
-        table += struct.pack(f"{order}HH{letter}", tag, kind, len(numbers))
-        if len(numbers) == 1:
-            table += packed
-        else:
-            table += struct.pack(order + letter, outside + len(values))
-            values += packed
-    head = content[:size] + struct.pack(order + letter, start)
-    return head + content[len(head) :] + table + struct.pack(order + letter, 0) + values
+        shift = content_at if tag in (STRIP_OFFSETS, TILE_OFFSETS) else 0
+        packed = struct.pack(f"{byte_order}{len(numbers)}{letter}", *(number + shift for number in numbers))
+        table += struct.pack(f"{byte_order}HH{letter}", tag, kind, len(numbers))
+        table += packed if len(numbers) == 1 else struct.pack(byte_order + letter, values_at + len(values))
+        values += packed if len(numbers) > 1 else b""
+    return head + table + struct.pack(byte_order + letter, 0) + values + content
 
 
 def _without_predictor(lines: NDArray[np.uint8], predictor: int, samples: int, dtype: np.dtype) -> NDArray:
