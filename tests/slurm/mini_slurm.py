@@ -52,7 +52,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 FirstJobId={first_job}
 JobRequeue=1
-KillWait=5
+KillWait=30
 SlurmdTimeout=10
 SlurmctldTimeout=10
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0
