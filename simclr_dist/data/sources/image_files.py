@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from simclr_dist.data.sources.account import NAMES_SHOWN, Account, LeftOut, SourceOptions, printable
 from simclr_dist.data.sources.images import FileImages
 from simclr_dist.data.sources.layout import read_layout
-from simclr_dist.data.sources.listing import Found, Listing, Parts, choose_images, image_suffixes
+from simclr_dist.data.sources.listing import Found, Listing, Parts, choose_images
 from simclr_dist.data.sources.lists import check_names, number_classes, read_labels, read_names
 from simclr_dist.data.sources.sample_values import Decoding
 from simclr_dist.errors import DataError
@@ -22,9 +22,9 @@ def images_of(listing: Listing, options: SourceOptions, class_names: tuple[str, 
     else:
         images, others, notes = _named_in(options.files, listing), [], []
     if not images:
-        found = [f"{group.count:,} × {group.reason}: {group.names[0]}" for group in _groups(others + listing.left_out)]
-        suffixes = ", ".join(sorted(image_suffixes()))
-        raise DataError("\n  ".join([f"{origin}: holds no images ({suffixes})", *map(printable, found)]))
+        groups = _groups(others + listing.left_out + listing.notes)
+        found = [printable(f"{group.count:,} × {group.reason}: {group.names[0]}") for group in groups]
+        raise DataError("\n  ".join([f"{origin}: holds no images that Pillow opens", *found]))
     reading = read_layout([image.parts for image in images], listing.folders, origin, options, listing.is_archive)
     taken = [images[i] for i in reading.classes]
     classes = list(reading.classes.values())
