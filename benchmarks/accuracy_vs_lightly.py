@@ -1,4 +1,4 @@
-"""Do our loss and our augmentation teach an encoder as much as lightly's? On the same images, step for step.
+"""Does an encoder learn as much with our loss and augmentation as with lightly's? On the same images, step for step.
 
     simclr-dist prepare cifar10-jpeg.tar.xz /tmp/train.beton --split train --limit 10000
     simclr-dist prepare cifar10-jpeg.tar.xz /tmp/test.beton --split test
@@ -47,7 +47,7 @@ from simclr_dist.views.augment import Augment, normalize
 
 BATCH = 256
 TEMPERATURE = 0.2
-# CIFAR's augmentation in both languages: jitter strength 0.5, no blur, crops from 0.2 of the area (few epochs).
+# CIFAR's augmentation for both libraries: jitter strength 0.5, no blur, crops from 0.2 of the area (few epochs).
 OURS = AugmentConfig(preset="simclr_cifar", crop_scale_min=0.2)
 LIGHTLY = {"cj_strength": 0.5, "gaussian_blur": 0.0, "min_scale": 0.2}
 SIDES = ("ours", "lightly")

@@ -1,4 +1,4 @@
-"""CIFAR-10 against the clock: the shipped 100-epoch recipe, for as many minutes as there are.
+"""CIFAR-10 with a time limit: the shipped 100-epoch configuration, for as many minutes as are given.
 
     python -m benchmarks.cifar10_clock --train cifar10_train.beton --test cifar10_test.beton --minutes 8
 
@@ -27,7 +27,7 @@ NAME, CALL_AGAIN = "cifar10_clock", 3
 
 
 def train(command: list[str], seconds: float) -> int:
-    """The training's exit code; it is asked to stop after `seconds` and given two minutes to save."""
+    """Trains; asks the training to stop after `seconds` and gives it two minutes to save. Returns its exit code."""
     process = subprocess.Popen(command)
     try:
         return process.wait(timeout=seconds)

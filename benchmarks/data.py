@@ -1,4 +1,4 @@
-"""How fast are two views of an image, and what do they cost? Ours against stock ffcv, torchvision and lightly.
+"""How fast is loading two views of an image? Ours compared with stock ffcv, torchvision and lightly.
 
     python benchmarks/data.py --photographs imagenet-sample-256.tar --cifar cifar10-jpeg.tar.xz
 

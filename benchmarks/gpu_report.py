@@ -1,4 +1,4 @@
-"""The last thing `benchmarks/gpu.sh` does: one table of what its parts found, and DIR/gpu.json beside it."""
+"""The last part of `benchmarks/gpu.sh`: one table of the results of all parts, and DIR/gpu.json beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the health check costs: a step that is examined against a plain one, as a share of training at a cadence.
+"""What the health check costs: a step with a check compared with one without, and its share of the training time.
 
     python -m benchmarks.health                                       the demo's network on the CPU: a minute
     python -m benchmarks.health --config configs/cifar10_resnet18_100ep.yaml --device cuda
@@ -103,7 +103,7 @@ def measure(config: Config, device: torch.device, repetitions: int) -> dict[str,
     ):
         steps = Steps(config, device, monitor)
         plain, differences = [], []
-        for step in range(-1, repetitions):  # the first only warms up
+        for step in range(-1, repetitions):  # the first one warms up
             order = (True, False) if step % 2 else (False, True)
             found = {examined: steps.seconds(step + 1, examined) for examined in order}
             if step >= 0:

@@ -1,4 +1,4 @@
-"""How long the loss takes, what memory it needs, and how that compares: with its floor and with other libraries.
+"""Time and memory of the loss, compared with its lower bound and with other libraries.
 
     python -m benchmarks.loss                            one process and 2 ranks, small sizes: some minutes
     python -m benchmarks.loss --rows 4096 8192 16384     as in docs/loss.md
@@ -54,14 +54,14 @@ def ours(implementation: str) -> Loss:
 
 
 def plain_full_logits(z: Tensor) -> None:
-    """What one writes first: N x N logits, a mask, cross-entropy."""
+    """The simplest form: N x N logits, a mask, cross-entropy."""
     unit = F.normalize(z, dim=1)
     logits = (unit @ unit.T / TEMPERATURE).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
     F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z) // 2)).backward()
 
 
 def half_problem(z: Tensor) -> None:
-    """open_clip's loss: view 0 against view 1 only, so a quarter of the similarities. Another, smaller task."""
+    """open_clip's loss: view 0 against view 1 only, so a quarter of the similarities: a smaller task."""
     a, b = F.normalize(z, dim=1).chunk(2)
     logits = a @ b.T / TEMPERATURE
     labels = torch.arange(len(a), device=z.device)
@@ -99,7 +99,7 @@ def floor(symmetric: bool) -> Loss:
     return run
 
 
-# name -> (build it, the most rows it is given: beyond, it needs more than 16 GiB)
+# name -> (how to build it, the largest number of rows: with more it needs over 16 GiB)
 ONE_PROCESS: dict[str, tuple[Callable[[], Loss], int]] = {
     "ours": (lambda: ours("auto"), 1 << 20),
     "floor, 3 products": (lambda: floor(symmetric=False), 1 << 17),
@@ -112,7 +112,7 @@ ONE_PROCESS: dict[str, tuple[Callable[[], Loss], int]] = {
 
 
 class FullColumns(Tiles):
-    """Every rank sums its own rows against all columns: what the division of the pairs saves."""
+    """Every rank sums its own rows against all columns, to show what dividing the pairs saves."""
 
     def sums(self) -> Tensor:
         n, own = self.batch.num_rows, self.batch.own
@@ -209,7 +209,7 @@ def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
 
 
 class PeakMemory:
-    """MiB above what was there on entering: of the process (Linux), or of the GPU's allocator."""
+    """MiB above those in use at the start: of the process (Linux), or of the GPU's allocator."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -239,7 +239,7 @@ def peak_mib(name: str, rows: int, device: str, dtype: str, threads: int) -> flo
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     loss = ONE_PROCESS[name][0]()
-    loss(random_rows(256, device, dtype))  # loads what is loaded once
+    loss(random_rows(256, device, dtype))  # loads libraries, which must not count
     z = random_rows(rows, device, dtype)
     with PeakMemory(z.device) as peak:
         loss(z)

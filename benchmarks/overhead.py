@@ -1,4 +1,4 @@
-"""What the trainer's care costs: its whole loop against a bare DDP loop that does the same work and nothing else.
+"""What the trainer costs: its whole loop compared with a bare DDP loop that does the same work and nothing else.
 
     python -m benchmarks.overhead                         1 and 2 processes, a small encoder: some minutes
     python -m benchmarks.overhead --ranks 2 --steps 400
@@ -49,7 +49,7 @@ WARM_UP = 10
 
 
 class BareLoop:
-    """What one writes by hand: model, DDP, loss, optimiser."""
+    """A loop written by hand: model, DDP, loss, optimiser."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         torch.manual_seed(config.seed)
@@ -74,7 +74,7 @@ class BareLoop:
 
 
 class TakingTurns:
-    """In place of the loader: a few batches over and over, and before or after each a step of the bare loop."""
+    """Replaces the loader: repeats a few batches, and runs a step of the bare loop before or after each."""
 
     def __init__(self, trainer: Trainer, bare: BareLoop) -> None:
         self.trainer_s: list[float] = []
@@ -82,7 +82,7 @@ class TakingTurns:
         self._bare = bare
         batches = trainer.parts.loader.batches(0)
         self._batches = list(itertools.islice(batches, 4))
-        del batches  # ends the decoding ahead
+        del batches  # stops the loader's decoding
 
     def batches(self, step: int) -> Iterator[Batch]:
         for i, batch in enumerate(itertools.cycle(self._batches)):
@@ -90,7 +90,7 @@ class TakingTurns:
                 self._time_bare_step(batch)
             distributed.barrier()
             start = time.perf_counter()
-            yield batch  # Trainer.fit does all it does with it, and comes back for the next
+            yield batch  # Trainer.fit does its step before it asks for the next batch
             distributed.barrier()
             self.trainer_s.append(time.perf_counter() - start)
             if not i % 2:
@@ -105,7 +105,7 @@ class TakingTurns:
 
 
 def agreement_ms(config: Config, device: torch.device, rounds: int = 500) -> float:
-    """A stop request's announcement and agreement with nothing in between: the median."""
+    """Median seconds to announce and agree on stop requests, with nothing in between."""
     times = []
     requests = Requests(config.run_dir, device)
     for _ in range(rounds):
@@ -167,7 +167,7 @@ def measure(world_size: int, args: argparse.Namespace) -> dict[str, float]:
         trainer_s, bare_s, alone_ms = results.get(timeout=1800)
         for process in ranks:
             process.join()
-    # The last step also saves the final checkpoint, once a run, whatever its length; nobody comes back from it.
+    # The last step also saves the final checkpoint, once per run, so it is left out.
     count = min(len(trainer_s), len(bare_s)) // args.window * args.window
     windows = [slice(i, i + args.window) for i in range(0, count, args.window)]
     ratios = [sum(trainer_s[w]) / sum(bare_s[w]) for w in windows]

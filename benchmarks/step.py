@@ -1,4 +1,4 @@
-"""What a training step spends its time on, against the bare encoder's forward and backward: the floor.
+"""Where the time of a training step goes, compared with its lower bound: the bare encoder's forward and backward.
 
     python -m benchmarks.step --device cuda                                  ResNet-18, 512 CIFAR images
     python -m benchmarks.step --device cuda --encoder resnet50 --stem imagenet --image-size 224 --batch-size 256
@@ -36,7 +36,7 @@ AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 
 class Stopwatch:
-    """Marks in the order of the device's work; on CUDA nobody waits before `laps_ms`."""
+    """Time marks in the order of the device's work; on CUDA the host waits only in `laps_ms`."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -54,7 +54,7 @@ class Stopwatch:
         self.names.append(name)
 
     def laps_ms(self) -> dict[str, float]:
-        """From each mark to the next, by the name of the latter."""
+        """Milliseconds from each mark to the next, by the name of the latter."""
         if self.cuda:
             torch.cuda.synchronize()
         return {
@@ -88,7 +88,7 @@ def step_in_parts(trainer: Trainer, batch: Batch) -> dict[str, float]:
 
 
 def bare_encoder(config: Config, views: Tensor) -> Callable[[], None]:
-    """Forward and backward of the encoder alone, on views that are there already."""
+    """Forward and backward of the encoder alone, on views that are already on the device."""
     encoder: nn.Module = build_encoder(config.model)[0].to(views.device)
     if config.train.channels_last:
         encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -106,7 +106,7 @@ def bare_encoder(config: Config, views: Tensor) -> Callable[[], None]:
 
 
 def matrix_product_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large product of random matrices: the ceiling that this machine really has."""
+    """FLOP/s of a large product of random matrices: the practical maximum of this machine."""
     n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device, dtype=AUTOCAST[precision]) for _ in range(2))
     times = [duration_ms(lambda: a @ b, device) for _ in range(12)][2:]
@@ -147,7 +147,7 @@ def measure(config: Config, repetitions: int) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         times: dict[str, list[float]] = {"step": [], "floor": []}
         parts: list[dict[str, float]] = []
-        for i in range(-3, repetitions):  # the first ones only warm up
+        for i in range(-3, repetitions):  # the first ones warm up
             batch = few[i % len(few)]
             step_ms = duration_ms(lambda batch=batch: trainer.train_step(batch), device)  # type: ignore[misc]
             floor_ms = duration_ms(floor, device)
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     if args.device == "cpu":
-        torch.cuda.is_available = lambda: False  # the trainer takes a GPU where it sees one
+        torch.cuda.is_available = lambda: False  # the trainer uses a GPU if there is one
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as runs:
         config = Config.model_validate(

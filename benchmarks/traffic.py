@@ -1,4 +1,4 @@
-"""Counts what a piece of a training really sends."""
+"""Counts the bytes that code sends in collectives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class CountTraffic(TorchDispatchMode):
-    """Notes every collective with the bytes that a rank sends for it in a ring."""
+    """Records every collective with the bytes that a rank sends for it in a ring."""
 
     def __init__(self, world_size: int) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("ending", ["npz", "parquet"])
 def test_embeddings_come_back_with_names_and_classes(run: Path, tmp_path: Path, ending: str) -> None:
     pytest.importorskip("pyarrow" if ending == "parquet" else "numpy")
-    folder = save_images(tmp_path / "pictures", 3, seed=0)
+    folder = save_images(tmp_path / "images", 3, seed=0)
     embeddings = embed(run, str(folder), device="cpu", precision="fp32")
     save_embeddings(tmp_path / f"out.{ending}", embeddings)
     found = load_embeddings(tmp_path / f"out.{ending}")
@@ -64,7 +64,7 @@ def test_neighbours_equal_a_loop_over_cosines() -> None:
 
 
 def test_a_picture_file_finds_itself(run: Path, tmp_path: Path) -> None:
-    folder = save_images(tmp_path / "pictures", 3, seed=0)
+    folder = save_images(tmp_path / "images", 3, seed=0)
     embeddings = embed(run, str(folder), device="cpu", precision="fp32")
     copy = tmp_path / "copy.png"
     shutil.copy(folder / "green" / "001.png", copy)
@@ -89,7 +89,7 @@ def test_large_pictures_are_cropped_as_in_the_embedding(run: Path, tmp_path: Pat
 
 
 def test_bad_input_is_named(run: Path, tmp_path: Path) -> None:
-    folder = save_images(tmp_path / "pictures", 2, seed=0)
+    folder = save_images(tmp_path / "images", 2, seed=0)
     embeddings = embed(run, str(folder), device="cpu")
     with pytest.raises(DataError, match=r"nothing.jpg: neither an embedded image's name nor a readable image"):
         query_embedding(embeddings, "nothing.jpg")
@@ -98,10 +98,10 @@ def test_bad_input_is_named(run: Path, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="is no file of `simclr-dist embed`"):
             load_embeddings(tmp_path / name)
     other, _ = save_run(tmp_path / "other", encoder="resnet_small", image_size=16)
-    picture = shutil.copy(folder / "red" / "000.png", tmp_path / "copy.png")
+    image = shutil.copy(folder / "red" / "000.png", tmp_path / "copy.png")
     moved = Embeddings(**{**vars(embeddings), "encoder_digest": "another"})
     with pytest.raises(CheckpointError, match="not the one that made these embeddings"):
-        query_embedding(moved, str(picture), checkpoint=other)
+        query_embedding(moved, str(image), checkpoint=other)
 
 
 def test_a_file_that_could_not_be_written_is_refused_before_anything_is_embedded(

@@ -229,7 +229,7 @@ def test_projector_files_hold_vectors_labels_and_thumbnails(tmp_path: Path) -> N
     assert (folder / newest.metadata_path).read_text().split("\n") == ["cat", "a dog", "two lines", "", "cat", ""]
     sprite = np.asarray(Image.open(folder / newest.sprite.image_path))
     assert list(newest.sprite.single_image_dim) == [32, 32]
-    assert sprite.shape == (96, 96, 3)  # 5 pictures in a square of 3 x 3
+    assert sprite.shape == (96, 96, 3)  # 5 images in a square of 3 x 3
     for i in range(5):
         row, column = divmod(i, 3)
         np.testing.assert_array_equal(sprite[32 * row : 32 * row + 32, 32 * column : 32 * column + 32], images[i])
