@@ -287,17 +287,19 @@ class TestArchives:
         assert folder.labels.tolist() == packed.labels.tolist()
         assert all(np.array_equal(folder.read(i), packed.read(i)) for i in range(len(folder.labels)))
 
-    def test_later_versions_and_devices_are_told(self, tmp_path: Path) -> None:
+    def test_later_versions_devices_and_sparse_files_are_told(self, tmp_path: Path) -> None:
         path = write_tar(tmp_path / "in.tar", {"a/0.png": PNG, "a/1.png": PNG})
         with tarfile.open(path, "a") as archive:
             add_member(archive, "a/0.png", JPEG)
             add_member(archive, "a/fifo.png", type=tarfile.FIFOTYPE)
             add_member(archive, "a/disk.png", type=tarfile.BLKTYPE)
+            holes = {"GNU.sparse.size": "1000000", "GNU.sparse.numblocks": "1", "GNU.sparse.map": f"0,{len(PNG)}"}
+            add_member(archive, "a/sparse.png", PNG, pax_headers=holes)
         source = open_source(path)
         assert np.array_equal(source.read(0), np.asarray(Image.open(io.BytesIO(JPEG))))
         assert left_out(source) == {
             "an earlier version of a file that the archive holds again": ("a/0.png",),
-            "not an ordinary file": ("a/fifo.png", "a/disk.png"),
+            "not an ordinary file": ("a/fifo.png", "a/disk.png", "a/sparse.png"),
         }
 
     def test_archives_inside_are_named(self, tmp_path: Path) -> None:

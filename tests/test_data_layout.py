@@ -123,8 +123,8 @@ class TestQuestions:
         ("name", "kind"),
         [
             ("train", "train"), ("Training", "train"), ("train2017", "train"), ("trainA", "train"),
-            ("my_train", "train"), ("TEST", "test"), ("testset", "test"), ("val", "val"), ("valid", "val"), ("Validation-1", "val"),
-            ("dev", "dev"), ("eval", "eval"), ("unlabelled", "unlabeled"), ("trainval", "trainval"),
+            ("my_train", "train"), ("TEST", "test"), ("testset", "test"), ("val", "val"), ("valid", "val"),
+            ("Validation-1", "val"), ("dev", "dev"), ("eval", "eval"), ("unlabelled", "unlabeled"), ("trainval", "trainval"),
             ("trains", None), ("valley", None), ("testament", None), ("device", None), ("evalanche", None),
         ],
     )  # fmt: skip

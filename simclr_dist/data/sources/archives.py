@@ -80,7 +80,8 @@ def _list(file: IO[bytes], start: int, end: int, parts: Parts, plain: str, listi
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined] # else it keeps what it has read
-                if member.offset_data + member.size > end:
+                sparse = member.sparse is not None  # type: ignore[attr-defined]
+                if not sparse and member.offset_data + member.size > end:
                     raise tarfile.ReadError(f"it ends within {member.name}")
                 name = _path_inside(member.name)
                 if not name:
@@ -93,7 +94,7 @@ def _list(file: IO[bytes], start: int, end: int, parts: Parts, plain: str, listi
                     links[name] = _path_inside(member.linkname)
                 elif member.issym():
                     links[name] = _target(name, member.linkname)
-                elif not member.isreg() or member.sparse is not None:  # type: ignore[attr-defined]
+                elif sparse or not member.isreg():
                     left_out.append(("not an ordinary file", name))
                 else:
                     files[name] = member.offset_data, member.size
