@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,11 @@ from torch import nn
 
 from simclr_dist.config import DataConfig, EvaluationConfig
 from simclr_dist.data.classes import match_classes
+from simclr_dist.data.loading.evaluation_labels import check_evaluation_labels
 from simclr_dist.errors import DataError
 from simclr_dist.evaluation.offline import open_labelled
 from simclr_dist.evaluation.online import evaluate_while_training
-from simclr_dist.training.parts import _check_evaluation
+from tests.conftest import REPOSITORY
 
 COLOURS = {"ant": (220, 30, 30), "bee": (30, 220, 30), "cow": (30, 30, 220), "dog": (200, 200, 30)}
 
@@ -99,12 +103,10 @@ def test_evaluations_after_training_match_classes_too(tmp_path: Path) -> None:
     assert "2 of the 3 classes; none of ant" in images.classes.sentence
 
 
-def check(tmp_path: Path, train: str, test: str) -> list[str]:
-    said: list[str] = []
-    _check_evaluation(
-        DataConfig(train=train, test=test, image_size=16), EvaluationConfig(knn_every_epochs=1), said.append
+def check(train: str, test: str) -> str:
+    return check_evaluation_labels(
+        DataConfig(train=train, test=test, image_size=16), EvaluationConfig(knn_every_epochs=1)
     )
-    return said
 
 
 def test_labels_that_no_evaluation_can_use_are_refused_before_the_first_step(tmp_path: Path) -> None:
@@ -114,18 +116,34 @@ def test_labels_that_no_evaluation_can_use_are_refused_before_the_first_step(tmp
     for i in range(3):
         Image.new("RGB", (16, 16)).save(flat / f"{i}.png")
     with pytest.raises(DataError, match=r"3 of 3 images of data.test .* have no label; .*knn_every_epochs to null"):
-        check(tmp_path, train, str(flat))
+        check(train, str(flat))
     with pytest.raises(DataError, match=r"3 of 3 images of data.train "):
-        check(tmp_path, str(flat), train)
+        check(str(flat), train)
     with pytest.raises(DataError, match=r"does not have: cow, dog"):
-        check(tmp_path, train, solid(tmp_path / "others", "ant", "cow", "dog"))
+        check(train, solid(tmp_path / "others", "ant", "cow", "dog"))
     with pytest.raises(DataError, match=r"has 1 class, and kNN needs two"):
-        check(tmp_path, solid(tmp_path / "one", "ant"), solid(tmp_path / "one_test", "ant"))
-    (said,) = check(tmp_path, train, solid(tmp_path / "fewer", "bee"))
-    assert "1 of the 2 classes; none of ant" in said
-    assert not check(tmp_path, train, train)
+        check(solid(tmp_path / "one", "ant"), solid(tmp_path / "one_test", "ant"))
+    assert "1 of the 2 classes; none of ant" in check(train, solid(tmp_path / "fewer", "bee"))
+    assert check(train, train) == ""
 
 
-def test_a_configuration_without_evaluation_needs_no_labels(tmp_path: Path) -> None:
-    config = EvaluationConfig(knn_every_epochs=None)
-    _check_evaluation(DataConfig(train="nowhere", test="nowhere", image_size=16), config, pytest.fail)
+def test_training_and_doctor_refuse_such_labels_before_anything_starts(tmp_path: Path) -> None:
+    settings = [
+        f"data.train={solid(tmp_path / 'train', 'ant', 'bee')}",
+        f"data.test={solid(tmp_path / 'test', 'ant', 'cow')}",
+        "train.global_batch_size=4",
+        f"runs_dir={tmp_path}",
+    ]
+    for module in ("simclr_dist.train", "simclr_dist.doctor"):
+        command = [sys.executable, "-m", module, "configs/smoke.yaml", *settings]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode in (1, 2), module
+        assert "does not have: cow" in done.stdout + done.stderr, module
+        assert "Traceback" not in done.stdout + done.stderr, module
+    assert not list((tmp_path / "smoke" / "checkpoints").glob("*"))
+
+
+def test_a_configuration_without_evaluation_needs_no_labels() -> None:
+    data = DataConfig(train="nowhere", test="nowhere", image_size=16)
+    assert check_evaluation_labels(data, EvaluationConfig(knn_every_epochs=None)) == ""

@@ -141,8 +141,11 @@ def distill_classifier(
     teacher = load_classifier(teacher_file)
     config = parse_config(teacher.config_json)
     images = open_labelled(config.data, unlabelled, test)
-    if images.test_info.class_names != teacher.class_names:
-        raise DataError(f"{images.test} has other classes than the teacher {teacher_file}")
+    if images.train_info.class_names != teacher.class_names:
+        raise DataError(
+            f"{images.train} does not have the classes of the teacher {teacher_file} in its order; distil on images "
+            "prepared with the same classes (`simclr-dist prepare --classes-from`)"
+        )
     torch.manual_seed(settings.seed)
     if student_from is not None:
         model, checkpoint = load_pretrained(student_from, say)
@@ -193,10 +196,14 @@ def _random_crops(images: LabelledImages, ids: NDArray[np.int64], data: DataConf
 def _test(
     classifier: Classifier, images: LabelledImages, data: DataConfig, batch_size: int, training: Training
 ) -> Accuracy:
-    """On the test images, which are used only here."""
+    """On the test images, which are used only here, with the training set's class numbers."""
+    batches = (
+        (pixels, torch.from_numpy(images.classes(labels.numpy())), ids)
+        for pixels, labels, ids in load_images(images.test, data.image_size, batch_size=batch_size)
+    )
     return accuracy(
         classifier,
-        load_images(images.test, data.image_size, batch_size=batch_size),
+        batches,
         device=training.device,
         precision=training.precision,
         normalize=normalize,

@@ -22,6 +22,7 @@ from simclr_dist.data.loading.view_loader import build_loader
 from simclr_dist.errors import DataError
 from simclr_dist.evaluation.features import Features, extract_features
 from simclr_dist.evaluation.gallery import neighbour_rows, shrink
+from simclr_dist.evaluation.labels import relabelled
 from simclr_dist.evaluation.linear import linear_probe
 from simclr_dist.evaluation.offline import open_labelled
 from simclr_dist.network.simclr import SimCLR
@@ -109,9 +110,10 @@ def look_into(
         insight.notes.append("no probe: data.test is null; --test gives held-out images")
         return insight
     try:
-        open_labelled(data)
+        labelled = open_labelled(data)
         fitted = _features(data, model, data.train, images, batch_size, device)
-        insight.confusion = confusion(fitted, shown, names, device)
+        names = labelled.train_info.class_names
+        insight.confusion = confusion(fitted, relabelled(shown, labelled.classes), names, device)
     except DataError as error:
         insight.notes.append(f"no probe: {error}")
     return insight

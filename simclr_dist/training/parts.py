@@ -15,12 +15,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from simclr_dist.config import Config, DataConfig, EvaluationConfig, render_config
+from simclr_dist.config import Config, render_config
 from simclr_dist.data import Batch, Loader
-from simclr_dist.data.classes import match_classes
+from simclr_dist.data.loading.evaluation_labels import check_evaluation_labels
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.loading.view_loader import build_loader
-from simclr_dist.errors import ConfigError, DataError
+from simclr_dist.errors import ConfigError
 from simclr_dist.evaluation.online_probe import OnlineProbe
 from simclr_dist.health.check import HealthCheck
 from simclr_dist.loss import NTXentLoss
@@ -103,7 +103,7 @@ def build(config: Config) -> Parts:
         ),
         device,
     )
-    run_on_all_ranks(lambda: _check_evaluation(config.data, config.evaluation, _warn_on(world)), device)
+    run_on_all_ranks(lambda: _check_labels(config, _warn_on(world)), device)
     steps_per_epoch = loader.order.steps_per_epoch
     num_steps = config.train.epochs * steps_per_epoch
     augment = Augment(config.augment, config.seed, config.data.image_size)
@@ -208,27 +208,9 @@ def _warn_on(world: World) -> Callable[[str], None]:
     return warn
 
 
-def _check_evaluation(data: DataConfig, evaluation: EvaluationConfig, warn: Callable[[str], None]) -> None:
-    """Raises DataError where the labels of data.train and data.test cannot be used for the kNN of the epochs' ends."""
-    if evaluation.knn_every_epochs is None or data.test is None:
-        return
-    train, test = describe(data.train), describe(data.test)
-    switch_off = "use labelled images, or set evaluation.knn_every_epochs to null"
-    for key, source, info in (("data.train", data.train, train), ("data.test", data.test, test)):
-        unlabelled = int((info.labels < 0).sum())
-        if unlabelled:
-            raise DataError(
-                f"evaluation.knn_every_epochs: {unlabelled:,} of {info.num_samples:,} images of {key} ({source}) have "
-                f"no label; {switch_off}"
-            )
-    if len(train.class_names) < 2:
-        raise DataError(
-            f"evaluation.knn_every_epochs: {data.train} has {len(train.class_names)} class, and kNN needs two; "
-            f"{switch_off}"
-        )
-    classes = match_classes(train.class_names, test.class_names, test.labels, train=data.train, test=data.test)
-    if classes.sentence:
-        warn(classes.sentence)
+def _check_labels(config: Config, warn: Callable[[str], None]) -> None:
+    if sentence := check_evaluation_labels(config.data, config.evaluation):
+        warn(sentence)
 
 
 def _place(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
