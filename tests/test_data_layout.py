@@ -124,8 +124,9 @@ class TestQuestions:
         [
             ("train", "train"), ("Training", "train"), ("train2017", "train"), ("trainA", "train"),
             ("my_train", "train"), ("TEST", "test"), ("testset", "test"), ("val", "val"), ("valid", "val"),
-            ("Validation-1", "val"), ("dev", "dev"), ("eval", "eval"), ("unlabelled", "unlabeled"), ("trainval", "trainval"),
-            ("trains", None), ("valley", None), ("testament", None), ("device", None), ("evalanche", None),
+            ("Validation-1", "val"), ("dev", "dev"), ("eval", "eval"), ("unlabelled", "unlabeled"),
+            ("trainval", "trainval"), ("trains", None), ("valley", None), ("testament", None), ("device", None),
+            ("evalanche", None),
         ],
     )  # fmt: skip
     def test_names_of_splits(self, name: str, kind: str | None) -> None:

@@ -7,6 +7,7 @@ One file for each command; those that share their subject share a file. All impo
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ exit codes: 0 done · 1 a fault of the program · 2 bad input, see the message
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: names of files may hold any bytes
     try:
         sys.exit(args.run(args))
     except KeyboardInterrupt:
