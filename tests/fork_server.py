@@ -21,9 +21,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from simclr_dist.data.decode import ffcv_import
 from tests.conftest import REPOSITORY
 
-_IMPORTED = ["__main__", "torch._dynamo", "simclr_dist.training.main", "simclr_dist.training.trainer"]
+_IMPORTED = [
+    "__main__",
+    "torch._dynamo",  # by every optimiser and by DDP
+    "simclr_dist.training.main",
+    "simclr_dist.training.trainer",
+    "simclr_dist.views.cpu_kernel",  # with what numba compiled
+    *(["simclr_dist.data.decode.kernel"] if ffcv_import.unavailable() is None else []),
+]
 context = multiprocessing.get_context("forkserver")
 
 
