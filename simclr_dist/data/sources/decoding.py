@@ -123,7 +123,7 @@ def _decode_samples(file: IO[bytes], pages: list[tiff.Page], decoding: Decoding)
     """Of a TIFF whose samples Pillow does not give as they are."""
     page = pages[0]
     height, width, num_samples = page.shape
-    _check_size(width, height * num_samples, decoding)
+    _check_size(width, height, decoding, num_samples)
     file.seek(0)
     content = file.read()
     samples = np.concatenate([tiff.read_samples(content, page) for page in _pages_as_bands(pages, decoding)], axis=2)
@@ -166,10 +166,12 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(pixels)
 
 
-def _check_size(width: int, height: int, decoding: Decoding) -> None:
+def _check_size(width: int, height: int, decoding: Decoding, num_bands: int = 1) -> None:
     limit = MAX_PIXELS if decoding.max_pixels is None else decoding.max_pixels
-    if width * height > limit:
-        raise DataError(f"{width} x {height} pixels are more than {limit}: say --max-pixels {width * height}")
+    needed = width * height * num_bands
+    if needed > limit:
+        bands = "" if num_bands == 1 else f" of {num_bands} bands"
+        raise DataError(f"{width} x {height} pixels{bands} are more than {limit}: say --max-pixels {needed}")
 
 
 class _Limit:

@@ -31,6 +31,15 @@ class LabelledImages(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
+    @property
+    def content_fingerprint(self) -> str:
+        """Differs where an image, a label or a class name differs; the same wherever the data lies.
+
+        Files count by name, size and time of their last change; images in an archive or in memory by their bytes.
+        Raises DataError.
+        """
+        ...
+
     def read(self, index: int) -> Pixels:
         """RGB uint8 [H, W, 3]. Raises DataError, naming the image, when it cannot be decoded."""
         ...
@@ -42,15 +51,6 @@ class ImageSource(LabelledImages, Protocol):
     @property
     def account(self) -> Account:
         """Everything found at the source, and how it was read."""
-        ...
-
-    @property
-    def content_fingerprint(self) -> str:
-        """Differs where an image, a label or a class name differs; the same wherever the data lies.
-
-        Files count by name, size and time of their last change; images in an archive or in memory by their bytes.
-        Raises DataError.
-        """
         ...
 
     def name(self, index: int) -> str:

@@ -14,6 +14,7 @@ from PIL import features
 
 _NAMES = ("libturbojpeg.so.0", "libturbojpeg.so", "libturbojpeg.dylib")  # what ffcv's library is linked with
 _RGB = 0  # TJPF_RGB
+_WARNING = 0  # TJERR_WARNING: the data are damaged, and have been decoded all the same
 
 
 @cache
@@ -23,9 +24,9 @@ def _library() -> ctypes.CDLL | None:
     for name in _NAMES:
         try:
             library = ctypes.CDLL(name)
-            for function in (library.tjInitDecompress, library.tjGetErrorStr2):
-                function.restype = ctypes.c_void_p
+            library.tjInitDecompress.restype = ctypes.c_void_p
             library.tjGetErrorStr2.restype = ctypes.c_char_p
+            library.tjGetErrorCode.restype = ctypes.c_int
             return library
         except (OSError, AttributeError):  # AttributeError: a version before 2.0
             continue
@@ -35,12 +36,12 @@ def _library() -> ctypes.CDLL | None:
 def unavailable() -> str | None:
     """Why damaged JPEG data go unnoticed here, or None when they are noticed."""
     if _library() is None:
-        return "libturbojpeg is not installed (on Debian: apt install libturbojpeg0)"
+        return "libturbojpeg is not installed (on Debian: apt install libturbojpeg0), or Pillow has another JPEG decoder"
     return None
 
 
 def decode_jpeg(content: bytes, width: int, height: int) -> NDArray[np.uint8] | str | None:
-    """RGB uint8 [height, width, 3]; or what is wrong with the data; or None when this is not for libturbojpeg.
+    """RGB uint8 [height, width, 3]; or what is damaged; or None when libturbojpeg cannot decode it or is not there.
 
     width, height: the size according to Pillow, as a guard for the memory that is written to.
     """
@@ -52,16 +53,18 @@ def decode_jpeg(content: bytes, width: int, height: int) -> NDArray[np.uint8] | 
         found = [ctypes.c_int() for _ in range(4)]  # width, height, subsampling, colour space
         source = (ctypes.c_void_p(handle), content, ctypes.c_ulong(len(content)))
         if library.tjDecompressHeader3(*source, *(ctypes.byref(value) for value in found)) < 0:
-            return _error(library, handle)
+            return _damage(library, handle)
         if (found[0].value, found[1].value) != (width, height):
             return None
         pixels = np.empty((height, width, 3), np.uint8)
         target = (ctypes.c_void_p(pixels.ctypes.data), width, 3 * width, height, _RGB, 0)
-        return _error(library, handle) if library.tjDecompress2(*source, *target) < 0 else pixels
+        return _damage(library, handle) if library.tjDecompress2(*source, *target) < 0 else pixels
     finally:
         library.tjDestroy(ctypes.c_void_p(handle))
 
 
-def _error(library: ctypes.CDLL, handle: int) -> str:
+def _damage(library: ctypes.CDLL, handle: int) -> str | None:
+    if library.tjGetErrorCode(ctypes.c_void_p(handle)) != _WARNING:
+        return None
     message: bytes = library.tjGetErrorStr2(ctypes.c_void_p(handle))
     return message.decode("ascii", "replace")
