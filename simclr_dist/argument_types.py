@@ -1,4 +1,4 @@
-"""Types of command-line arguments, for every parser of the project: a value out of range is argparse's one-line error."""
+"""Command-line arguments that several parsers share. A value out of range is argparse's one-line error."""
 
 from __future__ import annotations
 
@@ -25,3 +25,48 @@ def positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0 and finite, not {value}")
     return value
+
+
+def percentage(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"must be 1 to 100, not {value}")
+    return value
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a source of images is read: one argument for each field of `SourceOptions`, of the same name."""
+    group = parser.add_argument_group("how SOURCE is read (docs/data.md)")
+    group.add_argument(
+        "--split", metavar="NAME", help="train, test, … where there are several (STL-10: also unlabeled)"
+    )
+    group.add_argument(
+        "--layout",
+        choices=("auto", "classes", "flat"),
+        default="auto",
+        help="classes: folders are classes; flat: no classes; auto: asks where both are possible",
+    )
+    group.add_argument(
+        "--class-depth", type=positive_int, metavar="N", help="which folder above an image is its class (outermost: 1)"
+    )
+    group.add_argument("--classes-from", metavar="FILE.beton|FOLDER", help="use the classes of this data set")
+    group.add_argument("--labels", metavar="FILE.csv", help="labels from a table with the header name,label")
+    group.add_argument("--files", metavar="LIST", help="only the images named in this file, one a line")
+    group.add_argument(
+        "--range",
+        dest="value_range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="stored values that become 0 and 255, for images without 8 bits",
+    )
+    group.add_argument(
+        "--bands", type=positive_int, nargs=3, metavar=("R", "G", "B"), help="the channels to take, counted from 1"
+    )
+    group.add_argument(
+        "--on-damage",
+        choices=("warn", "skip", "stop"),
+        default="warn",
+        help="for images that decode with errors (default: warn)",
+    )
+    group.add_argument("--max-pixels", type=positive_int, metavar="N", help="refuse images with more pixels")

@@ -88,7 +88,9 @@ def test_sidecar_says_what_is_in_the_file(tmp_path: Path) -> None:
     assert sidecar["num_samples"] == 7
     assert sidecar["class_names"] == ["class0", "class1", "class2"]
     assert sidecar["class_counts"] == [3, 2, 2]
-    assert sidecar["fingerprint"] == info.fingerprint == describe(str(tmp_path / "out.beton")).fingerprint
+    described = describe(str(tmp_path / "out.beton"))
+    assert sidecar["fingerprint"] == described.fingerprint
+    assert sidecar["content_fingerprint"] == info.fingerprint == described.content_fingerprint
     every = np.concatenate([p.reshape(-1, 3) for p in pixels]) / 255
     np.testing.assert_allclose(sidecar["mean"], every.mean(0), atol=1e-5)
     np.testing.assert_allclose(sidecar["std"], every.std(0), atol=1e-5)
@@ -104,7 +106,7 @@ def test_progress_counts_every_image(tmp_path: Path) -> None:
 
 
 def test_records_fill_pages_and_never_cross_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("prepare", "writer"):
+    for module in ("encode", "writer"):
         monkeypatch.setattr(f"simclr_dist.data.beton.{module}.PAGE_BYTES", 1 << 15)
     make_folder(tmp_path / "in", 40)
     prepare(tmp_path / "in", tmp_path / "out.beton", mode="raw", num_workers=1, on_error="skip")
@@ -237,10 +239,10 @@ def test_a_file_that_was_there_stays_until_the_new_one_is_whole(tmp_path: Path) 
     out = tmp_path / "out.beton"
     prepare(tmp_path / "good", out, num_workers=1)
     before = out.read_bytes()
-    with pytest.raises(DataError):
-        prepare(tmp_path / "bad", out, num_workers=1)
+    with pytest.raises(DataError, match="cannot be decoded"):
+        prepare(tmp_path / "bad", out, num_workers=1, overwrite=True)
     assert out.read_bytes() == before
-    prepare(tmp_path / "good", out, num_workers=1, limit=2)
+    prepare(tmp_path / "good", out, num_workers=1, limit=2, overwrite=True)
     assert describe(str(out)).num_samples == 2
 
 

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from simclr_dist.cli.arguments import Commands, add_command
+
+if TYPE_CHECKING:
+    from simclr_dist.data.loading.inspect import Inspection
 
 
 def register(commands: Commands) -> None:
     inspect = add_command(commands, "inspect", _run, help="show what a .beton file holds, and check it")
     inspect.add_argument("file", metavar="FILE.beton", type=Path)
-    inspect.add_argument("--verify", action="store_true", help="also decode every image")
+    inspect.add_argument("--verify", action="store_true", help="also decode every image and compare the content")
 
 
 def _run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
 
     from simclr_dist.data.loading.inspect import inspect_beton
+    from simclr_dist.data.sources.account import printable
 
     console = Console()
     with Progress(console=console, disable=not (console.is_terminal and args.verify), transient=True) as progress:
@@ -28,22 +33,30 @@ def _run(args: argparse.Namespace) -> int:
         found = inspect_beton(
             args.file, args.verify, lambda done, total: progress.update(task, completed=done, total=total)
         )
-    table = Table(show_header=False, box=None)
-    smallest, median, largest = found.sides
-    rows = {
-        "file": f"{found.path}, {found.num_bytes / 1e6:,.1f} MB",
-        "images": f"{found.num_samples:,} ({found.num_jpeg:,} JPEG, {found.num_samples - found.num_jpeg:,} raw)",
-        "longer side": f"{smallest} to {largest} px, median {median}",
-        "classes": ", ".join(f"{n} {c}" for n, c in zip(found.class_names[:20], found.class_counts, strict=False))
-        + (f" … ({len(found.class_names)} in all)" if len(found.class_names) > 20 else ""),
-        "fingerprint": found.fingerprint,
-        "decoded": "not tried (--verify does)"
-        if found.damaged is None
-        else f"{found.num_samples - len(found.damaged):,} well",
-    }
-    for key, value in rows.items():
-        table.add_row(key, value)
-    console.print(table, markup=False, highlight=False)
+    for key, value in _rows(found):  # lines of any length: a table would be folded in a log file
+        print(f"{key:12} {printable(value)}".rstrip())
+    sys.stdout.flush()
     for sample, reason in list((found.damaged or {}).items())[:20]:
         print(f"damaged: sample {sample}: {reason}", file=sys.stderr)
-    return 2 if found.damaged else 0
+    if found.changed:
+        print(f"{found.path}: its pixels or labels have changed since it was written", file=sys.stderr)
+    return 2 if found.damaged or found.changed else 0
+
+
+def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
+    smallest, median, largest = found.sides
+    yield "file", f"{found.path}, {found.num_bytes / 1e6:,.1f} MB"
+    yield "images", f"{found.num_samples:,} ({found.num_jpeg:,} JPEG, {found.num_samples - found.num_jpeg:,} raw)"
+    yield "longer side", f"{smallest} to {largest} px, median {median}"
+    classes = ", ".join(f"{n} {c}" for n, c in zip(found.class_names[:20], found.class_counts, strict=False))
+    more = f" … ({len(found.class_names)} in all)" if len(found.class_names) > 20 else ""
+    yield "classes", classes + more
+    for i, line in enumerate(found.account.lines() if found.account else ["not recorded"]):
+        yield "" if i else "made from", line
+    yield "fingerprint", found.fingerprint
+    if found.damaged is None:
+        yield "decoded", "not tried (--verify does)"
+        return
+    yield "decoded", f"{found.num_samples - len(found.damaged):,} well"
+    as_written = {None: "cannot be compared: not made by `simclr-dist prepare`", True: "CHANGED", False: "as written"}
+    yield "content", as_written[found.changed]

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from simclr_dist.argument_types import add_source_arguments, percentage, positive_int
 from simclr_dist.cli.arguments import Commands, add_command
+
+if TYPE_CHECKING:
+    from simclr_dist.data.beton.prepare import PreparedInfo
 
 
 def register(commands: Commands) -> None:
@@ -25,30 +30,40 @@ def register(commands: Commands) -> None:
         help="folder of class folders, a tar of one, torchvision's files, or cifar10, cifar100, stl10, fashion-mnist",
     )
     prepare.add_argument("out", metavar="OUT.beton", type=Path)
-    prepare.add_argument("--split", help="train, test, … where the source has several (STL-10: also unlabeled)")
     prepare.add_argument(
         "--mode", choices=("auto", "jpg", "raw", "smart"), default="auto", help="auto: raw for small images, else jpg"
     )
-    prepare.add_argument("--quality", type=int, default=90, help="of JPEG (default: 90)")
-    prepare.add_argument("--max-side", type=int, help="shrink images whose longer side exceeds this")
-    prepare.add_argument("--limit", type=int, help="only the first n images of a fixed shuffle")
+    prepare.add_argument("--quality", type=percentage, default=90, help="of JPEG (default: 90)")
+    prepare.add_argument(
+        "--max-side", type=positive_int, metavar="PIXELS", help="shrink images whose longer side exceeds this"
+    )
+    prepare.add_argument("--limit", type=positive_int, metavar="N", help="only N images, spread evenly over SOURCE")
     prepare.add_argument("--on-error", choices=("refuse", "skip"), default="refuse", help="for unreadable images")
-    prepare.add_argument("--workers", type=int, help="processes (default: the CPUs this process may use)")
+    prepare.add_argument("--strict", action="store_true", help="fail when anything found at SOURCE is left out")
+    prepare.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
+    prepare.add_argument(
+        "--workers", type=positive_int, metavar="N", help="processes (default: the CPUs this process may use)"
+    )
+    add_source_arguments(prepare)
     add_command(
         commands, "warmup", _run_warmup, help="compile the loader's kernels, once a machine, before training does"
     )
 
 
 def _run_prepare(args: argparse.Namespace) -> int:
+    from simclr_dist.data.sources.account import SourceOptions
+
     prepare_with_progress(
         args.source,
         args.out,
-        split=args.split,
+        options=SourceOptions.from_arguments(args),
         mode=args.mode,
         quality=args.quality,
         max_side=args.max_side,
         limit=args.limit,
         on_error=args.on_error,
+        strict=args.strict,
+        overwrite=args.overwrite,
         num_workers=args.workers,
     )
     return 0
@@ -60,6 +75,7 @@ def prepare_with_progress(source: str | Path, out: Path, **options: Any) -> None
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from simclr_dist.data.beton.prepare import prepare
+    from simclr_dist.data.sources.account import printable
 
     console = Console()
     begin = last_line = time.monotonic()
@@ -84,19 +100,36 @@ def prepare_with_progress(source: str | Path, out: Path, **options: Any) -> None
                 print(f"{done:,} of {total:,} images, {rate:,.0f}/s, {(total - done) / rate:,.0f} s left", flush=True)
 
         info = prepare(source, out, progress=progress, **options)
-    for message in info.skipped[:20]:
-        print(f"skipped: {message}", file=sys.stderr)
+    for line in _summary(info):
+        print(printable(line))
+    sys.stdout.flush()
+    for message in [*_first("damaged", info.damaged), *_first("skipped", info.skipped)]:
+        print(printable(message), file=sys.stderr)
+    for message in info.warnings:
+        print(f"warning: {message}", file=sys.stderr)
+    losses = info.account.num_left_out
+    if losses:
+        print(f"{losses:,} found at {source} but not taken, see above; --strict makes this an error", file=sys.stderr)
+
+
+def _summary(info: PreparedInfo) -> Iterator[str]:
+    """The account, then what was written."""
+    yield from info.account.lines()
     rate = info.num_samples / max(info.seconds, 1e-9)
-    console.print(
+    yield (
         f"{info.path}: {info.num_samples:,} images in {len(info.class_names)} classes, "
         f"{info.num_bytes / 1e6:,.1f} MB, {rate:,.0f} images/s"
-        + (f", {len(info.skipped)} skipped" if info.skipped else ""),
-        highlight=False,
-        markup=False,
     )
     counts = list(zip(info.class_names, info.class_counts, strict=True))
     shown = ", ".join(f"{name} {count}" for name, count in counts[:20])
-    console.print(f"  {shown}{' …' if len(counts) > 20 else ''}", highlight=False, markup=False)
+    yield f"  {shown}{' …' if len(counts) > 20 else ''}"
+
+
+def _first(what: str, messages: Sequence[str]) -> Iterator[str]:
+    for message in messages[:20]:
+        yield f"{what}: {message}"
+    if len(messages) > 20:
+        yield f"{what}: {len(messages) - 20:,} more, listed in the JSON file beside OUT"
 
 
 def _run_warmup(_: argparse.Namespace) -> int:

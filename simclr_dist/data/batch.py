@@ -45,11 +45,15 @@ class Batch:
 
 
 class Loader(Protocol):
-    """What the trainer uses of a dataset. wait_s: seconds spent waiting for batches so far."""
+    """What the trainer uses of a dataset. wait_s: seconds spent waiting for batches so far.
+
+    fingerprint: by which checkpoints of release 0.1 name their data; newer ones use content_fingerprint.
+    """
 
     num_samples: int
     class_names: tuple[str, ...]
     fingerprint: str
+    content_fingerprint: str
     order: Order
     wait_s: float
 

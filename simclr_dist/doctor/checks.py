@@ -6,6 +6,7 @@ module needs the standard library only.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -39,8 +40,16 @@ REQUIRED = [
 PROBE_TIMEOUT_S = 180.0
 
 
-def examine(config: str | None = None, overrides: Sequence[str] = ()) -> Iterator[Finding]:
-    """All findings, in the order of the table."""
+def examine(
+    config: str | None = None, overrides: Sequence[str] = (), source_arguments: argparse.Namespace | None = None
+) -> Iterator[Finding]:
+    """All findings, in the order of the table.
+
+    config: a YAML file; anything else is a source of images, which `source_arguments` say how to read.
+    """
+    if config is not None and not config.endswith((".yaml", ".yml")):
+        yield from guarded(config, lambda: _examine_source(config, source_arguments))
+        return
     probe: dict[str, Any] = {}
     inherited = dict(os.environ)  # libraries change it when they are imported
     yield from guarded("Python", examine_python)
@@ -180,6 +189,13 @@ def _run_probe(probe: dict[str, Any]) -> tuple[str, str]:
     return (tried, end) if end else ("", "")
 
 
+def _examine_source(source: str, arguments: argparse.Namespace | None) -> Iterable[Finding]:
+    from simclr_dist.data.sources.account import SourceOptions
+    from simclr_dist.doctor.data import examine_source
+
+    return examine_source(source, SourceOptions.from_arguments(arguments) if arguments else SourceOptions())
+
+
 def _examine_data_path() -> Iterable[Finding]:
     from simclr_dist.doctor.data import examine_data_path
 
@@ -241,9 +257,10 @@ def examine_config(path: str, overrides: Sequence[str], probe: dict[str, Any]) -
         return
     yield Finding("ok", "configuration", f"{path}: {config.name}")
 
-    from simclr_dist.doctor.data import examine_data
+    from simclr_dist.doctor.data import examine_data, examine_labels
 
     yield from guarded("data", lambda: examine_data(config.data, config.train.global_batch_size))
+    yield from guarded("labels", lambda: examine_labels(config.data, config.evaluation))
     gpus = probe.get("gpus")
     if config.train.precision == "bf16" and isinstance(gpus, list) and not all(gpu["bf16"] for gpu in gpus):
         yield Finding("warning", "precision", "bf16, which a GPU here only emulates", "train.precision=fp16 or fp32")

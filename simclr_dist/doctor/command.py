@@ -6,22 +6,27 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 
+from simclr_dist.argument_types import add_source_arguments
 from simclr_dist.doctor.checks import examine
 from simclr_dist.doctor.finding import Finding
 
-DESCRIPTION = "Tries out everything that training needs, and with CONFIG everything that this training needs."
+DESCRIPTION = """Tries out everything that training needs, and with CONFIG everything that this training needs.
+With DATA (anything that `prepare` takes, or a .beton file) it shows what is taken from there and what is left out."""
 EPILOG = "exit codes: 0 no problem was found · 1 a PROBLEM was found"
 MARKS = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a training to look into as well")
+    parser.add_argument(
+        "config", metavar="CONFIG|DATA", nargs="?", help="a training, or images, to examine"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--json", action="store_true", help="for programs")
+    add_source_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    findings = list(examine(args.config, args.overrides))
+    findings = list(examine(args.config, args.overrides, args))
     ok = all(finding.level != "problem" for finding in findings)
     if args.json:
         print(json.dumps({"ok": ok, "findings": [vars(finding) for finding in findings]}, indent=1))

@@ -16,7 +16,8 @@ from simclr_dist.doctor.finding import Finding
 from simclr_dist.errors import DataError
 
 if TYPE_CHECKING:
-    from simclr_dist.config import DataConfig
+    from simclr_dist.config import DataConfig, EvaluationConfig
+    from simclr_dist.data.sources.account import Account, SourceOptions
 
 
 def examine_data_path() -> list[Finding]:
@@ -72,6 +73,8 @@ def examine_data(data: DataConfig, global_batch_size: int) -> Iterator[Finding]:
         few = key == "train" and info.num_samples < global_batch_size
         advice = f"fewer than one global batch: lower train.global_batch_size ({global_batch_size})" if few else ""
         yield Finding("problem" if few else "ok", what, found, advice)
+        if info.account is not None:
+            yield from _account(what, info.account)
     memory = _available_memory()
     if memory and num_bytes > memory:
         yield Finding(
@@ -80,6 +83,38 @@ def examine_data(data: DataConfig, global_batch_size: int) -> Iterator[Finding]:
             f"{num_bytes / 2**30:.1f} GiB of images, {memory / 2**30:.1f} GiB of memory",
             "every epoch reads from the disk: use a local NVMe disk, or `simclr-dist prepare … --max-side 400`",
         )
+
+
+def examine_source(source: str, options: SourceOptions) -> Iterator[Finding]:
+    """The account that `prepare` with the same options would give, without decoding an image."""
+    from simclr_dist.data.loading.open_images import describe
+    from simclr_dist.data.sources.open import open_source
+
+    try:
+        account = describe(source).account if source.endswith(".beton") else open_source(source, options).account
+    except DataError as error:
+        yield Finding("problem", "data", str(error))
+        return
+    if account is None:
+        yield Finding("ok", "data", f"{source} does not say what it was made from")
+    else:
+        yield from _account("data", account)
+
+
+def _account(what: str, account: Account) -> Iterator[Finding]:
+    for line in account.lines():
+        yield Finding("warning" if line.startswith("left out") else "ok", what, line)
+
+
+def examine_labels(data: DataConfig, evaluation: EvaluationConfig) -> Iterator[Finding]:
+    """Whether the labels of data.train and data.test fit the evaluations that are switched on."""
+    from simclr_dist.data.loading.evaluation_labels import check_evaluation_labels
+
+    try:
+        if sentence := check_evaluation_labels(data, evaluation):
+            yield Finding("warning", "labels", sentence)
+    except DataError as error:
+        yield Finding("problem", "labels", str(error))
 
 
 def _available_memory() -> int:

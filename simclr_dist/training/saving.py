@@ -15,6 +15,7 @@ from simclr_dist.checkpoint import files, lineage
 from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.checkpoint.lineage import Kept
 from simclr_dist.config import Config
+from simclr_dist.data import Loader
 from simclr_dist.errors import CheckpointError, ConfigError, FailedElsewhereError, NonFiniteAbortError
 from simclr_dist.evaluation.online_probe import OnlineProbe
 from simclr_dist.monitor.monitor import Monitor
@@ -47,7 +48,7 @@ def choose_checkpoint(config: Config, device: torch.device, warn: Callable[[str]
 def restore(
     found: Checkpoint | None,
     config: Config,
-    fingerprint: str,
+    loader: Loader,
     model: nn.Module,
     optimizer: Optimizer,
     probe: OnlineProbe | None = None,
@@ -59,6 +60,9 @@ def restore(
     if found is None:
         return TrainState()
     then, now = found.config, config
+    # Release 0.1 recorded another fingerprint of the same images.
+    known_as = (loader.content_fingerprint, loader.fingerprint)
+    fingerprint = found.fingerprint if found.fingerprint in known_as else loader.content_fingerprint
     changes = [
         f"{key}: {before} then, {after} now"
         for key, before, after in (

@@ -2,8 +2,10 @@
 
 Layout (ffcv 1.0.2, version 2), all little-endian:
 
-    header 24 B │ field descriptors 1041 B each │ metadata, one row a sample │ pages of data │ allocation table
-                                                                                              (sample, offset, size)
+    header 24 B │ field descriptors 1041 B each │ metadata, one row a sample │ records │ allocation table
+                                                                                        (sample, offset, size)
+
+A page is a stretch of `page_size` bytes from a multiple of it; no record crosses the border of two pages.
 
 ffcv itself checks nothing: a truncated table gives wrong images, and an unfinished file crashes the process.
 `open_beton` checks that every image lies completely inside the data.
@@ -14,13 +16,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simclr_dist.data.beton.content import cached_records_digest, content_fingerprint, digest_from_arguments
+from simclr_dist.data.sources.account import Account
 from simclr_dist.errors import DataError
 
 VERSION = 2
@@ -53,8 +59,12 @@ _FIELDS: dict[int, tuple[Any, bool]] = {
 
 
 def sidecar_path(path: Path) -> Path:
-    """The JSON file beside a .beton file, with its class names."""
-    return path.with_name(path.name + ".json")
+    """The JSON file beside a .beton file, with its class names. Of a link: beside the link, else beside its target."""
+    beside = path.with_name(path.name + ".json")
+    if not beside.exists() and path.is_symlink():
+        target = path.resolve()
+        return target.with_name(target.name + ".json")
+    return beside
 
 
 def metadata_type(type_ids: list[int]) -> np.dtype:
@@ -66,6 +76,8 @@ class Beton:
     """An opened and checked file. Tables are memory-mapped, so that processes share them.
 
     fd: open until `close`. labels: int64 [n], -1 without a label field.
+    written_digest: of the records, as `prepare` computed it; None for files of others.
+    sidecar: empty where there is none, or one of another file.
     """
 
     path: Path
@@ -77,7 +89,25 @@ class Beton:
     max_pixels: int
     class_names: tuple[str, ...]
     fingerprint: str
+    """A digest of the tables alone, by which release 0.1 told data sets apart."""
+    written_digest: str | None
     sidecar: dict[str, Any]
+
+    @property
+    def account(self) -> Account | None:
+        """What `prepare` took from its source and what it left out, where the sidecar says so."""
+        try:
+            return Account.from_json(self.sidecar["account"])
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    @cached_property
+    def content_fingerprint(self) -> str:
+        """A digest of pixels as stored, labels and class names: the same data have the same one, others another.
+
+        A file without `written_digest` is read for it once. Raises DataError.
+        """
+        return content_fingerprint(self.written_digest or cached_records_digest(self), self.class_names)
 
     @property
     def num_samples(self) -> int:
@@ -187,7 +217,8 @@ def _checked(path: Path, fd: int) -> Beton:
     digest = hashlib.blake2b(digest_size=16)
     for part in (header, descriptors, metadata, allocations):
         digest.update(part.tobytes())
-    sidecar = _read_sidecar(path)
+    fingerprint = digest.hexdigest()
+    sidecar = _read_sidecar(path, fingerprint)
     labels = _labels(metadata, type_ids, names, n)
     return Beton(
         path=path,
@@ -198,7 +229,8 @@ def _checked(path: Path, fd: int) -> Beton:
         record_bytes=record_bytes,
         max_pixels=int(pixels.max()),
         class_names=_class_names(sidecar, labels),
-        fingerprint=digest.hexdigest(),
+        fingerprint=fingerprint,
+        written_digest=digest_from_arguments(descriptors["arguments"][type_ids.index(IMAGE_FIELD)]),
         sidecar=sidecar,
     )
 
@@ -211,17 +243,29 @@ def _labels(metadata: NDArray[Any], type_ids: list[int], names: list[str], n: in
     return np.array(metadata[f"f{chosen}"], np.int64)
 
 
-def _read_sidecar(path: Path) -> dict[str, Any]:
-    """The content of the JSON file beside it; empty for files of ffcv's own writer."""
+def _read_sidecar(path: Path, fingerprint: str) -> dict[str, Any]:
+    """The content of the JSON file beside it; empty for files of ffcv's own writer.
+
+    One that was written for another file is not used, with a warning: its class names would be wrong ones.
+    """
+    place = sidecar_path(path)
     try:
-        content = json.loads(sidecar_path(path).read_text(encoding="utf-8"))
+        content = json.loads(place.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{sidecar_path(path)}: cannot be read: {error}; delete it to go on without class names"
-        ) from None
-    return content if isinstance(content, dict) else {}
+        raise DataError(f"{place}: cannot be read: {error}; delete it to go on without class names") from None
+    if not isinstance(content, dict):
+        return {}
+    belongs_to = content.get("fingerprint", fingerprint)
+    if belongs_to != fingerprint:
+        warnings.warn(
+            f"{place}: belongs to another file (of fingerprint {belongs_to}; {path.name} has {fingerprint}), so its "
+            f"class names are not used; put the right one there, or make {path.name} again",
+            stacklevel=4,
+        )
+        return {}
+    return content
 
 
 def _class_names(sidecar: dict[str, Any], labels: NDArray[np.int64]) -> tuple[str, ...]:

@@ -34,6 +34,9 @@ class Images(Protocol):
     labels: NDArray[np.int64]
     fingerprint: str
 
+    @property
+    def content_fingerprint(self) -> str: ...
+
     def fill(self, ids: NDArray[np.int64], crop: CropRule, out: NDArray[np.uint8]) -> None:
         """Writes the V crops of each image to out [V, b, S, S, 3]. Raises DataError."""
         ...

@@ -28,6 +28,10 @@ class BetonImages:
         self._size_at_opening = os.fstat(self.beton.fd).st_size
         self._scratch = threading.local()
 
+    @property
+    def content_fingerprint(self) -> str:
+        return self.beton.content_fingerprint
+
     def fill(self, ids: NDArray[np.int64], crop: CropRule, out: NDArray[np.uint8]) -> None:
         """Writes the V crops of each image to out [V, b, S, S, 3]."""
         records = self.beton.records(ids)

@@ -1,4 +1,4 @@
-"""What is in a .beton file, and whether every image can be decoded."""
+"""What is in a .beton file, whether every image can be decoded, and whether its content is as it was written."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from simclr_dist.data.beton.reader import JPEG, open_beton
+from simclr_dist.data.beton.content import read_records_digest
+from simclr_dist.data.beton.reader import JPEG, Beton, open_beton
+from simclr_dist.data.sources.account import Account
 
 _CHUNK = 64
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """sides: (smallest, median, largest) longer side in pixels. damaged: reason by sample id; None: not checked."""
+    """sides: (smallest, median, largest) longer side in pixels. account: None where the file does not tell.
+
+    damaged: reason by sample id; None: not checked. changed: whether pixels or labels differ from those that were
+    written; None: not checked, or the file does not say what was written.
+    """
 
     path: Path
     num_bytes: int
@@ -27,13 +33,15 @@ class Inspection:
     class_counts: tuple[int, ...]
     fingerprint: str
     sidecar: dict[str, Any]
+    account: Account | None
     damaged: dict[int, str] | None
+    changed: bool | None
 
 
 def inspect_beton(
     path: str | Path, verify: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> Inspection:
-    """Checks the file as every opening does; with `verify`, decodes every sample too, which needs ffcv.
+    """Checks the file as every opening does; with `verify`, reads and decodes every sample too, which needs ffcv.
 
     progress: called with (samples decoded, samples in all). Raises DataError when the file cannot be opened.
     """
@@ -48,10 +56,16 @@ def inspect_beton(
             sides=(int(longer[0]), int(longer[len(longer) // 2]), int(longer[-1])),
             class_names=beton.class_names,
             class_counts=tuple(counts.tolist()),
-            fingerprint=beton.fingerprint,
+            fingerprint=beton.content_fingerprint,
             sidecar=beton.sidecar,
+            account=beton.account,
             damaged=_damaged(beton.path, beton.num_samples, progress) if verify else None,
+            changed=_changed(beton) if verify else None,
         )
+
+
+def _changed(beton: Beton) -> bool | None:
+    return None if beton.written_digest is None else read_records_digest(beton) != beton.written_digest
 
 
 def _damaged(path: Path, num_samples: int, progress: Callable[[int, int], None] | None) -> dict[int, str]:

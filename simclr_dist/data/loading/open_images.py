@@ -16,18 +16,31 @@ from simclr_dist.errors import DataError
 
 if TYPE_CHECKING:
     from simclr_dist.data.loading.decode_pool import Images
+    from simclr_dist.data.sources.account import Account
+    from simclr_dist.data.sources.images import ImageSource
 
 LoaderName = Literal["auto", "ffcv", "folder", "synthetic"]
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a dataset holds. labels: int64 [n], -1 where there is none."""
+    """What a dataset holds. labels: int64 [n], -1 where there is none.
+
+    fingerprint: as release 0.1 computed it. content_fingerprint: of pixels, labels and class names; for a folder, of
+        names, sizes and times of change.
+    account: what was taken from the source; None for a .beton file that does not tell.
+    """
 
     num_samples: int
     class_names: tuple[str, ...]
     fingerprint: str
+    content_fingerprint: str
     labels: NDArray[np.int64]
+    account: Account | None
+
+    def is_called(self, fingerprint: str) -> bool:
+        """Whether these are the data that somebody has recorded under `fingerprint`, now or with release 0.1."""
+        return fingerprint in (self.content_fingerprint, self.fingerprint)
 
 
 def describe(source: str) -> DatasetInfo:
@@ -36,9 +49,23 @@ def describe(source: str) -> DatasetInfo:
         from simclr_dist.data.beton.reader import open_beton
 
         with open_beton(source) as beton:
-            return DatasetInfo(beton.num_samples, beton.class_names, beton.fingerprint, beton.labels)
-    images = open_images(source, "auto")
-    return DatasetInfo(len(images.labels), images.class_names, images.fingerprint, images.labels)
+            return DatasetInfo(
+                beton.num_samples,
+                beton.class_names,
+                beton.fingerprint,
+                beton.content_fingerprint,
+                beton.labels,
+                beton.account,
+            )
+    images = _open_source(source)
+    return DatasetInfo(
+        len(images.labels),
+        images.class_names,
+        images.fingerprint,
+        images.content_fingerprint,
+        images.labels,
+        images.account,
+    )
 
 
 def open_images(source: str, loader: LoaderName) -> Images:
@@ -65,12 +92,16 @@ def open_images(source: str, loader: LoaderName) -> Images:
     # Imported only here: torchvision takes long to import.
     from simclr_dist.data.loading.pillow_images import BetonSource, SourceImages
 
-    if loader == "synthetic" or source == "synthetic":
+    if source.endswith(".beton") and loader != "synthetic":
+        return SourceImages(BetonSource(source))
+    return SourceImages(_open_source("synthetic" if loader == "synthetic" else source))
+
+
+def _open_source(source: str) -> ImageSource:
+    if source == "synthetic":
         from simclr_dist.data.sources.synthetic import synthetic_images
 
-        return SourceImages(synthetic_images())
-    if source.endswith(".beton"):
-        return SourceImages(BetonSource(source))
+        return synthetic_images()
     from simclr_dist.data.sources.open import open_source
 
-    return SourceImages(open_source(source))
+    return open_source(source)

@@ -88,6 +88,7 @@ class ViewLoader:
         self.num_samples = len(images.labels)
         self.class_names = images.class_names
         self.fingerprint = images.fingerprint
+        self.content_fingerprint = images.content_fingerprint
         self.order = Order(self.num_samples, global_batch_size, seed, pages=pages)
         self.wait_s = 0.0
         self._labels = images.labels

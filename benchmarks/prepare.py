@@ -1,0 +1,170 @@
+"""How fast does `prepare` write a .beton file? Against ffcv's own DatasetWriter on the same files.
+
+    python benchmarks/prepare.py --photographs imagenet-sample-256.tar --cifar cifar10-jpeg.tar.xz
+
+Every contestant runs in a fresh process on one CPU with one worker and on two CPUs with two, in turns, several rounds;
+the best round counts, from the call to the file on disk, start of the workers included. Both write JPEG of quality 90
+for photographs and raw pixels for CIFAR-10, and decode with Pillow (DatasetWriter as its examples do, from a dataset
+that opens the files). The last row is the digest that identifies a file's content, in GB/s of one core, for a file
+that is in memory. Writes a JSON file and a table to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from data import commit, cpu_name, stage, versions  # type: ignore[import-not-found]
+
+CONTESTANTS = ("ours", "ffcv")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photographs", type=Path, help="image folder or tar of photographs in class folders")
+    parser.add_argument("--cifar", type=Path, help="tar of CIFAR-10 with train/ and test/ class folders")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(**json.loads(options.child))))
+        return
+    if not (options.photographs or options.cifar):
+        parser.error("give --photographs, --cifar or both")
+    with tempfile.TemporaryDirectory() as work:
+        places = {}
+        if options.photographs:
+            places["photographs"] = stage(options.photographs, None, Path(work) / "photographs")
+        if options.cifar:
+            places["CIFAR-10"] = stage(options.cifar, "test", Path(work) / "cifar")
+        report(options, compare(options.rounds, places, Path(work)))
+
+
+def compare(rounds: int, places: dict[str, dict[str, str]], work: Path) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for _ in range(rounds):
+        for data, place in places.items():
+            for workers in (1, 2):
+                for contestant in CONTESTANTS:
+                    out = str(work / "out.beton")
+                    result = in_child(workers, contestant=contestant, folder=place["folder"], out=out)
+                    row = found.setdefault(f"{data}, {workers} CPU{'s' * (workers - 1)}, images/s", {})
+                    row[contestant] = max(row.get(contestant, 0), result)
+            row = found.setdefault(f"{data}, digest of the content, GB/s", {})
+            result = in_child(1, contestant="digest", folder="", out=place["beton"])
+            row["ours"] = max(row.get("ours", 0), result)
+    return found
+
+
+def in_child(workers: int, **arguments: Any) -> float:
+    cpus = set(sorted(os.sched_getaffinity(0))[:workers])
+    root = Path(__file__).resolve().parent.parent
+    with tempfile.TemporaryFile("w+") as output:  # not a pipe: helpers of multiprocessing can hold one open for ever
+        subprocess.run(
+            [sys.executable, "-W", "ignore", __file__, "--child", json.dumps({"workers": workers, **arguments})],
+            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+            preexec_fn=lambda: os.sched_setaffinity(0, cpus),
+            stdout=output,
+            stderr=subprocess.DEVNULL,
+            timeout=600,
+            check=True,
+        )
+        output.seek(0)
+        result = float(json.loads(output.read().splitlines()[-1]))
+    print(arguments["contestant"], workers, f"{result:,.2f}", flush=True)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the child
+
+
+def measure(contestant: str, workers: int, folder: str, out: str) -> float:
+    return {"ours": ours, "ffcv": ffcv_writer, "digest": digest}[contestant](folder, out, workers)
+
+
+def ours(folder: str, out: str, workers: int) -> float:
+    from simclr_dist.data.beton.prepare import prepare
+
+    begin = time.perf_counter()
+    info = prepare(folder, out, num_workers=workers, on_error="skip", overwrite=True)
+    return info.num_samples / (time.perf_counter() - begin)
+
+
+def ffcv_writer(folder: str, out: str, workers: int) -> float:
+    from simclr_dist.data.decode.ffcv_import import import_ffcv
+
+    import_ffcv()
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+    from PIL import Image
+    from torchvision.datasets import ImageFolder
+
+    class Opened(ImageFolder):
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            path, label = self.samples[index]
+            with Image.open(path) as image:
+                return image.convert("RGB"), label
+
+    images = Opened(folder)
+    small = Image.open(images.samples[0][0]).width <= 96
+    field = RGBImageField(write_mode="raw" if small else "jpg", jpeg_quality=90)
+    begin = time.perf_counter()
+    DatasetWriter(out, {"image": field, "label": IntField()}, num_workers=workers).from_indexed_dataset(images)
+    return len(images) / (time.perf_counter() - begin)
+
+
+def digest(_: str, out: str, workers: int) -> float:
+    from simclr_dist.data.beton.content import read_records_digest
+    from simclr_dist.data.beton.reader import open_beton
+
+    with open_beton(out) as beton:
+        read_records_digest(beton)  # now it is in memory
+        begin, num_bytes, rounds = time.process_time(), int(beton.record_bytes.sum()), 10
+        for _round in range(rounds):
+            read_records_digest(beton)
+        return rounds * num_bytes / (time.process_time() - begin) / 1e9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def report(options: argparse.Namespace, found: dict[str, dict[str, float]]) -> None:
+    stamp = time.strftime("%Y-%m-%d")
+    content = {
+        "date": stamp,
+        "commit": commit(),
+        "rounds": options.rounds,
+        "cpu": cpu_name(),
+        "load_average": os.getloadavg(),
+        "versions": versions(sys.executable),
+        "results": found,
+    }
+    lines = [
+        f"Writing .beton files on {content['cpu']}, {stamp}, commit {content['commit']}, "
+        f"load average {os.getloadavg()[0]:.1f}",
+        "",
+        "| task | ours | ffcv's DatasetWriter | ours is |",
+        "|---|---:|---:|---:|",
+    ]
+    for task, row in found.items():
+        stock = f"{row['ffcv']:,.0f} | {row['ours'] / row['ffcv']:.2f}x" if "ffcv" in row else " | "
+        lines.append(f"| {task} | {row['ours']:,.{0 if 'ffcv' in row else 2}f} | {stock} |")
+    table = "\n".join(lines) + "\n"
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"prepare_{stamp}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (options.out / f"prepare_{stamp}.md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Images to records of a .beton file, in this process or in several, in the order of the source."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from simclr_dist.data.beton.reader import JPEG, RAW
+from simclr_dist.data.beton.writer import PAGE_BYTES, Record
+from simclr_dist.data.sources.account import OnDamage
+from simclr_dist.data.sources.images import ImageSource, Pixels
+from simclr_dist.errors import DataError
+
+Mode = Literal["auto", "jpg", "raw", "smart"]
+
+LARGEST_SIDE = {RAW: 65535, JPEG: 65500}  # metadata has 16 bits; libjpeg's limit is a little lower
+# Up to this size decoding a JPEG costs more than reading three bytes per pixel.
+RAW_UP_TO_PIXELS = 96 * 96
+_CHUNK = 32  # images that a worker gets at a time
+_PIXELS_COUNTED_AT_ONCE = 1 << 18
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """An image that gives no record. reason: with the image's name. damaged: it can be decoded, but not rightly."""
+
+    name: str
+    reason: str
+    damaged: bool = False
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """results: one an image. damaged: for each record of a damaged image a sentence with its name.
+
+    histogram: how often each value occurs in each channel of all records, [3, 256].
+    """
+
+    results: list[Record | Unusable]
+    damaged: list[str]
+    histogram: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    mode: Mode
+    quality: int
+    max_side: int | None
+    on_damage: OnDamage
+
+    def __call__(self, images: ImageSource) -> Encoded:
+        results: list[Record | Unusable] = []
+        damaged: list[str] = []
+        histogram = _Histogram()
+        for index in range(len(images.labels)):
+            name = images.name(index)
+            try:
+                pixels, damage = images.read_checked(index)
+            except DataError as error:
+                results.append(Unusable(name, str(error)))
+                continue
+            if damage is not None and self.on_damage != "warn":
+                results.append(Unusable(name, f"{name}: is damaged: {damage}", damaged=True))
+                continue
+            pixels = _shrunk(pixels, self.max_side)
+            result = self._encode(pixels, name, int(images.labels[index]))
+            results.append(result)
+            if isinstance(result, Record):
+                histogram.add(pixels)
+                if damage is not None:
+                    damaged.append(f"{name}: {damage}")
+        return Encoded(results, damaged, histogram.counts())
+
+    def _encode(self, pixels: Pixels, name: str, label: int) -> Record | Unusable:
+        height, width, _ = pixels.shape
+        small = height * width <= RAW_UP_TO_PIXELS
+        mode = RAW if self.mode == "raw" or (self.mode in ("smart", "auto") and small) else JPEG
+        if max(height, width) > LARGEST_SIDE[mode]:
+            return Unusable(name, f"{name}: {width} x {height} pixels are too many; set --max-side")
+        content = pixels.tobytes() if mode == RAW else _jpeg(pixels, self.quality)
+        if len(content) > PAGE_BYTES:
+            return Unusable(
+                name,
+                f"{name}: {width} x {height} pixels take {len(content)} bytes, "
+                f"more than a page of {PAGE_BYTES}; set --max-side{' or --mode jpg' if mode == RAW else ''}",
+            )
+        return Record(content, mode, height, width, label)
+
+
+class _Histogram:
+    """Counts small images together: one call of Pillow's costs as much as a thousand pixels."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(768, np.int64)
+        self._waiting: list[Pixels] = []
+        self._num_waiting = 0
+
+    def add(self, pixels: Pixels) -> None:
+        self._waiting.append(pixels.reshape(1, -1, 3))
+        self._num_waiting += self._waiting[-1].shape[1]
+        if self._num_waiting >= _PIXELS_COUNTED_AT_ONCE:
+            self._count()
+
+    def counts(self) -> NDArray[np.int64]:
+        if self._waiting:
+            self._count()
+        return self._counts.reshape(3, 256)
+
+    def _count(self) -> None:
+        together = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting, axis=1)
+        self._counts += np.array(Image.fromarray(together).histogram(), np.int64)
+        self._waiting, self._num_waiting = [], 0
+
+
+def mean_and_std(histogram: NDArray[np.int64]) -> dict[str, list[float]]:
+    """Mean and standard deviation per channel, in [0, 1], of pixels with this histogram [3, 256]."""
+    share = histogram / histogram.sum(1, keepdims=True)
+    value = np.arange(256) / 255
+    mean = share @ value
+    deviation = np.sqrt((share * (value - mean[:, None]) ** 2).sum(1))
+    return {"mean": mean.round(6).tolist(), "std": deviation.round(6).tolist()}
+
+
+def _shrunk(pixels: Pixels, max_side: int | None) -> Pixels:
+    height, width, _ = pixels.shape
+    if max_side is None or max(height, width) <= max_side:
+        return pixels
+    scale = max_side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX, reducing_gap=None))
+
+
+def _jpeg(pixels: Pixels, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def encode_in_order(
+    encoder: Encoder, images: ImageSource, ids: NDArray[np.int64], num_workers: int
+) -> Iterator[Encoded]:
+    """The images `ids`, some at a time, in this order; a bounded number of them is in memory. Raises DataError."""
+    chunks = (images.take(ids[start : start + _CHUNK]) for start in range(0, len(ids), _CHUNK))
+    if num_workers == 1 or len(ids) <= _CHUNK:
+        yield from map(encoder, chunks)
+        return
+    ahead: deque[Future[Encoded]] = deque()
+    any_result = False
+    try:
+        # Spawned, not forked: this process may have threads.
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(num_workers, context, _start_worker, (os.getpid(),))
+    except OSError as error:
+        raise _cannot_start(error) from None
+    with pool:
+        try:
+            for chunk in chunks:
+                try:
+                    ahead.append(pool.submit(encoder, chunk))
+                except OSError as error:
+                    raise _cannot_start(error) from None
+                if len(ahead) > 2 * num_workers:
+                    yield ahead.popleft().result()
+                    any_result = True
+            while ahead:
+                yield ahead.popleft().result()
+                any_result = True
+        except BrokenProcessPool:
+            raise DataError(_why_broken(any_result)) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _cannot_start(error: OSError) -> DataError:
+    return DataError(
+        f"worker processes cannot be started: {error.strerror or error} (they need semaphores in /dev/shm and some 20 "
+        "open files in all; see `ulimit -n`); use --workers 1, which needs none"
+    )
+
+
+def _why_broken(any_result: bool) -> str:
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if not any_result and script is not None and "__name__" not in Path(script).read_text("utf-8", "replace"):
+        return (
+            f"worker processes cannot be started from {script}: each imports it, so put what it does below "
+            '`if __name__ == "__main__":`; or use num_workers=1'
+        )
+    return "a worker process died, perhaps because memory ran out; use fewer --workers"
+
+
+def _start_worker(parent: int) -> None:
+    """A worker ignores Ctrl-C, which its parent handles, and dies with its parent even when that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # the parent was killed before the line above
+        os._exit(1)

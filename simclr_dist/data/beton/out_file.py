@@ -1,0 +1,107 @@
+"""The file that `prepare` writes: what it may replace, and that it appears complete or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from simclr_dist.atomic import flush, replace_text
+from simclr_dist.data.beton.reader import VERSION, sidecar_path
+from simclr_dist.errors import DataError
+
+
+def choose_target(out: Path, source: str | Path, overwrite: bool) -> Path:
+    """The file to write: `out`, or what `out` links to.
+
+    Raises DataError unless nothing is there, or with `overwrite` a .beton file that is not the source itself.
+    """
+    if out.parent.parent.is_dir():  # makes `data/` in a fresh checkout, but no longer path: that is a typing error
+        out.parent.mkdir(exist_ok=True)
+    if out.is_dir() or not out.parent.is_dir():
+        raise DataError(f"{out}: {'is a folder' if out.is_dir() else f'there is no folder {out.parent}'}")
+    if out.suffix != ".beton":
+        raise DataError(f"{out}: the file to write must be called something.beton")
+    target = Path(os.path.realpath(out))
+    if not target.parent.is_dir():
+        raise DataError(f"{out}: links to {target}, and there is no folder {target.parent}")
+    if target.exists():
+        if os.path.exists(source) and os.path.samefile(source, target):
+            raise DataError(f"{out}: is the source itself; write to another file")
+        if not _is_beton(target):
+            raise DataError(f"{out}: holds something other than a .beton file, which is not replaced; move it away")
+        if not overwrite:
+            raise DataError(f"{out}: exists already; --overwrite replaces it")
+    _check_sidecar(sidecar_path(target))
+    return target
+
+
+def _is_beton(path: Path) -> bool:
+    """Also a damaged or an empty one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(2) in (b"", VERSION.to_bytes(2, "little"))
+
+
+def _check_sidecar(path: Path) -> None:
+    if not os.path.lexists(path):
+        return
+    try:
+        ours = "num_samples" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise DataError(f"{path}: is needed for class names, but holds something else; move it away")
+
+
+@contextmanager
+def unfinished(target: Path) -> Iterator[IO[bytes]]:
+    """A hidden file beside `target`, deleted when the block fails; `commit` gives it its name."""
+    _remove_abandoned(target)
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=_prefix(target), delete=False) as file:
+        try:
+            # Released when this process ends: a free lock marks an abandoned file. Some file systems have no locks;
+            # there abandoned files stay.
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(file.name)
+            raise
+
+
+def commit(file: IO[bytes], target: Path, sidecar: dict[str, Any]) -> None:
+    """Flushes the unfinished file to disk and gives it its name, the sidecar first. Raises OSError."""
+    with suppress(OSError):  # some file systems have no permissions to set
+        os.fchmod(file.fileno(), 0o666 & ~_umask())
+    file.flush()
+    os.fsync(file.fileno())
+    replace_text(sidecar_path(target), json.dumps(sidecar, indent=1) + "\n")
+    os.replace(file.name, target)
+    flush(target.parent)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.part-"
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Deletes unfinished files for `target` whose writer was killed."""
+    for path in target.parent.glob(f"{glob.escape(_prefix(target))}*"):
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
