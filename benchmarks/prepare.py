@@ -35,8 +35,8 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(measure(**json.loads(options.child))))
-        return
+        print(json.dumps(measure(**json.loads(options.child))), flush=True)
+        os._exit(0)  # after DatasetWriter, Python's own way out hangs on one CPU
     if not (options.photographs or options.cifar):
         parser.error("give --photographs, --cifar or both")
     with tempfile.TemporaryDirectory() as work:
@@ -67,18 +67,16 @@ def compare(rounds: int, places: dict[str, dict[str, str]], work: Path) -> dict[
 def in_child(workers: int, **arguments: Any) -> float:
     cpus = set(sorted(os.sched_getaffinity(0))[:workers])
     root = Path(__file__).resolve().parent.parent
-    with tempfile.TemporaryFile("w+") as output:  # not a pipe: helpers of multiprocessing can hold one open for ever
-        subprocess.run(
-            [sys.executable, "-W", "ignore", __file__, "--child", json.dumps({"workers": workers, **arguments})],
-            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-            preexec_fn=lambda: os.sched_setaffinity(0, cpus),
-            stdout=output,
-            stderr=subprocess.DEVNULL,
-            timeout=600,
-            check=True,
-        )
-        output.seek(0)
-        result = float(json.loads(output.read().splitlines()[-1]))
+    completed = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, "--child", json.dumps({"workers": workers, **arguments})],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: os.sched_setaffinity(0, cpus),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
+    )
+    result = float(json.loads(completed.stdout.splitlines()[-1]))
     print(arguments["contestant"], workers, f"{result:,.2f}", flush=True)
     return result
 
