@@ -100,6 +100,8 @@ def test_a_script_written_for_0_1_0_finds_its_imports() -> None:
         from simclr_dist.data import Batch
         from simclr_dist.data.randomness import keys, uniform
         from simclr_dist.trainer import Trainer
+        from simclr_dist.encoders import build_encoder  # what model cards of 0.1.0 show
+        from simclr_dist.model import build_model  # what its guide shows
         assert not hasattr(simclr_dist, "nothing")
         print(encoders.register.__module__, distributed.all_gather.__module__)
     """
