@@ -220,8 +220,13 @@ class TestValuesAndBands:
     def test_bands_of_plain_images(self) -> None:
         assert np.array_equal(pixels_of(encoded(RGB, "PNG"), bands=(3, 2, 1)), RGB[..., ::-1])
         assert np.array_equal(pixels_of(encoded(GREY[..., 0], "BMP"), bands=(1, 1, 1)), np.repeat(GREY, 3, 2))
-        with pytest.raises(DataError, match="there are no --bands 4 3 2, only 1 to 3"):
-            pixels_of(encoded(RGB, "JPEG"), bands=(4, 3, 2))
+        palette = Image.fromarray(RGB).quantize(16)
+        turned = np.asarray(palette.convert("RGB"))[..., ::-1]
+        for content in (encoded(palette, "GIF"), encoded(palette, "TIFF")):
+            assert np.array_equal(pixels_of(content, bands=(3, 2, 1)), turned)
+        for kind in ("JPEG", "PNG", "TIFF"):
+            with pytest.raises(DataError, match="there are no --bands 4 3 2, only 1 to 3"):
+                pixels_of(encoded(RGB, kind), bands=(4, 3, 2))
 
     @pytest.mark.parametrize("kind", ["grey PNG", "RGB PNG", "grey TIFF", "RGB TIFF", "PGM", "12-bit PGM"])
     def test_16_bits_that_are_used_keep_the_upper_byte(self, kind: str) -> None:

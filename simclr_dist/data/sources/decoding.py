@@ -23,7 +23,6 @@ _UNKNOWN_FORMATS = (  # first bytes, where, what they are
     (b"\x93NUMPY", 0, "a numpy array, which numpy.load reads"),
     (b"ftyphe", 4, "HEIC, which pillow-heif reads"),
     (b"ftypmif1", 4, "HEIF, which pillow-heif reads"),
-    (b"ftypavif", 4, "AVIF, which Pillow reads from version 11.3 on"),
     (b"\xff\x0a", 0, "JPEG XL, which pillow-jxl-plugin reads"),
     (b"JXL ", 4, "JPEG XL, which pillow-jxl-plugin reads"),
     (b"\x89HDF", 0, "HDF5, which h5py reads"),
@@ -42,17 +41,13 @@ def decode(file: IO[bytes], decoding: Decoding = ASK) -> tuple[Pixels, str | Non
     try:
         with _without_pillows_limit():
             pages = tiff.pages(file)
-            if pages and (decoding.bands is not None or not pages[0].is_plain):
+            if pages and not (pages[0].is_plain and len(_pages_as_bands(pages, decoding)) == 1):
                 return _decode_samples(file, pages, decoding), _note_on_pages(pages, decoding)
             try:
                 return _decode_by_pillow(file, decoding, pages)
             except Exception as error:
-                of_pixels = isinstance(error, (DataError, MemoryError, OSError)) and not isinstance(
-                    error, UnidentifiedImageError
-                )
-                if of_pixels or not pages:
+                if not pages or not _may_be_of_metadata(error):
                     raise
-                # Only the metadata make Pillow fail.
                 file.seek(0)
                 return _decode_by_pillow(BytesIO(tiff.without_metadata(file.read(), pages[0])), decoding, pages)
     except DataError:
@@ -62,20 +57,12 @@ def decode(file: IO[bytes], decoding: Decoding = ASK) -> tuple[Pixels, str | Non
 
 
 def _decode_by_pillow(file: IO[bytes], decoding: Decoding, pages: list[tiff.Page]) -> tuple[Pixels, str | None]:
-    damage = _note_on_pages(pages, decoding)
     file.seek(0)
     with Image.open(file) as image:
         _check_size(image.width, image.height, decoding)
-        pixels: Pixels | None = None
-        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
-            file.seek(0)
-            found = turbojpeg.decode_jpeg(file.read(), image.width, image.height)
-            pixels, damage = (None, found) if isinstance(found, str) else (found, None)
-            if pixels is not None and decoding.bands is not None:
-                pixels = to_rgb(pixels if image.mode == "RGB" else pixels[..., :1], decoding)
+        pixels, damage = _decode_jpeg(file, image, decoding)
         if pixels is None:
-            # Before loading, as loading forgets how the samples are stored.
-            stored_as = image.tile[0][3] if image.tile else ""
+            stored_as = image.tile[0][3] if image.tile else None  # which loading forgets
             image.load()
             if pages and pages[0].get(tiff.BITS, 1) == 12:
                 pixels = (np.asarray(image) >> 4).astype(np.uint8)[..., None].repeat(3, axis=2)
@@ -83,7 +70,25 @@ def _decode_by_pillow(file: IO[bytes], decoding: Decoding, pages: list[tiff.Page
                 pixels = _from_16_bits(file, image, stored_as, decoding)
             else:
                 pixels = _to_rgb(image, decoding)
-        return _upright(pixels, _orientation(image)), damage
+        return _upright(pixels, _orientation(image)), damage or _note_on_pages(pages, decoding)
+
+
+def _decode_jpeg(file: IO[bytes], image: Image.Image, decoding: Decoding) -> tuple[Pixels | None, str | None]:
+    """Pixels without damage; or None, and the damage if there is some. Pillow knows what to do with damaged data."""
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
+        return None, None
+    file.seek(0)
+    found = turbojpeg.decode_jpeg(file.read(), image.width, image.height)
+    if found is None or isinstance(found, str):
+        return None, found
+    if decoding.bands is not None:
+        found = to_rgb(found if image.mode == "RGB" else found[..., :1], decoding)
+    return found, None
+
+
+def _may_be_of_metadata(error: Exception) -> bool:
+    """Pillow reports damaged pixels as OSError."""
+    return isinstance(error, UnidentifiedImageError) or not isinstance(error, DataError | MemoryError | OSError)
 
 
 def _to_rgb(image: Image.Image, decoding: Decoding) -> Pixels:

@@ -41,7 +41,9 @@ _OF_PIXELS = (*_STORAGE, *_MEANING, ORIENTATION, COLOUR_MAP, YCBCR_SUBSAMPLING)
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2
 _BYTES_ONLY = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, LZMA, Zstandard
 _REDUCED_OR_MASK = 0b101  # of SUBFILE_TYPE: a thumbnail or a mask of another page
-_MOST_PAGES = _MOST_TAGS = 10_000  # what exceeds this is damage
+# What exceeds these is damage.
+_MOST_PAGES = _MOST_TAGS = 10_000
+_LARGEST_TILE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -162,10 +164,14 @@ def read_samples(content: bytes, page: Page) -> NDArray:
 
 def _read_interleaved(content: bytes, page: Page, dtype: np.dtype) -> NDArray:
     height, width, samples = page.shape
+    if min(page.shape) < 1:
+        raise ValueError(f"TIFF of {width} x {height} pixels of {samples} bands")
     per_pixel = samples * dtype.itemsize
-    tile = page.get(TILE_WIDTH, 0) if TILE_OFFSETS in page.tags else width
-    if not 0 < tile <= max(width, 1 << 16):
-        raise ValueError(f"TIFF with tiles of {tile} pixels")
+    tile = width
+    if TILE_OFFSETS in page.tags:
+        tile, tile_height = page.get(TILE_WIDTH, 0), page.get(TILE_HEIGHT, 0)
+        if not (0 < tile <= _LARGEST_TILE and 0 < tile_height <= _LARGEST_TILE):
+            raise ValueError(f"TIFF with tiles of {tile} x {tile_height} pixels")
     padded = -(-width // tile) * tile  # the last tile is stored whole
     tags = {tag: page.tags[tag] for tag in _STORAGE if tag in page.tags}
     tags |= {WIDTH: (padded * per_pixel,), BITS: (8,), PHOTOMETRIC: (BLACK_IS_ZERO,), SAMPLES: (1,)}

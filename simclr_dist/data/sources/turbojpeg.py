@@ -36,7 +36,7 @@ def _library() -> ctypes.CDLL | None:
 def unavailable() -> str | None:
     """Why damaged JPEG data go unnoticed here, or None when they are noticed."""
     if _library() is None:
-        return "libturbojpeg is not installed (on Debian: apt install libturbojpeg0), or Pillow has another JPEG decoder"
+        return "libturbojpeg is not installed (on Debian: apt install libturbojpeg0), or Pillow has another libjpeg"
     return None
 
 
