@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_dist.data.sources.account import Account, LeftOut
+from simclr_dist.data.account import Account, LeftOut
 from simclr_dist.data.sources.images import ImageSource
 from simclr_dist.data.sources.open import open_source, size_on_disk
 from simclr_dist.errors import DataError

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from simclr_dist.data.sources.account import SourceOptions
+from simclr_dist.data.account import SourceOptions
 from simclr_dist.data.sources.images import ImageSource
 from simclr_dist.data.sources.layout import kind_of_split
 from simclr_dist.data.sources.open import open_source

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from simclr_dist.data.account import Account
 from simclr_dist.data.sources import decoding, tiff, turbojpeg
-from simclr_dist.data.sources.account import Account
 from simclr_dist.data.sources.decoding import decode
 from simclr_dist.data.sources.images import FileImages
 from simclr_dist.data.sources.sample_values import Decoding

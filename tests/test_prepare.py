@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
+import stat
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from simclr_dist.cli import main
+from simclr_dist.data.account import Account
+from simclr_dist.data.beton.encode import Encoder, Unusable
 from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.beton.reader import open_beton, sidecar_path
-from simclr_dist.data.beton.writer import PAGE_BYTES
+from simclr_dist.data.beton.writer import PAGE_BYTES, Record
 from simclr_dist.data.decode.ffcv_import import unavailable
 from simclr_dist.data.loading.inspect import inspect_beton
 from simclr_dist.data.loading.open_images import describe
@@ -224,6 +232,9 @@ class TestUnusableImages:
         ({"quality": 101}, "JPEG quality 101: expected 1 to 100"),
         ({"out": "missing/too/out.beton"}, "there is no folder"),
         ({"out": ""}, "is a folder"),
+        ({"max_side": 0}, "max_side 0: expected at least 1"),
+        ({"limit": 0}, "limit 0: expected at least 1"),
+        ({"num_workers": -1}, "num_workers -1: expected at least 1"),
     ],
 )
 def test_wrong_options_are_told_before_any_work(options: dict, message: str, tmp_path: Path) -> None:
@@ -298,6 +309,287 @@ def test_the_unfinished_file_of_another_that_still_runs_stays(tmp_path: Path) ->
     prepare(tmp_path / "in", out, num_workers=1, progress=another_starts)
     assert seen
     assert not unfinished()
+
+
+def failing(*errors: int):
+    """A system call that a file system does not support."""
+
+    def call(*_: object) -> None:
+        raise OSError(errors[0], os.strerror(errors[0]))
+
+    return call
+
+
+class TestFileSystemsWithoutConveniences:
+    """Locks, permissions and flushed folders are wanted, not needed."""
+
+    @pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+    @pytest.mark.parametrize("call", ["fcntl.flock", "os.fchmod"])
+    def test_prepare_works(self, call: str, error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        make_folder(tmp_path / "in", 3)
+        monkeypatch.setattr(call, failing(error))
+        assert prepare(tmp_path / "in", tmp_path / "out" / "a.beton", num_workers=1).num_samples == 3
+        assert everything(tmp_path / "out") == {"a.beton", "a.beton.json"}
+
+    @pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF])
+    def test_a_folder_that_cannot_be_flushed(self, error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        make_folder(tmp_path / "in", 3)
+        real = os.fsync
+
+        def fsync(fd: int) -> None:
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                failing(error)()
+            real(fd)
+
+        monkeypatch.setattr("os.fsync", fsync)
+        assert prepare(tmp_path / "in", tmp_path / "a.beton", num_workers=1).num_samples == 3
+
+    def test_a_failure_leaves_no_unfinished_file_there_either(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make_folder(tmp_path / "in", 3)
+        (tmp_path / "in" / "class0" / "0000.png").write_bytes(b"no")
+        before = everything(tmp_path)
+        monkeypatch.setattr("fcntl.flock", failing(errno.ENOLCK))
+        with pytest.raises(DataError, match="cannot be decoded"):
+            prepare(tmp_path / "in", tmp_path / "a.beton", num_workers=1)
+        assert everything(tmp_path) == before
+
+    def test_a_file_that_cannot_be_flushed_is_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        make_folder(tmp_path / "in", 3)
+        before = everything(tmp_path)
+        monkeypatch.setattr("os.fsync", failing(errno.EIO))
+        with pytest.raises(DataError, match=r"a\.beton: cannot be written: Input/output error"):
+            prepare(tmp_path / "in", tmp_path / "a.beton", num_workers=1)
+        assert everything(tmp_path) == before
+
+
+class TestWhatIsReplaced:
+    """A .beton file when asked, and nothing else."""
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Path:
+        make_folder(tmp_path / "in", 4)
+        return tmp_path / "in"
+
+    def refused(self, source: Path, out: Path, message: str) -> None:
+        before = out.read_bytes() if out.is_file() else None
+        with pytest.raises(DataError, match=message):
+            prepare(source, out, num_workers=1, overwrite=True)
+        assert (out.read_bytes() if out.is_file() else None) == before
+
+    @pytest.mark.parametrize("name", ["notes.txt", "out", "out.beton.tar", "beton"])
+    def test_the_name_must_end_in_beton(self, name: str, source: Path, tmp_path: Path) -> None:
+        (tmp_path / name).write_text("my notes")
+        self.refused(source, tmp_path / name, "must be called something.beton")
+
+    @pytest.mark.parametrize("content", [b"my notes", b"PK\3\4", bytes(100), b"\x89PNG\r\n"])
+    def test_something_else_of_that_name_stays(self, content: bytes, source: Path, tmp_path: Path) -> None:
+        (tmp_path / "a.beton").write_bytes(content)
+        self.refused(source, tmp_path / "a.beton", "holds something other than a .beton file")
+
+    @pytest.mark.parametrize("content", ["my notes", "[1, 2]", "{}", "null"])
+    def test_something_else_in_the_sidecars_place_stays(self, content: str, source: Path, tmp_path: Path) -> None:
+        sidecar_path(tmp_path / "a.beton").write_text(content)
+        self.refused(source, tmp_path / "a.beton", "holds something else; move it away")
+        assert sidecar_path(tmp_path / "a.beton").read_text() == content
+
+    def test_a_beton_file_is_replaced_only_when_asked(self, source: Path, tmp_path: Path) -> None:
+        out = tmp_path / "a.beton"
+        prepare(source, out, num_workers=1)
+        with pytest.raises(DataError, match="exists already; --overwrite replaces it"):
+            prepare(source, out, num_workers=1, limit=2)
+        assert describe(str(out)).num_samples == 4
+        prepare(source, out, num_workers=1, limit=2, overwrite=True)
+        assert describe(str(out)).num_samples == 2
+
+    @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+    def test_the_source_stays_also_behind_a_link(self, link, source: Path, tmp_path: Path) -> None:
+        archive = tmp_path / "images.tar"
+        with tarfile.open(archive, "w") as tar:
+            tar.add(source, "in")
+        link(archive, tmp_path / "a.beton")
+        self.refused(archive, tmp_path / "a.beton", "is the source itself")
+        self.refused(archive, archive, "must be called something.beton")
+
+    def test_a_link_is_followed(self, source: Path, tmp_path: Path) -> None:
+        (tmp_path / "large disk").mkdir()
+        target, link = tmp_path / "large disk" / "b.beton", tmp_path / "a.beton"
+        link.symlink_to(target)
+        for limit in (4, 3):  # once nothing is there, once a .beton
+            prepare(source, link, num_workers=1, limit=limit, overwrite=True)
+            assert link.is_symlink()
+            assert everything(target.parent) == {"b.beton", "b.beton.json"}
+            info = describe(str(link))
+            assert (info.num_samples, info.class_names[0]) == (limit, "class0")
+
+    def test_a_link_to_nowhere_is_named(self, source: Path, tmp_path: Path) -> None:
+        (tmp_path / "a.beton").symlink_to(tmp_path / "unmounted" / "b.beton")
+        self.refused(source, tmp_path / "a.beton", "links to .*unmounted")
+
+    @pytest.mark.parametrize(
+        "option", ["--max-side=0", "--max-side=-5", "--limit=0", "--quality=0", "--quality=101", "--workers=0"]
+    )
+    def test_sizes_out_of_range_are_refused_by_the_command_line(
+        self, option: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(["prepare", str(source), str(tmp_path / "a.beton"), option])
+        assert ended.value.code == 2
+        assert f"argument {option.partition('=')[0]}: must be" in capsys.readouterr().err
+
+
+def test_few_small_images_make_a_small_file(tmp_path: Path) -> None:
+    pixels = make_folder(tmp_path / "in", 24)
+    info = prepare(tmp_path / "in", tmp_path / "a.beton", mode="raw", num_workers=1)
+    assert info.num_bytes < sum(p.size for p in pixels) + 8192
+
+
+class TestAccount:
+    """What was found, taken and left out: the same in what is printed, beside the file, and from every command."""
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Path:
+        make_folder(tmp_path / "in", 4)
+        (tmp_path / "in" / "class1" / "notes.cls").write_text("7")
+        (tmp_path / "in" / "class2" / "broken.jpg").write_bytes(b"no")
+        return tmp_path / "in"
+
+    def run(self, *arguments: str | Path) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        return int(ended.value.code or 0)
+
+    def test_it_is_printed_kept_and_shown(self, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        out = tmp_path / "a.beton"
+        assert self.run("prepare", source, out, "--on-error", "skip", "--workers", "1") == 0
+        printed = capsys.readouterr()
+        account = Account.from_json(json.loads(sidecar_path(out).read_text())["account"])
+        assert (account.taken, account.num_left_out) == (4, 2)
+        assert {name for group in account.left_out for name in group.names} >= {str(source / "class2" / "broken.jpg")}
+        assert printed.out.splitlines()[: len(account.lines())] == account.lines()
+        assert (
+            printed.err.splitlines()[-1]
+            == f"2 found at {source} but not taken, see above; --strict makes this an error"
+        )
+        assert self.run("inspect", out) == 0
+        shown = capsys.readouterr().out
+        assert all(line in shown for line in account.lines())
+
+    def test_the_doctor_tells_the_same_before(
+        self, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        (source / "class2" / "broken.jpg").unlink()
+        self.run("prepare", source, tmp_path / "a.beton", "--workers", "1")
+        lines = describe(str(tmp_path / "a.beton")).account.lines()
+        capsys.readouterr()
+        for data in (source, tmp_path / "a.beton"):
+            assert self.run("doctor", data, "--json") == 0
+            findings = json.loads(capsys.readouterr().out)["findings"]
+            assert [finding["found"] for finding in findings] == lines
+            assert [finding["level"] for finding in findings].count("warning") == 1
+        assert self.run("doctor", tmp_path / "nowhere") == 1
+
+    def test_nothing_lost_means_no_word_about_losses(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        make_folder(tmp_path / "clean", 4)
+        assert self.run("prepare", tmp_path / "clean", tmp_path / "a.beton", "--workers", "1", "--strict") == 0
+        assert capsys.readouterr().err == ""
+
+    @pytest.mark.parametrize("lost", ["a file that is no image", "an image that cannot be read"])
+    def test_strict_makes_a_loss_an_error(
+        self, lost: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        (source / ("class1/notes.cls" if lost == "an image that cannot be read" else "class2/broken.jpg")).unlink()
+        assert self.run("prepare", source, tmp_path / "a.beton", "--on-error", "skip", "--strict", "--workers=1") == 2
+        assert ("notes.cls" if "file" in lost else "broken.jpg") in capsys.readouterr().err
+        assert not (tmp_path / "a.beton").exists()
+
+    def test_a_limit_is_no_loss(self, tmp_path: Path) -> None:
+        make_folder(tmp_path / "clean", 9)
+        account = prepare(tmp_path / "clean", tmp_path / "a.beton", num_workers=1, limit=4, strict=True).account
+        assert (account.taken, account.num_left_out) == (4, 0)
+        assert [(note.reason, note.count) for note in account.notes] == [("beyond --limit 4", 5)]
+
+    def test_lines_of_a_log_file_are_not_folded(
+        self, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        out = tmp_path / ("long " * 20) / "a.beton"
+        out.parent.mkdir()
+        self.run("prepare", source, out, "--on-error", "skip", "--workers", "1")
+        self.run("inspect", out)
+        assert capsys.readouterr().out.count(f"{out}") == 2
+
+    @pytest.mark.parametrize("on_damage", ["warn", "skip", "stop"])
+    def test_damaged_images_are_taken_or_not_as_asked(self, on_damage: str, tmp_path: Path) -> None:
+        images = SimpleNamespace(
+            labels=np.array([0, 0]),
+            name=lambda index: f"image {index}",
+            read_checked=lambda index: (make_image(index, 9, 9), "corrupt data" if index else None),
+        )
+        encoded = Encoder("raw", 90, None, on_damage)(images)  # type: ignore[arg-type]
+        assert isinstance(encoded.results[0], Record)
+        if on_damage == "warn":
+            assert isinstance(encoded.results[1], Record)
+            assert encoded.damaged == ["image 1: corrupt data"]
+        else:
+            assert encoded.results[1] == Unusable("image 1", "image 1: is damaged: corrupt data", damaged=True)
+
+
+def test_nearly_constant_images_are_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    for i in range(3):
+        Image.fromarray(np.full((9, 9, 3), 3 + i, np.uint8)).save(tmp_path / "in" / "a" / f"{i}.png")
+    (warning,) = prepare(tmp_path / "in", tmp_path / "out.beton", num_workers=1).warnings
+    assert re.search(r"nearly constant .*mean 0\.016, 0\.016, 0\.016, std 0\.003", warning)
+    make_folder(tmp_path / "good", 3)
+    assert prepare(tmp_path / "good", tmp_path / "good.beton", num_workers=1).warnings == ()
+
+
+class TestWorkersThatCannotStart:
+    """The message blames what is to blame, and says what helps."""
+
+    def run(self, tmp_path: Path, script: str) -> str:
+        make_folder(tmp_path / "in", 40)
+        (tmp_path / "script.py").write_text(script)
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "in"), str(tmp_path / "out.beton")],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode != 0
+        assert not list(tmp_path.glob(".out.beton*"))
+        return done.stderr.splitlines()[-1]
+
+    def test_a_script_without_a_guard(self, tmp_path: Path) -> None:
+        script = (
+            "import sys; from simclr_dist.data.beton.prepare import prepare\n"
+            "prepare(sys.argv[1], sys.argv[2], num_workers=2)\n"
+        )
+        message = self.run(tmp_path, script)
+        assert "each imports it, so put what it does below `if __name__" in message
+
+    def test_too_few_open_files(self, tmp_path: Path) -> None:
+        script = (
+            "import resource, sys; from simclr_dist.data.beton.prepare import prepare\n"
+            "if __name__ == '__main__':\n"
+            "    resource.setrlimit(resource.RLIMIT_NOFILE, (12, 12))\n"
+            "    prepare(sys.argv[1], sys.argv[2], num_workers=2)\n"
+        )
+        message = self.run(tmp_path, script)
+        assert "worker processes cannot be started: Too many open files" in message
+        assert "ulimit -n" in message
+        assert "--workers 1" in message
+
+    @pytest.mark.parametrize("error", [errno.EACCES, errno.ENOSPC, errno.ENOSYS, errno.ENOENT])
+    def test_no_semaphores(self, error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        make_folder(tmp_path / "in", 40)
+        monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", failing(error))
+        with pytest.raises(DataError, match="worker processes cannot be started: .*/dev/shm.*--workers 1"):
+            prepare(tmp_path / "in", tmp_path / "out.beton", num_workers=2)
+        assert prepare(tmp_path / "in", tmp_path / "out.beton", num_workers=1).num_samples == 40
 
 
 def _children(pid: int) -> list[str]:

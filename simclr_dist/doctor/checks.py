@@ -190,7 +190,7 @@ def _run_probe(probe: dict[str, Any]) -> tuple[str, str]:
 
 
 def _examine_source(source: str, arguments: argparse.Namespace | None) -> Iterable[Finding]:
-    from simclr_dist.data.sources.account import SourceOptions
+    from simclr_dist.data.account import SourceOptions
     from simclr_dist.doctor.data import examine_source
 
     return examine_source(source, SourceOptions.from_arguments(arguments) if arguments else SourceOptions())

@@ -17,7 +17,7 @@ from simclr_dist.errors import DataError
 
 if TYPE_CHECKING:
     from simclr_dist.config import DataConfig, EvaluationConfig
-    from simclr_dist.data.sources.account import Account, SourceOptions
+    from simclr_dist.data.account import Account, SourceOptions
 
 
 def examine_data_path() -> list[Finding]:

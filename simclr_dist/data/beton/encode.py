@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from simclr_dist.data.account import OnDamage
 from simclr_dist.data.beton.reader import JPEG, RAW
 from simclr_dist.data.beton.writer import PAGE_BYTES, Record
-from simclr_dist.data.sources.account import OnDamage
 from simclr_dist.data.sources.images import ImageSource, Pixels
 from simclr_dist.errors import DataError
 

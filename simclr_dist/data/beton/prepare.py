@@ -16,12 +16,12 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from simclr_dist.data.account import Account, LeftOut, SourceOptions
 from simclr_dist.data.beton.content import content_fingerprint
 from simclr_dist.data.beton.encode import Encoder, Mode, Unusable, encode_in_order, mean_and_std
 from simclr_dist.data.beton.out_file import choose_target, commit, unfinished
 from simclr_dist.data.beton.reader import JPEG, open_beton
 from simclr_dist.data.beton.writer import PagedWriter
-from simclr_dist.data.sources.account import Account, LeftOut, SourceOptions
 from simclr_dist.data.sources.images import ImageSource
 from simclr_dist.data.sources.open import open_source
 from simclr_dist.errors import DataError

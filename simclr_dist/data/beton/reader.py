@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simclr_dist.data.account import Account
 from simclr_dist.data.beton.content import cached_records_digest, content_fingerprint, digest_from_arguments
-from simclr_dist.data.sources.account import Account
 from simclr_dist.errors import DataError
 
 VERSION = 2

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from simclr_dist.data.account import Account
 from simclr_dist.data.decode.recycled_memory import RecycledMemory
 from simclr_dist.errors import DataError
 
@@ -32,10 +33,16 @@ class Images(Protocol):
 
     class_names: tuple[str, ...]
     labels: NDArray[np.int64]
-    fingerprint: str
 
+    # For a folder of many files these two take long: they are not computed unless they are asked for.
+    @property
+    def fingerprint(self) -> str: ...
     @property
     def content_fingerprint(self) -> str: ...
+    @property
+    def account(self) -> Account | None:
+        """What was taken from the source; None for a .beton file that does not tell."""
+        ...
 
     def fill(self, ids: NDArray[np.int64], crop: CropRule, out: NDArray[np.uint8]) -> None:
         """Writes the V crops of each image to out [V, b, S, S, 3]. Raises DataError."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from simclr_dist.data.account import Account
 from simclr_dist.data.beton.content import read_records_digest
 from simclr_dist.data.beton.reader import JPEG, Beton, open_beton
-from simclr_dist.data.sources.account import Account
 
 _CHUNK = 64
 

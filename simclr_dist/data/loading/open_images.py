@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from simclr_dist.errors import DataError
 
 if TYPE_CHECKING:
+    from simclr_dist.data.account import Account
     from simclr_dist.data.loading.decode_pool import Images
-    from simclr_dist.data.sources.account import Account
     from simclr_dist.data.sources.images import ImageSource
 
 LoaderName = Literal["auto", "ffcv", "folder", "synthetic"]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.data.sources.account import NAMES_SHOWN, LeftOut
+from simclr_dist.data.account import NAMES_SHOWN, LeftOut
 from simclr_dist.data.sources.images import ArrayImages
 from simclr_dist.data.sources.listing import image_suffixes
 from simclr_dist.errors import DataError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from simclr_dist.data.sources.account import NAMES_SHOWN, Account, LeftOut, SourceOptions, printable
+from simclr_dist.data.account import NAMES_SHOWN, Account, LeftOut, SourceOptions, printable
 from simclr_dist.data.sources.images import FileImages
 from simclr_dist.data.sources.layout import read_layout
 from simclr_dist.data.sources.listing import Found, Listing, Parts, choose_images

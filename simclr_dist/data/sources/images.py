@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.data.sources.account import Account, LeftOut
+from simclr_dist.data.account import Account, LeftOut
 from simclr_dist.data.sources.decoding import Pixels, decode
 from simclr_dist.data.sources.sample_values import ASK, Decoding
 from simclr_dist.errors import DataError
@@ -26,6 +26,11 @@ class LabelledImages(Protocol):
     @property
     def labels(self) -> NDArray[np.int64]:
         """int64 [n], -1 where there is no label."""
+        ...
+
+    @property
+    def account(self) -> Account | None:
+        """Everything found at the source, and how it was read; None for a .beton file that does not tell."""
         ...
 
     @property
@@ -49,9 +54,7 @@ class ImageSource(LabelledImages, Protocol):
     """Images that a .beton file can be made of."""
 
     @property
-    def account(self) -> Account:
-        """Everything found at the source, and how it was read."""
-        ...
+    def account(self) -> Account: ...
 
     def name(self, index: int) -> str:
         """The name of an image in messages."""

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from simclr_dist.data.sources.account import NAMES_SHOWN, SourceOptions, printable
+from simclr_dist.data.account import NAMES_SHOWN, SourceOptions, printable
 from simclr_dist.data.sources.listing import Parts
 from simclr_dist.errors import DataError
 

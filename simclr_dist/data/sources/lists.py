@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.data.sources.account import NAMES_SHOWN
+from simclr_dist.data.account import NAMES_SHOWN
 from simclr_dist.errors import DataError
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from simclr_dist.data.sources.account import SourceOptions
+from simclr_dist.data.account import SourceOptions
 from simclr_dist.data.sources.archives import list_archive
 from simclr_dist.data.sources.dataset_files import CIFARS, torchvision_archive, torchvision_files
 from simclr_dist.data.sources.folders import list_folder

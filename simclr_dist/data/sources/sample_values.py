@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from simclr_dist.data.sources.account import OnDamage
+from simclr_dist.data.account import OnDamage
 from simclr_dist.errors import DataError
 
 MAX_PIXELS = 1 << 29  # 2 GiB in Pillow
