@@ -311,11 +311,11 @@ def test_the_unfinished_file_of_another_that_still_runs_stays(tmp_path: Path) ->
     assert not unfinished()
 
 
-def failing(*errors: int):
-    """A system call that a file system does not support."""
+def failing(error: int):
+    """A call that fails with this errno."""
 
-    def call(*_: object) -> None:
-        raise OSError(errors[0], os.strerror(errors[0]))
+    def call(*_: object, **__: object) -> None:
+        raise OSError(error, os.strerror(error))
 
     return call
 
@@ -587,7 +587,7 @@ class TestWorkersThatCannotStart:
     def test_no_semaphores(self, error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         make_folder(tmp_path / "in", 40)
         monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", failing(error))
-        with pytest.raises(DataError, match="worker processes cannot be started: .*/dev/shm.*--workers 1"):
+        with pytest.raises(DataError, match=r"worker processes cannot be started: .*/dev/shm.*--workers 1"):
             prepare(tmp_path / "in", tmp_path / "out.beton", num_workers=2)
         assert prepare(tmp_path / "in", tmp_path / "out.beton", num_workers=1).num_samples == 40
 
