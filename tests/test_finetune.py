@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,8 @@ def crops(source: str, batch_size: int = 12, seed: int = 0) -> RandomCrops:
 
 
 def info_with(labels: list[int], num_classes: int) -> DatasetInfo:
-    return DatasetInfo(len(labels), tuple(f"class{i}" for i in range(num_classes)), "f00d", np.array(labels))
+    names = tuple(f"class{i}" for i in range(num_classes))
+    return DatasetInfo(len(labels), names, "f00d", "c0ffee", np.array(labels), None)
 
 
 def test_subsets_are_class_balanced_and_seeded() -> None:
@@ -97,8 +99,8 @@ def test_a_subset_file_is_read_back_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "subsets" / "10percent.json"
     save_subset(path, subset)
     assert load_subset(path, info) == subset
-    with pytest.raises(DataError, match="was drawn from a dataset with fingerprint f00d"):
-        load_subset(path, DatasetInfo(100, info.class_names, "beef", info.labels))
+    with pytest.raises(DataError, match="was drawn from a dataset with fingerprint c0ffee"):
+        load_subset(path, replace(info, fingerprint="beef", content_fingerprint="beef"))
     one_class = json.loads(path.read_text()) | {"ids": [0, 2, 4]}
     path.write_text(json.dumps(one_class))
     with pytest.raises(DataError, match=r"has no image of the class\(es\) class1"):
