@@ -66,7 +66,7 @@ class Account:
     taken: int
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[LeftOut, ...] = ()
-    """Images that were taken in part, such as the first page of several."""
+    """What is to be known of some that were taken, such as images of which only the first page is."""
 
     @property
     def num_left_out(self) -> int:
@@ -80,7 +80,7 @@ class Account:
         return replace(self, taken=self.taken - len(names), left_out=(*self.left_out, group))
 
     def with_note(self, reason: str, names: Sequence[str]) -> Account:
-        """The account with images that were taken in part."""
+        """The account with something to be known of some images."""
         if not names:
             return self
         return replace(self, notes=(*self.notes, LeftOut(reason, len(names), tuple(names[:NAMES_SHOWN]))))
@@ -88,9 +88,12 @@ class Account:
     def lines(self) -> list[str]:
         """For a terminal or a log: one line a fact, printable whatever bytes the names hold."""
         lines = [f"{self.source}: {self.layout}", f"taken: {self.taken:,} {'image' if self.taken == 1 else 'images'}"]
-        lines += [f"left out: {_line(group)}" for group in self.left_out]
-        lines += [f"note: {_line(group)}" for group in self.notes]
-        return [printable(line) for line in lines]
+        return [*map(printable, lines), *self.remarks()]
+
+    def remarks(self) -> list[str]:
+        """The lines about what was left out, and the notes."""
+        lines = [f"left out: {_line(group)}" for group in self.left_out]
+        return [printable(line) for line in (*lines, *(f"note: {_line(group)}" for group in self.notes))]
 
     def to_json(self) -> dict[str, Any]:
         return _printable_json(asdict(self))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from simclr_dist.data.account import Account
 from simclr_dist.data.order import Order
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Batch:
 class Loader(Protocol):
     """What the trainer uses of a dataset. wait_s: seconds spent waiting for batches so far.
 
+    account: what was taken from the source, None for a .beton file that does not tell.
     fingerprint: by which checkpoints of release 0.1 name their data; newer ones use content_fingerprint.
     """
 
@@ -54,6 +56,7 @@ class Loader(Protocol):
     class_names: tuple[str, ...]
     fingerprint: str
     content_fingerprint: str
+    account: Account | None
     order: Order
     wait_s: float
 

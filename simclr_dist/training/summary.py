@@ -11,6 +11,7 @@ from torch import nn
 from simclr_dist.checkpoint.lineage import list_checkpoints
 from simclr_dist.config import Config
 from simclr_dist.data import Loader
+from simclr_dist.data.account import printable
 from simclr_dist.monitor.events import Summary
 from simclr_dist.monitor.terminal import duration
 from simclr_dist.optim.schedule import peak_learning_rate
@@ -26,6 +27,9 @@ def show_start(config: Config, parts: Parts) -> None:
         start = f"resumes at step {parts.state.step}" if parts.state.step else "starts at step 0"
         rows = start_rows(config, parts.world, parts.device, parts.loader, parts.network, parts.forward_flops)
         parts.monitor.show(Summary("start", f"{config.name}: {start} of {parts.last_step}", rows))
+        if parts.loader.account is not None:
+            for line in parts.loader.account.remarks():
+                parts.monitor.warn(f"{config.data.train}: {line}")
     if parts.world.size > 1 and config.model.batch_norm == "per_device":
         parts.monitor.warn("model.batch_norm=per_device: statistics, and so results, depend on the number of devices")
     if config.train.micro_batch_size is not None and any(
@@ -57,6 +61,7 @@ def start_rows(
     return {
         "data": f"{config.data.train}: {loader.num_samples:,} images, 2 views of {size} px, {epoch:,} steps an epoch"
         + (f"; each epoch leaves out another {left_out:,}" if left_out else ""),
+        **({"read as": printable(loader.account.layout)} if loader.account is not None else {}),
         "global batch": split_of_batch(G, world, config.train.micro_batch_size),
         "learning rate": f"{config.optim.optimizer}, peak {learning_rate_formula(config)}{warmup}, then {decay}",
         "loss": f"temperature {config.loss.temperature:g}, {2 * G - 2:,} negatives a row; guessing gives "

@@ -24,6 +24,7 @@ class BetonImages:
         self.beton = open_beton(path)
         self.class_names = self.beton.class_names
         self.fingerprint = self.beton.fingerprint
+        self.account = self.beton.account
         self.labels = self.beton.labels
         self._size_at_opening = os.fstat(self.beton.fd).st_size
         self._scratch = threading.local()

@@ -26,7 +26,11 @@ class SourceImages:
         self.source = source
         self.class_names = source.class_names
         self.labels = source.labels
-        self.fingerprint = source.fingerprint
+        self.account = source.account
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
 
     @property
     def content_fingerprint(self) -> str:
@@ -69,6 +73,7 @@ class BetonSource:
         self.class_names = self._beton.class_names
         self.labels = self._beton.labels
         self.fingerprint = self._beton.fingerprint
+        self.account = self._beton.account
 
     @property
     def content_fingerprint(self) -> str:

@@ -89,6 +89,7 @@ class ViewLoader:
         self.class_names = images.class_names
         self.fingerprint = images.fingerprint
         self.content_fingerprint = images.content_fingerprint
+        self.account = images.account
         self.order = Order(self.num_samples, global_batch_size, seed, pages=pages)
         self.wait_s = 0.0
         self._labels = images.labels
