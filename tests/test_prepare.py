@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from simclr_dist.data.decode.ffcv_import import unavailable
 from simclr_dist.data.loading.inspect import inspect_beton
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.loading.pillow_images import BetonSource
+from simclr_dist.data.sources import turbojpeg
 from simclr_dist.errors import DataError
 from tests.images import make_folder, make_image
 
@@ -63,6 +65,17 @@ def test_jpeg_images_come_back_nearly_as_they_were(tmp_path: Path) -> None:
     source = BetonSource(tmp_path / "out.beton")
     for i in range(10):
         assert abs(source.read(i).astype(int) - pixels[i]).mean() < 12
+
+
+@needs_ffcv  # which comes with libturbojpeg
+@pytest.mark.parametrize("quality", [1, 50, 90, 100])
+def test_libturbojpeg_writes_the_bytes_that_pillow_writes(quality: int) -> None:
+    for i, (height, width) in enumerate([(1, 1), (8, 9), (97, 31), (150, 110), (200, 17)]):
+        pixels = make_image(i, height, width)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+        assert turbojpeg.encode_jpeg(pixels, quality) == buffer.getvalue()
+        assert turbojpeg.encode_jpeg(pixels[:, ::-1], quality) == turbojpeg.encode_jpeg(pixels[:, ::-1].copy(), quality)
 
 
 def test_smart_keeps_small_images_raw(tmp_path: Path) -> None:

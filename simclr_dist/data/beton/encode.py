@@ -23,6 +23,7 @@ from PIL import Image
 from simclr_dist.data.account import OnDamage
 from simclr_dist.data.beton.reader import JPEG, RAW
 from simclr_dist.data.beton.writer import PAGE_BYTES, Record
+from simclr_dist.data.sources import turbojpeg
 from simclr_dist.data.sources.images import ImageSource, Pixels
 from simclr_dist.errors import DataError
 
@@ -32,7 +33,7 @@ LARGEST_SIDE = {RAW: 65535, JPEG: 65500}  # metadata has 16 bits; libjpeg's limi
 # Up to this size decoding a JPEG costs more than reading three bytes per pixel.
 RAW_UP_TO_PIXELS = 96 * 96
 _CHUNK = 32  # images that a worker gets at a time
-_PIXELS_COUNTED_AT_ONCE = 1 << 18
+_PIXELS_COUNTED_AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,9 @@ def _shrunk(pixels: Pixels, max_side: int | None) -> Pixels:
 
 
 def _jpeg(pixels: Pixels, quality: int) -> bytes:
+    content = turbojpeg.encode_jpeg(pixels, quality)
+    if content is not None:
+        return content
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()

@@ -8,7 +8,7 @@ are the same for any number of workers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -22,7 +22,8 @@ from simclr_dist.data.beton.encode import Encoder, Mode, Unusable, encode_in_ord
 from simclr_dist.data.beton.out_file import choose_target, commit, unfinished
 from simclr_dist.data.beton.reader import JPEG, open_beton
 from simclr_dist.data.beton.writer import PagedWriter
-from simclr_dist.data.sources.images import ImageSource
+from simclr_dist.data.sources import turbojpeg
+from simclr_dist.data.sources.images import FileImages, ImageSource
 from simclr_dist.data.sources.open import open_source
 from simclr_dist.errors import DataError
 from simclr_dist.parallel.threads import default_num_threads
@@ -156,7 +157,7 @@ def prepare(
         account=account,
         skipped=tuple(image.reason for image in skipped),
         damaged=tuple(damaged),
-        warnings=tuple(_warnings(statistics)),
+        warnings=tuple(_warnings(images, statistics)),
         num_bytes=target.stat().st_size,
         fingerprint=fingerprint,
         seconds=time.perf_counter() - begin,
@@ -196,11 +197,13 @@ def _refuse(image: Unusable, options: SourceOptions, on_error: OnError, strict: 
         raise DataError(f"--strict: {image.reason}")
 
 
-def _warnings(statistics: dict[str, list[float]]) -> list[str]:
-    if max(statistics["std"]) >= _NEARLY_CONSTANT_STD:
-        return []
-    mean, std = (", ".join(f"{value:.3f}" for value in statistics[key]) for key in ("mean", "std"))
-    return [
-        f"the images are nearly constant (red, green, blue from 0 to 1: mean {mean}, std {std}); "
-        "were their values read in the right range? See --range and --bands"
-    ]
+def _warnings(images: ImageSource, statistics: dict[str, list[float]]) -> Iterator[str]:
+    unnoticed = turbojpeg.unavailable() if isinstance(images, FileImages) else None
+    if unnoticed is not None:
+        yield f"damage within JPEG files is not noticed: {unnoticed}"
+    if max(statistics["std"]) < _NEARLY_CONSTANT_STD:
+        mean, std = (", ".join(f"{value:.3f}" for value in statistics[key]) for key in ("mean", "std"))
+        yield (
+            f"the images are nearly constant (red, green, blue from 0 to 1: mean {mean}, std {std}); "
+            "were their values read in the right range? See --range and --bands"
+        )
