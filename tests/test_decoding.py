@@ -18,6 +18,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from simclr_dist.data.account import Account
+from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.sources import decoding, tiff, turbojpeg
 from simclr_dist.data.sources.decoding import decode
 from simclr_dist.data.sources.images import FileImages
@@ -308,6 +309,17 @@ class TestDamage:
             except DataError:
                 num_noticed += 1
         assert num_noticed >= 24
+
+    @pytest.mark.parametrize("there", [True, False])
+    def test_prepare_says_when_damage_cannot_be_noticed(
+        self, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "in" / "a").mkdir(parents=True)
+        (tmp_path / "in" / "a" / "0.jpg").write_bytes(encoded(RGB, "JPEG"))
+        if not there:
+            monkeypatch.setattr(turbojpeg, "_library", lambda: None)
+        warned = prepare(tmp_path / "in", tmp_path / "out.beton", num_workers=1).warnings
+        assert [text.startswith("damage within JPEG files is not noticed: ") for text in warned] == [True] * (not there)
 
     def test_damage_is_noticed_when_bands_are_chosen(self) -> None:
         for content in self.damaged().values():
