@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simclr_dist.data.account import SourceOptions
 from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.sources import open as sources
 from simclr_dist.data.sources.images import ArrayImages, ImageSource
@@ -212,6 +213,59 @@ class TestTorchvisionsFiles:
         with pytest.raises(DataError, match=r"asks for posix\.system, which a dataset does not need"):
             open_source(folder, "test")
         assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize("damage", ["cut", "bytes", "labels", "fields", "shape"])
+    def test_damaged_files_are_refused_by_name(self, damage: str, tmp_path: Path) -> None:
+        folder = tmp_path / "cifar-10-batches-py"
+        cifar_files(folder)
+        whole = (folder / "test_batch").read_bytes()
+        data = np.zeros((4, 3072), np.uint8)
+        content = {
+            "cut": whole[:-9],
+            "bytes": bytes([0x80, 2, 0x7D, 0x51, 0x52]) + whole[9:],
+            "labels": pickle.dumps({"data": data, "labels": [0, 1, 2, 3]}, protocol=2),
+            "fields": pickle.dumps({"images": data, "labels": [0, 1, 2, 0]}, protocol=2),
+            "shape": pickle.dumps({"data": data[:, 1:], "labels": [0, 1, 2, 0]}, protocol=2),
+        }[damage]
+        (folder / "test_batch").write_bytes(content)
+        with pytest.raises(DataError, match=f"^{folder}: "):
+            open_source(folder, "test")
+
+    def test_what_lies_beside_a_dataset_is_counted_and_two_are_a_question(self, tmp_path: Path) -> None:
+        cifar_files(tmp_path / "root" / "cifar-10-batches-py")
+        make_folder(tmp_path / "root" / "mine", 2)
+        (tmp_path / "root" / "notes.txt").write_text("x")
+        account = open_source(tmp_path / "root", "test").account
+        assert account.layout == "cifar10, split test, 3 classes by its own list"
+        assert [(group.reason, group.names) for group in account.left_out] == [
+            ("not part of cifar10", ("mine", "notes.txt"))
+        ]
+        fashion_files(tmp_path / "root" / "FashionMNIST" / "raw", packed=False)
+        with pytest.raises(DataError, match=r"holds several datasets; .*: cifar10 in .*, fashion-mnist in "):
+            open_source(tmp_path / "root", "test")
+
+    @pytest.mark.parametrize(
+        ("options", "option"),
+        [
+            ({"layout": "flat"}, "--layout"),
+            ({"labels": "x.csv"}, "--labels"),
+            ({"files": "x"}, "--files"),
+            ({"class_depth": 2}, "--class-depth"),
+            ({"value_range": (0, 9)}, "--range"),
+            ({"bands": (3, 2, 1)}, "--bands"),
+        ],
+    )
+    def test_options_for_image_files_are_refused(self, options: dict, option: str, tmp_path: Path) -> None:
+        cifar_files(tmp_path / "cifar-10-batches-py")
+        with pytest.raises(DataError, match=f"{option} is for image files; this is cifar10"):
+            open_source(tmp_path, SourceOptions(split="test", **options))
+
+    def test_classes_in_another_order(self, tmp_path: Path) -> None:
+        cifar_files(tmp_path / "cifar-10-batches-py")
+        (tmp_path / "train.beton.json").write_text('{"class_names": ["z", "y", "x", "w"]}')
+        source = open_source(tmp_path, SourceOptions(split="test", classes_from=str(tmp_path / "train.beton")))
+        assert source.class_names == ("z", "y", "x", "w")
+        assert source.labels.tolist() == [2, 1, 0, 2]
 
     def test_stl10(self, tmp_path: Path) -> None:
         folder = tmp_path / "stl10_binary"

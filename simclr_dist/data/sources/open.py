@@ -98,9 +98,10 @@ def _read(path: Path, options: SourceOptions) -> tuple[ImageSource, list[Stamp]]
     is_folder = path.is_dir()
     known = torchvision_files(path, options.split) if is_folder else torchvision_archive(path, options.split)
     if known is not None:
-        for name in ("labels", "files", "class_depth"):
-            if getattr(options, name) is not None:
-                raise DataError(f"{path}: --{name.replace('_', '-')} is for image files, but these are {known.layout}")
+        for name in ("layout", "labels", "files", "class_depth", "value_range", "bands"):
+            if getattr(options, name) not in (None, "auto"):
+                option = "--range" if name == "value_range" else f"--{name.replace('_', '-')}"
+                raise DataError(f"{path}: {option} is for image files; this is {known.layout}")
         if options.classes_from is not None:
             known = replace(known, **_renumbered(known, options))
         places = [path, Path(known.origin)] if is_folder else [path]
