@@ -109,7 +109,8 @@ def prepare_with_progress(source: str | Path, out: Path, **options: Any) -> None
         print(f"warning: {message}", file=sys.stderr)
     losses = info.account.num_left_out
     if losses:
-        print(f"{losses:,} found at {source} but not taken, see above; --strict makes this an error", file=sys.stderr)
+        sys.stderr.flush()
+        print(printable(f"{losses:,} found at {source} but not taken, see above; --strict makes this an error"))
 
 
 def _summary(info: PreparedInfo) -> Iterator[str]:
