@@ -111,6 +111,12 @@ class TestQuestions:
             assert options.split == "val"
             assert list(images_and_classes(open_source(source, options))) == ["val/images/1.png"]
 
+    def test_other_options_stay_in_the_commands(self, tmp_path: Path) -> None:
+        root = make_tree(tmp_path / "in", "train/a/b/1.png", "test/a/b/1.png")
+        with pytest.raises(DataError) as caught:
+            open_source(root, SourceOptions(class_depth=2))
+        assert answers(caught.value)[1] == [str(root), "OUT.beton", "--class-depth", "2", "--split", "train"]
+
     def test_archives_ask_as_folders_do(self, tmp_path: Path) -> None:
         root = make_tree(tmp_path / "in", "train/a/1.png", "test/a/1.png", "extra/1.png")
         with tarfile.open(tmp_path / "in.tar", "w") as archive:

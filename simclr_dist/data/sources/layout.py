@@ -105,7 +105,17 @@ class _Questions:
 
     def about(self, what: str, answers: Sequence[str], inside: str = "") -> DataError:
         """answers: further arguments of `prepare`. inside: a folder that would be a clear SOURCE, one more answer."""
-        given = [f"--split {shlex.quote(self.options.split)}"] if self.options.split is not None else []
+        given = [
+            f"{option} {shlex.quote(str(value))}"
+            for option, value in (
+                ("--split", self.options.split),
+                ("--class-depth", self.options.class_depth),
+                ("--labels", self.options.labels),
+                ("--files", self.options.files),
+                ("--classes-from", self.options.classes_from),
+            )
+            if value is not None
+        ]
         commands = [" ".join([self._command(self.origin), *given, answer]) for answer in answers]
         if inside and not self.is_archive:
             commands.insert(0, self._command(f"{self.origin.rstrip('/')}/{inside}"))
