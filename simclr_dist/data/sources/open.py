@@ -96,6 +96,8 @@ def _is_unchanged(before: Stamp) -> bool:
 def _read(path: Path, options: SourceOptions) -> tuple[ImageSource, list[Stamp]]:
     """The images, and what has to be unchanged for them to be the same when they are opened again."""
     is_folder = path.is_dir()
+    if is_folder:
+        os.scandir(path).close()  # a folder that cannot be read is named itself, not a file that may be in it
     known = torchvision_files(path, options.split) if is_folder else torchvision_archive(path, options.split)
     if known is not None:
         for name in ("layout", "labels", "files", "class_depth", "value_range", "bands"):
