@@ -13,8 +13,8 @@ ifneq ($(wildcard ../shared/data),)
 export SIMCLR_DATA ?= $(abspath ../shared/data)
 endif
 
-# Tests that start several processes or measure time run one after the other, the others side by side.
-ALONE := distributed or slurm or timed
+# Tests that wait for time limits or for SLURM run one after the other, the others side by side.
+ALONE := slurm or timed
 
 .PHONY: demo test test-slow test-all lint install lock clean
 .DELETE_ON_ERROR:

@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 from tests.training import STEPS, TINY, Training
 
 FAULTY = "tests.faulty_train"
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timed]
 
 
 def steps(training: Training) -> list[int]:

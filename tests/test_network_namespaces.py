@@ -18,7 +18,7 @@ import pytest
 
 from tests.launcher_checkout import Checkout, make_checkout, make_real_checkout, wait_for, write_fake_ssh
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STEP_TIMEOUT_S = 6
 NODES = ("node1", "node2")
 
