@@ -76,6 +76,7 @@ def is_tool_folder(name: str) -> bool:
 @cache
 def image_suffixes() -> frozenset[str]:
     """The suffixes of all formats that this Pillow opens."""
+    Image.preinit()  # first, so that common formats stay the first that Pillow tries
     Image.init()
     return frozenset(
         suffix
