@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from simclr_dist.cli import main
+from simclr_dist.config import DataConfig
 from simclr_dist.data.account import Account
 from simclr_dist.data.beton.encode import Encoder, Unusable
 from simclr_dist.data.beton.prepare import prepare
@@ -31,6 +32,7 @@ from simclr_dist.data.loading.inspect import inspect_beton
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.loading.pillow_images import BetonSource
 from simclr_dist.data.sources import turbojpeg
+from simclr_dist.doctor.data import examine_data
 from simclr_dist.errors import DataError
 from tests.images import make_folder, make_image
 
@@ -501,6 +503,8 @@ class TestAccount:
             assert [finding["found"] for finding in findings] == lines
             assert [finding["level"] for finding in findings].count("warning") == 1
         assert self.run("doctor", tmp_path / "nowhere") == 1
+        of_a_training = [finding.found for finding in examine_data(DataConfig(train=str(source)), 2)]
+        assert set(lines) <= set(of_a_training)
 
     def test_nothing_lost_means_no_word_about_losses(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         make_folder(tmp_path / "clean", 4)
