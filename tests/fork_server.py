@@ -35,24 +35,31 @@ _IMPORTED = [
 context = multiprocessing.get_context("forkserver")
 
 
-def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
-    """`target(*arguments)` in a process of its own; `target` is importable and `arguments` can be pickled."""
+def start(target: Callable[..., None], *arguments: Any, fresh: bool = False) -> BaseProcess:
+    """`target(*arguments)` in a process of its own; `target` is importable and `arguments` can be pickled.
+
+    fresh: not a fork; the process imports everything itself.
+    """
+    if fresh:
+        process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
+        process.start()
+        return process
     context.set_forkserver_preload(_IMPORTED)
     with chdir(REPOSITORY), mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # what the server keeps from its start
         forkserver.ensure_running()
-    process = context.Process(target=target, args=arguments)
-    process.start()
-    return process
+    forked = context.Process(target=target, args=arguments)
+    forked.start()
+    return forked
 
 
 class ModuleProcess:
     """`python -m module *arguments` with `env`, in the repository, both output streams kept in a file."""
 
-    def __init__(self, module: str, arguments: list[str], env: Mapping[str, str]) -> None:
+    def __init__(self, module: str, arguments: list[str], env: Mapping[str, str], *, fresh: bool = False) -> None:
         with tempfile.NamedTemporaryFile(prefix="simclr-output-", delete=False) as file:
             self._output = Path(file.name)
         weakref.finalize(self, self._output.unlink, missing_ok=True)
-        self._process = start(_run_module, module, arguments, dict(env), file.name)
+        self._process = start(_run_module, module, arguments, dict(env), file.name, fresh=fresh)
         assert self._process.pid is not None
         self.pid = self._process.pid
 
@@ -83,5 +90,6 @@ def _run_module(module: str, arguments: list[str], env: dict[str, str], output: 
     os.environ.clear()
     os.environ.update(env)
     os.chdir(REPOSITORY)
+    sys.path[:0] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -75,6 +75,7 @@ class Watched:
             "evaluation.knn_every_epochs=1",
             "evaluation.online_probe=true",
             world_size=2,
+            fresh=True,  # accelerate looks for wandb when it is imported
             PYTHONPATH=str(package),
             FAKE_WANDB_FILE=str(folder / "heard"),
         )

@@ -44,7 +44,7 @@ def write_images(path: Path) -> Path:
 
 
 class Training:
-    """One start of a run with `world_size` processes on this machine."""
+    """One start of a run with `world_size` processes on this machine; `fresh`: no forks, see fork_server.py."""
 
     def __init__(
         self,
@@ -54,6 +54,7 @@ class Training:
         *overrides: str,
         world_size: int = 1,
         module: str = "simclr_dist.train",
+        fresh: bool = False,
         **env: str,
     ) -> None:
         self.run_dir = runs_dir / name
@@ -78,6 +79,7 @@ class Training:
                 module,
                 arguments,
                 {**shared, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {})},
+                fresh=fresh,
             )
             for rank in range(world_size)
         ]
