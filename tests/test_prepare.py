@@ -44,7 +44,7 @@ def everything(folder: Path) -> set[str]:
 
 
 def test_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
-    make_folder(tmp_path / "in", 100)
+    make_folder(tmp_path / "in", 150)
     for workers in (1, 2):
         prepare(tmp_path / "in", tmp_path / f"{workers}.beton", num_workers=workers, mode="smart")
     assert (tmp_path / "1.beton").read_bytes() == (tmp_path / "2.beton").read_bytes()
@@ -503,7 +503,7 @@ class TestAccount:
             assert [finding["found"] for finding in findings] == lines
             assert [finding["level"] for finding in findings].count("warning") == 1
         assert self.run("doctor", tmp_path / "nowhere") == 1
-        of_a_training = [finding.found for finding in examine_data(DataConfig(train=str(source)), 2)]
+        of_a_training = [finding.found for finding in examine_data(DataConfig(train=str(source), image_size=8), 2)]
         assert set(lines) <= set(of_a_training)
 
     def test_nothing_lost_means_no_word_about_losses(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -567,7 +567,7 @@ class TestWorkersThatCannotStart:
     """The message blames what is to blame, and says what helps."""
 
     def run(self, tmp_path: Path, script: str) -> str:
-        make_folder(tmp_path / "in", 40)
+        make_folder(tmp_path / "in", 80)
         (tmp_path / "script.py").write_text(script)
         done = subprocess.run(
             [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "in"), str(tmp_path / "out.beton")],
@@ -603,11 +603,11 @@ class TestWorkersThatCannotStart:
 
     @pytest.mark.parametrize("error", [errno.EACCES, errno.ENOSPC, errno.ENOSYS, errno.ENOENT])
     def test_no_semaphores(self, error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        make_folder(tmp_path / "in", 40)
+        make_folder(tmp_path / "in", 80)
         monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", failing(error))
         with pytest.raises(DataError, match=r"worker processes cannot be started: .*/dev/shm.*--workers 1"):
             prepare(tmp_path / "in", tmp_path / "out.beton", num_workers=2)
-        assert prepare(tmp_path / "in", tmp_path / "out.beton", num_workers=1).num_samples == 40
+        assert prepare(tmp_path / "in", tmp_path / "out.beton", num_workers=1).num_samples == 80
 
 
 def _children(pid: int) -> list[str]:

@@ -98,7 +98,7 @@ def prepare(
     encoder = Encoder(mode, quality, max_side, options.on_damage)
     skipped: list[Unusable] = []
     damaged: list[str] = []
-    histogram = np.zeros((3, 256), np.int64)
+    sums = np.zeros((3, 3), np.int64)
     num_done = 0
     try:
         with unfinished(target) as file:
@@ -113,7 +113,7 @@ def prepare(
                     num_done += 1
                     if progress is not None:
                         progress(num_done, len(ids))
-                histogram += encoded.histogram
+                sums += encoded.sums
                 damaged += encoded.damaged
             if not writer.rows:
                 raise DataError(f"{source}: none of its {len(ids)} images can be used; the first: {skipped[0].reason}")
@@ -126,7 +126,7 @@ def prepare(
             account = account.with_note("damaged, or taken in part (--on-damage)", damaged)
             labels = writer.labels
             counts = np.bincount(labels[labels >= 0], minlength=len(images.class_names))
-            statistics = mean_and_std(histogram)
+            statistics = mean_and_std(sums)
             fingerprint = content_fingerprint(writer.records_digest, images.class_names)
             sidecar = {
                 "num_samples": len(writer.rows),
