@@ -119,6 +119,15 @@ def test_sidecar_says_what_is_in_the_file(tmp_path: Path) -> None:
     np.testing.assert_allclose(sidecar["std"], every.std(0), atol=1e-5)
 
 
+def test_statistics_of_photographs_are_close(tmp_path: Path) -> None:
+    pixels = make_folder(tmp_path / "in", 20)
+    prepare(tmp_path / "in", tmp_path / "out.beton", mode="jpg", num_workers=1)
+    sidecar = json.loads(sidecar_path(tmp_path / "out.beton").read_text())
+    every = np.concatenate([p.reshape(-1, 3) for p in pixels]) / 255
+    np.testing.assert_allclose(sidecar["mean"], every.mean(0), atol=0.01)
+    np.testing.assert_allclose(sidecar["std"], every.std(0), atol=0.01)
+
+
 def test_progress_counts_every_image(tmp_path: Path) -> None:
     make_folder(tmp_path / "in", 9)
     seen: list[tuple[int, int]] = []
