@@ -155,7 +155,7 @@ def _extract_with_a_bad_file(rank: int, world_size: int) -> str:
 @pytest.mark.distributed
 def test_a_failing_rank_stops_all_ranks_with_its_name() -> None:
     assert run_ranks(2, _extract_with_a_bad_file) == [
-        "rank 1 could not compute its features; its own message says why",
+        "rank 1 could not compute its features; see its own message",
         "sample 9: not an image",
     ]
 
