@@ -17,9 +17,7 @@ MARKS = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "config", metavar="CONFIG|DATA", nargs="?", help="a training, or images, to examine"
-    )
+    parser.add_argument("config", metavar="CONFIG|DATA", nargs="?", help="a training, or images, to examine")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--json", action="store_true", help="for programs")
     add_source_arguments(parser)
