@@ -82,7 +82,7 @@ class Observers:
             self._observers.remove(observer)
             self._monitor.warn(
                 f"{observer.name} failed after step {finished.step} and is left out from now on: "
-                f"{failure or type(failure).__name__}. {observer.setting} switches it off; training goes on"
+                f"{str(failure) or type(failure).__name__}. {observer.setting} switches it off; training goes on"
             )
 
 
