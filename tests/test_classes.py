@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +13,15 @@ from torch import nn
 from simclr_dist.config import DataConfig, EvaluationConfig
 from simclr_dist.data.classes import match_classes
 from simclr_dist.data.loading.evaluation_labels import check_evaluation_labels
+from simclr_dist.doctor.data import examine_labels
 from simclr_dist.errors import DataError
 from simclr_dist.evaluation.offline import open_labelled
 from simclr_dist.evaluation.online import evaluate_while_training
-from tests.conftest import REPOSITORY
+from tests.training import Training
 
 COLOURS = {"ant": (220, 30, 30), "bee": (30, 220, 30), "cow": (30, 30, 220), "dog": (200, 200, 30)}
+
+KNN = ("evaluation.knn_every_epochs=1", "train.global_batch_size=4", "optim.warmup_epochs=0")
 
 
 def solid(folder: Path, *classes: str, images: int = 4) -> str:
@@ -128,20 +128,18 @@ def test_labels_that_no_evaluation_can_use_are_refused_before_the_first_step(tmp
 
 
 def test_training_and_doctor_refuse_such_labels_before_anything_starts(tmp_path: Path) -> None:
-    settings = [
-        f"data.train={solid(tmp_path / 'train', 'ant', 'bee')}",
-        f"data.test={solid(tmp_path / 'test', 'ant', 'cow')}",
-        "train.global_batch_size=4",
-        f"runs_dir={tmp_path}",
-    ]
-    for module in ("simclr_dist.train", "simclr_dist.doctor"):
-        command = [sys.executable, "-m", module, "configs/smoke.yaml", *settings]
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode in (1, 2), module
-        assert "does not have: cow" in done.stdout + done.stderr, module
-        assert "Traceback" not in done.stdout + done.stderr, module
-    assert not list((tmp_path / "smoke" / "checkpoints").glob("*"))
+    data = {
+        "train": solid(tmp_path / "train", "ant", "bee"),
+        "test": solid(tmp_path / "test", "ant", "cow"),
+    }
+    training = Training(Path(data["train"]), tmp_path, "run", f"data.test={data['test']}", *KNN)
+    assert training.wait() == [2]
+    assert "does not have: cow" in training.output[0]
+    assert "Traceback" not in training.output[0]
+    assert training.status()["reason"] == "data_error"
+    assert not list(training.run_dir.glob("checkpoints/*"))
+    (finding,) = examine_labels(DataConfig(**data, image_size=16), EvaluationConfig(knn_every_epochs=1))
+    assert (finding.level, "does not have: cow" in finding.found) == ("problem", True)
 
 
 def test_a_configuration_without_evaluation_needs_no_labels() -> None:
