@@ -1,5 +1,5 @@
 # make demo      install what is missing and run the whole way on real images: prepare, pretrain, evaluate, table
-# make test      lint, types, tests (on 1 to 4 processes; on a throw-away SLURM if installed): 11 minutes on 2 cores
+# make test      lint, types, tests (on 1 to 4 processes; on a throw-away SLURM if installed): about 12 minutes on 2 busy cores
 # make test-slow the tests that take longest, and those for a GPU if there is one
 # make test-all  both: what CI runs
 #                SLURM for the tests, as root: bash tools/install_slurm.sh
