@@ -2,7 +2,8 @@
 
 raise: an exception. stuck: sleeps outside of any collective. loss: NaN in the views. gradient: infinite, of one rank.
 weights: NaN in a weight after the step. save, evaluation: does not end, at whatever step. takeover: another training
-claims the directory while a checkpoint is written.
+claims the directory while a checkpoint is written. slow_save: takes `step` seconds;
+slow_evaluation: rank 0's, after what all do together.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from simclr_dist import train
 from simclr_dist.checkpoint import files
 from simclr_dist.evaluation import online
+from simclr_dist.run import guard
+from simclr_dist.training import parts
 from simclr_dist.training.trainer import Trainer
 
 kind, rank, step = os.environ["FAULT"].split()
@@ -24,7 +28,7 @@ sound_step = Trainer.train_step
 
 
 def faulty_step(self: Trainer, batch):
-    here = rank in ("*", str(self.parts.world.rank)) and self.state.step == int(step)
+    here = rank in ("*", str(self.parts.world.rank)) and str(self.state.step) == step
     if here and kind == "raise":
         raise ArithmeticError("made to fail")
     if here and kind == "stuck":
@@ -60,6 +64,28 @@ def taken_over_while_saving(tensors: dict[str, torch.Tensor], path: Path) -> Non
 
 
 sound_save_file = files.save_file
+
+
+def slow_save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    if path.name.startswith("model"):
+        time.sleep(float(step))
+    sound_save_file(tensors, path)
+
+
+def slow_knn(*arguments: Any, **settings: Any) -> float:
+    accuracy = sound_knn(*arguments, **settings)
+    if os.environ.get("RANK") == "0":
+        time.sleep(float(step))
+    return accuracy
+
+
+sound_knn = online.knn_top1
+if kind.startswith("slow"):
+    guard.BACKSTOP_S = parts.BACKSTOP_S = 1.0
+if kind == "slow_save":
+    files.save_file = slow_save_file
+if kind == "slow_evaluation":
+    online.knn_top1 = slow_knn
 if kind == "save":
     files.save_file = never_ends
 if kind == "takeover":

@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 
 from simclr_dist.checkpoint import files as checkpoint
 from simclr_dist.checkpoint import lineage, pretrained
-from simclr_dist.checkpoint.lineage import Kept
 from simclr_dist.config import Config
 from simclr_dist.errors import CheckpointError, OwnershipError
 from simclr_dist.network.simclr import SimCLR, build_model
@@ -50,10 +49,9 @@ def save(
     model: SimCLR,
     optimizer: torch.optim.Optimizer,
     before_commit: Callable[[], None] = lambda: None,
+    marks: dict[str, str] | None = None,
 ) -> Path:
-    return checkpoint.write_checkpoint(
-        run_dir / "checkpoints",
-        attempt="a1",
+    snapshot = checkpoint.take_snapshot(
         config=CONFIG,
         state=TrainState(step, 4 * step),
         fingerprint="f",
@@ -61,7 +59,9 @@ def save(
         optimizer=optimizer,
         grad_scaler={"scale": 2.0},
         versions={"torch": torch.__version__},
-        before_commit=before_commit,
+    )
+    return checkpoint.write_checkpoint(
+        run_dir / "checkpoints", snapshot, attempt="a1", marks=marks, before_commit=before_commit
     )
 
 
@@ -140,15 +140,135 @@ def test_a_write_that_dies_leaves_nothing_under_the_final_name(tmp_path: Path, m
 
 def test_pruning_leaves_milestones_and_the_best(tmp_path: Path) -> None:
     model, optimizer = trained()
+    for step, accuracy in enumerate([0.1, None, 0.5, 0.5, 0.2, None, None], start=1):
+        marks = lineage.marks(milestone=step == 2, best_knn_top1=accuracy)
+        save(tmp_path, step, model, optimizer, marks=marks)
+    assert lineage.prune(tmp_path, keep=2) == []
+    assert [path.name for path in lineage.list_checkpoints(tmp_path)] == [f"step_{n:08d}" for n in (2, 3, 6, 7)]
+    best = lineage.best_so_far(tmp_path)
+    assert best is not None
+    assert (best[0].name, best[1]) == ("step_00000003", 0.5)
+    assert checkpoint.read_checkpoint(best[0]).step == 3  # a mark is no damage
+
+
+@pytest.mark.parametrize(
+    ("kept", "steps"),
+    [
+        ('{"milestones": [2], "best_step": 3, "best_knn_top1": 0.5}', [2, 3, 5, 6]),
+        ("{", [1, 2, 3, 4, 5, 6]),
+        ('{"milestones": "all"}', [1, 2, 3, 4, 5, 6]),
+        ("[" * 100_000, [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_what_release_0_1_kept_stays_and_damage_deletes_nothing(tmp_path: Path, kept: str, steps: list[int]) -> None:
+    model, optimizer = trained()
     for step in range(1, 7):
         save(tmp_path, step, model, optimizer)
-    Kept(milestones=(2,), best_step=3, best_knn_top1=0.5).write(tmp_path)
-    lineage.prune(tmp_path, keep=2)
-    assert [path.name for path in lineage.list_checkpoints(tmp_path)] == [f"step_{n:08d}" for n in (2, 3, 5, 6)]
-    assert Kept.read(tmp_path) == Kept((2,), 3, 0.5)
-    (tmp_path / "checkpoints" / "kept.json").write_text("{")
-    lineage.prune(tmp_path, keep=2)
-    assert [path.name for path in lineage.list_checkpoints(tmp_path)] == ["step_00000005", "step_00000006"]
+    (tmp_path / "checkpoints" / "kept.json").write_text(kept)
+    problems = lineage.prune(tmp_path, keep=2)
+    assert len(problems) == (0 if len(steps) < 6 else 1)
+    assert lineage.prune(tmp_path, keep=2) == []
+    assert [lineage.step_of(path) for path in lineage.list_checkpoints(tmp_path)] == steps
+
+
+def test_what_cannot_be_removed_is_said_and_fails_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = trained()
+    for step in range(1, 5):
+        save(tmp_path, step, model, optimizer)
+    (tmp_path / "checkpoints" / ".trash-step_00000001").mkdir()  # of a kill
+    monkeypatch.setattr(lineage.shutil, "rmtree", lambda *_, **__: None)
+    problems = lineage.prune(tmp_path, keep=2)
+    assert len(problems) == 3
+    assert all("cannot be removed" in problem for problem in problems)
+    monkeypatch.undo()
+    assert lineage.prune(tmp_path, keep=2) == []
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_00000003", "step_00000004"}
+
+
+def test_a_save_never_writes_over_a_checkpoint(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    there = save(tmp_path, 1, model, optimizer)
+    before = {file.name: file.read_bytes() for file in there.iterdir()}
+    with pytest.raises(OSError, match="not empty"):
+        save(tmp_path, 1, model, optimizer)
+    assert {file.name: file.read_bytes() for file in there.iterdir()} == before
+    assert list((tmp_path / "checkpoints").iterdir()) == [there]
+
+
+@pytest.mark.parametrize("killed_after", [0, 1, 2, 3])
+def test_a_rewind_sets_aside_by_name_even_when_it_is_cut_off(
+    tmp_path: Path, killed_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained()
+    for step in (8, 16, 24, 32):
+        save(tmp_path, step, model, optimizer)
+    renames, rename = [0], os.rename
+
+    def dies(source: Path, target: Path) -> None:
+        if renames[0] == killed_after:
+            raise KeyboardInterrupt
+        renames[0] += 1
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", dies)
+    aside = [f"step_{step:08d}.superseded-1" for step in (16, 24, 32)]
+    if killed_after < 3:
+        with pytest.raises(KeyboardInterrupt):
+            lineage.rewind(tmp_path, "step_00000008", 8)
+        monkeypatch.undo()
+        assert lineage.settle(tmp_path) == aside[killed_after:]
+    else:
+        assert lineage.rewind(tmp_path, "step_00000008", 8) == aside
+        monkeypatch.undo()
+    assert lineage.settle(tmp_path) == []
+    found = lineage.newest_valid(tmp_path, pytest.fail)
+    assert found is not None
+    assert found.step == 8
+    save(tmp_path, 16, model, optimizer)
+    assert lineage.settle(tmp_path) == []  # the new step 16 is not the one that was set aside
+    assert lineage.rewind(tmp_path, "step_00000008", 8) == ["step_00000016.superseded-2"]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        *("step_00000008", "step_00000016.superseded-2"),
+        *aside,
+    }
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_restored_state_is_laid_out_as_the_weights_are(tmp_path: Path, name: str) -> None:
+    """Or the optimisers take their slow path for ever."""
+    torch.manual_seed(0)
+    model = build_model(CONFIG.model).to(memory_format=torch.channels_last)
+    config = CONFIG.optim.model_copy(update={"optimizer": name})
+    optimizer = build_optimizer(model, config)
+    model(torch.randn(4, 3, 16, 16))[1].square().mean().backward()
+    optimizer.step()
+    found = checkpoint.read_checkpoint(save(tmp_path, 1, model, optimizer))
+    other = build_model(CONFIG.model).to(memory_format=torch.channels_last)
+    restored = build_optimizer(other, config)
+    checkpoint.load_state(found, other, restored)
+    compared = 0
+    for parameter, entries in restored.state.items():
+        for value in entries.values():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                assert value.stride() == parameter.stride()
+                compared += 1
+    assert compared >= len(list(other.parameters()))
+
+
+def test_a_snapshot_does_not_change_with_the_weights_and_its_memory_serves_again(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    facts = {"config": CONFIG, "fingerprint": "f", "model": model, "optimizer": optimizer, "grad_scaler": {}}
+    first = checkpoint.take_snapshot(state=TrainState(1, 4), versions={}, **facts)
+    before = {name: tensor.clone() for name, tensor in first.tensors["model.safetensors"].items()}
+    places = {name: tensor.data_ptr() for name, tensor in first.tensors["model.safetensors"].items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(first.tensors["model.safetensors"][name], value) for name, value in before.items())
+    second = checkpoint.take_snapshot(state=TrainState(2, 8), versions={}, reuse=first, **facts)
+    after = second.tensors["model.safetensors"]
+    assert {name: tensor.data_ptr() for name, tensor in after.items()} == places
+    assert all(torch.equal(after[name], value) for name, value in model.state_dict().items())
 
 
 def test_everything_is_on_disk_before_a_checkpoint_gets_its_name(

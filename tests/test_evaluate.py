@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from simclr_dist import cli
-from simclr_dist.checkpoint.files import write_checkpoint
+from simclr_dist.checkpoint.files import take_snapshot, write_checkpoint
 from simclr_dist.config import Config, parse_config
 from simclr_dist.errors import ConfigError, DataError, ExportError
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
@@ -39,9 +39,7 @@ def save_images(folder: Path, per_class: int, seed: int, classes: tuple[str, ...
 
 def save_checkpoint(config: Config, model: SimCLR) -> Path:
     """The checkpoint of step 7 in the run of `config`; returns the run's folder."""
-    write_checkpoint(
-        config.run_dir / "checkpoints",
-        attempt="test",
+    snapshot = take_snapshot(
         config=config,
         state=TrainState(7, 56),
         fingerprint="f00d",
@@ -50,6 +48,7 @@ def save_checkpoint(config: Config, model: SimCLR) -> Path:
         grad_scaler={},
         versions={},
     )
+    write_checkpoint(config.run_dir / "checkpoints", snapshot, attempt="test")
     return config.run_dir
 
 

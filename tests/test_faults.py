@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from simclr_dist.checkpoint.lineage import find_checkpoint
 from tests.conftest import REPOSITORY
 from tests.training import STEPS, TINY, Training
 
@@ -79,6 +80,54 @@ def test_work_between_two_steps_has_a_time_limit_of_its_own(
     assert training.status()["reason"] == "hang"
     assert f"no progress for 2 s (timeout.{limit}): step" in str(training.status()["message"])
     assert doing in str(training.status()["message"])
+
+
+@pytest.mark.parametrize(
+    ("fault", "settings"),
+    [
+        ("slow_save", ("checkpoint.in_background=false", "checkpoint.every_steps=8")),
+        ("slow_save", ("checkpoint.every_steps=8",)),
+        ("slow_evaluation", ("evaluation.knn_every_epochs=1", "evaluation.knn_k=5")),
+    ],
+)
+def test_what_is_done_between_two_steps_may_take_longer_than_a_step(
+    images: Path, tmp_path: Path, fault: str, settings: tuple[str, ...]
+) -> None:
+    """Longer, too, than a step and the second by which the process group's own limit lies behind it here."""
+    settings = (*settings, "train.max_steps=9", "timeout.step_s=2", f"data.test={images}", "checkpoint.keep=9")
+    training = Training(images, tmp_path, "slow", *settings, world_size=2, module=FAULTY, FAULT=f"{fault} 0 6")
+    assert training.wait() == [0, 0], training.output
+    steps = {int(path.name[5:]) for path in (training.run_dir / "checkpoints").iterdir()}
+    assert steps == ({9} if fault == "slow_evaluation" else {8, 9})
+
+
+@pytest.mark.parametrize("settings", [(), ("checkpoint.every_steps=2", "train.epochs=2000")])
+def test_a_save_that_takes_too_long_is_named_on_whatever_number_of_processes(
+    images: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    """The last save, which is waited for, and one beside the steps."""
+    training = Training(
+        images, tmp_path, "slow", *settings, "timeout.save_s=3", world_size=2, module=FAULTY, FAULT="save 0 0"
+    )
+    assert training.wait() == [1, 1]
+    assert training.status()["reason"] == "hang"
+    message = str(training.status()["message"])
+    assert "no progress for 3 s (timeout.save_s)" in message
+    assert "saving" in message
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(images: Path, tmp_path: Path) -> None:
+    often = ("checkpoint.every_steps=2", "train.epochs=2000")
+    first = Training(images, tmp_path, "killed", *often, module=FAULTY, FAULT="slow_save 0 0.7")
+    checkpoints = first.run_dir / "checkpoints"
+    first.wait_until(lambda: bool(list(checkpoints.glob("step_*")) and list(checkpoints.glob(".tmp-step_*"))))
+    first.kill()
+    newest = sorted(checkpoints.glob("step_*"))[-1]
+    assert list(checkpoints.glob(".tmp-*"))
+    assert find_checkpoint(first.run_dir).path == newest
+    second = Training(images, tmp_path, "killed", f"train.max_steps={int(newest.name[5:]) + 1}")
+    assert second.wait() == [0], second.output
+    assert not list(checkpoints.glob(".tmp-*"))
 
 
 def test_the_rank_that_fails_first_is_the_one_that_tells(images: Path, tmp_path: Path) -> None:
@@ -192,13 +241,13 @@ def test_the_best_and_the_milestones_stay(images: Path, tmp_path: Path) -> None:
         *(f"data.test={images}", "evaluation.knn_every_epochs=1", "evaluation.knn_k=5"),
     )
     assert training.wait() == [0], training.output
-    kept = json.loads((training.run_dir / "checkpoints" / "kept.json").read_text())
+    checkpoints = training.run_dir / "checkpoints"
     lines = [json.loads(line) for line in (training.run_dir / "log.jsonl").read_text().splitlines()]
     accuracy = {line["step"]: line["eval/knn_top1"] for line in lines if "eval/knn_top1" in line}
-    assert kept["milestones"] == [16]
-    assert kept["best_step"] == max(accuracy, key=lambda step: (accuracy[step], -step))
-    there = {int(path.name[5:]) for path in (training.run_dir / "checkpoints").glob("step_*")}
-    assert there == {16, 22, 24, kept["best_step"]}
+    assert [path.parent.name for path in checkpoints.glob("*/milestone")] == ["step_00000016"]
+    best = max(accuracy, key=lambda step: (accuracy[step], -step))
+    assert json.loads((checkpoints / f"step_{best:08d}" / "best.json").read_text()) == {"knn_top1": accuracy[best]}
+    assert {int(path.name[5:]) for path in checkpoints.glob("step_*")} == {16, 22, 24, best}
 
 
 def test_a_full_disk_skips_saves_and_training_goes_on_until_three_have_failed(images: Path, tmp_path: Path) -> None:

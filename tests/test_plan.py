@@ -12,7 +12,7 @@ import torch
 from benchmarks.loss import PeakMemory, in_own_process
 from benchmarks.traffic import CountTraffic
 from simclr_dist import cli
-from simclr_dist.checkpoint.files import write_checkpoint
+from simclr_dist.checkpoint.files import take_snapshot, write_checkpoint
 from simclr_dist.config import Config, load_config
 from simclr_dist.loss import NTXentLoss
 from simclr_dist.loss.memory import workspace_bytes
@@ -125,9 +125,7 @@ def test_parameters_optimiser_and_checkpoint_are_as_predicted(tmp_path: Path, op
     state = [value for entry in update.state.values() for value in entry.values() if torch.is_tensor(value)]
     assert memory.optimizer == sum(value.nbytes for value in state)
 
-    path = write_checkpoint(
-        tmp_path,
-        attempt="a",
+    snapshot = take_snapshot(
         config=config,
         state=TrainState(1, 64),
         fingerprint="0" * 64,
@@ -136,6 +134,7 @@ def test_parameters_optimiser_and_checkpoint_are_as_predicted(tmp_path: Path, op
         grad_scaler={},
         versions=dict.fromkeys(("python", "torch", "torchvision", "accelerate", "numpy", "ffcv"), "1.23.4"),
     )
+    path = write_checkpoint(tmp_path, snapshot, attempt="a")
     assert safetensors_bytes(model.state_dict()) == (path / "model.safetensors").stat().st_size
     size = sum(file.stat().st_size for file in path.iterdir())
     assert checkpoint_bytes(config.model, config.optim, config.model_dump(mode="json")) == pytest.approx(size, rel=0.01)

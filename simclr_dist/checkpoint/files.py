@@ -5,10 +5,12 @@
         optimizer.safetensors    optimiser state as "<parameter name>/<state key>"
         state.json               step, samples seen, configuration, data fingerprint, versions
         online_probe.safetensors if there is a probe: its weights and moments
-        MANIFEST.json            size and sha256 of each file above; written last
+        MANIFEST.json            size and sha256 of each file above
+        milestone, best.json     why no pruning removes it, if so (lineage.py)
 
-A save writes into a temporary directory named after its attempt, flushes everything to disk and renames: the rename is
-the commit. The order of data and every random draw are functions of (seed, step), so there is no other state to save.
+A save copies the state, writes the copy into a temporary directory named after its attempt, flushes everything to disk
+and renames: the rename is the commit. The order of data and every random draw are functions of (seed, step), so there
+is no other state to save.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from simclr_dist.atomic import flush
+from simclr_dist.atomic import flush, replace_text
 from simclr_dist.config import Config
 from simclr_dist.errors import CheckpointError
 from simclr_dist.optim.build import parameter_order
@@ -54,10 +56,27 @@ class Checkpoint:
     probe_state: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
-def write_checkpoint(
-    folder: Path,
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a training's state on the host: while it is written, the training goes on."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]] = field(repr=False)
+    """By file, then by name; contiguous."""
+    content: dict[str, Any]
+    """Of state.json."""
+
+    def first_non_finite(self) -> str | None:
+        """The name of a tensor that holds NaN or infinity."""
+        for tensors in self.tensors.values():
+            for name, tensor in tensors.items():
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    return name
+        return None
+
+
+def take_snapshot(
     *,
-    attempt: str,
     config: Config,
     state: TrainState,
     fingerprint: str,
@@ -66,11 +85,9 @@ def write_checkpoint(
     grad_scaler: dict[str, float],
     versions: dict[str, str],
     probe_state: dict[str, Tensor] | None = None,
-    before_commit: Callable[[], None] = lambda: None,
-) -> Path:
-    """Writes `folder`/step_…; the directory appears complete or not at all. One process only. Raises OSError, and what
-    `before_commit` raises just before the directory gets its name.
-    """
+    reuse: Snapshot | None = None,
+) -> Snapshot:
+    """Copies the state as it is now. reuse: an earlier snapshot, no longer needed, whose memory is written to."""
     tensors = {
         "model.safetensors": model.state_dict(),
         "optimizer.safetensors": named_optimizer_state(model, optimizer),
@@ -87,20 +104,49 @@ def write_checkpoint(
         "versions": versions,
         "config": config.model_dump(mode="json"),
     }
-    final = folder / f"step_{state.step:08d}"
+    memory = reuse.tensors if reuse is not None else {}
+    copies = {file: _copies(of_file, memory.get(file, {})) for file, of_file in tensors.items()}
+    return Snapshot(state.step, copies, content)
+
+
+def _copies(tensors: dict[str, Tensor], memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    copies = {}
+    for name, tensor in tensors.items():
+        copy = memory.get(name)
+        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[name] = copy.copy_(tensor.detach())
+    return copies
+
+
+def write_checkpoint(
+    folder: Path,
+    snapshot: Snapshot,
+    *,
+    attempt: str,
+    marks: Mapping[str, str] | None = None,
+    before_commit: Callable[[], None] = lambda: None,
+) -> Path:
+    """Writes `folder`/step_…; the directory appears complete or not at all. One process only.
+
+    marks: names and contents of further files, which say why the checkpoint is kept (lineage.py).
+    Raises OSError, also where the step has a checkpoint already; and what `before_commit` raises just before the
+    directory gets its name.
+    """
+    final = folder / f"step_{snapshot.step:08d}"
     folder.mkdir(parents=True, exist_ok=True, mode=0o750)
     temporary = folder / f".tmp-{final.name}-{attempt}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(mode=0o750)
     try:
-        for name, of_file in tensors.items():
-            save_file(_contiguous(of_file), temporary / name)
-        (temporary / "state.json").write_text(json.dumps(content, indent=1))
-        _seal(temporary, attempt, state.step)
-        if final.exists():  # an earlier attempt saved this very step; its content is the same
-            return final
+        for name, tensors in snapshot.tensors.items():
+            save_file(tensors, temporary / name)
+        (temporary / "state.json").write_text(json.dumps(snapshot.content, indent=1))
+        _seal(temporary, attempt, snapshot.step)
+        for name, text in (marks or {}).items():
+            replace_text(temporary / name, text)
         before_commit()
-        os.rename(temporary, final)
+        os.rename(temporary, final)  # fails where `final` exists: nothing is ever written over
         flush(folder)
         return final
     except SafetensorError as error:  # its way to say that the disk is full
@@ -165,6 +211,8 @@ def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -
             raise CheckpointError(f"{checkpoint.path}: optimiser state for {name!r}, which the model does not have")
         if value.ndim and value.shape != parameters[name].shape:
             raise CheckpointError(f"{checkpoint.path}: optimiser state {key} has shape {tuple(value.shape)}")
+        if value.ndim:  # laid out as the weight is: optimisers are fast only then
+            value = torch.empty_like(parameters[name], dtype=value.dtype).copy_(value)
         state.setdefault(names.index(name), {})[entry] = value
     model.load_state_dict(checkpoint.model_state)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -179,10 +227,6 @@ def named_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, T
         for key, value in entries.items()
         if value is not None
     }
-
-
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def check_names(path: Path, what: str, saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

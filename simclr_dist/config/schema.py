@@ -120,6 +120,9 @@ class CheckpointConfig(Section):
     every_epochs: Count | None = Field(None, description="Save at every n-th epoch's end.")
     every_min: Positive | None = Field(10.0, description="Save when this many minutes have passed.")
     keep: Annotated[int, Field(ge=2)] = Field(3, description="The newest that stay.")
+    in_background: bool = Field(
+        True, description="Train on while a copy of the state is written; it takes as much memory of the host."
+    )
     milestone_epochs: Count | None = Field(None, description="Save at every n-th epoch's end, and keep it for ever.")
     keep_best: bool = Field(False, description="Save and keep the one with the best kNN accuracy of the run.")
 
@@ -154,6 +157,9 @@ class TimeoutConfig(Section):
     evaluation_s: Positive = Field(1800.0, description="what is done between two epochs")
     save_s: Positive = 900.0
     stop_s: Positive = Field(60.0, description="a step that began before a stop signal")
+
+    def longest_s(self) -> float:
+        return max(self.first_step_s, self.step_s, self.evaluation_s, self.save_s)
 
 
 class Config(Section):

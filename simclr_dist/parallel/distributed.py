@@ -136,12 +136,13 @@ def set_timeout(seconds: float) -> None:
 
 
 def barrier() -> None:
+    """Returns when all ranks have called it: the host waits, also with NCCL."""
     if world_size() > 1:
         # An all-reduce of one number: dist.barrier() would have to guess the device.
         device = (
             torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
         )
-        all_reduce_sum_(torch.zeros(1, device=device))
+        all_reduce_sum_(torch.zeros(1, device=device)).item()
 
 
 def broadcast_from_main_(x: Tensor) -> Tensor:
@@ -149,6 +150,17 @@ def broadcast_from_main_(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.broadcast(x, src=0)
     return x
+
+
+def broadcast_text_from_main(text: str, device: torch.device) -> str:
+    """Rank 0's text, on every rank."""
+    if world_size() == 1:
+        return text
+    content = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(device)
+    length = int(broadcast_from_main_(torch.tensor([len(content)], device=device)))
+    if rank() != 0:
+        content = torch.empty(length, dtype=torch.uint8, device=device)
+    return bytes(broadcast_from_main_(content).cpu().numpy()).decode()
 
 
 def shut_down() -> None:

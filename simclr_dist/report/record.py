@@ -41,18 +41,9 @@ class RunRecord:
 
 
 def read_run(path: Path) -> RunRecord:
-    """The records in a run's folder; only config.yaml must be there. Raises ConfigError."""
+    """The records in a run's folder; a checkpoint or config.yaml must be there. Raises ConfigError."""
     run = RunDir(path)
-    try:
-        settings = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            [f"{path}: is no run's folder: {run.config.name} cannot be read ({error.strerror})"]
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{run.config}: is damaged: {error}"]) from None
-    if not isinstance(settings, dict):
-        raise ConfigError([f"{run.config}: holds no settings"])
+    settings = _settings(run)
     environments = read_records(run.environment)
     results = {
         str(file.parent.relative_to(path)): read_record(file)
@@ -70,6 +61,25 @@ def read_run(path: Path) -> RunRecord:
         # The linear probe of a recipe has no method: it stands among the evaluations.
         {folder: found for folder, found in results.items() if found and "method" in found},
     )
+
+
+def _settings(run: RunDir) -> dict[Any, Any]:
+    """What the newest checkpoint was trained with; without one, what the run was started with."""
+    for checkpoint in run.list_checkpoints()[-1:]:
+        settings = (read_record(RunDir.state_of(checkpoint)) or {}).get("config")
+        if isinstance(settings, dict):
+            return settings
+    try:
+        settings = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            [f"{run.path}: is no run's folder: {run.config.name} cannot be read ({error.strerror})"]
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError([f"{run.config}: is damaged: {error}"]) from None
+    if not isinstance(settings, dict):
+        raise ConfigError([f"{run.config}: holds no settings"])
+    return settings
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:

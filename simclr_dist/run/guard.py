@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from simclr_dist.run.owner import Ownership, claim
 from simclr_dist.run.state import TrainState
 from simclr_dist.run.status import State, has_failed, write_status
 from simclr_dist.run.stop_requests import Requests
-from simclr_dist.run.watchdog import Watchdog
+from simclr_dist.run.watchdog import BACKSTOP_S, Watchdog
 
 LimitName = Literal["evaluation_s", "save_s"]
 
@@ -35,6 +36,7 @@ class RunGuard:
         self._timeout = timeout
         self._rank = distributed.rank()
         self.state = TrainState()  # replaced by the trainer's
+        self._step_limit_s = timeout.first_step_s  # until the first step has ended on all ranks
         self._ownership = run_on_all_ranks(self._claim, device)
         session = int(self._ownership.session, 16) if self._ownership else 0
         shared = int(distributed.broadcast_from_main_(torch.tensor([session], device=device)))
@@ -80,12 +82,47 @@ class RunGuard:
         else:
             self.watchdog.doing(doing, self.state.step, self._timeout.step_s, "step_s", stoppable=True)
 
-    def busy(self, doing: str, limit: LimitName) -> AbstractContextManager[None]:
-        """Around work between two steps that has a time limit of its own, `timeout.<limit>`."""
-        return self.watchdog.busy(doing, getattr(self._timeout, limit), limit)
+    def first_step_begins(self) -> None:
+        """All ranks call it together, when everything is built: until here the longest limit of all is in force."""
+        self.begin("starting", first=True)
+        distributed.barrier()
+        set_backstop(self._step_limit_s)
+
+    def first_step_done(self) -> None:
+        """From now on the limit is step_s. All ranks call it together, so that none waits for a rank with more time."""
+        distributed.barrier()
+        self._step_limit_s = self._timeout.step_s
+        set_backstop(self._step_limit_s)
+
+    @contextmanager
+    def busy(self, doing: str, limit: LimitName) -> Iterator[None]:
+        """Around work between two steps that has a time limit of its own, `timeout.<limit>`.
+
+        All ranks enter and leave it together: no rank goes on, under a shorter limit, while another is still at work.
+        """
+        seconds: float = getattr(self._timeout, limit)
+        set_backstop(max(seconds, self._step_limit_s))
+        with self.watchdog.busy(doing, seconds, limit):
+            yield
+            distributed.barrier()
+        set_backstop(self._step_limit_s)
+
+    def saving_beside(self, step: int) -> AbstractContextManager[None]:
+        """Around a save in another thread, while this one trains."""
+        return self.watchdog.beside("saving in the background", step, self._timeout.save_s, "save_s")
+
+    def closing(self) -> None:
+        """The last activity of this rank: whatever is still being written may take as long as a checkpoint."""
+        set_backstop(max(self._timeout.save_s, self._step_limit_s))
+        self.watchdog.doing("closing", self.state.step, self._timeout.save_s, "save_s")
 
     def _report_hang(self, message: str) -> None:
         """Every rank that hangs calls it; the first one writes."""
         if not has_failed(self._run_dir):
             write_status(self._run_dir, "failed", step=self.state.step, reason="hang", message=message)
             print(f"\nrank {self._rank}: {message}", file=sys.stderr, flush=True)
+
+
+def set_backstop(limit_s: float) -> None:
+    """The process group's own time-out, for the case that a watchdog cannot run: beyond every limit now in force."""
+    distributed.set_timeout(limit_s + BACKSTOP_S)

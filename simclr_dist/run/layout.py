@@ -1,12 +1,13 @@
 """A run directory: the name of every file in it, and how records are read and written. Imports no torch.
 
 runs/NAME/
-    config.yaml              the settings of the newest start, complete
+    config.yaml              the settings of the newest start that trained, complete
     environment.jsonl        a line for each start: commit, versions, seed
     status.json              how the run stands (run/status.py)
     owner.json               which training may write here (run/owner.py)
     log.jsonl, tensorboard/  what was measured
     checkpoints/             step_00012500/ and so on (checkpoint/files.py)
+    lineage.jsonl            a line for each start, with its settings, and for each rewind
     evaluations.jsonl        a line for each evaluation
     features/                cached h of evaluations
     export/ finetune/ recipe/    results
@@ -71,8 +72,26 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
-    def kept_checkpoints(self) -> Path:
+    def kept_by_release_0_1(self) -> Path:
         return self.checkpoints / "kept.json"
+
+    @property
+    def lineage(self) -> Path:
+        """A line for each start and each rewind (checkpoint/lineage.py)."""
+        return self.path / "lineage.jsonl"
+
+    @staticmethod
+    def state_of(checkpoint: Path) -> Path:
+        """How far the training had come, and with which settings."""
+        return checkpoint / "state.json"
+
+    @staticmethod
+    def milestone_mark(checkpoint: Path) -> Path:
+        return checkpoint / "milestone"
+
+    @staticmethod
+    def best_mark(checkpoint: Path) -> Path:
+        return checkpoint / "best.json"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:08d}"

@@ -8,16 +8,20 @@ import subprocess
 import time
 from pathlib import Path
 
+from simclr_dist.atomic import replace_text
 from simclr_dist.run.layout import RunDir, append_record
 from simclr_dist.run.status import attempt_name
 
 
-def record(run_dir: Path, settings: str, seed: int) -> None:
-    """Writes `settings` to config.yaml, and a line for this start to environment.jsonl. Raises OSError."""
-    files = RunDir(run_dir)
-    files.config.write_text(settings, encoding="utf-8")
+def record(run_dir: Path, seed: int) -> None:
+    """Adds a line for this start to environment.jsonl. Raises OSError."""
     facts = {"git": git_id(), "versions": versions(), "seed": seed, "attempt": attempt_name()}
-    append_record(files.environment, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
+    append_record(RunDir(run_dir).environment, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
+
+
+def record_settings(run_dir: Path, settings: str) -> None:
+    """Writes `settings` to config.yaml. Raises OSError."""
+    replace_text(RunDir(run_dir).config, settings)
 
 
 def versions() -> dict[str, str]:

@@ -31,6 +31,7 @@ class Request(IntEnum):
     SAVE = 1
     STOP = 2  # the file STOP: a person ends the run
     PREEMPT = 3  # a signal, or STOP_REQUEST.* from a batch script: the run will be continued
+    FAIL = 4  # the main process cannot go on: all leave together, and it says why
 
 
 class Requests:

@@ -63,6 +63,7 @@ class Watchdog:
         self._on_hang = on_hang
         self._ownership = ownership
         self._activity = _Activity("starting", 0, time.monotonic(), float("inf"), "", False)
+        self._beside: _Activity | None = None
         self._stop_heard_s: float | None = None
         self._main_thread = threading.main_thread().ident
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -96,6 +97,15 @@ class Watchdog:
         yield
         self.doing(before.doing, before.step, before.limit_s, before.setting, stoppable=before.stoppable)
 
+    @contextmanager
+    def beside(self, doing: str, step: int, limit_s: float, setting: str) -> Iterator[None]:
+        """What another thread does meanwhile; one at a time."""
+        self._beside = _Activity(doing, step, time.monotonic(), limit_s, setting, False)
+        try:
+            yield
+        finally:
+            self._beside = None
+
     # -----------------------------------------------------------------------------------------------------------------
     # The thread
 
@@ -110,7 +120,7 @@ class Watchdog:
                 self._touch(self._ownership)
                 next_touch = now + TOUCH_EVERY_S
             if overdue := self._overdue():
-                self._give_up(overdue)
+                self._give_up(*overdue)
             readable, _, _ = select.select([self._wakeup_receiver], [], [], min(1.0, max(0.05, next_beat - now)))
             if readable:
                 heard = self._wakeup_receiver.recv(64)
@@ -119,14 +129,16 @@ class Watchdog:
                 if self._stop_heard_s is None and self._stop_signals.intersection(heard):
                     self._stop_heard_s = time.monotonic()
 
-    def _overdue(self) -> str | None:
-        activity, now = self._activity, time.monotonic()
-        if now - activity.since_s > activity.limit_s:
-            return f"for {activity.limit_s:g} s (timeout.{activity.setting})"
+    def _overdue(self) -> tuple[_Activity, str] | None:
+        now = time.monotonic()
+        for activity in (self._beside, self._activity):
+            if activity is not None and now - activity.since_s > activity.limit_s:
+                return activity, f"for {activity.limit_s:g} s (timeout.{activity.setting})"
+        activity = self._activity
         if activity.stoppable and self._stop_heard_s is not None:
             since = max(activity.since_s, self._stop_heard_s)
             if now - since > self._stop_s:
-                return f"for {self._stop_s:g} s after a stop signal (timeout.stop_s)"
+                return activity, f"for {self._stop_s:g} s after a stop signal (timeout.stop_s)"
         return None
 
     def _write_heartbeat(self) -> None:
@@ -143,9 +155,9 @@ class Watchdog:
         except OSError:  # the next save reports it
             pass
 
-    def _give_up(self, how_long: str) -> None:
+    def _give_up(self, activity: _Activity, how_long: str) -> None:
         threading.Timer(REPORT_S, os._exit, (1,)).start()
-        rank, activity = self._heartbeats.rank, self._activity
+        rank = self._heartbeats.rank
         self._write_heartbeat()
         with suppress(Exception):
             print(f"\nrank {rank}: no progress; what its threads are doing:", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.config import Config, render_config
 from simclr_dist.data import Batch, Loader
 from simclr_dist.data.loading.evaluation_labels import check_evaluation_labels
@@ -35,10 +36,20 @@ from simclr_dist.parallel.distributed import World
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 from simclr_dist.run import provenance
 from simclr_dist.run.guard import RunGuard
+from simclr_dist.run.layout import RunDir
 from simclr_dist.run.state import TrainState
 from simclr_dist.run.watchdog import BACKSTOP_S
 from simclr_dist.training.non_finite import NonFinitePolicy
-from simclr_dist.training.saving import Saver, choose_checkpoint, restore
+from simclr_dist.training.resuming import (
+    changed_settings,
+    choose_checkpoint,
+    describe_changes,
+    leave_other_line,
+    record_start,
+    refuse_to_relabel,
+    restore,
+)
+from simclr_dist.training.saving import Saver
 from simclr_dist.views.augment import Augment
 
 
@@ -91,7 +102,7 @@ def build(config: Config) -> Parts:
     _check_world_size(config, world)
     guard = RunGuard(config.run_dir, config.timeout, device)
     torch.manual_seed(config.seed)  # the same initial weights on every rank
-    checkpoint = run_on_all_ranks(lambda: choose_checkpoint(config, device, _warn_on(world)), device)
+    checkpoint = choose_checkpoint(config, device, _warn_on(world))
     loader = run_on_all_ranks(
         lambda: build_loader(
             config.data,
@@ -132,7 +143,9 @@ def build(config: Config) -> Parts:
         accelerator.scaler.load_state_dict(dict(checkpoint.grad_scaler))
 
     last_step = min(num_steps, config.train.max_steps or num_steps)
-    monitor = run_on_all_ranks(lambda: _open_monitor(config, world, state, last_step, steps_per_epoch), device)
+    monitor = run_on_all_ranks(
+        lambda: _open_monitor(config, world, state, checkpoint, last_step, steps_per_epoch), device
+    )
     saver = Saver(
         config,
         device,
@@ -175,7 +188,7 @@ def _build_accelerator(config: Config) -> Accelerator:
         cpu=use_cpu,
         mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout.first_step_s + BACKSTOP_S)),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout.longest_s() + BACKSTOP_S)),
             DistributedDataParallelKwargs(
                 broadcast_buffers=config.model.batch_norm == "per_device", gradient_as_bucket_view=True
             ),
@@ -244,11 +257,20 @@ def _wrap(network: nn.Module, accelerator: Accelerator, *, compiled: bool) -> nn
     return model
 
 
-def _open_monitor(config: Config, world: World, state: TrainState, last_step: int, steps_per_epoch: int) -> Monitor:
+def _open_monitor(
+    config: Config, world: World, state: TrainState, checkpoint: Checkpoint | None, last_step: int, steps_per_epoch: int
+) -> Monitor:
+    """Writes down how this start goes on, and opens the records of what follows."""
     if not world.is_main:
         return Monitor()
-    provenance.record(config.run_dir, render_config(config), config.seed)
-    return open_monitor(
+    changed = changed_settings(checkpoint, config)
+    refuse_to_relabel(checkpoint, changed, last_step)
+    superseded = leave_other_line(checkpoint, config)
+    provenance.record(config.run_dir, config.seed)
+    if state.step < last_step:
+        provenance.record_settings(config.run_dir, render_config(config))
+        record_start(config, state, checkpoint, changed)
+    monitor = open_monitor(
         config.run_dir,
         config.monitor,
         total_steps=last_step,
@@ -257,3 +279,11 @@ def _open_monitor(config: Config, world: World, state: TrainState, last_step: in
         steps_per_epoch=steps_per_epoch,
         settings_of_run=config.model_dump(mode="json"),
     )
+    if superseded:
+        monitor.warn(
+            f"going back to step {state.step}: set aside in {RunDir(config.run_dir).checkpoints}: "
+            f"{', '.join(superseded)}; resume=… with one of them takes that way again"
+        )
+    for change in describe_changes(changed):
+        monitor.warn(f"changed since step {state.step}: {change}")
+    return monitor

@@ -1,10 +1,16 @@
-"""Checkpoints of a running training: which one it continues from, when one is due, and that all ranks count it."""
+"""Checkpoints of a running training: when one is due, and that it is written while the training goes on.
+
+The main process copies the state between two steps; a thread writes the copy. There is one copy: the next save waits
+for the one before it. What came of a save is noticed at a later border, and all ranks leave together if it must end the
+training. The last save is waited for.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +18,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from simclr_dist.checkpoint import files, lineage
-from simclr_dist.checkpoint.files import Checkpoint
-from simclr_dist.checkpoint.lineage import Kept
+from simclr_dist.checkpoint.files import Snapshot
 from simclr_dist.config import Config
-from simclr_dist.data import Loader
-from simclr_dist.errors import CheckpointError, ConfigError, FailedElsewhereError, NonFiniteAbortError
+from simclr_dist.errors import CheckpointError, FailedElsewhereError, NonFiniteAbortError, UserError
 from simclr_dist.evaluation.online_probe import OnlineProbe
 from simclr_dist.monitor.monitor import Monitor
 from simclr_dist.parallel import distributed
@@ -31,60 +35,21 @@ from simclr_dist.training.step import FinishedStep
 MAX_FAILED_SAVES = 3
 
 
-def choose_checkpoint(config: Config, device: torch.device, warn: Callable[[str], None]) -> Checkpoint | None:
-    """What `config.resume` names; None for a fresh start. On all ranks. Raises ConfigError or CheckpointError."""
-    run_dir, resume = config.run_dir, config.resume
-    if resume == "auto":
-        return lineage.agree_on_newest(run_dir, device, warn)
-    if resume == "none":
-        if lineage.list_checkpoints(run_dir):
-            raise ConfigError(
-                [f"resume=none, but {run_dir} already has checkpoints; choose another name=… or use resume=auto"]
-            )
-        return None
-    return lineage.find_checkpoint(resume, warn)
+@dataclass(frozen=True)
+class _Written:
+    ended_s: float
+    problems: list[str]
+    """Sentences; none of them is an error."""
 
 
-def restore(
-    found: Checkpoint | None,
-    config: Config,
-    loader: Loader,
-    model: nn.Module,
-    optimizer: Optimizer,
-    probe: OnlineProbe | None = None,
-) -> TrainState:
-    """Copies `found` into the parts; None: a training that starts at step 0.
+@dataclass(frozen=True)
+class _Writing:
+    """A save under way. Times by time.monotonic(); the training stood still until `copied_s`."""
 
-    A probe that `found` does not have starts untrained. Raises CheckpointError if `found` comes from another training.
-    """
-    if found is None:
-        return TrainState()
-    then, now = found.config, config
-    # Release 0.1 recorded another fingerprint of the same images.
-    known_as = (loader.content_fingerprint, loader.fingerprint)
-    fingerprint = found.fingerprint if found.fingerprint in known_as else loader.content_fingerprint
-    changes = [
-        f"{key}: {before} then, {after} now"
-        for key, before, after in (
-            ("seed", then.seed, now.seed),
-            ("train.global_batch_size", then.train.global_batch_size, now.train.global_batch_size),
-            ("data.order", then.data.order, now.data.order),
-            ("optim.optimizer", then.optim.optimizer, now.optim.optimizer),
-            ("the images' fingerprint", found.fingerprint, fingerprint),
-        )
-        if before != after
-    ]
-    if changes:
-        raise CheckpointError(
-            f"{found.path} cannot be continued, because these differ: {'; '.join(changes)}. "
-            "Put them back, or choose another name=… to start a new run"
-        )
-    if probe is not None and found.probe_state:
-        try:
-            probe.load_state_dict(found.probe_state)
-        except ValueError as error:
-            raise CheckpointError(f"{found.path}: {error}") from None
-    return files.load_state(found, model, optimizer)
+    step: int
+    began_s: float
+    copied_s: float
+    result: Future[_Written]
 
 
 class Saver:
@@ -113,110 +78,139 @@ class Saver:
         self._fingerprint = fingerprint
         self._guard = guard
         self._is_main = distributed.rank() == 0
-        self._last_save_s = time.monotonic()
+        # Of the main process:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: _Writing | None = None
+        self._snapshot: Snapshot | None = None  # its memory is used again
         self._failed_saves = 0
-        self._saved_step: int | None = None
+        self._last_save_s = time.monotonic()
+        self._failure: UserError | None = None
+        self._versions = versions()
 
-    def is_due(self, step: int) -> bool:
-        """At the border after `step` steps: by steps, or by time. Decided by the main process alone: clocks differ."""
+    def wish(self, step: int) -> Request:
+        """What the main process asks for at the border after `step` steps; it alone decides, because clocks differ."""
+        if not self._is_main:
+            return Request.NONE
+        if self._writing is not None and self._writing.result.done():
+            try:
+                self._end_writing()
+            except UserError as error:
+                self._failure = error
+        if self._failure is not None:
+            return Request.FAIL
         every = self.config.checkpoint
-        return self._is_main and (
-            (every.every_steps is not None and step % every.every_steps == 0)
-            or (every.every_min is not None and time.monotonic() - self._last_save_s >= 60 * every.every_min)
+        is_due = (every.every_steps is not None and step % every.every_steps == 0) or (
+            every.every_min is not None and time.monotonic() - self._last_save_s >= 60 * every.every_min
         )
+        return Request.SAVE if is_due else Request.NONE
 
     def after_step(self, finished: FinishedStep, state: TrainState, request: Request) -> None:
-        """Saves what the end of an epoch, the end of the training, or an agreed request asks for."""
+        """Saves what the end of an epoch, the end of the training, or an agreed request asks for. Raises UserError."""
+        if request == Request.FAIL:
+            raise self._failure or FailedElsewhereError
         ends = finished.is_last or request >= Request.STOP
         if finished.ended_epoch is None and not ends and request < Request.SAVE:
             return
         with self._guard.busy("saving", "save_s"):
-            if finished.ended_epoch is not None:
-                self._save_at_epoch_end(state, finished.ended_epoch, finished.figures.get("eval/knn_top1"))
-            if ends or request >= Request.SAVE:
-                self.save(state, final=ends)
+            failure: UserError | None = None
+            if self._is_main:
+                try:
+                    self._save(finished, state, asked=request >= Request.SAVE, ends=ends)
+                except UserError as error:
+                    failure = error
+            # Every rank waits here: the first task that ends can make SLURM or the agent end the others.
+            if distributed.first_failing_rank(failure is not None, self.device) is not None:
+                raise failure or FailedElsewhereError
 
-    def _save_at_epoch_end(self, state: TrainState, epoch: int, knn_top1: float | None) -> None:
-        """What the settings want saved after `epoch` epochs; knn_top1: measured there, if it was."""
-        settings = self.config.checkpoint
-        kept = Kept.read(self.config.run_dir) if self._is_main else Kept()
-        milestone = settings.milestone_epochs is not None and epoch % settings.milestone_epochs == 0
-        best = settings.keep_best and knn_top1 is not None and self._agreed(knn_top1 > kept.best_knn_top1)
-        if milestone:  # before it exists: a kill in between must not lose it
-            kept = replace(kept, milestones=tuple(sorted({*kept.milestones, state.step})))
-            self._note(kept)
-        if milestone or best or (settings.every_epochs is not None and epoch % settings.every_epochs == 0):
-            self.save(state)
-        if best and knn_top1 is not None and self._saved_step == state.step:  # until then the best so far stays
-            self._note(replace(kept, best_step=state.step, best_knn_top1=knn_top1))
+    def close(self) -> None:
+        """Waits for a save that is under way, so that a training which fails does not lose it."""
+        self._thread.shutdown(wait=True)
 
-    def _note(self, kept: Kept) -> None:
-        if not self._is_main:
-            return
-        try:
-            kept.write(self.config.run_dir)
-        except OSError as error:
-            self.monitor.warn(f"checkpoints/kept.json cannot be written, so a milestone may be pruned: {error}")
+    # -----------------------------------------------------------------------------------------------------------------
+    # Of the main process
 
-    def _agreed(self, decision: bool) -> bool:
-        """The main process's decision."""
-        return bool(distributed.broadcast_from_main_(torch.tensor([int(decision)], device=self.device)))
+    def _save(self, finished: FinishedStep, state: TrainState, *, asked: bool, ends: bool) -> None:
+        began_s = time.monotonic()
+        self._end_writing()
+        settings, epoch = self.config.checkpoint, finished.ended_epoch
+        milestone, best, every = False, None, False
+        if epoch is not None:
+            milestone = settings.milestone_epochs is not None and epoch % settings.milestone_epochs == 0
+            every = settings.every_epochs is not None and epoch % settings.every_epochs == 0
+            best = self._new_best(finished.figures.get("eval/knn_top1"))
+        if asked or ends or milestone or every or best is not None:
+            self._begin_writing(state, lineage.marks(milestone=milestone, best_knn_top1=best), began_s)
+        if ends or not settings.in_background:
+            self._end_writing(is_last=ends)
 
-    def save(self, state: TrainState, final: bool = False) -> None:
-        """The main process writes a checkpoint; either every rank counts it as saved or none does.
+    def _new_best(self, knn_top1: float | None) -> float | None:
+        """The accuracy, if it is the best of the run."""
+        if not self.config.checkpoint.keep_best or knn_top1 is None:
+            return None
+        best = lineage.best_so_far(self.config.run_dir)
+        return knn_top1 if best is None or knn_top1 > best[1] else None
 
-        A failure is a warning while there will be another save. With `final`, or after MAX_FAILED_SAVES failures in a
-        row, it is a CheckpointError.
-        """
-        if self._saved_step == state.step:
-            return
-        failure: Exception | None = None
-        started = time.monotonic()
-        if self._is_main:
-            try:
-                self._write(state)
-            except (OSError, NonFiniteAbortError) as error:
-                failure = error
-        # Every rank waits here for the commit: the first task that ends can make SLURM or the agent end the others.
-        failed = distributed.first_failing_rank(failure is not None, self.device) is not None
-        self._last_save_s = time.monotonic()
-        if not failed:
-            self._failed_saves = 0
-            self._saved_step = state.step
-            spent = {"speed/checkpoint_s": time.monotonic() - started}
-            self.monitor.log(spent, step=state.step, samples_seen=state.samples_seen)
-            return
-        self._failed_saves += 1
-        if isinstance(failure, NonFiniteAbortError):
-            raise failure
-        if failure is not None:
-            self.monitor.warn(f"checkpoint of step {state.step} not saved: {failure}; training goes on")
-        if final or self._failed_saves >= MAX_FAILED_SAVES:
-            if failure is None:
-                raise FailedElsewhereError
-            raise CheckpointError(f"{self._failed_saves} save(s) in a row failed, the last with: {failure}")
-
-    def _write(self, state: TrainState) -> None:
-        self._guard.check()  # and not into a directory that has vanished
-        self._refuse_non_finite(state)
-        files.write_checkpoint(
-            RunDir(self.config.run_dir).checkpoints,
-            attempt=attempt_name(),
+    def _begin_writing(self, state: TrainState, marks: Mapping[str, str], began_s: float) -> None:
+        self._snapshot = files.take_snapshot(
             config=self.config,
             state=state,
             fingerprint=self._fingerprint,
             model=self._model,
             optimizer=self._optimizer,
             grad_scaler=self._scaler.state_dict() if self._scaler is not None else {},
-            versions=versions(),
+            versions=self._versions,
             probe_state=self._probe.state_dict() if self._probe is not None else None,
-            before_commit=self._guard.check,
+            reuse=self._snapshot,
         )
-        # Only now: whoever deletes before writing has nothing left when the write fails.
-        lineage.prune(self.config.run_dir, self.config.checkpoint.keep)
+        result = self._thread.submit(self._write, self._snapshot, marks)
+        self._last_save_s = time.monotonic()
+        self._writing = _Writing(state.step, began_s, self._last_save_s, result)
 
-    def _refuse_non_finite(self, state: TrainState) -> None:
-        tensors = {**self._model.state_dict(), **files.named_optimizer_state(self._model, self._optimizer)}
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise NonFiniteAbortError(f"{name} holds NaN or infinity after step {state.step}; nothing was saved")
+    def _end_writing(self, *, is_last: bool = False) -> None:
+        """Waits for the save under way, if there is one.
+
+        A failure is a warning while there will be another save. For the last one, or after MAX_FAILED_SAVES failures in
+        a row, it is a CheckpointError.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        state = self._guard.state
+        try:
+            written = writing.result.result()
+        except OSError as error:
+            self._failed_saves += 1
+            gives_up = is_last or self._failed_saves >= MAX_FAILED_SAVES
+            goes_on = "" if gives_up else "; training goes on"
+            self.monitor.warn(f"checkpoint of step {writing.step} not saved: {error}{goes_on}")
+            if gives_up:
+                raise CheckpointError(f"{self._failed_saves} save(s) in a row failed, the last with: {error}") from None
+            return
+        for problem in written.problems:
+            self.monitor.warn(problem)
+        self._failed_saves = 0
+        spent = {
+            "speed/checkpoint_s": written.ended_s - writing.began_s,
+            "speed/checkpoint_wait_s": writing.copied_s - writing.began_s,
+        }
+        self.monitor.log(spent, step=state.step, samples_seen=state.samples_seen)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Of the thread
+
+    def _write(self, snapshot: Snapshot, marks: Mapping[str, str]) -> _Written:
+        """Raises OSError, NonFiniteAbortError, OwnershipError."""
+        with self._guard.saving_beside(snapshot.step):
+            self._guard.check()  # and not into a directory that has vanished
+            if (name := snapshot.first_non_finite()) is not None:
+                raise NonFiniteAbortError(f"{name} holds NaN or infinity after step {snapshot.step}; nothing was saved")
+            files.write_checkpoint(
+                RunDir(self.config.run_dir).checkpoints,
+                snapshot,
+                attempt=attempt_name(),
+                marks=marks,
+                before_commit=self._guard.check,
+            )
+            # Only now: whoever deletes before writing has nothing left when the write fails.
+            problems = lineage.prune(self.config.run_dir, self.config.checkpoint.keep)
+        return _Written(time.monotonic(), problems)

@@ -15,10 +15,8 @@ from simclr_dist.data import Batch
 from simclr_dist.health.check import Recording
 from simclr_dist.optim.micro_batch import backward_in_micro_batches
 from simclr_dist.optim.schedule import set_learning_rate
-from simclr_dist.parallel import distributed
 from simclr_dist.run.status import State
 from simclr_dist.run.stop_requests import Request, Requests
-from simclr_dist.run.watchdog import BACKSTOP_S
 from simclr_dist.training.non_finite import NonFiniteGradientError, StepFacts
 from simclr_dist.training.observers import build_observers
 from simclr_dist.training.parts import build
@@ -134,8 +132,7 @@ class Trainer:
             self._rebuild_ddp_buckets()
             observers = build_observers(self.config, self.parts, self.augment, self.nt_xent)
             for batch, began_s, waited_s in self._batches():
-                if self.parts.saver.is_due(self.state.step + 1):
-                    requests.ask(Request.SAVE)
+                requests.ask(self.parts.saver.wish(self.state.step + 1))
                 requests.announce()
                 result = self.parts.non_finite.run(self.train_step, batch, self._facts(batch))
                 if self.parts.probe is not None and not result.skipped:
@@ -158,12 +155,15 @@ class Trainer:
         """Everything that must be closed however the training ends."""
         parts = self.parts
         with ExitStack() as stack:
+            stack.enter_context(parts.guard.watchdog)  # first, so that it also watches the closing of the others
             stack.enter_context(parts.loader)
             stack.enter_context(parts.monitor)
             requests = stack.enter_context(Requests(self.config.run_dir, parts.device))
-            stack.enter_context(parts.guard.watchdog)
+            stack.callback(parts.saver.close)
+            stack.callback(parts.guard.closing)
             parts.guard.set_status("running")
             show_start(self.config, parts)
+            parts.guard.first_step_begins()
             self._start_s, self._start_samples = time.monotonic(), self.state.samples_seen
             yield requests
 
@@ -180,7 +180,7 @@ class Trainer:
             parts.guard.begin("training", first=first)
             yield batch, began_s, waited_s
             if first:
-                distributed.set_timeout(self.config.timeout.step_s + BACKSTOP_S)
+                parts.guard.first_step_done()
             first = False
 
     def _finished_step(self, batch: Batch, result: StepResult, began_s: float, waited_s: float) -> FinishedStep:
