@@ -3,11 +3,12 @@
 raise: an exception. stuck: sleeps outside of any collective. loss: NaN in the views. gradient: infinite, of one rank.
 weights: NaN in a weight after the step. save, evaluation: does not end, at whatever step. takeover: another training
 claims the directory while a checkpoint is written. slow_save: takes `step` seconds;
-slow_evaluation: rank 0's, after what all do together.
+slow_evaluation: rank 0's, after what all do together. unread: only rank 0 may read a checkpoint, none stays in memory.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from simclr_dist import train
-from simclr_dist.checkpoint import files
+from simclr_dist.checkpoint import files, lineage
 from simclr_dist.evaluation import online
 from simclr_dist.run import guard
 from simclr_dist.training import parts
@@ -46,6 +47,8 @@ def faulty_step(self: Trainer, batch):
             return sound_step(self, batch)
         finally:
             handle.remove()
+    if kind == "unread":
+        assert not any(isinstance(value, files.Checkpoint) for value in gc.get_objects())
     result = sound_step(self, batch)
     if here and kind == "weights":
         with torch.no_grad():
@@ -88,6 +91,8 @@ if kind == "slow_evaluation":
     online.knn_top1 = slow_knn
 if kind == "save":
     files.save_file = never_ends
+if kind == "unread" and os.environ.get("RANK") != "0":
+    lineage.read_checkpoint = never_ends  # type: ignore[assignment]
 if kind == "takeover":
     files.save_file = taken_over_while_saving
 if kind == "evaluation":

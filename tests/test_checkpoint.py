@@ -18,6 +18,8 @@ from simclr_dist.errors import CheckpointError, OwnershipError
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.schedule import set_learning_rate
+from simclr_dist.run import history
+from simclr_dist.run.layout import step_of
 from simclr_dist.run.state import TrainState
 
 CONFIG = Config.model_validate(
@@ -134,18 +136,18 @@ def test_a_write_that_dies_leaves_nothing_under_the_final_name(tmp_path: Path, m
         save(tmp_path, 2, model, optimizer)
     monkeypatch.undo()
     assert [p.name for p in lineage.list_checkpoints(tmp_path)] == ["step_00000001"]
-    lineage.prune(tmp_path, keep=2)
+    history.prune(tmp_path, keep=2)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
 
 
 def test_pruning_leaves_milestones_and_the_best(tmp_path: Path) -> None:
     model, optimizer = trained()
     for step, accuracy in enumerate([0.1, None, 0.5, 0.5, 0.2, None, None], start=1):
-        marks = lineage.marks(milestone=step == 2, best_knn_top1=accuracy)
+        marks = history.marks(milestone=step == 2, best_knn_top1=accuracy)
         save(tmp_path, step, model, optimizer, marks=marks)
-    assert lineage.prune(tmp_path, keep=2) == []
+    assert history.prune(tmp_path, keep=2) == []
     assert [path.name for path in lineage.list_checkpoints(tmp_path)] == [f"step_{n:08d}" for n in (2, 3, 6, 7)]
-    best = lineage.best_so_far(tmp_path)
+    best = history.best_so_far(tmp_path)
     assert best is not None
     assert (best[0].name, best[1]) == ("step_00000003", 0.5)
     assert checkpoint.read_checkpoint(best[0]).step == 3  # a mark is no damage
@@ -165,10 +167,10 @@ def test_what_release_0_1_kept_stays_and_damage_deletes_nothing(tmp_path: Path, 
     for step in range(1, 7):
         save(tmp_path, step, model, optimizer)
     (tmp_path / "checkpoints" / "kept.json").write_text(kept)
-    problems = lineage.prune(tmp_path, keep=2)
+    problems = history.prune(tmp_path, keep=2)
     assert len(problems) == (0 if len(steps) < 6 else 1)
-    assert lineage.prune(tmp_path, keep=2) == []
-    assert [lineage.step_of(path) for path in lineage.list_checkpoints(tmp_path)] == steps
+    assert history.prune(tmp_path, keep=2) == []
+    assert [step_of(path) for path in lineage.list_checkpoints(tmp_path)] == steps
 
 
 def test_what_cannot_be_removed_is_said_and_fails_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,12 +178,12 @@ def test_what_cannot_be_removed_is_said_and_fails_no_save(tmp_path: Path, monkey
     for step in range(1, 5):
         save(tmp_path, step, model, optimizer)
     (tmp_path / "checkpoints" / ".trash-step_00000001").mkdir()  # of a kill
-    monkeypatch.setattr(lineage.shutil, "rmtree", lambda *_, **__: None)
-    problems = lineage.prune(tmp_path, keep=2)
+    monkeypatch.setattr(history.shutil, "rmtree", lambda *_, **__: None)
+    problems = history.prune(tmp_path, keep=2)
     assert len(problems) == 3
     assert all("cannot be removed" in problem for problem in problems)
     monkeypatch.undo()
-    assert lineage.prune(tmp_path, keep=2) == []
+    assert history.prune(tmp_path, keep=2) == []
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_00000003", "step_00000004"}
 
 
@@ -214,19 +216,19 @@ def test_a_rewind_sets_aside_by_name_even_when_it_is_cut_off(
     aside = [f"step_{step:08d}.superseded-1" for step in (16, 24, 32)]
     if killed_after < 3:
         with pytest.raises(KeyboardInterrupt):
-            lineage.rewind(tmp_path, "step_00000008", 8)
+            history.rewind(tmp_path, "step_00000008", 8)
         monkeypatch.undo()
-        assert lineage.settle(tmp_path) == aside[killed_after:]
+        assert history.settle(tmp_path) == aside[killed_after:]
     else:
-        assert lineage.rewind(tmp_path, "step_00000008", 8) == aside
+        assert history.rewind(tmp_path, "step_00000008", 8) == aside
         monkeypatch.undo()
-    assert lineage.settle(tmp_path) == []
+    assert history.settle(tmp_path) == []
     found = lineage.newest_valid(tmp_path, pytest.fail)
     assert found is not None
     assert found.step == 8
     save(tmp_path, 16, model, optimizer)
-    assert lineage.settle(tmp_path) == []  # the new step 16 is not the one that was set aside
-    assert lineage.rewind(tmp_path, "step_00000008", 8) == ["step_00000016.superseded-2"]
+    assert history.settle(tmp_path) == []  # the new step 16 is not the one that was set aside
+    assert history.rewind(tmp_path, "step_00000008", 8) == ["step_00000016.superseded-2"]
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
         *("step_00000008", "step_00000016.superseded-2"),
         *aside,
@@ -343,7 +345,7 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     model, optimizer = trained()
     for step in (5, 100_000_000, 20):
         save(tmp_path, step, model, optimizer)
-    lineage.prune(tmp_path, keep=2)
+    history.prune(tmp_path, keep=2)
     assert [p.name for p in lineage.list_checkpoints(tmp_path)] == ["step_00000020", "step_100000000"]
 
 

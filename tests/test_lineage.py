@@ -132,6 +132,22 @@ def test_a_start_that_trains_nothing_does_not_change_what_the_report_says(images
     assert read_run(first.run_dir).settings["loss.temperature"] == 0.5
 
 
+def test_one_rank_reads_the_checkpoint_and_nobody_keeps_it(images: Path, tmp_path: Path) -> None:
+    settings = ("optim.optimizer=adamw", "evaluation.online_probe=true")
+    whole = Training(images, tmp_path, "whole", *settings, "train.max_steps=9", world_size=2)
+    assert whole.wait() == [0, 0], whole.output
+    for end, fault in ((6, "none 0 0"), (9, "unread 0 0")):
+        part = Training(
+            *(images, tmp_path, "parts", *settings, f"train.max_steps={end}"),
+            world_size=2,
+            module="tests.faulty_train",
+            FAULT=fault,
+        )
+        assert part.wait(60) == [0, 0], part.output
+    assert "resumes at step 6" in part.output[0]
+    assert part.final_bytes() == whole.final_bytes()
+
+
 def test_torchrun_starting_again_does_not_go_back_again(images: Path, tmp_path: Path) -> None:
     assert Training(images, tmp_path, "one", *OFTEN, "train.max_steps=12").wait() == [0]
     early = tmp_path / "one" / "checkpoints" / "step_00000004"

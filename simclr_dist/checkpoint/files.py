@@ -6,7 +6,7 @@
         state.json               step, samples seen, configuration, data fingerprint, versions
         online_probe.safetensors if there is a probe: its weights and moments
         MANIFEST.json            size and sha256 of each file above
-        milestone, best.json     why no pruning removes it, if so (lineage.py)
+        milestone, best.json     why no pruning removes it, if so (run/history.py)
 
 A save copies the state, writes the copy into a temporary directory named after its attempt, flushes everything to disk
 and renames: the rename is the commit. The order of data and every random draw are functions of (seed, step), so there
@@ -129,7 +129,7 @@ def write_checkpoint(
 ) -> Path:
     """Writes `folder`/step_…; the directory appears complete or not at all. One process only.
 
-    marks: names and contents of further files, which say why the checkpoint is kept (lineage.py).
+    marks: names and contents of further files, which say why the checkpoint is kept (run/history.py).
     Raises OSError, also where the step has a checkpoint already; and what `before_commit` raises just before the
     directory gets its name.
     """

@@ -25,6 +25,7 @@ from simclr_dist.cli import (
     prepare,
     recipe,
     report,
+    runs,
 )
 from simclr_dist.errors import UserError
 
@@ -64,6 +65,20 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (prepare, inspect, evaluate, export, finetune, embed, report, config, plan, doctor, demo, recipe):
+    for module in (
+        prepare,
+        inspect,
+        evaluate,
+        export,
+        finetune,
+        embed,
+        report,
+        runs,
+        config,
+        plan,
+        doctor,
+        demo,
+        recipe,
+    ):
         module.register(commands)
     return top

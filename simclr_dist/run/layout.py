@@ -77,7 +77,7 @@ class RunDir:
 
     @property
     def lineage(self) -> Path:
-        """A line for each start and each rewind (checkpoint/lineage.py)."""
+        """A line for each start and each rewind (run/history.py)."""
         return self.path / "lineage.jsonl"
 
     @staticmethod

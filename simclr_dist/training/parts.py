@@ -34,7 +34,7 @@ from simclr_dist.optim.schedule import LearningRate, build_schedule
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.distributed import World
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
-from simclr_dist.run import provenance
+from simclr_dist.run import history, provenance
 from simclr_dist.run.guard import RunGuard
 from simclr_dist.run.layout import RunDir
 from simclr_dist.run.state import TrainState
@@ -43,7 +43,6 @@ from simclr_dist.training.non_finite import NonFinitePolicy
 from simclr_dist.training.resuming import (
     changed_settings,
     choose_checkpoint,
-    describe_changes,
     leave_other_line,
     record_start,
     refuse_to_relabel,
@@ -284,6 +283,6 @@ def _open_monitor(
             f"going back to step {state.step}: set aside in {RunDir(config.run_dir).checkpoints}: "
             f"{', '.join(superseded)}; resume=… with one of them takes that way again"
         )
-    for change in describe_changes(changed):
+    for change in history.describe_changes(changed):
         monitor.warn(f"changed since step {state.step}: {change}")
     return monitor

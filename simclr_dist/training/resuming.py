@@ -18,6 +18,7 @@ from simclr_dist.errors import CheckpointError, ConfigError
 from simclr_dist.evaluation.online_probe import OnlineProbe
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
+from simclr_dist.run import history
 from simclr_dist.run.layout import RunDir, step_of
 from simclr_dist.run.state import TrainState
 
@@ -37,7 +38,7 @@ def choose_checkpoint(config: Config, device: torch.device, warn: Callable[[str]
 
 def _choose(config: Config, warn: Callable[[str], None]) -> Checkpoint | None:
     run_dir, resume = config.run_dir, config.resume
-    for name in lineage.settle(run_dir):
+    for name in history.settle(run_dir):
         warn(f"{run_dir}/checkpoints: {name}: a rewind that was cut off has been completed")
     if resume not in ("auto", "none") and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         warn(f"resume={resume} was for the first start; torchrun has started again, so the newest checkpoint is taken")
@@ -112,7 +113,7 @@ def refuse_to_relabel(found: Checkpoint | None, changed: dict[str, tuple[Any, An
     if not trained_with:
         return
     what = f"{RunDir.of_checkpoint(found.path).path} has been trained for {found.step} steps"
-    listed = ", ".join(describe_changes(trained_with))
+    listed = ", ".join(history.describe_changes(trained_with))
     if found.step > last_step and set(trained_with) <= set(_HOW_LONG):
         raise ConfigError(
             [
@@ -128,14 +129,6 @@ def refuse_to_relabel(found: Checkpoint | None, changed: dict[str, tuple[Any, An
     )
 
 
-def describe_changes(changed: dict[str, tuple[Any, Any]]) -> list[str]:
-    return [f"{key}: {_shown(before)} → {_shown(after)}" for key, (before, after) in changed.items()]
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def leave_other_line(found: Checkpoint | None, config: Config) -> list[str]:
     """Sets aside the run's checkpoints that `found` does not come after; returns their new names. Raises OSError.
 
@@ -144,7 +137,7 @@ def leave_other_line(found: Checkpoint | None, config: Config) -> list[str]:
     if found is None:
         return []
     of_this_run = found.path.resolve() in [path.resolve() for path in lineage.list_checkpoints(config.run_dir)]
-    return lineage.rewind(config.run_dir, str(found.path), step_of(found.path) if of_this_run else -1)
+    return history.rewind(config.run_dir, str(found.path), step_of(found.path) if of_this_run else -1)
 
 
 def record_start(
@@ -158,4 +151,4 @@ def record_start(
     }
     if found is None or changed:
         facts |= {"changed": changed, "settings": config.model_dump(mode="json")}
-    lineage.record_start(config.run_dir, **facts)
+    history.record_start(config.run_dir, **facts)

@@ -17,13 +17,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from simclr_dist.checkpoint import files, lineage
+from simclr_dist.checkpoint import files
 from simclr_dist.checkpoint.files import Snapshot
 from simclr_dist.config import Config
 from simclr_dist.errors import CheckpointError, FailedElsewhereError, NonFiniteAbortError, UserError
 from simclr_dist.evaluation.online_probe import OnlineProbe
 from simclr_dist.monitor.monitor import Monitor
 from simclr_dist.parallel import distributed
+from simclr_dist.run import history
 from simclr_dist.run.guard import RunGuard
 from simclr_dist.run.layout import RunDir
 from simclr_dist.run.provenance import versions
@@ -139,7 +140,7 @@ class Saver:
             every = settings.every_epochs is not None and epoch % settings.every_epochs == 0
             best = self._new_best(finished.figures.get("eval/knn_top1"))
         if asked or ends or milestone or every or best is not None:
-            self._begin_writing(state, lineage.marks(milestone=milestone, best_knn_top1=best), began_s)
+            self._begin_writing(state, history.marks(milestone=milestone, best_knn_top1=best), began_s)
         if ends or not settings.in_background:
             self._end_writing(is_last=ends)
 
@@ -147,7 +148,7 @@ class Saver:
         """The accuracy, if it is the best of the run."""
         if not self.config.checkpoint.keep_best or knn_top1 is None:
             return None
-        best = lineage.best_so_far(self.config.run_dir)
+        best = history.best_so_far(self.config.run_dir)
         return knn_top1 if best is None or knn_top1 > best[1] else None
 
     def _begin_writing(self, state: TrainState, marks: Mapping[str, str], began_s: float) -> None:
@@ -212,5 +213,5 @@ class Saver:
                 before_commit=self._guard.check,
             )
             # Only now: whoever deletes before writing has nothing left when the write fails.
-            problems = lineage.prune(self.config.run_dir, self.config.checkpoint.keep)
+            problems = history.prune(self.config.run_dir, self.config.checkpoint.keep)
         return _Written(time.monotonic(), problems)
