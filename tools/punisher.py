@@ -3,9 +3,10 @@
     python tools/punisher.py configs/smoke.yaml train.epochs=60 --faults 30 --seed 0
 
 Two runs of one configuration, each with `--processes` processes through `python -m launcher local`: the first
-undisturbed, the second hit by `--faults` random faults (FAULTS) at random steps and started again after each. Both must
-end with the same parameters, buffers and optimiser state, byte for byte. Prints a line for each fault; exit code 0 if
-they are the same, 1 if not, 2 if a start fails by itself.
+undisturbed, the second hit by `--faults` random faults (FAULTS) at random steps and started again after each. Some
+faults end the processes; others send the run back to an earlier checkpoint, edit settings that train nothing, ask for
+another seed, slow the disk or fill it. Both runs must end with the same parameters, buffers and optimiser state, byte
+for byte. Prints a line for each fault; exit code 0 if they are the same, 1 if not, 2 if a start fails by itself.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 PATIENCE_S = 180
@@ -43,6 +44,12 @@ class Run:
     name: str
     processes: int
     launcher: subprocess.Popen[bytes] | None = None
+    edits: list[str] = field(default_factory=list)
+    """Settings of the next start only."""
+    disk: str = ""
+    """How the disk behaves in the next start only; see DISKS."""
+    old_log: int = 0
+    """The inode of log.jsonl before the start: every start that goes on replaces the file."""
 
     @property
     def folder(self) -> Path:
@@ -50,22 +57,43 @@ class Run:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "launcher", "local", self.config, "--nproc", str(self.processes)]
-        command += [*self.overrides, f"runs_dir={self.runs_dir}", f"name={self.name}"]
+        command += [*self.overrides, f"runs_dir={self.runs_dir}", f"name={self.name}", *self.edits]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        if self.disk:
+            env["PYTHONPATH"] = os.pathsep.join([str(self._disk_module()), env.get("PYTHONPATH", "")])
+        self.edits, self.disk = [], ""
+        with contextlib.suppress(FileNotFoundError):
+            self.old_log = (self.folder / "log.jsonl").stat().st_ino
         with (self.runs_dir / f"{self.name}.log").open("ab") as log:
-            self.launcher = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-                start_new_session=True,
-            )
+            self.launcher = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+
+    def _disk_module(self) -> Path:
+        """A folder whose sitecustomize.py Python imports first."""
+        folder = self.runs_dir / f"disk-{self.disk}"
+        folder.mkdir(exist_ok=True)
+        (folder / "sitecustomize.py").write_text(DISKS[self.disk])
+        return folder
 
     def last_step(self) -> int:
+        """Of this start, once it trains; of the run's log before."""
         try:
             lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
             return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
         except FileNotFoundError:
             return 0
+
+    def trains(self) -> bool:
+        try:
+            return (self.folder / "log.jsonl").stat().st_ino != self.old_log
+        except FileNotFoundError:
+            return False
+
+    def checkpoints(self) -> list[Path]:
+        """Those that count, oldest first."""
+        return sorted(path for path in (self.folder / "checkpoints").glob("step_*") if path.name[5:].isdigit())
+
+    def saved_step(self) -> int:
+        return max((int(path.name[5:]) for path in self.checkpoints()), default=0)
 
     def state(self) -> str:
         try:
@@ -95,7 +123,7 @@ class Run:
     def wait_for_step(self, step: int) -> bool:
         """False if the run came to its end before."""
         deadline = time.monotonic() + PATIENCE_S
-        while self.last_step() < step:
+        while not self.trains() or self.last_step() < step:
             if self.launcher is None or self.launcher.poll() is not None:
                 if self.state() == "finished":
                     return False
@@ -118,7 +146,7 @@ class Run:
             kill(pid, signal.SIGKILL)
 
     def digest(self) -> str:
-        newest = max((self.folder / "checkpoints").glob("step_*[0-9]"))
+        newest = self.checkpoints()[-1]
         files = [newest / name for name in ("model.safetensors", "optimizer.safetensors")]
         return newest.name + " " + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -167,7 +195,7 @@ def damage_newest(how: Callable[[Path, random.Random], None]) -> Callable[[Run, 
     def fault(run: Run, chance: random.Random) -> None:
         run.kill_all()
         run.wait_for_end()
-        saved = sorted((run.folder / "checkpoints").glob("step_*[0-9]"))
+        saved = run.checkpoints()
         if len(saved) > 1:  # with none left the run rightly refuses to go on
             how(saved[-1] / chance.choice(["model.safetensors", "optimizer.safetensors", "state.json"]), chance)
 
@@ -192,6 +220,81 @@ def leave_half_a_save(run: Run, chance: random.Random) -> None:
     (half / "model.safetensors").write_bytes(b"half")
 
 
+def go_back(run: Run, chance: random.Random) -> None:
+    """By the command, or by the next start."""
+    run.kill_all()
+    run.wait_for_end()
+    if not (saved := run.checkpoints()):
+        return
+    to = chance.choice(saved)
+    if chance.random() < 0.5:
+        run.edits = [f"resume={to}"]
+        return
+    command = [sys.executable, "-m", "simclr_dist.cli", "runs", "rewind", str(run.folder), str(int(to.name[5:]))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PunisherError(f"the way back to {to} was refused: {done.stderr}")
+
+
+def edit_settings(run: Run, chance: random.Random) -> None:
+    """Those that say how a run is watched and saved."""
+    run.kill_all()
+    run.wait_for_end()
+    run.edits = chance.sample(
+        [
+            *("checkpoint.keep=7", "checkpoint.every_steps=3", "checkpoint.in_background=false"),
+            *("monitor.health_every_steps=4", "timeout.save_s=300", "checkpoint.milestone_epochs=1"),
+        ],
+        3,
+    )
+
+
+def ask_for_another_seed(run: Run, chance: random.Random) -> None:
+    """Refused; the run is as it was."""
+    run.kill_all()
+    run.wait_for_end()
+    if not run.checkpoints():
+        return
+    before = run.digest()
+    run.edits = ["seed=123456"]
+    run.start()
+    run.wait_for_end()
+    if run.state() != "failed" or run.digest() != before:
+        raise PunisherError("another seed was not refused, or left a trace")
+
+
+def disk(kind: str) -> Callable[[Run, random.Random], None]:
+    def fault(run: Run, chance: random.Random) -> None:
+        run.kill_all()
+        run.wait_for_end()
+        run.disk = kind
+
+    return fault
+
+
+DISKS = {
+    "slow": """
+import os, time
+_fsync = os.fsync
+def slowly(descriptor):
+    time.sleep(0.3)
+    _fsync(descriptor)
+os.fsync = slowly
+""",
+    # Two of three saves fail: never three in a row, which rightly ends a run.
+    "full": """
+import os
+_rename, _tried = os.rename, [0]
+def fails(source, target, **settings):
+    if os.path.basename(str(source)).startswith(".tmp-step"):
+        _tried[0] += 1
+        if _tried[0] % 3:
+            raise OSError(28, "No space left on device")
+    _rename(source, target, **settings)
+os.rename = fails
+""",
+}
+
 FAULTS: dict[str, Callable[[Run, random.Random], None]] = {
     "SIGTERM to the launcher": signal_to_launcher,
     "SIGTERM to a rank": signal_to_a_rank(signal.SIGTERM),
@@ -205,6 +308,11 @@ FAULTS: dict[str, Callable[[Run, random.Random], None]] = {
     "kill -9, newest checkpoint truncated": damage_newest(truncate),
     "kill -9, a bit flipped in it": damage_newest(flip_a_bit),
     "kill -9, half a save left behind": leave_half_a_save,
+    "kill -9, then back to an earlier checkpoint": go_back,
+    "kill -9, then other settings of saving": edit_settings,
+    "kill -9, then another seed is asked for": ask_for_another_seed,
+    "kill -9, then a slow disk": disk("slow"),
+    "kill -9, then a disk nearly full": disk("full"),
 }
 
 
@@ -215,7 +323,7 @@ def punish(run: Run, total_steps: int, faults: int, chance: random.Random) -> No
     names += chance.choices(list(FAULTS), k=faults - len(names))
     chance.shuffle(names)
     for number, name in enumerate(names, 1):
-        before = run.last_step()
+        before = run.saved_step()
         # What is left is divided so that the last fault still finds a run to hit.
         ahead = max(1, (total_steps - before) // (faults - number + 2))
         target = min(total_steps - 1, before + chance.randint(1, ahead))
@@ -226,7 +334,7 @@ def punish(run: Run, total_steps: int, faults: int, chance: random.Random) -> No
         hit, started = run.last_step(), time.monotonic()
         FAULTS[name](run, chance)
         run.wait_for_end()
-        print(f"{number:3}  step {hit:5}  {name:38} over after {time.monotonic() - started:5.1f} s", flush=True)
+        print(f"{number:3}  step {hit:5}  {name:44} over after {time.monotonic() - started:5.1f} s", flush=True)
     run.start()
     run.wait_for_end()
     if run.state() != "finished":
