@@ -85,7 +85,7 @@ def train(config: Config, trainer_class: type[Trainer] | None = None) -> None:
             _report(config, trainer, error.reason, str(error))
             _leave(2)
         except KeyboardInterrupt:
-            _report(config, trainer, "crash", "ended by a second Ctrl-C, without saving")
+            _report(config, trainer, "crash" if trainer else None, "ended by a second Ctrl-C, without saving")
             _leave(130)
         except BaseException as error:
             _report(config, trainer, "crash", "".join(traceback.format_exception(error)))
