@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 from launcher.arguments import parse
 from launcher.errors import Exit, LaunchError
+from simclr_dist.errors import ConfigError
+from simclr_dist.streams import make_output_safe
 
 
 def run_backend(args: argparse.Namespace) -> int:
@@ -115,6 +117,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "plan-check": run_plan_check,
     "check-report": run_check_report,
 }
+TRAINING = ("local", "hosts", "resume", "node", "finish")
+"""Commands in which more is at stake than what they print."""
 
 
 def plain(error: Exception) -> str:
@@ -124,8 +128,8 @@ def plain(error: Exception) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
-    from simclr_dist.errors import ConfigError
-
+    if args.command in TRAINING and not getattr(args, "dry_run", False):
+        make_output_safe()  # the training dies with this process, and this process must not die of a word
     try:
         return int(COMMANDS[args.command](args))
     except LaunchError as error:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from launcher import local, machine
 from launcher.errors import LaunchError
-from launcher.launch_plan import Device, LaunchPlan, checked_env, new_attempt
+from launcher.launch_plan import Device, LaunchPlan, checked_env, new_attempt, passed_on
 from simclr_dist.config import Config, load_config
+from simclr_dist.parallel.environment import check_environment
 
 TRAINER = "simclr_dist.train"
 SHOWN_ATTEMPT = "show.0-000000"
@@ -19,6 +20,7 @@ SHOWN_ATTEMPT = "show.0-000000"
 
 def training(args: argparse.Namespace, world_size: int | None) -> tuple[Config, tuple[str, ...]]:
     """The checked configuration, and the command of each process. Raises ConfigError, which names every mistake."""
+    check_environment(passed_on(os.environ) | checked_env(args.env))
     config = load_config(args.config, args.overrides, world_size=world_size)
     return config, ("-m", TRAINER, os.path.abspath(args.config), *args.overrides)
 

@@ -32,7 +32,7 @@ PATTERNS = {
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 # Variables by which the launcher and torch talk to their processes: set from outside they would break the rendezvous.
 _RESERVED = re.compile(
-    r"SIMCLR_(EXPECTED_WORLD_SIZE|ATTEMPT|STOP_SIGNAL)|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK"
+    r"SIMCLR_(EXPECTED_WORLD_SIZE|ATTEMPT|STOP_SIGNAL|CHECKED)|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK"
     r"|MASTER_(ADDR|PORT)|PET_.*|TORCHELASTIC_.*|ACCELERATE_.*|PMIX?_.*|OMPI_.*|MV2_.*"
 )
 
@@ -57,6 +57,11 @@ def looks_secret(name: str) -> bool:
 
 def is_reserved(name: str) -> bool:
     return re.fullmatch(_RESERVED, name) is not None
+
+
+def passed_on(environ: Mapping[str, str]) -> dict[str, str]:
+    """The user's variables without the reserved ones: PMI_SIZE and the like, too, which accelerate would follow."""
+    return {name: value for name, value in environ.items() if not is_reserved(name)}
 
 
 def checked_env(settings: list[str]) -> dict[str, str]:

@@ -76,7 +76,7 @@ def run_attempt(plan: LaunchPlan, requests: Requests, commands: list[list[str]])
             command,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=processes.die_with_parent,
+            preexec_fn=processes.die_with_this_process(),
             env=importable_launcher(),
         )
         for command in commands

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from launcher import machine, rollcall
 from launcher.errors import Exit, LaunchError
-from launcher.launch_plan import LaunchPlan, is_reserved, read_launch_plan
+from launcher.launch_plan import LaunchPlan, is_reserved, passed_on, read_launch_plan
+from simclr_dist.parallel.environment import found_in
 from simclr_dist.run.status import write_status
 
 ACCELERATE_CONFIG = Path(__file__).with_name("accelerate.yaml")
@@ -43,6 +44,8 @@ def run_node(plan_path: Path, node_rank: int | None) -> None:
     ifname = plan.ifname or machine.interface_towards(plan.head_addr)
     if rank == 0:
         print(f"launcher: {describe(plan, ifname)}", file=sys.stderr, flush=True)  # stdout is the training's
+        if kept_back := [str(entry) for entry in found_in(os.environ) if entry.counts and is_reserved(entry.name)]:
+            print(f"launcher: not passed on to the training: {'; '.join(kept_back)}", file=sys.stderr, flush=True)
     os.chdir(plan.workdir)
     # This node's own interpreter: in a container it has another path than where the launch plan was made.
     argv = agent_argv(replace(plan, python=str(Path(sys.executable).absolute())), rank)
@@ -139,8 +142,7 @@ def agent_argv(plan: LaunchPlan, rank: int) -> list[str]:
 
 def agent_env(plan: LaunchPlan, ifname: str, num_cpus: int, inherited: Mapping[str, str]) -> dict[str, str]:
     """The environment of the agent and its workers. The user's variables win, except for reserved ones."""
-    # PMI_SIZE and the like are reserved, too: srun sets them where MPI is configured, and accelerate would use them.
-    env = {name: value for name, value in inherited.items() if not is_reserved(name)}
+    env = passed_on(inherited)
     env.setdefault("OMP_NUM_THREADS", str(max(1, num_cpus // plan.procs_per_node)))
     env.setdefault("PYTHONUNBUFFERED", "1")
     # The name of one interface: gloo accepts no exclusion list.

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,11 +15,16 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def die_with_parent() -> None:
-    """For `preexec_fn`: the kernel kills this process when its parent ends, however that happens. Survives exec."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
-        os._exit(1)  # the parent has ended already
+def die_with_this_process() -> Callable[[], None]:
+    """A `preexec_fn` of a child: the kernel kills it when this process ends, however that happens. Survives exec."""
+    parent = os.getpid()  # 1 in a container whose first process this is
+
+    def ask_kernel() -> None:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)  # it has ended already
+
+    return ask_kernel
 
 
 def adopt_orphans() -> None:

@@ -16,6 +16,7 @@ from launcher import local, outcome, scontrol
 from launcher.errors import Exit, LaunchError
 from launcher.launch_plan import one_line, read_launch_plan, refuse_foreign
 from simclr_dist.run.layout import RunDir
+from simclr_dist.run.owner import has_living_owner
 from simclr_dist.run.status import read_status
 
 
@@ -43,6 +44,8 @@ def status(args: argparse.Namespace) -> Exit:
     console.print(Text(str(run_dir)), soft_wrap=True)
     if now:
         reason = f" ({now.reason})" if now.reason else ""
+        if now.state == "running" and not local.holder(run_dir) and not has_living_owner(run_dir):
+            reason = " when its process ended"
         console.print(Text(f"state       {now.state}{reason} at step {now.step}, {now.time}"))
         if now.message:
             console.print(Text(f"message     {now.message.strip().splitlines()[-1]}"), soft_wrap=True)
@@ -96,7 +99,7 @@ def stop(args: argparse.Namespace) -> Exit:
 def is_over(run_dir: Path) -> bool:
     """Whether nothing runs and no job waits: a request to stop would only stop the next start."""
     now, job = read_status(run_dir), slurm_job(run_dir)
-    if now is None or now.state == "running" or local.holder(run_dir):
+    if now is None or local.holder(run_dir) or (now.state == "running" and has_living_owner(run_dir)):
         return False
     in_queue = scontrol.query(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]) if job else ""
     # in_queue is None for jobs that SLURM has forgotten, and on machines without its commands.

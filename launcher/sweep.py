@@ -176,7 +176,7 @@ def _start(run: Run, devices: dict[str, str]) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=processes.die_with_parent,
+            preexec_fn=processes.die_with_this_process(),
         )
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.processes import die_with_parent
+from launcher.processes import die_with_this_process
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-NEEDED_BY_THE_LAUNCHER = ("config", "run", "__init__.py", "argument_types.py", "errors.py")
+NEEDED_BY_THE_LAUNCHER = ("config", "parallel", "run", "__init__.py", "argument_types.py", "errors.py", "streams.py")
 """Of simclr_dist. Without the rest, a launcher that imports more of it fails in every test."""
 CONFIG = """\
 name: fake
@@ -67,7 +67,7 @@ class Checkout:
                 stdout=log,
                 stderr=log,
                 text=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=die_with_this_process(),
             )
 
     def log(self) -> str:

@@ -29,6 +29,7 @@ def test_starts_the_planned_processes_with_their_rank_and_settings(checkout: Che
         "local", CONFIG, "seed=1", "--nproc", "2", "--env", "NOTE=a, b", "name=fake", env=environment
     )
     assert done.returncode == 0, done.stderr
+    assert "not passed on to the training: ACCELERATE_USE_FSDP=true" in done.stderr
     first, second = checkout.ranks()
     for worker in (first, second):
         assert worker["argv"] == [str(checkout.root / CONFIG), "seed=1", "name=fake"]
@@ -214,6 +215,23 @@ def test_a_closed_pipe_ends_quietly(checkout: Checkout) -> None:
     assert "Traceback" not in shown.stderr.read()
     shown.stderr.close()
     shown.wait(10)
+
+
+def test_closed_output_ends_no_training(checkout: Checkout) -> None:
+    def close() -> None:
+        for number in (1, 2):
+            os.close(number)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", "local", CONFIG, "--nproc", "1"],
+        cwd=checkout.root,
+        env=checkout.env,
+        preexec_fn=close,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert checkout.status()["state"] == "finished"
 
 
 LATE = """

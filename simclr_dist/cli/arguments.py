@@ -46,9 +46,9 @@ def choose_device(name: str | None) -> torch.device:
     from simclr_dist.parallel import distributed
 
     if distributed.world().size > 1:
-        from accelerate import PartialState  # type: ignore[import-untyped]
+        from simclr_dist.parallel.accelerator import join_process_group
 
-        return PartialState().device
+        return join_process_group()
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError([f"--device {name}: torch {torch.__version__} sees no GPU; use --device cpu"])

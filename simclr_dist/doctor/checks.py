@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from simclr_dist.doctor.environment import SET_BY_LAUNCHERS, examine_environment
+from simclr_dist.doctor.environment import SET_BY_LAUNCHERS, examine_environment, treated
 from simclr_dist.doctor.finding import Finding, Level
+from simclr_dist.parallel.environment import found_in_accelerate_config
 
 REQUIRED = [
     "accelerate",
@@ -123,6 +124,7 @@ def examine_torch(probe: dict[str, Any]) -> Iterator[Finding]:
             yield Finding("problem" if bad else "ok", name, found, remedy if bad else "")
     if config := probe.get("accelerate", {}).get("config"):
         yield Finding("ok", "accelerate", f"`accelerate launch` without options follows {config}")
+        yield from examine_accelerate_config(Path(config))
     if "gpus" in probe:
         yield from _examine_gpus(probe["gpus"], torch)
     if "openmp" in probe:
@@ -135,6 +137,17 @@ def examine_torch(probe: dict[str, Any]) -> Iterator[Finding]:
             if several
             else "",
         )
+
+
+def examine_accelerate_config(path: Path) -> Iterator[Finding]:
+    """What of a file made by `accelerate config` a training refuses or ignores."""
+    import yaml
+
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for entry in found_in_accelerate_config(values if isinstance(values, dict) else {}):
+        if entry.counts:
+            level, advice = treated(entry)
+            yield Finding(level, f"accelerate: {entry.name}", entry.value, f"{advice}, by `accelerate config`")
 
 
 def _examine_gpus(gpus: Any, torch: dict[str, Any]) -> Iterator[Finding]:

@@ -18,7 +18,8 @@ from simclr_dist.run.heartbeat import Heartbeats
 from simclr_dist.run.owner import Ownership, claim
 from simclr_dist.run.state import TrainState
 from simclr_dist.run.status import State, has_failed, write_status
-from simclr_dist.run.stop_requests import Requests
+from simclr_dist.run.stop_requests import forget_earlier_requests
+from simclr_dist.run.stop_signals import stop_signals
 from simclr_dist.run.watchdog import BACKSTOP_S, Watchdog
 
 LimitName = Literal["evaluation_s", "save_s"]
@@ -42,7 +43,7 @@ class RunGuard:
         shared = int(distributed.broadcast_from_main_(torch.tensor([session], device=device)))
         self.watchdog = Watchdog(
             Heartbeats(run_dir, f"{shared:012x}", self._rank, distributed.world_size(), timeout.step_s),
-            stop_signals=Requests.signals(),
+            stop_signals=stop_signals(),
             stop_s=timeout.stop_s,
             on_hang=self._report_hang,
             ownership=self._ownership,
@@ -55,6 +56,7 @@ class RunGuard:
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
             ownership = claim(self._run_dir)
+            forget_earlier_requests(self._run_dir)
         except OSError as error:
             raise ConfigError([f"runs_dir: {self._run_dir} cannot be written to: {error.strerror}"]) from None
         write_status(self._run_dir, "running", step=0)

@@ -83,10 +83,17 @@ def claim(run_dir: Path) -> Ownership:
     return Ownership(run_dir, entry.session)
 
 
+def has_living_owner(run_dir: Path) -> bool:
+    """Whether a training runs there, as far as can be seen. Raises OSError where that cannot be looked up."""
+    file = RunDir(run_dir).owner
+    holder = _read(file)
+    return holder is not None and not _has_ended(file, holder)
+
+
 def _has_ended(file: Path, holder: _Entry) -> bool:
     state = holder.process.state()
     if state == "unknown":
-        return _file_system_time(file.parent) - file.stat().st_mtime > STALE_S
+        return file_system_time(file.parent) - file.stat().st_mtime > STALE_S
     return state == "dead"
 
 
@@ -96,7 +103,7 @@ def _follows(attempt: str, other: str) -> bool:
     return mine is not None and theirs is not None and mine[1] == theirs[1] and int(mine[2]) > int(theirs[2])
 
 
-def _file_system_time(folder: Path) -> float:
+def file_system_time(folder: Path) -> float:
     """Now, by the clock that dates files in `folder`: the clocks of machines differ."""
     probe = folder / f".time.{os.getpid()}.{secrets.token_hex(3)}"
     probe.touch()

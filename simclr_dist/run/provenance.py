@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import time
 from pathlib import Path
 
 from simclr_dist.atomic import replace_text
+from simclr_dist.parallel.environment import found_in
 from simclr_dist.run.layout import RunDir, append_record
 from simclr_dist.run.status import attempt_name
 
@@ -16,6 +18,8 @@ from simclr_dist.run.status import attempt_name
 def record(run_dir: Path, seed: int) -> None:
     """Adds a line for this start to environment.jsonl. Raises OSError."""
     facts = {"git": git_id(), "versions": versions(), "seed": seed, "attempt": attempt_name()}
+    if spoken_of := {entry.name: entry.value for entry in found_in(os.environ) if entry.counts}:
+        facts["environment"] = spoken_of
     append_record(RunDir(run_dir).environment, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
 
 

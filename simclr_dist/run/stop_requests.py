@@ -7,19 +7,20 @@ same two steps. A rank could not act earlier anyhow: Python runs no signal handl
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
+from types import TracebackType
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from simclr_dist.parallel import distributed
 from simclr_dist.run.layout import RunDir
+from simclr_dist.run.owner import file_system_time
+from simclr_dist.run.stop_signals import SIGNALS
 
 POLL_S = 2.0
 
@@ -30,7 +31,7 @@ class Request(IntEnum):
     NONE = 0
     SAVE = 1
     STOP = 2  # the file STOP: a person ends the run
-    PREEMPT = 3  # a signal, or STOP_REQUEST.* from a batch script: the run will be continued
+    PREEMPT = 3  # a signal, or STOP_REQUEST.* from a batch script: the run can be continued
     FAIL = 4  # the main process cannot go on: all leave together, and it says why
 
 
@@ -40,46 +41,37 @@ class Requests:
     def __init__(self, run_dir: Path, device: torch.device) -> None:
         self._files = RunDir(run_dir)
         self.device = device
-        self.heard = Request.NONE
+        self._asked = Request.NONE
         self._next_poll = 0.0
         self._answered = 0  # st_mtime_ns of the last SAVE file that was granted
-        self._previous: dict[int, Any] = {}
         self._pending: Callable[[], int] | None = None
 
     def __enter__(self) -> Requests:
-        for number in self.signals():
-            self._previous[number] = signal.signal(number, self._on_signal)
+        SIGNALS.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    @staticmethod
-    def signals() -> set[int]:
-        chosen = os.environ.get("SIMCLR_STOP_SIGNAL", "USR1").removeprefix("SIG")
-        return {signal.SIGTERM, getattr(signal, f"SIG{chosen}", signal.SIGUSR1)}
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.heard = Request.PREEMPT
+        SIGNALS.__exit__()
 
     def ask(self, request: Request) -> None:
         """A request of this rank itself, for example to save because 10 minutes have passed."""
-        self.heard = max(self.heard, request)
+        self._asked = max(self._asked, request)
 
     def announce(self) -> None:
         """Starts the exchange of flags; it runs while the step computes."""
         if distributed.rank() == 0 and time.monotonic() >= self._next_poll:
             self._next_poll = time.monotonic() + POLL_S
             self._look_for_files()
-        self._pending = distributed.agree_on_max(int(self.heard), self.device)
+        # The handler's flag stands apart from _asked: an ask() that it interrupts cannot overwrite it.
+        heard = Request.PREEMPT if SIGNALS.heard else Request.NONE
+        self._pending = distributed.agree_on_max(int(max(self._asked, heard)), self.device)
 
     def agreed(self) -> Request:
         """The strongest request that any rank announced, the same on every rank. A SAVE is forgotten once agreed."""
         assert self._pending is not None
         request = Request(self._pending())
-        if self.heard == Request.SAVE and request >= Request.SAVE:
-            self.heard = Request.NONE
+        if self._asked == Request.SAVE and request >= Request.SAVE:
+            self._asked = Request.NONE
         return request
 
     def _look_for_files(self) -> None:
@@ -99,4 +91,19 @@ class Requests:
         """Removes the files that asked for the stop, so that the next start does not stop at once."""
         for path in [self._files.stop, *self._files.stop_requests()]:
             with suppress(OSError):
+                path.unlink()
+
+
+def forget_earlier_requests(run_dir: Path) -> None:
+    """Removes the files that asked for something before this process began: they were meant for an earlier start.
+
+    Not for a start by the launcher, which has done so: whatever is there now was meant for this one. Raises OSError.
+    """
+    if "SIMCLR_ATTEMPT" in os.environ:
+        return
+    files = RunDir(run_dir)
+    began_s = file_system_time(run_dir) - (time.time() - psutil.Process().create_time())
+    for path in (files.stop, files.save, *files.stop_requests()):
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime < began_s:
                 path.unlink()

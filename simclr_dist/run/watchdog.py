@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,33 +52,36 @@ class Watchdog:
         self,
         heartbeats: Heartbeats,
         *,
-        stop_signals: set[int],
+        stop_signals: Collection[int],
         stop_s: float,
         on_hang: Callable[[str], None],
         ownership: Ownership | None = None,
     ) -> None:
         self._heartbeats = heartbeats
-        self._stop_signals = stop_signals
+        self._stop_signals = frozenset(stop_signals)
         self._stop_s = stop_s
         self._on_hang = on_hang
         self._ownership = ownership
         self._activity = _Activity("starting", 0, time.monotonic(), float("inf"), "", False)
         self._beside: _Activity | None = None
         self._stop_heard_s: float | None = None
-        self._main_thread = threading.main_thread().ident
+        self._trains = threading.get_ident()
+        self._hears_signals = threading.current_thread() is threading.main_thread()  # Python's rule
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
         self._wakeup_receiver, self._wakeup_sender = socket.socketpair()
         self._wakeup_sender.setblocking(False)
-        self._previous_fd = signal.set_wakeup_fd(self._wakeup_sender.fileno(), warn_on_full_buffer=False)
+        if self._hears_signals:
+            self._previous_fd = signal.set_wakeup_fd(self._wakeup_sender.fileno(), warn_on_full_buffer=False)
         if self._ownership is not None:
             self._heartbeats.remove_earlier_starts()
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        signal.set_wakeup_fd(self._previous_fd)
+        if self._hears_signals:
+            signal.set_wakeup_fd(self._previous_fd)
         self._wakeup_sender.close()  # ends the thread
         self._thread.join()
         self._wakeup_receiver.close()
@@ -174,8 +177,8 @@ class Watchdog:
         os._exit(1)
 
     def _where(self) -> str:
-        """The innermost line of this package that the main thread is executing."""
-        frame = sys._current_frames().get(self._main_thread or 0)
+        """The innermost line of this package that the training's thread is executing."""
+        frame = sys._current_frames().get(self._trains)
         while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
             frame = frame.f_back
         if frame is None:

@@ -1,7 +1,7 @@
 """Pretrain: `accelerate launch -m simclr_dist.train CONFIG [key=value …]`; with `python -m`, in one process.
 
-Exit code 0: finished, or stopped on request with everything saved; 2: bad input; 1: anything else. `status.json` in the
-run directory says which, because accelerate and torchrun turn every failure into 1.
+Exit code 0: finished, or stopped on request (Ctrl-C too) with everything saved; 2: bad input; 130: a second Ctrl-C; 1:
+anything else. `status.json` in the run directory says which: accelerate and torchrun turn every failure into 1.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from simclr_dist.config import Config, load_config
 from simclr_dist.errors import ConfigError, FailedElsewhereError, Reason, UserError
+from simclr_dist.parallel.environment import check_environment
+from simclr_dist.run.stop_signals import SIGNALS
+from simclr_dist.streams import make_output_safe
 
 if TYPE_CHECKING:
     from simclr_dist.training.trainer import Trainer
@@ -43,17 +46,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None, trainer_class: type[Trainer] | None = None) -> None:
+    make_output_safe()
     args = parser().parse_intermixed_args(argv)
     if args.terminal:
         args.overrides.append(f"monitor.terminal={args.terminal}")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        config = load_config(args.config, args.overrides, world_size=world_size)
-    except ConfigError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(error, file=sys.stderr, flush=True)
-        sys.exit(2)
-    train(config, trainer_class)
+    with SIGNALS:
+        speaks = "LOCAL_RANK"  # each machine has an environment of its own
+        try:
+            check_environment(os.environ)
+            speaks = "RANK"
+            config = load_config(args.config, args.overrides, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+        except ConfigError as error:
+            if os.environ.get(speaks, "0") == "0":
+                print(error, file=sys.stderr, flush=True)
+            sys.exit(2)
+        train(config, trainer_class)
 
 
 def train(config: Config, trainer_class: type[Trainer] | None = None) -> None:
@@ -61,25 +68,37 @@ def train(config: Config, trainer_class: type[Trainer] | None = None) -> None:
 
     trainer_class: one's own subclass of Trainer (docs/guides/extending.md).
     """
-    from simclr_dist.parallel.distributed import shut_down
-    from simclr_dist.training.trainer import Trainer
-
-    _die_with_parent()
     trainer = None
-    try:
-        trainer = (trainer_class or Trainer)(config)
-        trainer.fit()
-        shut_down()
-    except FailedElsewhereError:
-        _leave(2)
-    except UserError as error:
-        _report(config, trainer, error.reason, str(error))
-        _leave(2)
-    except KeyboardInterrupt:
-        _leave(130)
-    except BaseException as error:
-        _report(config, trainer, "crash", "".join(traceback.format_exception(error)))
-        _leave(1)
+    with SIGNALS:
+        try:
+            _say_that_it_starts(config)
+            from simclr_dist.parallel.distributed import shut_down
+            from simclr_dist.training.trainer import Trainer
+
+            _die_with_parent()
+            trainer = (trainer_class or Trainer)(config)
+            trainer.fit()
+            shut_down()
+        except FailedElsewhereError:
+            _leave(2)
+        except UserError as error:
+            _report(config, trainer, error.reason, str(error))
+            _leave(2)
+        except KeyboardInterrupt:
+            _report(config, trainer, "crash" if trainer else None, "ended by a second Ctrl-C, without saving")
+            _leave(130)
+        except BaseException as error:
+            _report(config, trainer, "crash", "".join(traceback.format_exception(error)))
+            _leave(1)
+
+
+def _say_that_it_starts(config: Config) -> None:
+    """Importing torch takes seconds, in which a person should see a sign of life. The launcher says it by itself."""
+    silent = config.monitor.terminal in ("quiet", "json") or "SIMCLR_ATTEMPT" in os.environ
+    if os.environ.get("RANK", "0") == "0" and not silent:
+        several = int(os.environ.get("WORLD_SIZE", 1))
+        processes = f"{several} processes" if several > 1 else "1 process"
+        print(f"{config.name}: starting {processes}; importing torch takes some seconds", file=sys.stderr, flush=True)
 
 
 def _die_with_parent() -> None:

@@ -7,12 +7,10 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from simclr_dist.checkpoint.files import Checkpoint
@@ -31,7 +29,8 @@ from simclr_dist.network.flops import forward_flops
 from simclr_dist.network.simclr import build_model
 from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.schedule import LearningRate, build_schedule
-from simclr_dist.parallel import distributed
+from simclr_dist.parallel import distributed, environment
+from simclr_dist.parallel.accelerator import build_accelerator
 from simclr_dist.parallel.distributed import World
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 from simclr_dist.run import history, provenance
@@ -96,8 +95,14 @@ def build(config: Config) -> Parts:
     Raises ConfigError, DataError, CheckpointError or OwnershipError on the first failing rank and
     FailedElsewhereError on the others.
     """
-    accelerator = _build_accelerator(config)
+    accelerator = build_accelerator(
+        {"fp32": "no"}.get(config.train.precision, config.train.precision),
+        broadcast_buffers=config.model.batch_norm == "per_device",
+        timeout_s=config.timeout.longest_s() + BACKSTOP_S,
+    )
     device, world = accelerator.device, distributed.world()
+    if about_environment := environment.sentence(os.environ):
+        _warn_on(world)(about_environment)
     _check_world_size(config, world)
     guard = RunGuard(config.run_dir, config.timeout, device)
     torch.manual_seed(config.seed)  # the same initial weights on every rank
@@ -178,20 +183,6 @@ def build(config: Config) -> Parts:
         saver=saver,
         non_finite=non_finite,
         health=health,
-    )
-
-
-def _build_accelerator(config: Config) -> Accelerator:
-    use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    return Accelerator(
-        cpu=use_cpu,
-        mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout.longest_s() + BACKSTOP_S)),
-            DistributedDataParallelKwargs(
-                broadcast_buffers=config.model.batch_norm == "per_device", gradient_as_bucket_view=True
-            ),
-        ],
     )
 
 

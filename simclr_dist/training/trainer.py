@@ -129,6 +129,9 @@ class Trainer:
         with self._session() as requests:
             if self.state.step >= self.parts.last_step:
                 return self._end("finished")
+            requests.announce()
+            if (request := requests.agreed()) >= Request.STOP:  # heard while the parts were built
+                return self._stop(requests, request)
             self._rebuild_ddp_buckets()
             observers = build_observers(self.config, self.parts, self.augment, self.nt_xent)
             for batch, began_s, waited_s in self._batches():
@@ -145,9 +148,7 @@ class Trainer:
                 if finished.is_last:
                     return self._end("finished")
                 if request >= Request.STOP:
-                    if self.parts.world.is_main:
-                        requests.forget_files()
-                    return self._end("preempted" if request == Request.PREEMPT else "stopped")
+                    return self._stop(requests, request)
         raise AssertionError("the loader ended before the run did")
 
     @contextmanager
@@ -214,6 +215,11 @@ class Trainer:
         self.parts.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.parts.network.buffers(), buffers, strict=True):
             buffer.copy_(before)
+
+    def _stop(self, requests: Requests, request: Request) -> State:
+        if self.parts.world.is_main:
+            requests.forget_files()
+        return self._end("preempted" if request == Request.PREEMPT else "stopped")
 
     def _end(self, state: State) -> State:
         parts = self.parts
