@@ -75,9 +75,9 @@ class OnlineProbe:
         self._counts.zero_()
         if failures:
             reason = None if self._failure is None else f"{type(self._failure).__name__}: {self._failure}"
-            said = distributed.first_text(reason, self._counts.device)
+            rank, said = distributed.first_text(reason, self._counts.device) or (0, "")
             self.has_failed = True
-            raise ProbeError("" if said is None else said[1])
+            raise ProbeError(f"on rank {rank}: {said}" if distributed.world_size() > 1 else said)
         return (first / labelled, first_five / labelled) if labelled else (float("nan"), float("nan"))
 
     @torch.no_grad()
