@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ from torch import nn
 
 from simclr_dist.config import DataConfig, EvaluationConfig
 from simclr_dist.data.classes import match_classes
-from simclr_dist.data.loading.evaluation_labels import check_evaluation_labels
+from simclr_dist.data.loading.evaluation_labels import check_evaluation_labels, evaluation_images
+from simclr_dist.data.loading.labelled_images import open_labelled
 from simclr_dist.doctor.data import examine_labels
 from simclr_dist.errors import DataError
-from simclr_dist.evaluation.offline import open_labelled
-from simclr_dist.evaluation.online import evaluate_while_training
+from simclr_dist.evaluation.online import OnlineEvaluation
 from tests.training import Training
 
 COLOURS = {"ant": (220, 30, 30), "bee": (30, 220, 30), "cow": (30, 30, 220), "dog": (200, 200, 30)}
@@ -77,15 +78,13 @@ class MeanColour(nn.Module):
 
 
 def evaluate_online(train: str, test: str) -> float:
-    found = evaluate_while_training(
-        MeanColour(),
-        data=DataConfig(train=train, test=test, image_size=16),
-        evaluation=EvaluationConfig(knn_every_epochs=1, knn_k=3),
-        precision="fp32",
-        seed=0,
-        device=torch.device("cpu"),
+    data, settings = DataConfig(train=train, test=test, image_size=16), EvaluationConfig(knn_every_epochs=1, knn_k=3)
+    images = evaluation_images(data, settings, seed=0)
+    assert images is not None
+    evaluate = OnlineEvaluation(
+        images, data=data, evaluation=settings, precision="fp32", device=torch.device("cpu"), warn_once=print
     )
-    return found["eval/knn_top1"]
+    return evaluate(MeanColour(), step=1).figures["eval/knn_top1"]
 
 
 @pytest.mark.parametrize("classes", [("ant", "cow"), ("bee", "cow"), ("cow",), ("ant", "bee", "cow")])
@@ -103,10 +102,9 @@ def test_evaluations_after_training_match_classes_too(tmp_path: Path) -> None:
     assert "2 of the 3 classes; none of ant" in images.classes.sentence
 
 
-def check(train: str, test: str) -> str:
-    return check_evaluation_labels(
-        DataConfig(train=train, test=test, image_size=16), EvaluationConfig(knn_every_epochs=1)
-    )
+def check(train: str, test: str | None, **settings: Any) -> str:
+    data = DataConfig(train=train, test=test, image_size=16)
+    return "; ".join(check_evaluation_labels(data, EvaluationConfig(**{"knn_every_epochs": 1, "knn_k": 2} | settings)))
 
 
 def test_labels_that_no_evaluation_can_use_are_refused_before_the_first_step(tmp_path: Path) -> None:
@@ -124,7 +122,8 @@ def test_labels_that_no_evaluation_can_use_are_refused_before_the_first_step(tmp
     with pytest.raises(DataError, match=r"has 1 class, and kNN needs two"):
         check(solid(tmp_path / "one", "ant"), solid(tmp_path / "one_test", "ant"))
     assert "1 of the 2 classes; none of ant" in check(train, solid(tmp_path / "fewer", "bee"))
-    assert check(train, train) == ""
+    assert check(train, solid(tmp_path / "same", "ant", "bee")) == ""
+    assert "the very images of kNN's bank" in check(train, train)
 
 
 def test_training_and_doctor_refuse_such_labels_before_anything_starts(tmp_path: Path) -> None:
@@ -144,4 +143,4 @@ def test_training_and_doctor_refuse_such_labels_before_anything_starts(tmp_path:
 
 def test_a_configuration_without_evaluation_needs_no_labels() -> None:
     data = DataConfig(train="nowhere", test="nowhere", image_size=16)
-    assert check_evaluation_labels(data, EvaluationConfig(knn_every_epochs=None)) == ""
+    assert check_evaluation_labels(data, EvaluationConfig(knn_every_epochs=None)) == []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simclr_dist.errors import DataError
+from simclr_dist.errors import DataError, UserError
 from simclr_dist.evaluation.features import (
     Features,
     digest,
@@ -147,7 +147,7 @@ def _extract_with_a_bad_file(rank: int, world_size: int) -> str:
             raise DataError("sample 9: not an image")
         yield from load(ids)
 
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         extract_features_distributed(make_encoder(), load_or_fail, 10, device="cpu", normalize=normalize)
     return str(caught.value)
 
@@ -155,7 +155,7 @@ def _extract_with_a_bad_file(rank: int, world_size: int) -> str:
 @pytest.mark.distributed
 def test_a_failing_rank_stops_all_ranks_with_its_name() -> None:
     assert run_ranks(2, _extract_with_a_bad_file) == [
-        "rank 1 could not compute its features; see its own message",
+        "rank 1 has failed; see its own message",
         "sample 9: not an image",
     ]
 

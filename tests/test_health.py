@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simclr_dist.health import figures as health
-from simclr_dist.health.check import Findings, HealthCheck, RankFacts, gather_sample
+from simclr_dist.health.check import Findings, HealthCheck, RankFacts, own_sample
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
 from simclr_dist.parallel.distributed import World
 from tests.distributed.spawn import run_ranks
@@ -178,7 +178,7 @@ def test_gradient_disagreement_is_the_spread_of_gradients() -> None:
 def sample_of_rank(rank: int, world_size: int, num_images: int) -> Tensor:
     whole = torch.arange(2 * 24 * 3, dtype=torch.float32).view(2, 24, 3)
     B = 24 // world_size
-    return gather_sample(whole[:, rank * B : (rank + 1) * B], World(rank, world_size), num_images)
+    return own_sample(whole[:, rank * B : (rank + 1) * B], World(rank, world_size), num_images)
 
 
 @pytest.mark.parametrize("num_images", [1, 5, 10, 24, 1000])

@@ -203,6 +203,16 @@ def test_steps_and_hours_follow_from_images_and_speed(capsys: pytest.CaptureFixt
     assert found["bottleneck"].startswith("the devices")
 
 
+@pytest.mark.parametrize("encoder", ["regnet_x_400mf", "regnet_y_400mf", "swin_t"])
+def test_networks_that_read_values_while_they_are_built_can_be_planned(
+    encoder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = plan(f"model.encoder={encoder}", "train.global_batch_size=2", "--images", "100", capsys=capsys)
+    network = build_model(smoke(f"model.encoder={encoder}").model)
+    assert found["num_parameters"] == sum(p.numel() for p in network.parameters())
+    assert found["memory"]["activations"] > 2**20
+
+
 def test_speed_is_measured_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan("train.global_batch_size=16", "--measure", capsys=capsys)
     assert found["measured_step"]["images"] == 16

@@ -210,6 +210,12 @@ def test_a_recipe_that_cannot_be_meant_is_refused_before_anything_is_done(
     assert re.search(said, capsys.readouterr().err)
 
 
+def test_a_student_that_reads_values_while_it_is_built_is_one(tmp_path: Path) -> None:
+    write_config(tmp_path, train="synthetic", test="synthetic")
+    recipe, _ = read_recipe(write(tmp_path, changed(lambda r: r["distill"][0].update(encoder="regnet_y_400mf"))))
+    assert recipe.distill[0].encoder == "regnet_y_400mf"
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_whole_and_plan_every_stage(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, config = read_recipe(path)

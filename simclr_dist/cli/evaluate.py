@@ -31,6 +31,12 @@ def register(commands: Commands) -> None:
         type=positive_float,
         help="of the votes exp(s/T) (default: evaluation.knn_temperature of the run)",
     )
+    knn.add_argument(
+        "--max-train",
+        metavar="N",
+        type=positive_int,
+        help="training images to look among, of every class, as evaluation.knn_max_train draws them (default: all)",
+    )
     linear = add_command(
         methods,
         "linear",
@@ -46,7 +52,9 @@ def register(commands: Commands) -> None:
     linear.add_argument("--seed", type=int, default=0, help="draws the held-out tenth (default: 0)")
     for parser in (knn, linear):
         parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=SOURCE_HELP)
-        parser.add_argument("--train", metavar="DATA", help="labelled images (default: data.train of the run)")
+        parser.add_argument(
+            "--train", metavar="DATA", help="labelled images (default: evaluation.train or data.train of the run)"
+        )
         parser.add_argument("--test", metavar="DATA", help="held-out images (default: data.test of the run)")
         parser.add_argument(
             "--baselines", action="store_true", help="also score raw pixels and the encoder as it was before training"
@@ -68,6 +76,7 @@ def _run(args: argparse.Namespace) -> int:
         test=args.test,
         k=args.k if with_knn else None,
         temperature=args.temperature if with_knn else None,
+        max_train=args.max_train if with_knn else None,
         solver="lbfgs" if with_knn else args.solver,
         seed=0 if with_knn else args.seed,
         precision=args.precision,
@@ -83,12 +92,12 @@ def _run(args: argparse.Namespace) -> int:
         rows = {score.name: {"top1": score.top1, "top5": score.top5} for score in scores}
         print(json.dumps({**record, "scores": rows}))
         return 0
-    settings = ("k", "temperature", "solver", "weight_decay", "precision")
+    settings = ("k", "temperature", "solver", "weight_decay", "train_images", "test_images", "image_size", "precision")
     print_table(
         f"{args.method} on {record['test']}, step {record['step']}",
         ("features", "top-1", "top-5"),
         [(score.name, percent(score.top1), percent(score.top5)) for score in scores],
-        ", ".join(f"{name} {_short(record[name])}" for name in settings if name in record),
+        ", ".join(f"{name.replace('_', ' ')} {_short(record[name])}" for name in settings if name in record),
     )
     return 0
 

@@ -44,7 +44,9 @@ def register(commands: Commands) -> None:
         "--from", dest="start", choices=("encoder", "head"), default="encoder", help="head: keep the head's first layer"
     )
     finetune.add_argument("--freeze", action="store_true", help="train the classifier only; 90 epochs, lr 0.1")
-    finetune.add_argument("--train", metavar="DATA", help="labelled images (default: data.train of the run)")
+    finetune.add_argument(
+        "--train", metavar="DATA", help="labelled images (default: evaluation.train or data.train of the run)"
+    )
     finetune.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/finetune/<labels>_<from>_seed<seed>")
     _add_schedule(finetune, "0.05 x B/256; 60 epochs up to 1 %% of the labels, else 30")
 

@@ -47,11 +47,11 @@ def cross_checks(
                 f"{global_batch // world_size} images of each process"
             )
     if check_data:
-        for key in ("train", "test"):
-            source = get("data", key)
+        for keys in (("data", "train"), ("data", "test"), ("evaluation", "train")):
+            source = get(*keys)
             if isinstance(source, str) and source != "synthetic" and not Path(source).exists():
                 problems.append(
-                    f"{_place(('data', key), origins, path)}: data.{key}: {source} does not exist; "
+                    f"{_place(keys, origins, path)}: {'.'.join(keys)}: {source} does not exist; "
                     f"make it with `simclr-dist prepare SOURCE {source}`"
                 )
     return problems

@@ -107,11 +107,16 @@ class TrainConfig(Section):
 
 
 class EvaluationConfig(Section):
+    train: str | None = Field(
+        None, description="Labelled images for kNN's bank and `evaluate`, where data.train has none; null: data.train."
+    )
     knn_every_epochs: Count | None = Field(None, description="Online kNN on data.test; null: never.")
     knn_k: Count = 200
     knn_temperature: Positive = 0.1
-    knn_max_train: Count | None = Field(None, description="Images of the online kNN's bank; null: all.")
-    online_probe: bool = Field(False, description="A linear classifier learns beside the encoder; needs labels.")
+    knn_max_train: Count | None = Field(None, description="Images of the online kNN's bank, of every class; null: all.")
+    online_probe: bool = Field(
+        False, description="A linear classifier learns beside the encoder, from data.train's labels."
+    )
     batch_size: Count = 512
 
 

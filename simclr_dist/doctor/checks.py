@@ -272,7 +272,9 @@ def examine_config(path: str, overrides: Sequence[str], probe: dict[str, Any]) -
 
     from simclr_dist.doctor.data import examine_data, examine_labels
 
-    yield from guarded("data", lambda: examine_data(config.data, config.train.global_batch_size))
+    yield from guarded(
+        "data", lambda: examine_data(config.data, config.train.global_batch_size, config.evaluation.train)
+    )
     yield from guarded("labels", lambda: examine_labels(config.data, config.evaluation))
     gpus = probe.get("gpus")
     if config.train.precision == "bf16" and isinstance(gpus, list) and not all(gpu["bf16"] for gpu in gpus):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from simclr_dist.data.decode.ffcv_import import codec, import_ffcv
 from simclr_dist.data.sources.open import size_on_disk
 from simclr_dist.doctor.finding import Finding
-from simclr_dist.errors import DataError
+from simclr_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from simclr_dist.config import DataConfig, EvaluationConfig
@@ -45,8 +45,8 @@ def examine_data_path() -> list[Finding]:
     return [*findings, _cache_folder(), _processors()]
 
 
-def examine_data(data: DataConfig, global_batch_size: int) -> Iterator[Finding]:
-    """Whether the images of a configuration exist, are enough, and fit into memory."""
+def examine_data(data: DataConfig, global_batch_size: int, labelled: str | None = None) -> Iterator[Finding]:
+    """Whether the images of a configuration exist, are enough, and fit into memory. labelled: evaluation.train."""
     from simclr_dist.data.loading.open_images import describe
 
     if data.loader == "ffcv":
@@ -55,10 +55,9 @@ def examine_data(data: DataConfig, global_batch_size: int) -> Iterator[Finding]:
         except DataError as error:
             yield Finding("problem", "data.loader", f"ffcv, but {error}", "or set data.loader: auto")
     num_bytes = 0
-    for key, source in (("train", data.train), ("test", data.test)):
+    for what, source in (("data.train", data.train), ("data.test", data.test), ("evaluation.train", labelled)):
         if source is None:
             continue
-        what = f"data.{key}"
         if source != "synthetic" and not Path(source).exists():
             yield Finding("problem", what, f"{source} does not exist", f"simclr-dist prepare SOURCE {source}")
             continue
@@ -70,7 +69,7 @@ def examine_data(data: DataConfig, global_batch_size: int) -> Iterator[Finding]:
         size = size_on_disk(source)
         num_bytes += size
         found = f"{source}: {info.num_samples:,} images in {len(info.class_names)} classes, {size / 1e6:,.1f} MB"
-        few = key == "train" and info.num_samples < global_batch_size
+        few = what == "data.train" and info.num_samples < global_batch_size
         advice = f"fewer than one global batch: lower train.global_batch_size ({global_batch_size})" if few else ""
         yield Finding("problem" if few else "ok", what, found, advice)
         if info.account is not None:
@@ -107,12 +106,15 @@ def _account(what: str, account: Account) -> Iterator[Finding]:
 
 
 def examine_labels(data: DataConfig, evaluation: EvaluationConfig) -> Iterator[Finding]:
-    """Whether the labels of data.train and data.test fit the evaluations that are switched on."""
+    """Whether the labels of the images fit the evaluations that are switched on."""
     from simclr_dist.data.loading.evaluation_labels import check_evaluation_labels
 
     try:
-        if sentence := check_evaluation_labels(data, evaluation):
-            yield Finding("warning", "labels", sentence)
+        for remark in check_evaluation_labels(data, evaluation):
+            yield Finding("warning", "labels", remark)
+    except ConfigError as error:
+        for problem in error.problems:
+            yield Finding("problem", "labels", problem)
     except DataError as error:
         yield Finding("problem", "labels", str(error))
 

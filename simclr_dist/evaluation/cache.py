@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 
@@ -53,8 +54,7 @@ def read_features(folder: Path, key: str) -> Features | None:
 def write_features(folder: Path, key: str, features: Features) -> None:
     """Stores `features` under `key`. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".tmp-{key}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder / f".tmp-{key}-{secrets.token_hex(4)}"  # several hosts may write at once
     temporary.mkdir()
     try:
         hashes = {}

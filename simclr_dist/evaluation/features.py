@@ -18,6 +18,7 @@ from simclr_dist.config import Precision
 from simclr_dist.errors import DataError
 from simclr_dist.network.precision import autocast
 from simclr_dist.parallel import distributed
+from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 
 ImageBatch = tuple[Tensor, Tensor, Tensor]  # images uint8 [b, H, W, 3], labels int64 [b], sample ids int64 [b]
 Normalize = Callable[[Tensor], Tensor]  # uint8 [b, H, W, 3] -> float [b, 3, H, W]
@@ -86,6 +87,21 @@ def extract_features(
 
     Raises DataError when there are no images or when h is not finite.
     """
+    features = _extract(encoder, batches, device=device, precision=precision, normalize=normalize)
+    if features is None:
+        raise DataError("there are no images to compute features of")
+    return features
+
+
+def _extract(
+    encoder: nn.Module,
+    batches: Iterable[ImageBatch],
+    *,
+    device: torch.device | str,
+    precision: Precision,
+    normalize: Normalize,
+) -> Features | None:
+    """None where there are no images."""
     h_parts, label_parts, id_parts = [], [], []
     with frozen(encoder), torch.no_grad(), autocast(device, precision):
         for images, labels, sample_ids in batches:
@@ -94,7 +110,7 @@ def extract_features(
             label_parts.append(labels.cpu())
             id_parts.append(sample_ids.cpu())
     if not h_parts:
-        raise DataError("there are no images to compute features of")
+        return None
     features = Features(torch.cat(h_parts), torch.cat(label_parts), torch.cat(id_parts))
     bad_rows = ~torch.isfinite(features.h).all(dim=1)
     if bad_rows.any():
@@ -123,46 +139,60 @@ def extract_features_distributed(
 ) -> Features:
     """h of samples 0..samples-1, or of the ids int64 in `samples`, on every rank; each has computed a contiguous part.
 
-    `load(ids)` yields the images of these ids in order. A rank that fails raises its error; the others raise DataError
-    instead of waiting for it for ever.
+    `load(ids)` yields the images of these ids in order, and may leave out some: their rows are missing then.
+    If a rank fails, all raise: the first of them its own exception, the others FailedElsewhereError. Raises DataError
+    when no image is left.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     everything = np.arange(samples, dtype=np.int64) if isinstance(samples, int) else samples
     ids = everything[part_of_rank(len(everything), rank, world_size)]
+    share = -(-len(everything) // world_size)
+
+    def extract() -> Features | None:
+        own = (
+            _extract(encoder, load(ids), device=device, precision=precision, normalize=normalize) if len(ids) else None
+        )
+        found = own.sample_ids.numpy() if own else ids[:0]
+        if not np.array_equal(found, ids[np.isin(ids, found)]):
+            raise DataError(f"asked for {len(ids)} samples from {ids[0]} on, the loader gave {len(found)} others")
+        return own
+
+    own = run_on_all_ranks(extract, device, catch=Exception)
+    width = int(distributed.all_reduce_max_(torch.tensor([own.h.shape[1] if own else 0], device=device)))
+    if width == 0:
+        raise DataError(f"none of {len(everything):,} images can be read")
     if world_size == 1:
-        return extract_features(encoder, load(ids), device=device, precision=precision, normalize=normalize)
-    own: Features | None = None
-    failure: Exception | None = None
-    try:
-        if len(ids):
-            own = extract_features(encoder, load(ids), device=device, precision=precision, normalize=normalize)
-            if not np.array_equal(own.sample_ids.numpy(), ids):
-                raise DataError(f"asked for {len(ids)} samples from {ids[0]} on, the loader gave {len(own)} others")
-    except Exception as error:
-        failure = error
-    outcome = torch.tensor([rank + 1 if failure else 0, own.h.shape[1] if own else 0], device=device)
-    failed_rank, width = distributed.all_reduce_max_(outcome).tolist()
-    if failure:
-        raise failure
-    if failed_rank:
-        raise DataError(f"rank {failed_rank - 1} could not compute its features; see its own message")
-    if own is None:
-        own = Features(torch.empty(0, width), *torch.empty(2, 0, dtype=torch.int64))
-    gathered = (_gather_rows(own_rows, len(everything), device) for own_rows in (own.h, own.labels, own.sample_ids))
-    return Features(*gathered)
+        assert own is not None
+        return own
+
+    def make_room() -> list[tuple[Tensor, Tensor]]:
+        """The rows of this rank, padded, and room for those of all; rows without an image have the number -1."""
+        mine = own or Features(torch.empty(0, width), *torch.empty(2, 0, dtype=torch.int64))
+        return [
+            (
+                torch.cat([x, x.new_full((share - len(mine), *x.shape[1:]), -1)]),
+                x.new_empty(world_size, share, *x.shape[1:]),
+            )
+            for x in (mine.h, mine.labels, mine.sample_ids)
+        ]
+
+    h, labels, sample_ids = (
+        _gather_rows(padded, room, device) for padded, room in run_on_all_ranks(make_room, device, catch=Exception)
+    )
+    found = sample_ids >= 0
+    return Features(h, labels, sample_ids) if found.all() else Features(h[found], labels[found], sample_ids[found])
 
 
-def _gather_rows(own: Tensor, total: int, device: torch.device | str) -> Tensor:
-    """The rows of all ranks on the CPU, [total, ...]; a few at a time, so that the device never holds them all."""
-    world_size = distributed.world_size()
-    share = -(-total // world_size)
-    everything = own.new_empty((world_size, share, *own.shape[1:]))
-    padded = torch.cat([own, own.new_zeros((share - own.shape[0], *own.shape[1:]))])
-    for start in range(0, share, GATHER_ROWS):
+def _gather_rows(padded: Tensor, room: Tensor, device: torch.device | str) -> Tensor:
+    """The rows of all ranks on the CPU, [W*n, ...]; a few at a time, so that the device never holds them all.
+
+    padded: this rank's, [n, ...]. room: where they go, [W, n, ...].
+    """
+    for start in range(0, len(padded), GATHER_ROWS):
         part = padded[start : start + GATHER_ROWS].to(device)
-        gathered = distributed.all_gather(part).unflatten(0, (world_size, part.shape[0]))
-        everything[:, start : start + GATHER_ROWS] = gathered.cpu()
-    return everything.flatten(0, 1)[:total]
+        gathered = distributed.all_gather(part).unflatten(0, (len(room), part.shape[0]))
+        room[:, start : start + GATHER_ROWS] = gathered.cpu()
+    return room.flatten(0, 1)
 
 
 def pixel_features(batches: Iterable[ImageBatch], *, normalize: Normalize, max_side: int = 16) -> Features:

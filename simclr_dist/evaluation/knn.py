@@ -16,6 +16,7 @@ from simclr_dist.errors import DataError
 from simclr_dist.evaluation.features import Features, part_of_rank
 from simclr_dist.evaluation.labels import check_labels
 from simclr_dist.parallel import distributed
+from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 
 BANK_ROWS = 65_536  # training rows compared at once
 
@@ -40,27 +41,41 @@ def knn_top1(
 ) -> KnnResult:
     """Exact weighted kNN. Memory: `chunk_size` x 65,536 similarities and the normalised bank [n, D] on the device.
 
-    With several ranks each holds all features and classifies its part of the test rows; all return the same result.
-    Raises DataError: fewer training images than k, labels that do not fit, different widths of h.
+    With several ranks each holds all features and classifies its part of the test rows; all return the same result,
+    and all raise if one of them fails. Raises DataError: fewer training images than k, labels that do not fit,
+    different widths of h.
     """
-    check_labels(train, test, num_classes)
     if k < 1 or temperature <= 0:
         raise ValueError(f"k must be at least 1 and temperature above 0, not {k} and {temperature}")
-    if len(train) < k:
-        raise DataError(f"kNN with k={k} needs at least {k} training images, there are {len(train)}; use a smaller k")
-    bank = F.normalize(train.h.to(device), dim=1)
-    bank_labels = train.labels.to(device)
-    rows = torch.from_numpy(part_of_rank(len(test), distributed.rank(), distributed.world_size()))
-    correct = torch.zeros(2, dtype=torch.int64, device=device)
-    for chunk in rows.split(chunk_size):
-        if len(chunk) == 0:  # more ranks than test rows
-            continue
-        queries = F.normalize(test.h[chunk].to(device), dim=1)
-        similarity, neighbours = nearest(queries, bank, k)
-        votes = _votes(similarity, bank_labels[neighbours], temperature, num_classes)
-        correct += _count_correct(votes, test.labels[chunk].to(device))
+
+    def count_own() -> Tensor:
+        check_labels(train, test, num_classes)
+        check_k(k, len(train))
+        bank = F.normalize(train.h.to(device), dim=1)
+        bank_labels = train.labels.to(device)
+        rows = torch.from_numpy(part_of_rank(len(test), distributed.rank(), distributed.world_size()))
+        correct = torch.zeros(2, dtype=torch.int64, device=device)
+        for chunk in rows.split(chunk_size):
+            if len(chunk) == 0:  # more ranks than test rows
+                continue
+            queries = F.normalize(test.h[chunk].to(device), dim=1)
+            similarity, neighbours = nearest(queries, bank, k)
+            votes = _votes(similarity, bank_labels[neighbours], temperature, num_classes)
+            correct += _count_correct(votes, test.labels[chunk].to(device))
+        return correct
+
+    correct = run_on_all_ranks(count_own, device, catch=Exception)
     top1, top5 = (distributed.all_reduce_sum_(correct).double() / len(test)).tolist()
     return KnnResult(top1, top5)
+
+
+def check_k(k: int, num_images: int) -> None:
+    """Raises DataError unless there are k training images."""
+    if num_images < k:
+        raise DataError(
+            f"kNN with k={k} needs at least {k} training images, there are {num_images}; use a smaller k: --k "
+            f"{num_images} at most, or evaluation.knn_k in a configuration"
+        )
 
 
 def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:

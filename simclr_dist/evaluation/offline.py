@@ -11,43 +11,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.checkpoint.pretrained import load_pretrained
 from simclr_dist.config import DataConfig, ModelConfig, Precision
-from simclr_dist.data.classes import ClassMap, match_classes
-from simclr_dist.data.loading.load_images import load_images
-from simclr_dist.data.loading.open_images import DatasetInfo, describe
+from simclr_dist.data.classes import draw_by_class
+from simclr_dist.data.loading.labelled_images import LabelledImages, open_labelled, require_labels
+from simclr_dist.data.loading.open_images import DatasetInfo
 from simclr_dist.errors import ConfigError
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
 from simclr_dist.evaluation.features import Features, digest, extract_features_distributed, pixel_features
-from simclr_dist.evaluation.knn import knn_top1
+from simclr_dist.evaluation.knn import check_k, knn_top1
 from simclr_dist.evaluation.labels import relabelled
 from simclr_dist.evaluation.linear import linear_probe
-from simclr_dist.network.simclr import build_model
+from simclr_dist.evaluation.readable_images import ReadableImages
+from simclr_dist.evaluation.score_record import name_of, score_record
+from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.parallel import distributed
+from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 from simclr_dist.run.layout import RunDir, append_record, read_records
 from simclr_dist.views.augment import normalize
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """Training and held-out images of the same classes."""
-
-    train: str
-    test: str
-    train_info: DatasetInfo
-    test_info: DatasetInfo
-    classes: ClassMap
-    """From the test set's class numbers to the training set's."""
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.train_info.class_names)
 
 
 @dataclass(frozen=True)
@@ -57,23 +46,6 @@ class Score:
     name: str
     top1: float
     top5: float
-
-
-def open_labelled(data: DataConfig, train: str | None = None, test: str | None = None) -> LabelledImages:
-    """The images of the section `data`, or others in their place: evaluating on another dataset is a transfer.
-
-    Raises ConfigError without test data, DataError when the test set has classes that the training set lacks.
-    """
-    train, test = train or data.train, test or data.test
-    if test is None:
-        raise ConfigError(["data.test is null, and there is no --test: give held-out images with --test PATH"])
-    train_info, test_info = describe(train), describe(test)
-    return LabelledImages(train, test, train_info, test_info, match(train_info, test_info, train=train, test=test))
-
-
-def match(train_info: DatasetInfo, test_info: DatasetInfo, *, train: str, test: str) -> ClassMap:
-    """`match_classes` of two described data sets."""
-    return match_classes(train_info.class_names, test_info.class_names, test_info.labels, train=train, test=test)
 
 
 def features_of(
@@ -88,33 +60,30 @@ def features_of(
     cache: Path | None,
     say: Say,
 ) -> Features:
-    """h of all images of `source` on every rank, from the cache when it has them. Raises DataError."""
+    """h of the readable images of `source` on every rank, from the cache when it has them. Raises DataError."""
+    # A cache on a node's own disk may be there, or damaged, for some ranks only; they must all do the same.
     key = cache_key(digest(encoder), info.content_fingerprint, data.image_size, precision)
-    found = read_features(cache, key) if cache else None
-    # A cache on a node's own disk may be there for some ranks only; they must all do the same.
-    if not distributed.all_reduce_max_(torch.tensor([found is None], dtype=torch.int32, device=device)).item():
+    found = run_on_all_ranks(lambda: read_features(cache, key) if cache else None, device, catch=Exception)
+    ids = np.arange(info.num_samples)
+    load = ReadableImages.of(source, data, batch_size)
+    if distributed.first_failing_rank(found is None, device) is None:
         assert found is not None
         say(f"features of {source}: from {cache}")
-        return found
-    begin = time.perf_counter()
-    features = extract_features_distributed(
-        encoder,
-        lambda ids: load_images(
-            source,
-            data.image_size,
-            batch_size=batch_size,
-            ids=ids,
-            num_threads=data.num_threads,
-        ),
-        info.num_samples,
-        device=device,
-        precision=precision,
-        normalize=normalize,
-    )
-    seconds = time.perf_counter() - begin
-    say(f"features of {source}: {len(features)} images, {len(features) / seconds:.0f} images/s")
-    if cache and distributed.rank() == 0:
-        write_features(cache, key, features)
+        features = found
+    else:
+        begin = time.perf_counter()
+        features = extract_features_distributed(
+            encoder, load, ids, device=device, precision=precision, normalize=normalize
+        )
+        seconds = time.perf_counter() - begin
+        say(f"features of {source}: {len(features)} images, {len(features) / seconds:.0f} images/s")
+        if cache and distributed.rank() == 0:
+            try:
+                write_features(cache, key, features)
+            except OSError as error:
+                say(f"features of {source} are not kept: {error}")
+    if sentence := load.left_out(ids, features, device):
+        say(sentence)
     return features
 
 
@@ -126,6 +95,7 @@ def evaluate(
     test: str | None = None,
     k: int | None = None,
     temperature: float | None = None,
+    max_train: int | None = None,
     solver: Literal["lbfgs", "sgd"] = "lbfgs",
     seed: int = 0,
     precision: Precision | None = None,
@@ -137,27 +107,30 @@ def evaluate(
 ) -> tuple[list[Score], dict[str, Any]]:
     """Scores of the trained encoder, with `baselines` also of raw pixels and of the untrained encoder (first).
 
-    Values left None come from the checkpoint's configuration. cache "run": the folder `features` of the run.
+    Values left None come from the checkpoint's configuration; training images from `evaluation.train`, else data.train.
+    max_train: kNN looks at this many of them only, those that it looks at while training with evaluation.knn_max_train.
+    cache "run": the folder `features` of the run.
     Returns the scores and the record that was appended to the run's evaluations.jsonl. Raises CheckpointError,
     ConfigError, DataError.
     """
-    model, checkpoint = load_pretrained(source, say)
+    model, checkpoint, images = run_on_all_ranks(lambda: _open(source, train, test, say), device)
     config = checkpoint.config
-    images = open_labelled(config.data, train, test)
     if images.classes.sentence:
         say(images.classes.sentence)
     run = RunDir.of_checkpoint(checkpoint.path)
     settings: dict[str, Any] = {"precision": precision or config.train.precision}
+    bank = np.arange(images.train_info.num_samples)
     if method == "knn":
         settings["k"] = k or config.evaluation.knn_k
         settings["temperature"] = temperature or config.evaluation.knn_temperature
+        bank = _bank(images, settings["k"], max_train, config.seed)
     else:
         settings |= {"solver": solver, "seed": seed}
 
     def score(name: str, train: Features, test: Features) -> Score:
         if method == "knn":
             knn = knn_top1(
-                train,
+                train[torch.isin(train.sample_ids, torch.from_numpy(bank))],
                 test,
                 k=settings["k"],
                 temperature=settings["temperature"],
@@ -190,28 +163,54 @@ def evaluate(
     scores = []
     if baselines:
         pixels = (
-            pixel_features(load_images(source, config.data.image_size, batch_size=512), normalize=normalize)
-            for source in (images.train, images.test)
+            pixel_features(
+                ReadableImages.of(source, config.data, 512)(np.arange(info.num_samples)), normalize=normalize
+            )
+            for source, info in ((images.train, images.train_info), (images.test, images.test_info))
         )
         train_pixels, test_pixels = pixels
         scores.append(score("raw pixels", train_pixels, relabelled(test_pixels, images.classes)))
         scores.append(score("untrained encoder", *features(_untrained(config.model, config.seed))))
-    scores.append(score("trained encoder", *features(model.encoder)))
-    record = {
-        "step": checkpoint.step,
-        "method": method,
-        "train": images.train,
-        "test": images.test,
-        "train_fingerprint": images.train_info.content_fingerprint,
-        "test_fingerprint": images.test_info.content_fingerprint,
+    trained = features(model.encoder)
+    scores.append(score("trained encoder", *trained))
+    record = score_record(
+        images,
+        step=checkpoint.step,
+        method=method,
+        train_images=int(np.isin(trained[0].sample_ids.numpy(), bank).sum()),
+        test_images=len(trained[1]),
+        image_size=config.data.image_size,
         **settings,
-        "top1": scores[-1].top1,
-        "top5": scores[-1].top5,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+        top1=scores[-1].top1,
+        top5=scores[-1].top5,
+    )
     if distributed.rank() == 0:
         append_record(run.evaluations, record)
     return scores, record
+
+
+def _open(
+    source: str | Path, train: str | None, test: str | None, say: Say
+) -> tuple[SimCLR, Checkpoint, LabelledImages]:
+    model, checkpoint = load_pretrained(source, say)
+    config = checkpoint.config
+    if config.train.channels_last:  # as it was trained: the same layout rounds alike
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    remedy = "name labelled images with --train, or evaluation.train in the configuration"
+    images = open_labelled(config.data, train or config.evaluation.train, test, remedy=remedy)
+    require_labels("the training images", images.train, images.train_info, remedy=remedy)
+    require_labels("the test images", images.test, images.test_info, remedy="name labelled images with --test")
+    return model, checkpoint, images
+
+
+def _bank(images: LabelledImages, k: int, max_train: int | None, seed: int) -> NDArray[np.int64]:
+    """The training images at which kNN looks. Raises ConfigError or DataError before anything is computed."""
+    try:
+        bank = draw_by_class(images.train_info.labels, max_train, seed)
+    except ValueError as error:
+        raise ConfigError([f"--max-train: {error}"]) from None
+    check_k(k, len(bank))
+    return bank
 
 
 def _untrained(model: ModelConfig, seed: int) -> nn.Module:
@@ -225,7 +224,7 @@ def known_accuracy(checkpoint: Checkpoint) -> Mapping[str, float]:
     figures: dict[str, float] = {}
     for record in read_records(RunDir.of_checkpoint(checkpoint.path).evaluations):
         if record.get("step") == checkpoint.step:
-            setting = f"k={record['k']}" if record["method"] == "knn" else record["solver"]
             for share in ("top1", "top5"):
-                figures[f"{record['method']} ({setting}) {share} on {record['test']}"] = record[share]
+                if isinstance(value := record.get(share), float | int):
+                    figures[name_of(record, share)] = value
     return figures

@@ -2,63 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from simclr_dist.config import DataConfig, EvaluationConfig, Precision
-from simclr_dist.data.classes import match_classes
-from simclr_dist.data.loading.load_images import load_images
-from simclr_dist.data.loading.open_images import describe
+from simclr_dist.data.loading.evaluation_labels import EvaluationImages
 from simclr_dist.evaluation.features import Features, extract_features_distributed
 from simclr_dist.evaluation.knn import knn_top1
 from simclr_dist.evaluation.labels import relabelled
 from simclr_dist.evaluation.online_probe import OnlineProbe
+from simclr_dist.evaluation.readable_images import ReadableImages
+from simclr_dist.evaluation.score_record import score_record
 from simclr_dist.views.augment import normalize
 
 
-def evaluate_while_training(
-    encoder: nn.Module,
-    *,
-    data: DataConfig,
-    evaluation: EvaluationConfig,
-    precision: Precision,
-    seed: int,
-    device: torch.device,
-    probe: OnlineProbe | None = None,
-) -> dict[str, float]:
-    """Top-1 on data.test, by TensorBoard tag: of weighted kNN against h of (at most evaluation.knn_max_train of)
-    data.train, and of the probe if there is one. seed: chooses those images.
-    """
-    assert data.test is not None
-    train, test = describe(data.train), describe(data.test)
-    bank = np.random.Generator(np.random.Philox(seed)).permutation(train.num_samples)
-    bank = np.sort(bank[: evaluation.knn_max_train])
+@dataclass(frozen=True)
+class OnlineScores:
+    """figures: by TensorBoard tag. record: the line for evaluations.jsonl."""
 
-    def features_of(source: str, ids: np.ndarray) -> Features:
-        return extract_features_distributed(
-            encoder,
-            lambda part: load_images(
-                source, data.image_size, batch_size=evaluation.batch_size, ids=part, loader=data.loader
-            ),
-            ids,
-            device=device,
-            precision=precision,
-            normalize=normalize,
+    figures: dict[str, float]
+    record: dict[str, Any]
+
+
+class OnlineEvaluation:
+    """Top-1 on data.test, by TensorBoard tag: of weighted kNN against the bank's h, and of the probe if there is one.
+
+    All ranks call it together; if it fails on one, it fails on all. warn_once: hears of images that cannot be read, as
+    often as they are met.
+    """
+
+    def __init__(
+        self,
+        images: EvaluationImages,
+        *,
+        data: DataConfig,
+        evaluation: EvaluationConfig,
+        precision: Precision,
+        device: torch.device,
+        warn_once: Callable[[str], None],
+    ) -> None:
+        self._images = images
+        self._evaluation = evaluation
+        self._image_size = data.image_size
+        self._precision = precision
+        self._device = device
+        self._warn_once = warn_once
+        self._load_train, self._load_test = (
+            ReadableImages.of(source, data, evaluation.batch_size)
+            for source in (images.labelled.train, images.labelled.test)
         )
 
-    classes = match_classes(train.class_names, test.class_names, test.labels, train=data.train, test=data.test)
-    looked_up = features_of(data.train, bank)
-    asked = relabelled(features_of(data.test, np.arange(test.num_samples)), classes)
-    knn = knn_top1(
-        looked_up,
-        asked,
-        k=min(evaluation.knn_k, len(bank)),
-        temperature=evaluation.knn_temperature,
-        num_classes=len(train.class_names),
-        device=device,
-    )
-    found = {"eval/knn_top1": knn.top1}
-    if probe is not None:
-        found["eval/probe_top1"] = probe.top1(asked.h, asked.labels)
-    return found
+    def __call__(self, encoder: nn.Module, step: int, probe: OnlineProbe | None = None) -> OnlineScores:
+        """step: how many are done."""
+        labelled = self._images.labelled
+        bank = self._features(encoder, self._load_train, self._images.bank)
+        test = self._features(encoder, self._load_test, np.arange(labelled.test_info.num_samples))
+        knn = knn_top1(
+            bank,
+            relabelled(test, labelled.classes),
+            k=self._evaluation.knn_k,
+            temperature=self._evaluation.knn_temperature,
+            num_classes=labelled.num_classes,
+            device=self._device,
+        )
+        figures = {"eval/knn_top1": knn.top1}
+        if probe is not None and self._images.probe_classes is not None:
+            figures["eval/probe_top1"] = probe.top1(test.h, relabelled(test, self._images.probe_classes).labels)
+        record = score_record(
+            labelled,
+            step=step,
+            method="knn",
+            train_images=len(bank),
+            test_images=len(test),
+            image_size=self._image_size,
+            precision=self._precision,
+            k=self._evaluation.knn_k,
+            temperature=self._evaluation.knn_temperature,
+            top1=knn.top1,
+            top5=knn.top5,
+        )
+        return OnlineScores(figures, record)
+
+    def _features(self, encoder: nn.Module, load: ReadableImages, ids: NDArray[np.int64]) -> Features:
+        features = extract_features_distributed(
+            encoder, load, ids, device=self._device, precision=self._precision, normalize=normalize
+        )
+        if sentence := load.left_out(ids, features, self._device):
+            self._warn_once(sentence)
+        return features

@@ -18,10 +18,15 @@ from simclr_dist.parallel import distributed
 LEARNING_RATE = 1e-3
 
 
+class ProbeError(Exception):
+    """An update has failed on one of the ranks."""
+
+
 class OnlineProbe:
     """softmax(h W^T + b), fitted by Adam to the labels of every global batch; the same on every rank.
 
-    Letters: B images of a rank, V views, D width of h, C classes. All ranks must call `update` together.
+    Letters: B images of a rank, V views, D width of h, C classes. All ranks must call `update` together. It never
+    fails on one rank alone: the others learn of it by the same sum, and `recent_accuracy` tells them all.
     """
 
     def __init__(self, feature_dim: int, num_classes: int, device: torch.device | str) -> None:
@@ -29,31 +34,50 @@ class OnlineProbe:
         self.bias = nn.Parameter(torch.zeros(num_classes, device=device))
         self._optimizer = torch.optim.Adam([self.weight, self.bias], lr=LEARNING_RATE)
         self._counts = torch.zeros(3, device=device)  # labelled views, hits of the first, of the first five
+        self._failures = torch.zeros(1, device=device)  # updates that failed on some rank
+        self._failure: Exception | None = None  # of this rank
+        self.has_failed = False
 
     @torch.no_grad()
     def update(self, h: Tensor, labels: Tensor) -> None:
         """One step on h [V*B, D], view after view; labels int64 [B], those of -1 take no part."""
+        try:
+            own = self._own_sums(h, labels)
+        except Exception as error:
+            self._failure = error
+            own = self.weight.new_zeros(self.weight.numel() + self.weight.shape[0] + 4)
+            own[-1] = 1
+        sums = distributed.all_reduce_sum_(own)
+        self._counts += sums[-4:-1]
+        self._failures += sums[-1]
+        mean = sums[:-4] / sums[-4].clamp_min(1)
+        self.weight.grad = mean[: self.weight.numel()].view_as(self.weight)
+        self.bias.grad = mean[self.weight.numel() :]
+        self._optimizer.step()
+
+    def _own_sums(self, h: Tensor, labels: Tensor) -> Tensor:
+        """Of this rank: the gradient of weight and bias, labelled views, hits of the first and of the first five, 0."""
         h, y = h.detach().float(), labels.to(h.device).repeat(len(h) // len(labels))
         known = y >= 0
         logits = self._logits(h)
         # The cross-entropy's gradient is written out: summed over the ranks it is that of the global batch, however
         # its labelled images are spread.
         slope = (logits.softmax(1) - F.one_hot(y.clamp_min(0), len(self.bias))) * known[:, None]
-        counts = torch.stack([known.sum(), *_hits(logits, y).sum(0)])
-        sums = distributed.all_reduce_sum_(torch.cat([(slope.T @ h).flatten(), slope.sum(0), counts]))
-        self._counts += sums[-3:]
-        mean = sums[:-3] / sums[-3].clamp_min(1)
-        self.weight.grad = mean[: self.weight.numel()].view_as(self.weight)
-        self.bias.grad = mean[self.weight.numel() :]
-        self._optimizer.step()
+        counts = torch.stack([known.sum(), *_hits(logits, y).sum(0), torch.zeros_like(known.sum())])
+        return torch.cat([(slope.T @ h).flatten(), slope.sum(0), counts])
 
     def recent_accuracy(self) -> tuple[float, float]:
         """Top-1 and top-5 share of the labelled views since the last call, each seen before it was learnt from.
 
-        NaN where there were none.
+        NaN where there were none. All ranks call it together; raises ProbeError on all if an update failed on one.
         """
-        labelled, first, first_five = self._counts.tolist()
+        labelled, first, first_five, failures = torch.cat([self._counts, self._failures]).tolist()
         self._counts.zero_()
+        if failures:
+            reason = None if self._failure is None else f"{type(self._failure).__name__}: {self._failure}"
+            rank, said = distributed.first_text(reason, self._counts.device) or (0, "")
+            self.has_failed = True
+            raise ProbeError(f"on rank {rank}: {said}" if distributed.world_size() > 1 else said)
         return (first / labelled, first_five / labelled) if labelled else (float("nan"), float("nan"))
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ from simclr_dist.errors import ConfigError
 from simclr_dist.evaluation.offline import Say, evaluate
 from simclr_dist.few_labels.classifier import Start
 from simclr_dist.few_labels.train import Settings, distill_classifier, finetune_checkpoint
-from simclr_dist.network.simclr import build_model
+from simclr_dist.network.shape import shape_of_model
 from simclr_dist.run.layout import read_record
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -88,8 +88,7 @@ def check_recipe(recipe: Recipe, path: Path, model: ModelConfig, test: str | Non
         problems.append(f"{path}: accuracy is measured on data.test: add data.test=FILE to pretrain.overrides")
     for i, student in enumerate(recipe.distill):
         try:
-            with torch.device("meta"):  # takes neither memory nor time
-                build_model(ModelConfig.model_validate({**model.model_dump(), **student.changes()}))
+            shape_of_model(ModelConfig.model_validate({**model.model_dump(), **student.changes()}))
         except ConfigError as error:
             problems += [f"{path}: distill.{i}: {problem}" for problem in error.problems]
         except ValidationError as error:

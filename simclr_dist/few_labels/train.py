@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from simclr_dist.atomic import replace_text
 from simclr_dist.checkpoint.pretrained import load_pretrained
 from simclr_dist.config import DataConfig, ModelConfig, Precision, parse_config
+from simclr_dist.data.loading.labelled_images import LabelledImages, open_labelled
 from simclr_dist.data.loading.load_images import load_images
 from simclr_dist.errors import ConfigError, DataError
-from simclr_dist.evaluation.offline import LabelledImages, Say, open_labelled
+from simclr_dist.evaluation.offline import Say
 from simclr_dist.few_labels.classifier import Accuracy, Classifier, Start, accuracy, load_classifier, save_classifier
 from simclr_dist.few_labels.distill import distil
 from simclr_dist.few_labels.finetune import (

@@ -8,7 +8,7 @@ as one without.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from simclr_dist.health import figures as health
 from simclr_dist.health.figures import Alarm, Histogram
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.distributed import World
+from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 
 MAX_IMAGES = 1024  # 2,047 negatives a row and a rank of up to 1,024; a millisecond on a GPU, and one eigenvalue problem
 PATIENCE = 3  # checks in a row before an alarm: a young network may look collapsed for a moment
@@ -48,11 +49,13 @@ class RankFacts:
 class Recording:
     """What one step leaves for `HealthCheck.examine`; filled when its backward has ended."""
 
-    running_statistics: list[tuple[Tensor, Tensor]]
+    running_statistics: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Of each BatchNorm, before the step."""
     local_norm: Tensor | None = None
     averaged_norm: Tensor | None = None
     """Of the gradient, before and after the ranks' average."""
+    failure: Exception | None = None
+    """What went wrong while this rank recorded; `examine` raises it, the step goes on."""
 
 
 class HealthCheck:
@@ -75,24 +78,43 @@ class HealthCheck:
         if not self.is_due(step):
             yield None
             return
-        parameters = list(self._model.parameters())
-        recording = Recording(health.running_statistics(self._norms))
-        with health.local_gradient_norm(parameters) as local:
+        parameters, recording, local = list(self._model.parameters()), Recording(), list[Tensor]()
+        with ExitStack() as stack:
+            try:
+                recording.running_statistics = health.running_statistics(self._norms)
+                local = stack.enter_context(health.local_gradient_norm(parameters))
+            except Exception as error:
+                recording.failure = error
             yield recording
-        averaged = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
-        recording.local_norm, recording.averaged_norm = health.norm_of(local), health.norm_of(averaged)
+        try:
+            averaged = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+            recording.local_norm, recording.averaged_norm = health.norm_of(local), health.norm_of(averaged)
+        except Exception as error:
+            recording.failure = recording.failure or error
 
     @torch.no_grad()
     def examine(
         self, recording: Recording, h: Tensor, z: Tensor, facts: RankFacts, *, grad_scale: float = 1.0
     ) -> Findings:
-        """After a recorded step. h [2B, D], z [2B, K], view after view; grad_scale: the GradScaler's factor."""
-        assert recording.local_norm is not None
-        assert recording.averaged_norm is not None
-        h_sample = gather_sample(h[None, : len(h) // 2], self._world)[0]  # one view will do
-        z_sample = gather_sample(z.unflatten(0, (2, -1)), self._world)
-        own = torch.tensor([[0.0, 0.0, facts.data_wait_share, facts.memory_peak_gib]], dtype=torch.float64).to(z.device)
-        own[0, :2] = torch.stack([recording.local_norm, recording.averaged_norm])
+        """After a recorded step. h [2B, D], z [2B, K], view after view; grad_scale: the GradScaler's factor.
+
+        What fails on one rank fails on all: the first raises its own exception, the others FailedElsewhereError.
+        """
+
+        def prepare() -> tuple[Tensor, Tensor, Tensor]:
+            if recording.failure is not None:
+                raise recording.failure
+            assert recording.local_norm is not None
+            assert recording.averaged_norm is not None
+            own = torch.tensor([[0.0, 0.0, facts.data_wait_share, facts.memory_peak_gib]], dtype=torch.float64)
+            own = own.to(z.device)
+            own[0, :2] = torch.stack([recording.local_norm, recording.averaged_norm])
+            h_sample = own_sample(h[None, : len(h) // 2], self._world)  # one view will do
+            return h_sample, own_sample(z.unflatten(0, (2, -1)), self._world), own
+
+        h_sample, z_sample, own = run_on_all_ranks(prepare, z.device, catch=Exception)
+        h_sample = distributed.all_reduce_sum_(h_sample)[0]
+        z_sample = distributed.all_reduce_sum_(z_sample)
         ranks = distributed.all_gather(own)  # [W, 4]
         if not self._world.is_main:
             return Findings()
@@ -165,9 +187,11 @@ class HealthCheck:
             )
 
 
-def gather_sample(x: Tensor, world: World, num_images: int = MAX_IMAGES) -> Tensor:
-    """x [V, B, d] of each rank -> [V, M, d] in float32 at least: M = min(G, num_images) images spread
-    evenly over the global batch (whose image r*B + b is image b of rank r), the same for any number of ranks.
+def own_sample(x: Tensor, world: World, num_images: int = MAX_IMAGES) -> Tensor:
+    """This rank's part of a sample of the global batch: x [V, B, d] -> [V, M, d] in float32 at least, zeros elsewhere.
+
+    The M = min(G, num_images) images are spread evenly over the global batch (whose image r*B + b is image b of rank
+    r), the same for any number of ranks. The sum over ranks is the whole sample.
     """
     V, B, d = x.shape
     G, W = B * world.size, world.size
@@ -177,7 +201,7 @@ def gather_sample(x: Tensor, world: World, num_images: int = MAX_IMAGES) -> Tens
     own = torch.arange(first, stop, device=x.device) * G // M - world.rank * B
     sample = x.new_zeros((V, M, d), dtype=torch.promote_types(x.dtype, torch.float32))
     sample[:, first:stop] = x[:, own].to(sample.dtype)
-    return distributed.all_reduce_sum_(sample)  # of zeros everywhere else
+    return sample
 
 
 def to_numbers(values: dict[str, Tensor]) -> dict[str, float]:

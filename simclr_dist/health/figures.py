@@ -103,8 +103,10 @@ def local_gradient_norm(parameters: Iterable[nn.Parameter]) -> Iterator[list[Ten
 
     def measure(at: int, p: nn.Parameter) -> None:
         def hook(gradient: Tensor) -> None:
-            whole = gradient if p.grad is None else p.grad + gradient
-            norms[at] = _norm(whole.detach())
+            try:
+                norms[at] = _norm((gradient if p.grad is None else p.grad + gradient).detach())
+            except Exception:  # such as too little memory: the figure is lost, the backward goes on
+                norms[at] = gradient.new_tensor(math.nan)
 
         handles.append(p.register_hook(hook))  # runs before the gradient reaches .grad and DDP
 

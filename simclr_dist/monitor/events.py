@@ -90,7 +90,7 @@ Event = Message | Summary | StepsDone | Figures | Histograms | Pairs | Neighbour
 
 
 class Sink:
-    """Somewhere to show events. Any method may raise OSError: the monitor says so once and goes on without the sink."""
+    """Somewhere to show events. Whatever a method raises: the monitor says so once, and goes on without the sink."""
 
     name: str
 

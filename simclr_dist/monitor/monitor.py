@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from simclr_dist.config import MonitorConfig
+from simclr_dist.errors import ConfigError
 from simclr_dist.monitor.events import Event, Figures, Finished, Message, Sink
 from simclr_dist.monitor.log_file import LogFile
 from simclr_dist.monitor.tensorboard import TensorBoard
@@ -38,6 +38,7 @@ class Monitor:
         """The last figure of each tag."""
         self._sinks = list(sinks)
         self._broken: set[str] = set()
+        self._said: set[str] = set()
 
     def __enter__(self) -> Monitor:
         for sink in self._sinks:
@@ -55,14 +56,16 @@ class Monitor:
             self._try(sink, lambda sink=sink: sink.show(event))  # type: ignore[misc]
 
     def _try(self, sink: Sink, action: Callable[[], None]) -> None:
-        """Full disks, closed pipes and vanished directories end what is shown, not the training."""
+        """Whatever a sink raises (full disks, closed pipes, a library's own exceptions) ends what it shows, not the
+        training. It is tried again with the next event, and the first failure is a warning.
+        """
         try:
             action()
-        except OSError as error:
+        except Exception as error:
             if sink.name not in self._broken:
                 self._broken.add(sink.name)
-                with suppress(OSError):
-                    self.warn(f"{sink.name} cannot be written to ({error}); training goes on without it")
+                reason = f"{error}" if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+                self.warn(f"{sink.name} cannot be written to ({reason}); training goes on without it")
 
     def log(self, values: Mapping[str, float], *, step: int, samples_seen: int) -> None:
         """One point of each curve; `values` by TensorBoard tag."""
@@ -70,6 +73,12 @@ class Monitor:
 
     def warn(self, text: str) -> None:
         self.show(Message(text, is_warning=True))
+
+    def warn_once(self, text: str) -> None:
+        """A warning that is not repeated."""
+        if text not in self._said:
+            self._said.add(text)
+            self.warn(text)
 
     def finish(self, settings: Mapping[str, Any]) -> None:
         """The run has come to its end: its settings stand beside its last figures."""
@@ -91,7 +100,8 @@ def open_monitor(
     """The main process's monitor: it writes under `run_dir` and to the terminal.
 
     samples_seen: where a resumed run goes on; later points of earlier starts are removed.
-    settings_of_run: the configuration, for trackers. Raises ConfigError when a tracker cannot be had.
+    settings_of_run: the configuration, for trackers. Raises ConfigError when a tracker cannot be had or a file cannot
+    be written.
     """
     settings = settings or MonitorConfig()
     terminal = build_terminal(
@@ -99,9 +109,13 @@ def open_monitor(
     )
     trackers = Trackers(settings.trackers, run_dir, settings_of_run or {}, terminal.warn)
     places = RunDir(run_dir)
-    return Monitor(
-        [TensorBoard(places.tensorboard, samples_seen), LogFile(places.log, samples_seen), trackers, terminal]
-    )
+    files: list[Sink] = []
+    for place, kind in ((places.tensorboard, TensorBoard), (places.log, LogFile)):
+        try:
+            files.append(kind(place, samples_seen))
+        except Exception as error:
+            raise ConfigError([f"{place}: cannot be written to ({error}); make room, or move it away"]) from error
+    return Monitor([*files, trackers, terminal])
 
 
 def memory_peak_gib(device: torch.device) -> float:

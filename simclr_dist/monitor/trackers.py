@@ -51,14 +51,21 @@ class Trackers(Sink):
                 tracker.log({**event.values, "step": event.step}, step=event.samples_seen)
             except Exception as error:
                 del self._trackers[name]
-                self._warn(f"{name} failed and is left out from now on: {error}")
+                self._warn(
+                    f"{name} failed and is left out from now on: {_reason(error)}. monitor.trackers switches it off; "
+                    "training goes on"
+                )
 
     def close(self) -> None:
         for name, tracker in self._trackers.items():
             try:
                 tracker.finish()
             except Exception as error:
-                self._warn(f"{name} did not close well: {error}")
+                self._warn(f"{name} did not close well: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _start(name: str, run_dir: Path, settings: Mapping[str, Any]) -> tracking.GeneralTracker:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+MOST_BYTES_OF_A_TEXT = 1024
+
 
 @dataclass(frozen=True)
 class World:
@@ -118,11 +120,25 @@ def agree_on_max(value: int, device: torch.device) -> Callable[[], int]:
     return wait_for_event
 
 
-def first_failing_rank(failed: bool, device: torch.device) -> int | None:
+def first_failing_rank(failed: bool, device: torch.device | str) -> int | None:
     """The lowest rank with failed=True, the same on every rank; None if no rank failed."""
     distance = torch.tensor([world_size() - rank() if failed else 0], device=device)
     worst = int(all_reduce_max_(distance))
     return world_size() - worst if worst else None
+
+
+def first_text(text: str | None, device: torch.device | str) -> tuple[int, str] | None:
+    """The text of the lowest rank that has one, cut to MOST_BYTES_OF_A_TEXT, and that rank; the same on every rank."""
+    first = first_failing_rank(text is not None, device)
+    if first is None or world_size() == 1:
+        return None if text is None else (0, text)
+    content = torch.zeros(MOST_BYTES_OF_A_TEXT, dtype=torch.uint8)
+    if first == rank() and text is not None:
+        written = text.encode("utf-8", "replace")[:MOST_BYTES_OF_A_TEXT]
+        content[: len(written)] = torch.tensor(list(written), dtype=torch.uint8)
+    content = content.to(device)
+    dist.broadcast(content, src=first)
+    return first, bytes(content.tolist()).rstrip(b"\0").decode("utf-8", "ignore")
 
 
 def set_timeout(seconds: float) -> None:

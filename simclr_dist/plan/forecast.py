@@ -7,8 +7,9 @@ from typing import Any
 
 from simclr_dist.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from simclr_dist.data.sources.open import size_on_disk
+from simclr_dist.network.shape import shape_of_model
 from simclr_dist.optim.schedule import peak_learning_rate
-from simclr_dist.plan.memory import DeviceMemory, checkpoint_bytes, device_memory, loader_bytes, shape_of_model
+from simclr_dist.plan.memory import DeviceMemory, checkpoint_bytes, device_memory, loader_bytes
 from simclr_dist.plan.traffic import Collective, collectives
 
 # What each device can send while all do: 100 Gbit/s, less what protocols take.

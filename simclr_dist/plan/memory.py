@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from simclr_dist.config import DataConfig, LossConfig, ModelConfig, OptimConfig, Precision, TrainConfig
 from simclr_dist.loss.memory import workspace_bytes
 from simclr_dist.network.precision import autocast
-from simclr_dist.network.simclr import SimCLR, build_model
+from simclr_dist.network.shape import shape_of_model
 from simclr_dist.optim.build import optimizer_state, parameter_order
 
 _SAFETENSORS = {torch.float32: "F32", torch.int64: "I64"}
@@ -78,19 +78,14 @@ def device_memory(
     )
 
 
-def shape_of_model(model: ModelConfig) -> SimCLR:
-    """The network on the device "meta": shapes without memory."""
-    with torch.device("meta"):
-        return build_model(model)
-
-
 def step_activations(model: ModelConfig, *, image_size: int, images: int, precision: Precision) -> int:
     """Peak bytes of a forward and backward over two views of `images` images, besides parameters, gradients and views.
 
     Runs the network on tensors without memory, and follows each storage from its creation to its release.
     """
+    network = shape_of_model(model)
     with FakeTensorMode():
-        network = build_model(model)
+        network._apply(lambda x: torch.empty(x.shape, dtype=x.dtype))
         for parameter in network.parameters():
             parameter.grad = torch.empty_like(parameter)
         views = torch.empty(2 * images, 3, image_size, image_size)

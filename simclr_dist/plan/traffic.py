@@ -13,7 +13,7 @@ from torch import nn
 
 from simclr_dist.config import LossConfig, ModelConfig, TrainConfig
 from simclr_dist.loss.batch import HEADER_BYTES
-from simclr_dist.plan.memory import shape_of_model
+from simclr_dist.network.shape import shape_of_model
 
 
 @dataclass(frozen=True)

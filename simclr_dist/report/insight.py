@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from simclr_dist.checkpoint.pretrained import load_pretrained
 from simclr_dist.config import AugmentConfig, DataConfig
+from simclr_dist.data.loading.labelled_images import open_labelled
 from simclr_dist.data.loading.load_images import load_images
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.loading.view_loader import build_loader
@@ -24,7 +25,6 @@ from simclr_dist.evaluation.features import Features, extract_features
 from simclr_dist.evaluation.gallery import neighbour_rows, shrink
 from simclr_dist.evaluation.labels import relabelled
 from simclr_dist.evaluation.linear import linear_probe
-from simclr_dist.evaluation.offline import open_labelled
 from simclr_dist.network.simclr import SimCLR
 from simclr_dist.parallel.distributed import World
 from simclr_dist.views.augment import Augment, normalize

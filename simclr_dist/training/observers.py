@@ -7,17 +7,19 @@ observer: a training whose state cannot be saved ends (saving.py).
 from __future__ import annotations
 
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from simclr_dist.config import Config
 from simclr_dist.data import Batch, Loader
-from simclr_dist.errors import FailedElsewhereError
+from simclr_dist.errors import FailedElsewhereError, UserError
 from simclr_dist.evaluation.gallery import show_gallery
-from simclr_dist.evaluation.online import evaluate_while_training
+from simclr_dist.evaluation.online import OnlineEvaluation, OnlineScores
 from simclr_dist.evaluation.online_probe import OnlineProbe
 from simclr_dist.health.check import HealthCheck, RankFacts
 from simclr_dist.monitor.events import Histograms, Pairs, StepsDone
@@ -25,6 +27,7 @@ from simclr_dist.monitor.monitor import Monitor, memory_peak_gib
 from simclr_dist.network.flops import peak_flops, train_flops
 from simclr_dist.parallel import distributed
 from simclr_dist.run.guard import LimitName, RunGuard
+from simclr_dist.run.layout import RunDir, append_record
 from simclr_dist.training.parts import Parts
 from simclr_dist.training.step import FinishedStep
 from simclr_dist.training.summary import device_name
@@ -41,7 +44,9 @@ class Observer(ABC):
     limit: LimitName | None = None
     """The time limit it has of its own; None: it belongs to the step."""
     is_collective = False
-    """All ranks must do it together, so all of them give it up together."""
+    """All ranks must do it together, so all of them give it up together. What may fail on one rank alone, before a
+    collective inside, goes through `run_on_all_ranks`.
+    """
 
     @abstractmethod
     def is_due(self, finished: FinishedStep) -> bool:
@@ -76,14 +81,29 @@ class Observers:
             observer.after_step(finished)
         except Exception as error:
             failure = error
-        if observer.is_collective and distributed.first_failing_rank(failure is not None, self._device) is not None:
-            failure = failure or FailedElsewhereError("it failed on another rank")
-        if failure is not None:
+        where, reason = "", None if failure is None else _reason_of(failure)
+        if observer.is_collective:
+            # The rank that met the fault says why; those that only heard of it have nothing to add.
+            own = None if isinstance(failure, FailedElsewhereError) else reason
+            said = distributed.first_text(own, self._device)
+            if said is not None:
+                where, reason = f" on rank {said[0]}" if distributed.world_size() > 1 else "", said[1]
+        if reason is not None:
             self._observers.remove(observer)
             self._monitor.warn(
-                f"{observer.name} failed after step {finished.step} and is left out from now on: "
-                f"{str(failure) or type(failure).__name__}. {observer.setting} switches it off; training goes on"
+                f"{observer.name} failed{where} after step {finished.step} and is left out from now on: {reason}. "
+                f"{observer.setting} switches it off; training goes on"
             )
+
+
+def _reason_of(failure: Exception) -> str:
+    """One line; of a fault of the program also its kind and its place."""
+    text = " ".join(str(failure).split())
+    if isinstance(failure, UserError | OSError):
+        return text or type(failure).__name__
+    last = traceback.extract_tb(failure.__traceback__)[-1:]
+    place = "".join(f" ({Path(frame.filename).name}:{frame.lineno})" for frame in last)
+    return f"{type(failure).__name__}{': ' if text else ''}{text}{place}"
 
 
 class AugmentedPairs(Observer):
@@ -114,6 +134,28 @@ class AugmentedPairs(Observer):
         self._monitor.show(Pairs(views, finished.samples_seen - global_batch_size))
 
 
+class Probe(Observer):
+    """The online probe learns from every step; its recent accuracy, every few steps."""
+
+    name = "the online probe"
+    setting = "evaluation.online_probe"
+
+    def __init__(self, probe: OnlineProbe | None, log_every_steps: int) -> None:
+        self._probe = probe
+        self._log_every = log_every_steps
+
+    def is_due(self, finished: FinishedStep) -> bool:
+        return self._probe is not None
+
+    def after_step(self, finished: FinishedStep) -> None:
+        assert self._probe is not None
+        if not finished.result.skipped:
+            self._probe.update(finished.result.h, finished.batch.labels)
+        if finished.step % self._log_every == 0 or finished.is_last:
+            top1, top5 = self._probe.recent_accuracy()
+            finished.figures.update({"train/probe_top1": top1, "train/probe_top5": top5})
+
+
 class Figures(Observer):
     """Loss, learning rate and speed, every few steps. Speeds leave out what happens between two epochs."""
 
@@ -129,7 +171,6 @@ class Figures(Observer):
         *,
         learning_rate: Callable[[], float],
         masked_duplicates: Callable[[], int],
-        probe: OnlineProbe | None,
         forward_flops: int | None,
         precision: str,
     ) -> None:
@@ -140,7 +181,6 @@ class Figures(Observer):
         self._device = device
         self._learning_rate = learning_rate
         self._masked_duplicates = masked_duplicates
-        self._probe = probe
         self._forward_flops = forward_flops
         self._precision = precision
         self._interval: tuple[float, float, int] | None = None  # began at, loader's wait then, samples seen then
@@ -155,7 +195,8 @@ class Figures(Observer):
         self._monitor.show(StepsDone(finished.step))
         if finished.step % self._every == 0 or finished.is_last:
             loss = {"train/loss": float(finished.result.loss), "train/grad_norm": float(finished.result.grad_norm)}
-            values = {**loss, **self._measure(finished, *self._interval)}  # the loss waits for the device: first
+            # The loss waits for the device: first.
+            values = {**loss, **self._measure(finished, *self._interval), **finished.figures}
             self._monitor.log(values, step=finished.step, samples_seen=finished.samples_seen)
             self._interval = time.monotonic(), self._loader.wait_s, finished.samples_seen
         if finished.ended_epoch is not None:
@@ -175,8 +216,6 @@ class Figures(Observer):
             "speed/memory_peak_gib": memory_peak_gib(self._device),
             "health/masked_duplicates": float(self._masked_duplicates()),
         }
-        if self._probe is not None:
-            values["train/probe_top1"], values["train/probe_top5"] = self._probe.recent_accuracy()
         if self._forward_flops:
             flops_per_s = train_flops(self._forward_flops) * per_device
             values["speed/model_tflops_per_device"] = flops_per_s / 1e12
@@ -242,11 +281,14 @@ class Evaluation(Observer):
     limit = "evaluation_s"
     is_collective = True
 
-    def __init__(self, every_epochs: int | None, evaluate: Callable[[], dict[str, float]], monitor: Monitor) -> None:
-        """evaluate: figures by TensorBoard tag; all ranks call it together."""
+    def __init__(
+        self, every_epochs: int | None, evaluate: Callable[[int], OnlineScores], monitor: Monitor, run_dir: RunDir
+    ) -> None:
+        """evaluate: called with the number of steps done, by all ranks together."""
         self._every = every_epochs
         self._evaluate = evaluate
         self._monitor = monitor
+        self._run_dir = run_dir
 
     def is_due(self, finished: FinishedStep) -> bool:
         if self._every is None or finished.ended_epoch is None:
@@ -254,8 +296,14 @@ class Evaluation(Observer):
         return finished.ended_epoch % self._every == 0 or finished.is_last
 
     def after_step(self, finished: FinishedStep) -> None:
-        finished.figures.update(self._evaluate())
-        self._monitor.log(finished.figures, step=finished.step, samples_seen=finished.samples_seen)
+        scores = self._evaluate(finished.step)
+        finished.figures.update(scores.figures)
+        self._monitor.log(scores.figures, step=finished.step, samples_seen=finished.samples_seen)
+        if distributed.rank() == 0:
+            try:
+                append_record(self._run_dir.evaluations, scores.record)
+            except OSError as error:
+                self._monitor.warn_once(f"{self._run_dir.evaluations} cannot be written to: {error}")
 
 
 class Gallery(Observer):
@@ -291,16 +339,21 @@ def build_observers(
     device, monitor, scaler = parts.device, parts.monitor, parts.accelerator.scaler
     precision, batch_size = config.train.precision, config.evaluation.batch_size
 
-    def evaluate() -> dict[str, float]:
-        return evaluate_while_training(
-            parts.encoder,
+    images, evaluation = parts.evaluation_images, None
+    if images is not None:
+        evaluation = OnlineEvaluation(
+            images,
             data=config.data,
             evaluation=config.evaluation,
             precision=precision,
-            seed=config.seed,
             device=device,
-            probe=parts.probe,
+            warn_once=monitor.warn_once,
         )
+
+    def evaluate(step: int) -> OnlineScores:
+        assert evaluation is not None
+        probe = None if parts.probe is None or parts.probe.has_failed else parts.probe
+        return evaluation(parts.encoder, step, probe)
 
     def show_neighbours(samples_seen: int) -> None:
         show_gallery(
@@ -321,16 +374,16 @@ def build_observers(
         device,
         learning_rate=lambda: parts.optimizer.param_groups[0]["lr"],
         masked_duplicates=lambda: getattr(nt_xent, "masked_duplicates", 0),
-        probe=parts.probe,
         forward_flops=parts.forward_flops,
         precision=precision,
     )
     return Observers(
         [
             AugmentedPairs(config.monitor.image_pairs, parts.steps_per_epoch, augment, monitor),
+            Probe(parts.probe, config.monitor.log_every_steps),
             figures,
             Health(parts.health, monitor, parts.loader, device, lambda: scaler.get_scale() if scaler else 1.0),
-            Evaluation(config.evaluation.knn_every_epochs, evaluate, monitor),
+            Evaluation(config.evaluation.knn_every_epochs, evaluate, monitor, RunDir(config.run_dir)),
             Gallery(config.monitor.projector_every_epochs, show_neighbours),
         ],
         parts.guard,

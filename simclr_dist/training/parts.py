@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.config import Config, render_config
 from simclr_dist.data import Batch, Loader
-from simclr_dist.data.loading.evaluation_labels import check_evaluation_labels
-from simclr_dist.data.loading.open_images import describe
+from simclr_dist.data.loading.evaluation_labels import EvaluationImages, evaluation_images, num_probe_classes
 from simclr_dist.data.loading.view_loader import build_loader
 from simclr_dist.errors import ConfigError
 from simclr_dist.evaluation.online_probe import OnlineProbe
@@ -60,6 +59,8 @@ class Parts:
     world: World
     guard: RunGuard
     loader: Loader
+    evaluation_images: EvaluationImages | None
+    """None: no kNN is wanted."""
     steps_per_epoch: int
     last_step: int
     """The number of steps after which the training has finished."""
@@ -118,7 +119,7 @@ def build(config: Config) -> Parts:
         ),
         device,
     )
-    run_on_all_ranks(lambda: _check_labels(config, _warn_on(world)), device)
+    labelled, probe_classes = run_on_all_ranks(lambda: _check_labels(config, _warn_on(world)), device)
     steps_per_epoch = loader.order.steps_per_epoch
     num_steps = config.train.epochs * steps_per_epoch
     augment = Augment(config.augment, config.seed, config.data.image_size)
@@ -138,7 +139,7 @@ def build(config: Config) -> Parts:
         config.loss.implementation,
         gather_dtype=getattr(torch, config.loss.gather_dtype),
     )
-    probe = run_on_all_ranks(lambda: _build_probe(config, simclr.feature_dim, device), device)
+    probe = None if probe_classes is None else OnlineProbe(simclr.feature_dim, probe_classes, device)
     state = run_on_all_ranks(lambda: restore(checkpoint, config, loader, network, optimizer, probe), device)
     guard.state = state
     model = _wrap(network, accelerator, compiled=config.train.compile)
@@ -168,6 +169,7 @@ def build(config: Config) -> Parts:
         world=world,
         guard=guard,
         loader=loader,
+        evaluation_images=labelled,
         steps_per_epoch=steps_per_epoch,
         last_step=last_step,
         augment=augment,
@@ -211,9 +213,13 @@ def _warn_on(world: World) -> Callable[[str], None]:
     return warn
 
 
-def _check_labels(config: Config, warn: Callable[[str], None]) -> None:
-    if sentence := check_evaluation_labels(config.data, config.evaluation):
-        warn(sentence)
+def _check_labels(config: Config, warn: Callable[[str], None]) -> tuple[EvaluationImages | None, int | None]:
+    """What the evaluations look at, and the number of the online probe's classes."""
+    num_classes = num_probe_classes(config.data, config.evaluation)
+    images = evaluation_images(config.data, config.evaluation, config.seed)
+    for remark in images.remarks if images else ():
+        warn(remark)
+    return images, num_classes
 
 
 def _place(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
@@ -221,20 +227,6 @@ def _place(network: nn.Module, config: Config, device: torch.device) -> nn.Modul
     if config.train.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return convert_to_global_batch_norm(network, device) if config.model.batch_norm == "global" else network
-
-
-def _build_probe(config: Config, feature_dim: int, device: torch.device) -> OnlineProbe | None:
-    if not config.evaluation.online_probe:
-        return None
-    num_classes = int(describe(config.data.train).labels.max()) + 1
-    if num_classes < 2:
-        raise ConfigError(
-            [
-                f"evaluation.online_probe: the labels of {config.data.train} name {num_classes} classes, "
-                "and a classifier needs two; switch it off, or train on labelled images"
-            ]
-        )
-    return OnlineProbe(feature_dim, num_classes, device)
 
 
 def _wrap(network: nn.Module, accelerator: Accelerator, *, compiled: bool) -> nn.Module:

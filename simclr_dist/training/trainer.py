@@ -138,8 +138,6 @@ class Trainer:
                 requests.ask(self.parts.saver.wish(self.state.step + 1))
                 requests.announce()
                 result = self.parts.non_finite.run(self.train_step, batch, self._facts(batch))
-                if self.parts.probe is not None and not result.skipped:
-                    self.parts.probe.update(result.h, batch.labels)
                 self.state.advance(self.global_batch_size)
                 finished = self._finished_step(batch, result, began_s, waited_s)
                 observers.after_step(finished)

@@ -56,10 +56,15 @@ class Images(Protocol):
 
 
 class DecodePool:
-    """Owns the images and the threads that decode them; close it."""
+    """Owns the images and the threads that decode them; close it.
 
-    def __init__(self, images: Images, num_threads: int) -> None:
+    unreadable: if given, an image that cannot be decoded is no error: its reason is put there, under its number, and
+    its place in the batch holds anything.
+    """
+
+    def __init__(self, images: Images, num_threads: int, unreadable: dict[int, str] | None = None) -> None:
         self.images = images
+        self._unreadable = unreadable
         self.num_threads = num_threads
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         self._closed = False
@@ -110,7 +115,16 @@ class DecodePool:
         return [self._executor.submit(self._fill, ids[part], crop, array[:, part]) for part in parts]
 
     def _fill(self, ids: NDArray[np.int64], crop: CropRuleOf, out: NDArray[np.uint8]) -> None:
-        self.images.fill(ids, crop(ids), out)
+        try:
+            self.images.fill(ids, crop(ids), out)
+        except (DataError, OSError) as error:
+            if self._unreadable is None:
+                raise
+            if len(ids) == 1:
+                self._unreadable[int(ids[0])] = str(error)
+                return
+            for k in range(len(ids)):  # which of them is it?
+                self._fill(ids[k : k + 1], crop, out[:, k : k + 1])
 
     def close(self) -> None:
         """Ends the threads, drops what they have not begun, and closes the images. May be called twice."""

@@ -23,15 +23,18 @@ def load_images(
     ids: NDArray[np.int64] | None = None,
     num_threads: int | None = None,
     loader: LoaderName = "auto",
+    unreadable: dict[int, str] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Images for evaluation, in the order of `ids` (all of them by default), none left out.
+    """Images for evaluation, in the order of `ids` (all of them by default).
 
+    unreadable: images that cannot be decoded are left out, and the reason of each is put there, under its number.
+    Without it the first of them is a DataError, and none is left out.
     Yields (uint8 [b, S, S, 3], labels int64 [b], sample ids int64 [b]); the last b may be smaller than batch_size.
     The central 0.875 of the shorter side is resized to S = image_size, as torchvision evaluates on ImageNet;
     images of S x S stay as they are. Raises DataError.
     """
     images = open_images(source, loader)
-    pool = DecodePool(images, default_num_threads(num_threads))
+    pool = DecodePool(images, default_num_threads(num_threads), unreadable)
     everything = np.arange(len(images.labels)) if ids is None else np.asarray(ids, np.int64)
     parts = (everything[start : start + batch_size] for start in range(0, len(everything), batch_size))
 
@@ -40,6 +43,11 @@ def load_images(
 
     try:
         for part, out in pool.read(((part, crop) for part in parts), num_views=1, image_size=image_size):
-            yield out[0], torch.from_numpy(images.labels[part]), torch.from_numpy(part.copy())
+            pixels = out[0]
+            if unreadable:
+                whole = np.array([int(i) not in unreadable for i in part])
+                part, pixels = part[whole], pixels[torch.from_numpy(whole)]
+            if len(part):
+                yield pixels, torch.from_numpy(images.labels[part]), torch.from_numpy(part.copy())
     finally:
         pool.close()

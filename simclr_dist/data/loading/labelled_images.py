@@ -1,0 +1,61 @@
+"""Training and held-out images of the same classes, for every evaluation that needs labels. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from simclr_dist.config import DataConfig
+from simclr_dist.data.classes import ClassMap, match_classes
+from simclr_dist.data.loading.open_images import DatasetInfo, describe
+from simclr_dist.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """train, test: the sources. classes: from the test set's class numbers to the training set's."""
+
+    train: str
+    test: str
+    train_info: DatasetInfo
+    test_info: DatasetInfo
+    classes: ClassMap
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.train_info.class_names)
+
+
+def open_labelled(
+    data: DataConfig, train: str | None = None, test: str | None = None, *, remedy: str = "name others with --train"
+) -> LabelledImages:
+    """The images of the section `data`, or others in their place: evaluating on another dataset is a transfer.
+
+    train: usually `evaluation.train`. Unlabelled images may be among those of the training set.
+    remedy: what to do where the training images have no labels, for the message.
+    Raises ConfigError without test data, DataError when labels are missing or the test set has images of classes of
+    which the training set has none.
+    """
+    train, test = train or data.train, test or data.test
+    if test is None:
+        raise ConfigError(["data.test is null, and there is no --test: give held-out images with --test PATH"])
+    train_info, test_info = describe(train), describe(test)
+    if not (train_info.labels >= 0).any():
+        raise DataError(f"none of the {train_info.num_samples:,} images of {train} has a label; {remedy}")
+    classes = match_classes(
+        train_info.class_names,
+        test_info.class_names,
+        test_info.labels,
+        train=train,
+        test=test,
+        train_labels=train_info.labels,
+    )
+    return LabelledImages(train, test, train_info, test_info, classes)
+
+
+def require_labels(key: str, source: str, info: DatasetInfo, *, wanted_by: str = "", remedy: str) -> None:
+    """Raises DataError unless every image has a label. key, wanted_by, remedy: for the message."""
+    unlabelled = int((info.labels < 0).sum())
+    if unlabelled:
+        raise DataError(
+            f"{wanted_by}{unlabelled:,} of {info.num_samples:,} images of {key} ({source}) have no label; {remedy}"
+        )

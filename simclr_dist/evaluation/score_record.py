@@ -1,0 +1,58 @@
+"""A line of RUN/evaluations.jsonl: an accuracy beside everything that it depends on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from simclr_dist.data.loading.labelled_images import LabelledImages
+
+
+def score_record(
+    images: LabelledImages,
+    *,
+    step: int,
+    method: str,
+    train_images: int,
+    test_images: int,
+    image_size: int,
+    top1: float,
+    top5: float,
+    **settings: Any,
+) -> dict[str, Any]:
+    """train_images, test_images: how many took part. settings: k and temperature, or the solver's; the precision."""
+    return {
+        "step": step,
+        "method": method,
+        "train": images.train,
+        "test": images.test,
+        "train_fingerprint": images.train_info.content_fingerprint,
+        "test_fingerprint": images.test_info.content_fingerprint,
+        "train_images": train_images,
+        "test_images": test_images,
+        "image_size": image_size,
+        **settings,
+        "top1": top1,
+        "top5": top5,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def name_of(record: Mapping[str, Any], share: str) -> str:
+    """knn (k=20) top-1 on data/test.beton; T=0.1, 5,000 training images, 32 px, fp32
+
+    Two figures of one name and step are one measurement. Records of release 0.1 name less. share: "top-1", "top-5".
+    """
+    is_knn = record.get("method") == "knn"
+    setting = f"k={record.get('k')}" if is_knn else record.get("solver")
+    more = [f"T={record['temperature']}"] if is_knn and "temperature" in record else []
+    if isinstance(number := record.get("train_images"), int):
+        more.append(f"{number:,} training images")
+    if "image_size" in record:
+        more.append(f"{record['image_size']} px")
+    if "precision" in record:
+        more.append(str(record["precision"]))
+    return f"{record.get('method')} ({setting}) {share} on {record.get('test')}" + (
+        f"; {', '.join(more)}" if more else ""
+    )
