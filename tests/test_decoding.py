@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from simclr_dist.data.account import Account
+from simclr_dist.data.account import Account, OnDamage, SourceOptions
 from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.sources import decoding, tiff, turbojpeg
 from simclr_dist.data.sources.decoding import decode
 from simclr_dist.data.sources.images import FileImages
+from simclr_dist.data.sources.open import open_source
 from simclr_dist.data.sources.sample_values import Decoding
 from simclr_dist.errors import DataError
 from tests.images import SIZES, make_image
@@ -53,7 +54,7 @@ def png_of_16_bits(values: np.ndarray) -> bytes:
 
 
 def pixels_of(content: bytes, **options) -> np.ndarray:
-    return decode(io.BytesIO(content), Decoding(**options))[0]
+    return decode(io.BytesIO(content), Decoding(**options)).pixels
 
 
 def as_files(root: Path, contents: list[bytes], **options) -> FileImages:
@@ -75,9 +76,9 @@ class TestPixels:
             image = make_image(i, height, width)
             for shown in (image, image[..., 0]):
                 content = encoded(shown, "JPEG", quality=40 + 7 * i, subsampling=subsampling, progressive=progressive)
-                pixels, damage = decode(io.BytesIO(content))
-                assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
-                assert damage is None
+                found = decode(io.BytesIO(content))
+                assert np.array_equal(found.pixels, np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
+                assert found.damage is None
 
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
     @pytest.mark.parametrize("orientation", range(1, 9))
@@ -263,18 +264,29 @@ class TestPages:
     PAGES = (GREY, 255 - GREY, GREY // 2)
 
     def test_the_first_page_is_taken_and_it_is_said(self) -> None:
-        pixels, note = decode(io.BytesIO(tiff_bytes(*self.PAGES)))
-        assert np.array_equal(pixels, np.repeat(GREY, 3, 2))
-        assert note == "only the first of its 3 pages is taken"
-        _, note = decode(
-            io.BytesIO(encoded(Image.fromarray(RGB), "TIFF", save_all=True, append_images=[Image.fromarray(RGB)]))
-        )
-        assert note == "only the first of its 2 pages is taken"
+        found = decode(io.BytesIO(tiff_bytes(*self.PAGES)))
+        assert np.array_equal(found.pixels, np.repeat(GREY, 3, 2))
+        assert (found.note, found.damage) == ("only the first of its 3 pages is taken", None)
+        two = encoded(Image.fromarray(RGB), "TIFF", save_all=True, append_images=[Image.fromarray(RGB)])
+        assert decode(io.BytesIO(two)).note == "only the first of its 2 pages is taken"
+
+    @pytest.mark.parametrize("on_damage", ["warn", "skip", "stop"])
+    def test_taking_the_first_page_is_no_damage(self, on_damage: OnDamage, tmp_path: Path) -> None:
+        (tmp_path / "in" / "a").mkdir(parents=True)
+        for i in range(2):
+            (tmp_path / "in" / "a" / f"{i}.tif").write_bytes(tiff_bytes(*self.PAGES[i:]))
+        options = SourceOptions(on_damage=on_damage)
+        info = prepare(tmp_path / "in", tmp_path / "out.beton", options=options, num_workers=1, strict=True)
+        assert (info.num_samples, info.damaged) == (2, ())
+        (note,) = info.account.notes
+        assert note.count == 2
+        assert note.names[0].endswith("0.tif: only the first of its 3 pages is taken")
+        assert open_source(tmp_path / "in", options).read(0).shape == RGB.shape
 
     def test_bands_are_pages_when_pages_are_grey(self) -> None:
-        pixels, note = decode(io.BytesIO(tiff_bytes(*self.PAGES)), Decoding(bands=(3, 1, 2)))
-        assert np.array_equal(pixels, np.concatenate([self.PAGES[i] for i in (2, 0, 1)], axis=2))
-        assert note is None
+        found = decode(io.BytesIO(tiff_bytes(*self.PAGES)), Decoding(bands=(3, 1, 2)))
+        assert np.array_equal(found.pixels, np.concatenate([self.PAGES[i] for i in (2, 0, 1)], axis=2))
+        assert found.note is None
 
 
 class TestDamage:
@@ -292,10 +304,10 @@ class TestDamage:
         contents = self.damaged()
         images = as_files(tmp_path, list(contents.values()))
         for i, name in enumerate(contents):
-            pixels, damage = images.read_checked(i)
-            assert pixels.shape == (150, 200, 3), name
-            assert "Corrupt JPEG data" in str(damage), name
-            assert np.array_equal(images.read(i), pixels)
+            found = images.decoded(i)
+            assert found.pixels.shape == (150, 200, 3), name
+            assert "Corrupt JPEG data" in str(found.damage), name
+            assert np.array_equal(images.read(i), found.pixels)
 
     def test_most_random_bytes_are_noticed(self) -> None:
         """Not all: many strings of bits are Huffman codes of something."""
@@ -305,7 +317,7 @@ class TestDamage:
         for at in rng.integers(len(whole) // 4, len(whole) - 100, 40):
             changed = whole[:at] + rng.bytes(64) + whole[at + 64 :]
             try:
-                num_noticed += decode(io.BytesIO(changed))[1] is not None
+                num_noticed += decode(io.BytesIO(changed)).damage is not None
             except DataError:
                 num_noticed += 1
         assert num_noticed >= 24
@@ -323,7 +335,7 @@ class TestDamage:
 
     def test_damage_is_noticed_when_bands_are_chosen(self) -> None:
         for content in self.damaged().values():
-            assert decode(io.BytesIO(content), Decoding(bands=(3, 2, 1)))[1] is not None
+            assert decode(io.BytesIO(content), Decoding(bands=(3, 2, 1))).damage is not None
 
     @pytest.mark.parametrize("on_damage", ["skip", "stop"])
     def test_read_refuses_damage_unless_it_may_only_warn(self, on_damage: str, tmp_path: Path) -> None:
@@ -344,7 +356,7 @@ class TestDamage:
             encoded(RGB, "TIFF"),
         ]
         images = as_files(tmp_path, contents)
-        assert [images.read_checked(i)[1] for i in range(len(contents))] == [None] * len(contents)
+        assert [images.decoded(i).damage for i in range(len(contents))] == [None] * len(contents)
 
 
 class TestFaultsOfOneImage:
@@ -505,7 +517,7 @@ def test_mutated_files_give_pixels_or_an_error_with_their_own_name(num_files: in
     num_read = 0
     for i in range(num_files):
         try:
-            pixels, _ = images.read_checked(i)
+            pixels = images.decoded(i).pixels
         except DataError as error:
             wrongly_named = not str(error).startswith(f"number {i}: ")
         else:

@@ -13,6 +13,9 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +26,7 @@ from PIL import Image
 from simclr_dist.cli import main
 from simclr_dist.config import DataConfig
 from simclr_dist.data.account import Account
-from simclr_dist.data.beton.encode import Encoder, Unusable
+from simclr_dist.data.beton.encode import Encoder, Unusable, _chunks, _encode_together
 from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.beton.reader import open_beton, sidecar_path
 from simclr_dist.data.beton.writer import PAGE_BYTES, Record
@@ -32,6 +35,7 @@ from simclr_dist.data.loading.inspect import inspect_beton
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.loading.pillow_images import BetonSource
 from simclr_dist.data.sources import turbojpeg
+from simclr_dist.data.sources.decoding import Decoded
 from simclr_dist.doctor.data import examine_data
 from simclr_dist.errors import DataError
 from tests.images import make_folder, make_image
@@ -43,13 +47,105 @@ def everything(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def test_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
+def test_same_bytes_for_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simclr_dist.data.beton.prepare.default_num_threads", lambda asked, **_: asked)
     make_folder(tmp_path / "in", 150)
-    for workers in (1, 2):
+    for workers in (1, 2, 3):
         prepare(tmp_path / "in", tmp_path / f"{workers}.beton", num_workers=workers, mode="smart")
-    assert (tmp_path / "1.beton").read_bytes() == (tmp_path / "2.beton").read_bytes()
-    a, b = (json.loads(sidecar_path(tmp_path / f"{n}.beton").read_text()) for n in (1, 2))
-    assert a == b
+    assert len({(tmp_path / f"{n}.beton").read_bytes() for n in (1, 2, 3)}) == 1
+    assert len({sidecar_path(tmp_path / f"{n}.beton").read_text() for n in (1, 2, 3)}) == 1
+
+
+class Workers:
+    """Does what was submitted when the test says so, or when somebody waits for it."""
+
+    def __init__(self, takes: int) -> None:
+        self.takes = takes  # the index of the chunk that ends next
+        self.queue: list[tuple[Future, SimpleNamespace]] = []
+        self.most_queued = 0
+
+    def submit(self, encoder: object, chunk: SimpleNamespace) -> Future:
+        future = Future()  # type: ignore[var-annotated]
+        wait, future.result = future.result, lambda: self.wait_for(future) or wait()  # type: ignore[method-assign, func-returns-value]
+        self.queue.append((future, chunk))
+        self.most_queued = max(self.most_queued, len(self.queue))
+        return future
+
+    def wait_for(self, future: Future) -> None:
+        while not future.done():
+            self.end_one()
+
+    def end_one(self) -> None:
+        future, chunk = self.queue.pop(self.takes)
+        future.set_result(chunk.number)
+
+
+class TestWorkIsShared:
+    """Between this process and workers that start late and end in any order."""
+
+    def run(self, workers: Workers, started: list[Future], encode) -> Iterator[int]:
+        chunks = (SimpleNamespace(number=i) for i in range(100))
+        return _encode_together(encode, chunks, workers, started)  # type: ignore[arg-type, return-value]
+
+    def test_nothing_waits_for_workers_that_have_not_started(self) -> None:
+        workers, here = Workers(0), []
+        results = self.run(workers, [Future(), Future()], lambda chunk: here.append(chunk.number) or chunk.number)
+        assert [next(results) for _ in range(100)] == here == list(range(100))
+        assert workers.most_queued == 0
+
+    @pytest.mark.parametrize("takes", [0, -1], ids=["in order", "last first"])
+    def test_the_order_is_that_of_the_source_and_the_queue_is_bounded(self, takes: int) -> None:
+        workers, here, seen = Workers(takes), [], []
+
+        def encode(chunk: SimpleNamespace) -> int:
+            """Workers end two chunks while this process does one."""
+            here.append(chunk.number - len(seen))
+            for _ in range(min(2, len(workers.queue))):
+                workers.end_one()
+            return chunk.number
+
+        started = [Future(), Future()]
+        for future in started:
+            future.set_result(1)
+        for number in self.run(workers, started, encode):
+            seen.append(number)
+        assert seen == list(range(100))
+        assert 20 < len(here) < 40
+        assert workers.most_queued == 6
+        assert max(here) <= 12  # so many are in memory
+
+    def test_a_worker_that_could_not_start_is_an_error_also_when_this_process_did_it_all(self) -> None:
+        started = [Future()]
+        results = self.run(Workers(0), started, lambda chunk: chunk.number)
+        for _ in range(100):
+            next(results)
+        started[0].set_exception(BrokenProcessPool())
+        with pytest.raises(BrokenProcessPool):
+            next(results)
+
+
+def test_a_worker_that_dies_is_named(tmp_path: Path) -> None:
+    make_folder(tmp_path / "in", 300)
+
+    def kill_worker(done: int, total: int) -> None:
+        for pid in _children(os.getpid()):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"spawn_main" in command:
+                os.kill(int(pid), signal.SIGKILL)
+
+    with pytest.raises(DataError, match="a worker process died, perhaps because memory ran out"):
+        prepare(tmp_path / "in", tmp_path / "out.beton", num_workers=2, progress=kill_worker)
+    assert everything(tmp_path) == {"in", *(f"in/{name}" for name in everything(tmp_path / "in"))}
+
+
+@pytest.mark.parametrize(("num_images", "workers"), [(1, 2), (65, 2), (1000, 2), (1000, 7), (10**6, 64)])
+def test_chunks_get_smaller_towards_the_end(num_images: int, workers: int) -> None:
+    chunks = list(_chunks(np.arange(num_images), workers))
+    sizes = [len(chunk) for chunk in chunks]
+    assert np.array_equal(np.concatenate(chunks), np.arange(num_images))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] <= 64
+    assert sizes[-1] <= 4
 
 
 def test_raw_images_come_back_as_they_were(tmp_path: Path) -> None:
@@ -551,7 +647,7 @@ class TestAccount:
         images = SimpleNamespace(
             labels=np.array([0, 0]),
             name=lambda index: f"image {index}",
-            read_checked=lambda index: (make_image(index, 9, 9), "corrupt data" if index else None),
+            decoded=lambda index: Decoded(make_image(index, 9, 9), "corrupt data" if index else None),
         )
         encoded = Encoder("raw", 90, None, on_damage)(images)  # type: ignore[arg-type]
         assert isinstance(encoded.results[0], Record)

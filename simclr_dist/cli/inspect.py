@@ -46,7 +46,10 @@ def _run(args: argparse.Namespace) -> int:
 def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
     smallest, median, largest = found.sides
     yield "file", f"{found.path}, {found.num_bytes / 1e6:,.1f} MB"
-    yield "images", f"{found.num_samples:,} ({found.num_jpeg:,} JPEG, {found.num_samples - found.num_jpeg:,} raw)"
+    kept = found.sidecar.get("num_kept_jpeg", 0)
+    as_they_came = f", {kept:,} of them as they came;" if isinstance(kept, int) and kept else ","
+    raw = found.num_samples - found.num_jpeg
+    yield "images", f"{found.num_samples:,} ({found.num_jpeg:,} JPEG{as_they_came} {raw:,} raw)"
     yield "longer side", f"{smallest} to {largest} px, median {median}"
     classes = ", ".join(f"{n} {c}" for n, c in zip(found.class_names[:20], found.class_counts, strict=False))
     more = f" … ({len(found.class_names)} in all)" if len(found.class_names) > 20 else ""

@@ -94,7 +94,7 @@ def query_embedding(
         return embeddings.h[embeddings.names.index(query)]
     try:
         with open(query, "rb") as file:
-            pixels, _ = decode(file)
+            pixels = decode(file).pixels
     except (OSError, DataError) as error:
         raise DataError(f"{query}: neither an embedded image's name nor a readable image: {error}") from None
     model, loaded = load_pretrained(checkpoint or embeddings.checkpoint)

@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -21,10 +22,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from simclr_dist.data.account import OnDamage
+from simclr_dist.data.beton.kept_jpeg import Steps, keep, plain_steps
 from simclr_dist.data.beton.reader import JPEG, RAW
 from simclr_dist.data.beton.writer import PAGE_BYTES, Record
 from simclr_dist.data.sources import turbojpeg
-from simclr_dist.data.sources.images import ImageSource, Pixels
+from simclr_dist.data.sources.decoding import Decoded, Pixels
+from simclr_dist.data.sources.images import ImageSource
+from simclr_dist.data.sources.jpeg_file import read_jpeg_file
 from simclr_dist.errors import DataError
 
 Mode = Literal["auto", "jpg", "raw", "smart"]
@@ -32,7 +36,8 @@ Mode = Literal["auto", "jpg", "raw", "smart"]
 LARGEST_SIDE = {RAW: 65535, JPEG: 65500}  # metadata has 16 bits; libjpeg's limit is a little lower
 # Up to this size decoding a JPEG costs more than reading three bytes per pixel.
 RAW_UP_TO_PIXELS = 96 * 96
-_CHUNK = 64  # images that a worker gets at a time
+_LARGEST_CHUNK = 64  # images that a process works on at a time
+_QUEUED = 3  # chunks for each worker: one to work on, and enough for while this process is busy with its own
 _ROWS = 256
 
 
@@ -45,17 +50,21 @@ class Unusable:
     damaged: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Encoded:
-    """results: one an image. damaged: for each record of a damaged image a sentence with its name.
+    """Of some images in their order.
 
+    damaged, noted: for each record of a damaged image, and of one with something else to be known, a sentence with its
+        name. num_kept: records that are the image's own JPEG data.
     sums: per channel the number of pixels, their sum, and that of their squares, [3, 3]; of raw records all pixels
-        count, of the others every fourth row.
+        count, of the others every 16th row.
     """
 
-    results: list[Record | Unusable]
-    damaged: list[str]
-    sums: NDArray[np.int64]
+    results: list[Record | Unusable] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    noted: list[str] = field(default_factory=list)
+    num_kept: int = 0
+    sums: NDArray[np.int64] = field(default_factory=lambda: np.zeros((3, 3), np.int64))
 
 
 @dataclass(frozen=True)
@@ -66,35 +75,44 @@ class Encoder:
     on_damage: OnDamage
 
     def __call__(self, images: ImageSource) -> Encoded:
-        results: list[Record | Unusable] = []
-        damaged: list[str] = []
+        done = Encoded()
         sums = _Sums()
         for index in range(len(images.labels)):
             name = images.name(index)
             try:
-                pixels, damage = images.read_checked(index)
+                image = images.decoded(index)
             except DataError as error:
-                results.append(Unusable(name, str(error)))
+                done.results.append(Unusable(name, str(error)))
                 continue
-            if damage is not None and self.on_damage != "warn":
-                results.append(Unusable(name, f"{name}: is damaged: {damage}", damaged=True))
+            if image.damage is not None and self.on_damage != "warn":
+                done.results.append(Unusable(name, f"{name}: is damaged: {image.damage}", damaged=True))
                 continue
-            pixels = _shrunk(pixels, self.max_side)
-            result = self._encode(pixels, name, int(images.labels[index]))
-            results.append(result)
+            pixels = _shrunk(image.pixels, self.max_side)
+            kept = self._kept(image, pixels)
+            result = self._record(pixels, kept, name, int(images.labels[index]))
+            done.results.append(result)
             if isinstance(result, Record):
-                sums.add(pixels if result.mode == RAW else pixels[::4])  # JPEG changes the pixels anyway
-                if damage is not None:
-                    damaged.append(f"{name}: {damage}")
-        return Encoded(results, damaged, sums.result())
+                sums.add(pixels if result.mode == RAW else pixels[::16])  # JPEG changes the pixels anyway
+                done.num_kept += result.content is kept
+                done.damaged += [] if image.damage is None else [f"{name}: {image.damage}"]
+                done.noted += [] if image.note is None else [f"{name}: {image.note}"]
+        done.sums = sums.result()
+        return done
 
-    def _encode(self, pixels: Pixels, name: str, label: int) -> Record | Unusable:
+    def _kept(self, image: Decoded, pixels: Pixels) -> bytes | None:
+        """The image's own JPEG data, if they may be stored in place of `pixels`."""
+        if image.jpeg is None or pixels is not image.pixels:
+            return None
+        content = keep(image.jpeg, _steps(self.quality))
+        return content if content is None or len(content) <= PAGE_BYTES else None
+
+    def _record(self, pixels: Pixels, kept: bytes | None, name: str, label: int) -> Record | Unusable:
         height, width, _ = pixels.shape
         small = height * width <= RAW_UP_TO_PIXELS
         mode = RAW if self.mode == "raw" or (self.mode in ("smart", "auto") and small) else JPEG
         if max(height, width) > LARGEST_SIDE[mode]:
             return Unusable(name, f"{name}: {width} x {height} pixels are too many; set --max-side")
-        content = pixels.tobytes() if mode == RAW else _jpeg(pixels, self.quality)
+        content = pixels.tobytes() if mode == RAW else kept or _jpeg(pixels, self.quality)
         if len(content) > PAGE_BYTES:
             return Unusable(
                 name,
@@ -160,51 +178,88 @@ def _jpeg(pixels: Pixels, quality: int) -> bytes:
     return buffer.getvalue()
 
 
+@cache
+def _steps(quality: int) -> Steps:
+    file = read_jpeg_file(_jpeg(np.zeros((16, 16, 3), np.uint8), quality))
+    steps = None if file is None else plain_steps(file)
+    assert steps is not None
+    return steps
+
+
 def encode_in_order(
     encoder: Encoder, images: ImageSource, ids: NDArray[np.int64], num_workers: int
 ) -> Iterator[Encoded]:
-    """The images `ids`, some at a time, in this order; a bounded number of them is in memory. Raises DataError."""
-    chunks = (images.take(ids[start : start + _CHUNK]) for start in range(0, len(ids), _CHUNK))
-    if num_workers == 1 or len(ids) <= _CHUNK:
+    """The images `ids`, some at a time, in this order; a bounded number of them is in memory.
+
+    num_workers: processes, this one among them: it works too, so that nothing waits for the others to start.
+    Raises DataError.
+    """
+    chunks = (images.take(chunk) for chunk in _chunks(ids, num_workers))
+    if num_workers == 1 or len(ids) <= _LARGEST_CHUNK:
         yield from map(encoder, chunks)
         return
-    ahead: deque[Future[Encoded]] = deque()
-    any_result = False
-    try:
-        # Spawned, not forked: this process may have threads.
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(num_workers, context, _start_worker, (os.getpid(),))
-    except OSError as error:
-        raise _cannot_start(error) from None
+    pool, started = _start_workers(num_workers - 1)
     with pool:
         try:
-            for chunk in chunks:
-                try:
-                    ahead.append(pool.submit(encoder, chunk))
-                except OSError as error:
-                    raise _cannot_start(error) from None
-                if len(ahead) > 2 * num_workers:
-                    yield ahead.popleft().result()
-                    any_result = True
-            while ahead:
-                yield ahead.popleft().result()
-                any_result = True
+            yield from _encode_together(encoder, chunks, pool, started)
         except BrokenProcessPool:
-            raise DataError(_why_broken(any_result)) from None
+            raise DataError(_why_broken(any(map(_has_ended_well, started)))) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _cannot_start(error: OSError) -> DataError:
-    return DataError(
-        f"worker processes cannot be started: {error.strerror or error} (they need semaphores in /dev/shm and some 20 "
-        "open files in all; see `ulimit -n`); use --workers 1, which needs none"
-    )
+def _start_workers(num_workers: int) -> tuple[ProcessPoolExecutor, list[Future[int]]]:
+    """A pool, and as many results as it has workers, which are there when these have started."""
+    pool = None
+    try:
+        # Spawned, not forked: this process may have threads.
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(num_workers, context, _start_worker, (os.getpid(),))
+        return pool, [pool.submit(os.getpid) for _ in range(num_workers)]
+    except OSError as error:
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
+        raise DataError(
+            f"worker processes cannot be started: {error.strerror or error} (they need semaphores in /dev/shm and some "
+            "20 open files in all; see `ulimit -n`); use --workers 1, which needs none"
+        ) from None
 
 
-def _why_broken(any_result: bool) -> str:
+def _chunks(ids: NDArray[np.int64], num_workers: int) -> Iterator[NDArray[np.int64]]:
+    """Smaller ones towards the end, so that all processes end at about the same time."""
+    while len(ids):
+        size = min(max(len(ids) // (4 * num_workers), 4), _LARGEST_CHUNK)
+        yield ids[:size]
+        ids = ids[size:]
+
+
+def _encode_together(
+    encoder: Encoder, chunks: Iterator[ImageSource], pool: ProcessPoolExecutor, started: list[Future[int]]
+) -> Iterator[Encoded]:
+    """A worker gets a chunk whenever too few are queued, otherwise this process encodes it."""
+    ahead: deque[Future[Encoded]] = deque()
+    for chunk in chunks:
+        queued = sum(not result.done() for result in ahead)
+        if queued < _QUEUED * len(started) and any(future.done() for future in started):
+            ahead.append(pool.submit(encoder, chunk))
+        else:
+            ahead.append(Future())
+            ahead[-1].set_result(encoder(chunk))
+        while ahead and (ahead[0].done() or len(ahead) > 2 * _QUEUED * len(started)):
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
+    for future in started:
+        future.result()  # raises when workers could not start: also where this process was faster than that
+
+
+def _has_ended_well(future: Future[int]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
+
+
+def _why_broken(have_started: bool) -> str:
     script = getattr(sys.modules["__main__"], "__file__", None)
-    if not any_result and script is not None and "__name__" not in Path(script).read_text("utf-8", "replace"):
+    if not have_started and script is not None and "__name__" not in Path(script).read_text("utf-8", "replace"):
         return (
             f"worker processes cannot be started from {script}: each imports it, so put what it does below "
             '`if __name__ == "__main__":`; or use num_workers=1'

@@ -1,8 +1,8 @@
 """Makes a .beton file from any source of images.
 
-ffcv's own writer waits for ever when one of its workers fails, and its bytes depend on which worker is fastest. Here a
-pool of processes decodes and encodes, and this process writes the records in the order of the source, so that the bytes
-are the same for any number of workers.
+ffcv's own writer waits for ever when one of its workers fails, and its bytes depend on which worker is fastest. Here
+this process encodes together with the others, and writes the records in the order of the source, so that the bytes are
+the same for any number of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from simclr_dist.data.account import Account, LeftOut, SourceOptions
 from simclr_dist.data.beton.content import content_fingerprint
-from simclr_dist.data.beton.encode import Encoder, Mode, Unusable, encode_in_order, mean_and_std
+from simclr_dist.data.beton.encode import Encoded, Encoder, Mode, Unusable, encode_in_order, mean_and_std
 from simclr_dist.data.beton.out_file import choose_target, commit, unfinished
 from simclr_dist.data.beton.reader import JPEG, open_beton
 from simclr_dist.data.beton.writer import PagedWriter
@@ -39,6 +39,7 @@ class PreparedInfo:
     """What `prepare` has written.
 
     skipped, damaged: a message for each image left out, and for each damaged one that was taken.
+    num_kept_jpeg: JPEG data stored as they came, see `kept_jpeg`.
     fingerprint: of the content. warnings: sentences about the result as a whole.
     """
 
@@ -49,6 +50,7 @@ class PreparedInfo:
     account: Account
     skipped: tuple[str, ...]
     damaged: tuple[str, ...]
+    num_kept_jpeg: int
     warnings: tuple[str, ...]
     num_bytes: int
     fingerprint: str
@@ -95,15 +97,15 @@ def prepare(
     if strict and account.num_left_out:
         raise DataError("\n  ".join([f"--strict: {account.num_left_out} found but not taken", *account.lines()]))
     ids, account = _limited(images, account, limit)
+    num_processes = default_num_threads(num_workers, setting="num_workers")
     encoder = Encoder(mode, quality, max_side, options.on_damage)
     skipped: list[Unusable] = []
-    damaged: list[str] = []
-    sums = np.zeros((3, 3), np.int64)
+    done = Encoded()
     num_done = 0
     try:
         with unfinished(target) as file:
             writer = PagedWriter(file, len(ids))
-            for encoded in encode_in_order(encoder, images, ids, default_num_threads(num_workers)):
+            for encoded in encode_in_order(encoder, images, ids, num_processes):
                 for result in encoded.results:
                     if isinstance(result, Unusable):
                         _refuse(result, options, on_error, strict)
@@ -113,8 +115,10 @@ def prepare(
                     num_done += 1
                     if progress is not None:
                         progress(num_done, len(ids))
-                sums += encoded.sums
-                damaged += encoded.damaged
+                done.sums += encoded.sums
+                done.num_kept += encoded.num_kept
+                done.damaged += encoded.damaged
+                done.noted += encoded.noted
             if not writer.rows:
                 raise DataError(f"{source}: none of its {len(ids)} images can be used; the first: {skipped[0].reason}")
             writer.finish()
@@ -123,10 +127,10 @@ def prepare(
                 table_fingerprint = beton.fingerprint
             for reason, wanted in (("unreadable", False), ("damaged", True)):
                 account = account.with_left_out(reason, [image.name for image in skipped if image.damaged == wanted])
-            account = account.with_note("damaged, or taken in part (--on-damage)", damaged)
+            account = account.with_note("damaged (--on-damage)", done.damaged).with_note("taken in part", done.noted)
             labels = writer.labels
             counts = np.bincount(labels[labels >= 0], minlength=len(images.class_names))
-            statistics = mean_and_std(sums)
+            statistics = mean_and_std(done.sums)
             fingerprint = content_fingerprint(writer.records_digest, images.class_names)
             sidecar = {
                 "num_samples": len(writer.rows),
@@ -140,11 +144,12 @@ def prepare(
                 "quality": quality,
                 "max_side": max_side,
                 "num_jpeg": sum(row.mode == JPEG for row in writer.rows),
+                "num_kept_jpeg": done.num_kept,
                 "largest_side": max(max(row.height, row.width) for row in writer.rows),
                 **statistics,
                 "account": account.to_json(),
                 "skipped": [image.reason for image in skipped],
-                "damaged": damaged,
+                "damaged": done.damaged,
             }
             commit(file, target, sidecar)
     except OSError as error:
@@ -156,7 +161,8 @@ def prepare(
         class_counts=tuple(counts.tolist()),
         account=account,
         skipped=tuple(image.reason for image in skipped),
-        damaged=tuple(damaged),
+        damaged=tuple(done.damaged),
+        num_kept_jpeg=done.num_kept,
         warnings=tuple(_warnings(images, statistics)),
         num_bytes=target.stat().st_size,
         fingerprint=fingerprint,

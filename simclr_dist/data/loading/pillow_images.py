@@ -85,6 +85,6 @@ class BetonSource:
         if mode == RAW:
             return np.frombuffer(content, np.uint8).reshape(height, width, 3)
         try:
-            return decode(io.BytesIO(content))[0]
+            return decode(io.BytesIO(content)).pixels
         except DataError as error:
             raise DataError(f"{self._beton.path}: sample {index}: {error}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from typing import IO
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from simclr_dist.data.sources import tiff, turbojpeg
+from simclr_dist.data.sources.jpeg_file import JpegFile, read_jpeg_file
 from simclr_dist.data.sources.sample_values import ASK, DARK_16_BIT, MAX_PIXELS, Decoding, on_white, to_rgb
 from simclr_dist.errors import DataError
 
@@ -32,17 +34,30 @@ _UNKNOWN_FORMATS = (  # first bytes, where, what they are
 )
 
 
-def decode(file: IO[bytes], decoding: Decoding = ASK) -> tuple[Pixels, str | None]:
-    """RGB uint8 [H, W, 3], upright according to EXIF, transparent pixels on white; and what is wrong with the file.
+@dataclass(frozen=True)
+class Decoded:
+    """pixels: RGB uint8 [H, W, 3], upright according to EXIF, transparent pixels on white.
 
-    The second is None, or one line on an image that is taken all the same: damage found by the JPEG decoder, or pages
-    that are not taken. Raises DataError, without the image's name, for whatever else goes wrong with this image.
+    damage: what the JPEG decoder found wrong, though it gave pixels. note: what else is to be known, such as pages that
+    are not taken. jpeg: the file, when it is a usual, undamaged JPEG file whose pixels these are, not turned.
     """
+
+    pixels: Pixels
+    damage: str | None = None
+    note: str | None = None
+    jpeg: JpegFile | None = None
+
+
+def decode(file: IO[bytes], decoding: Decoding = ASK) -> Decoded:
+    """Raises DataError, without the image's name, for whatever goes wrong with this image."""
     try:
+        found = _decode_usual_jpeg(file, decoding)
+        if found is not None:
+            return found
         with _without_pillows_limit():
             pages = tiff.pages(file)
             if pages and not (pages[0].is_plain and len(_pages_as_bands(pages, decoding)) == 1):
-                return _decode_samples(file, pages, decoding), _note_on_pages(pages, decoding)
+                return Decoded(_decode_samples(file, pages, decoding), note=_note_on_pages(pages, decoding))
             try:
                 return _decode_by_pillow(file, decoding, pages)
             except Exception as error:
@@ -56,34 +71,54 @@ def decode(file: IO[bytes], decoding: Decoding = ASK) -> tuple[Pixels, str | Non
         raise DataError(f"cannot be decoded: {_reason(error, file)}") from None
 
 
-def _decode_by_pillow(file: IO[bytes], decoding: Decoding, pages: list[tiff.Page]) -> tuple[Pixels, str | None]:
+def _decode_usual_jpeg(file: IO[bytes], decoding: Decoding) -> Decoded | None:
+    """None for a file that Pillow has to look at: of another kind, with EXIF, unusual, or damaged."""
+    is_jpeg = file.read(3) == b"\xff\xd8\xff"
+    file.seek(0)
+    jpeg = read_jpeg_file(file.read()) if is_jpeg and decoding.bands is None else None
+    if jpeg is None or jpeg.has_metadata:
+        return None
+    _check_size(jpeg.width, jpeg.height, decoding)
+    pixels = turbojpeg.decode_jpeg(jpeg.content, jpeg.width, jpeg.height)
+    return Decoded(pixels, jpeg=jpeg) if isinstance(pixels, np.ndarray) else None
+
+
+def _decode_by_pillow(file: IO[bytes], decoding: Decoding, pages: list[tiff.Page]) -> Decoded:
     file.seek(0)
     with Image.open(file) as image:
         _check_size(image.width, image.height, decoding)
-        pixels, damage = _decode_jpeg(file, image, decoding)
-        if pixels is None:
-            stored_as = image.tile[0][3] if image.tile else None  # which loading forgets
-            image.load()
-            if pages and pages[0].get(tiff.BITS, 1) == 12:
-                pixels = (np.asarray(image) >> 4).astype(np.uint8)[..., None].repeat(3, axis=2)
-            elif isinstance(stored_as, str) and stored_as in ("RGB;16B", "RGBA;16B", "LA;16B"):
-                pixels = _from_16_bits(file, image, stored_as, decoding)
-            else:
-                pixels = _to_rgb(image, decoding)
-        return _upright(pixels, _orientation(image)), damage or _note_on_pages(pages, decoding)
+        found = _decode_jpeg(file, image, decoding)
+        if isinstance(found, Decoded):
+            return found
+        pixels = _by_pillow(file, image, decoding, pages)
+        return Decoded(_upright(pixels, _orientation(image)), damage=found, note=_note_on_pages(pages, decoding))
 
 
-def _decode_jpeg(file: IO[bytes], image: Image.Image, decoding: Decoding) -> tuple[Pixels | None, str | None]:
-    """Pixels without damage; or None, and the damage if there is some. Pillow knows what to do with damaged data."""
+def _decode_jpeg(file: IO[bytes], image: Image.Image, decoding: Decoding) -> Decoded | str | None:
+    """None or the damage when Pillow has to decode it: it knows what to do with damaged data."""
     if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
-        return None, None
+        return None
     file.seek(0)
-    found = turbojpeg.decode_jpeg(file.read(), image.width, image.height)
-    if found is None or isinstance(found, str):
-        return None, found
+    content = file.read()
+    pixels = turbojpeg.decode_jpeg(content, image.width, image.height)
+    if pixels is None or isinstance(pixels, str):
+        return pixels
+    orientation = _orientation(image)
     if decoding.bands is not None:
-        found = to_rgb(found if image.mode == "RGB" else found[..., :1], decoding)
-    return found, None
+        pixels = to_rgb(pixels if image.mode == "RGB" else pixels[..., :1], decoding)
+    if decoding.bands is None and orientation not in _TURNED:
+        return Decoded(pixels, jpeg=read_jpeg_file(content))
+    return Decoded(_upright(pixels, orientation))
+
+
+def _by_pillow(file: IO[bytes], image: Image.Image, decoding: Decoding, pages: list[tiff.Page]) -> Pixels:
+    stored_as = image.tile[0][3] if image.tile else None  # which loading forgets
+    image.load()
+    if pages and pages[0].get(tiff.BITS, 1) == 12:
+        return (np.asarray(image) >> 4).astype(np.uint8)[..., None].repeat(3, axis=2)
+    if isinstance(stored_as, str) and stored_as in ("RGB;16B", "RGBA;16B", "LA;16B"):
+        return _from_16_bits(file, image, stored_as, decoding)
+    return _to_rgb(image, decoding)
 
 
 def _may_be_of_metadata(error: Exception) -> bool:
@@ -160,8 +195,11 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+_TURNED = range(2, 9)
+
+
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
-    """Undoes what EXIF says about the camera: 1 to 8 are the ways to turn and mirror an image."""
+    """Undoes what EXIF says about the camera: 2 to 8 are the ways to turn and mirror an image."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.data.account import Account, LeftOut
-from simclr_dist.data.sources.decoding import Pixels, decode
+from simclr_dist.data.sources.decoding import Decoded, Pixels, decode
 from simclr_dist.data.sources.sample_values import ASK, Decoding
 from simclr_dist.errors import DataError
 
@@ -60,8 +60,8 @@ class ImageSource(LabelledImages, Protocol):
         """The name of an image in messages."""
         ...
 
-    def read_checked(self, index: int) -> tuple[Pixels, str | None]:
-        """As `read`, and one line on an image that is damaged, or of which only a part is taken."""
+    def decoded(self, index: int) -> Decoded:
+        """As `read`, with what is known of the image."""
         ...
 
     def take(self, ids: NDArray[np.int64]) -> ImageSource:
@@ -121,12 +121,12 @@ class FileImages:
         return replace(self, labels=self.labels[ids], entries=[self.entries[i] for i in ids], keep=None)
 
     def read(self, index: int) -> Pixels:
-        pixels, damage = self.read_checked(index)
-        if damage is not None and self.decoding.on_damage != "warn":
-            raise DataError(f"{self.name(index)}: {damage}")
-        return pixels
+        found = self.decoded(index)
+        if found.damage is not None and self.decoding.on_damage != "warn":
+            raise DataError(f"{self.name(index)}: {found.damage}")
+        return found.pixels
 
-    def read_checked(self, index: int) -> tuple[Pixels, str | None]:
+    def decoded(self, index: int) -> Decoded:
         name, path, _, size = self.entries[index]
         try:
             with open(path, "rb") if size < 0 else io.BytesIO(self._content(index)) as file:
@@ -184,8 +184,8 @@ class ArrayImages:
     def take(self, ids: NDArray[np.int64]) -> ArrayImages:
         return replace(self, labels=self.labels[ids], images=np.array(self.images[ids]), numbers=ids)
 
-    def read_checked(self, index: int) -> tuple[Pixels, None]:
-        return self.read(index), None
+    def decoded(self, index: int) -> Decoded:
+        return Decoded(self.read(index))
 
     def read(self, index: int) -> Pixels:
         image = np.asarray(self.images[index])
