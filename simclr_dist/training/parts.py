@@ -27,6 +27,7 @@ from simclr_dist.loss import NTXentLoss
 from simclr_dist.monitor.monitor import Monitor, open_monitor
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
 from simclr_dist.network.flops import forward_flops
+from simclr_dist.network.random_layers import RandomLayers, key_draws
 from simclr_dist.network.simclr import build_model
 from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.schedule import LearningRate, build_schedule
@@ -56,7 +57,8 @@ class Parts:
     """The number of steps after which the training has finished."""
     augment: Callable[[Batch], Tensor]
     network: nn.Module
-    """Encoder and projection head, on the device, with global BatchNorm."""
+    """Encoder and projection head, on the device, with global BatchNorm and keyed dropout."""
+    random_layers: RandomLayers
     forward_flops: int | None
     """Of one view; None: not known, or not the main process."""
     optimizer: AcceleratedOptimizer
@@ -110,6 +112,7 @@ def build(config: Config) -> Parts:
 
     simclr = build_model(config.model)
     flops = forward_flops(simclr, config.data.image_size) if world.is_main else None
+    random_layers = key_draws(simclr, config.data.image_size)
     network = _place(simclr, config, device)
     optimizer = build_optimizer(network, config.optim)
     schedule = build_schedule(
@@ -132,7 +135,9 @@ def build(config: Config) -> Parts:
         accelerator.scaler.load_state_dict(dict(checkpoint.grad_scaler))
 
     last_step = min(num_steps, config.train.max_steps or num_steps)
-    monitor = run_on_all_ranks(lambda: _open_monitor(config, world, state, last_step, steps_per_epoch), device)
+    monitor = run_on_all_ranks(
+        lambda: _open_monitor(config, world, state, last_step, steps_per_epoch, random_layers), device
+    )
     saver = Saver(
         config,
         device,
@@ -155,6 +160,7 @@ def build(config: Config) -> Parts:
         last_step=last_step,
         augment=augment,
         network=network,
+        random_layers=random_layers,
         forward_flops=flops,
         optimizer=accelerated_optimizer,
         schedule=schedule,
@@ -244,9 +250,21 @@ def _wrap(network: nn.Module, accelerator: Accelerator, *, compiled: bool) -> nn
     return model
 
 
-def _open_monitor(config: Config, world: World, state: TrainState, last_step: int, steps_per_epoch: int) -> Monitor:
+def _open_monitor(
+    config: Config,
+    world: World,
+    state: TrainState,
+    last_step: int,
+    steps_per_epoch: int,
+    random_layers: RandomLayers,
+) -> Monitor:
     if not world.is_main:
         return Monitor()
+    if state.step and random_layers.keyed and provenance.drew_from_generator(config.run_dir):
+        _warn_on(world)(
+            f"up to step {state.step} dropout and stochastic depth drew from torch's generator, as in release 0.1; "
+            "from here on they draw by key, so the masks are not those that the run would have had"
+        )
     provenance.record(config.run_dir, render_config(config), config.seed)
     return open_monitor(
         config.run_dir,
