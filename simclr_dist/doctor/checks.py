@@ -276,6 +276,10 @@ def examine_config(path: str, overrides: Sequence[str], probe: dict[str, Any]) -
         "data", lambda: examine_data(config.data, config.train.global_batch_size, config.evaluation.train)
     )
     yield from guarded("labels", lambda: examine_labels(config.data, config.evaluation))
+    if "version" in probe.get("torch", {}):
+        from simclr_dist.doctor.network import examine_random_layers
+
+        yield from guarded("random layers", lambda: examine_random_layers(config.model, config.data.image_size))
     gpus = probe.get("gpus")
     if config.train.precision == "bf16" and isinstance(gpus, list) and not all(gpu["bf16"] for gpu in gpus):
         yield Finding("warning", "precision", "bf16, which a GPU here only emulates", "train.precision=fp16 or fp32")

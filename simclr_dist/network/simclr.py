@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from simclr_dist.config import ModelConfig
 from simclr_dist.network.encoders import build_encoder
+from simclr_dist.network.keyed_dropout import Draws
 
 
 class SimCLR(nn.Module):
@@ -21,10 +22,18 @@ class SimCLR(nn.Module):
         self.encoder = encoder
         self.projection_head = projection_head
         self.feature_dim = feature_dim
+        self.draws: Draws | None = None
+        """Set where modules draw by key (random_layers.py)."""
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, row_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """row_keys: int32 [n, 2], what dropout and its like draw from (`draw_keys`). None: from torch's generator."""
+        if self.draws is not None:
+            self.draws.begin(row_keys)
         h = self.encoder(images)
-        return h, self.projection_head(h)
+        z = self.projection_head(h)
+        if self.draws is not None:
+            self.draws.end()
+        return h, z
 
 
 def build_model(config: ModelConfig) -> SimCLR:

@@ -28,6 +28,7 @@ def backward_in_micro_batches(
     loss_fn: Callable[[Tensor], Tensor],
     *,
     micro_batch_size: int,
+    row_keys: Tensor | None = None,
     backward: Callable[[Tensor], Any] = Tensor.backward,
     observe: Callable[[Any], None] | None = None,
 ) -> Tensor:
@@ -37,36 +38,38 @@ def backward_in_micro_batches(
         gradients are then averaged once, in the last micro-batch.
     views: [V, B, ...]; a micro-batch holds all V views of `micro_batch_size` images (the last one of what is left).
     loss_fn: z [V*B, K], view after view, in float32 at least -> scalar.
+    row_keys: [V, B, ...], cut like the views and given to the model beside them (network/keyed_dropout.py).
     backward: how to call backward on the loss: `accelerator.backward`, or one that multiplies by a GradScaler's
         scale. dL/dz carries the scale on into the network.
     observe: called with the model's output for each micro-batch, in order, without a graph.
 
-    Dropout and its like draw the same numbers in both passes. Without batch statistics in the network this is the
-    full batch's gradient. BatchNorm normalises each micro-batch by its own statistics: the gradient is exactly that
-    of *this* network, not of the one that sees the full batch. Its running statistics move once a call, by the mean
-    over the micro-batches. All ranks need equally many micro-batches.
+    Dropout and its like draw the same numbers in both passes: by key, or because the generators' states come back.
+    Without batch statistics in the network this is the full batch's gradient. BatchNorm normalises each micro-batch by
+    its own statistics: the gradient is exactly that of *this* network, not of the one that sees the full batch. Its
+    running statistics move once a call, by the mean over the micro-batches. All ranks need equally many micro-batches.
     """
     if micro_batch_size < 1:
         raise ValueError(f"micro_batch_size must be at least 1, found {micro_batch_size}")
     num_views = views.shape[0]
-    micro_batches = views.split(micro_batch_size, dim=1)
+    parts = [x.split(micro_batch_size, dim=1) for x in (views, row_keys) if x is not None]
+    micro_batches = list(zip(*parts, strict=True))
 
-    def project(micro_batch: Tensor) -> Tensor:
-        """[V, b, ...] -> z [V, b, K]."""
-        output = model(micro_batch.flatten(0, 1))
+    def project(micro_batch: tuple[Tensor, ...]) -> Tensor:
+        """[V, b, ...] each -> z [V, b, K]."""
+        output = model(*(x.flatten(0, 1) for x in micro_batch))
         if observe is not None and not torch.is_grad_enabled():
             observe(output)
         z: Tensor = output[-1] if isinstance(output, tuple) else output
         return z.unflatten(0, (num_views, -1))
 
-    random_states, parts = [], []
+    random_states, z_parts = [], []
     with torch.no_grad(), _running_statistics_move_once(model):
         for micro_batch in micro_batches:
             random_states.append(_random_state(views.device))
-            parts.append(project(micro_batch))
+            z_parts.append(project(micro_batch))
     torch.clear_autocast_cache()  # its copies of the weights were made without a graph
 
-    z = torch.cat(parts, dim=1).flatten(0, 1)
+    z = torch.cat(z_parts, dim=1).flatten(0, 1)
     # Float32 at least, so that dL/dz is scaled before it is rounded to float16, as in a single pass.
     z = z.to(torch.promote_types(z.dtype, torch.float32)).requires_grad_()
     loss = loss_fn(z)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from simclr_dist.atomic import replace_text
 from simclr_dist.parallel.environment import found_in
-from simclr_dist.run.layout import RunDir, append_record
+from simclr_dist.run.layout import RunDir, append_record, read_records
 from simclr_dist.run.status import attempt_name
 
 
@@ -31,13 +31,19 @@ def record_settings(run_dir: Path, settings: str) -> None:
 def versions() -> dict[str, str]:
     """Of everything that can change a result."""
     names = ("simclr-dist", "torch", "torchvision", "accelerate", "numpy", "ffcv", "numba")
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    found = {"python": platform.python_version(), "platform": platform.platform(), "dropout": "keyed"}
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def drew_from_generator(run_dir: Path) -> bool:
+    """Whether the run's last start had dropout masks of torch's generator, as release 0.1 did."""
+    starts = read_records(RunDir(run_dir).environment)
+    return bool(starts) and "dropout" not in (starts[-1].get("versions") or {})
 
 
 def git_id() -> str | None:

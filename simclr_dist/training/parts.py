@@ -25,6 +25,7 @@ from simclr_dist.loss import NTXentLoss
 from simclr_dist.monitor.monitor import Monitor, open_monitor
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
 from simclr_dist.network.flops import forward_flops
+from simclr_dist.network.random_layers import RandomLayers, key_draws
 from simclr_dist.network.simclr import build_model
 from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.schedule import LearningRate, build_schedule
@@ -66,7 +67,8 @@ class Parts:
     """The number of steps after which the training has finished."""
     augment: Callable[[Batch], Tensor]
     network: nn.Module
-    """Encoder and projection head, on the device, with global BatchNorm."""
+    """Encoder and projection head, on the device, with global BatchNorm and keyed dropout."""
+    random_layers: RandomLayers
     forward_flops: int | None
     """Of one view; None: not known, or not the main process."""
     optimizer: AcceleratedOptimizer
@@ -126,6 +128,7 @@ def build(config: Config) -> Parts:
 
     simclr = build_model(config.model)
     flops = forward_flops(simclr, config.data.image_size) if world.is_main else None
+    random_layers = key_draws(simclr, config.data.image_size)
     network = _place(simclr, config, device)
     optimizer = build_optimizer(network, config.optim)
     schedule = build_schedule(
@@ -149,7 +152,7 @@ def build(config: Config) -> Parts:
 
     last_step = min(num_steps, config.train.max_steps or num_steps)
     monitor = run_on_all_ranks(
-        lambda: _open_monitor(config, world, state, checkpoint, last_step, steps_per_epoch), device
+        lambda: _open_monitor(config, world, state, checkpoint, last_step, steps_per_epoch, random_layers), device
     )
     saver = Saver(
         config,
@@ -174,6 +177,7 @@ def build(config: Config) -> Parts:
         last_step=last_step,
         augment=augment,
         network=network,
+        random_layers=random_layers,
         forward_flops=flops,
         optimizer=accelerated_optimizer,
         schedule=schedule,
@@ -240,7 +244,13 @@ def _wrap(network: nn.Module, accelerator: Accelerator, *, compiled: bool) -> nn
 
 
 def _open_monitor(
-    config: Config, world: World, state: TrainState, checkpoint: Checkpoint | None, last_step: int, steps_per_epoch: int
+    config: Config,
+    world: World,
+    state: TrainState,
+    checkpoint: Checkpoint | None,
+    last_step: int,
+    steps_per_epoch: int,
+    random_layers: RandomLayers,
 ) -> Monitor:
     """Writes down how this start goes on, and opens the records of what follows."""
     if not world.is_main:
@@ -248,6 +258,7 @@ def _open_monitor(
     changed = changed_settings(checkpoint, config)
     refuse_to_relabel(checkpoint, changed, last_step)
     superseded = leave_other_line(checkpoint, config)
+    drew_from_generator = provenance.drew_from_generator(config.run_dir)
     provenance.record(config.run_dir, config.seed)
     if state.step < last_step:
         provenance.record_settings(config.run_dir, render_config(config))
@@ -265,6 +276,11 @@ def _open_monitor(
         monitor.warn(
             f"going back to step {state.step}: set aside in {RunDir(config.run_dir).checkpoints}: "
             f"{', '.join(superseded)}; resume=… with one of them takes that way again"
+        )
+    if state.step and random_layers.keyed and drew_from_generator:
+        monitor.warn(
+            f"up to step {state.step} dropout and stochastic depth drew from torch's generator, as in release 0.1; "
+            "from here on they draw by key, so the masks are not those that the run would have had"
         )
     for change in history.describe_changes(changed):
         monitor.warn(f"changed since step {state.step}: {change}")

@@ -26,7 +26,11 @@ def show_start(config: Config, parts: Parts) -> None:
     if parts.world.is_main:
         start = f"resumes at step {parts.state.step}" if parts.state.step else "starts at step 0"
         rows = start_rows(config, parts.world, parts.device, parts.loader, parts.network, parts.forward_flops)
+        if random_layers := parts.random_layers.summary():
+            rows["random layers"] = random_layers
         parts.monitor.show(Summary("start", f"{config.name}: {start} of {parts.last_step}", rows))
+        if warning := parts.random_layers.warning():
+            parts.monitor.warn(warning)
         if parts.loader.account is not None:
             for line in parts.loader.account.remarks():
                 parts.monitor.warn(f"{config.data.train}: {line}")

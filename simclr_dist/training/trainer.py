@@ -13,6 +13,7 @@ from torch import Tensor
 from simclr_dist.config import Config
 from simclr_dist.data import Batch
 from simclr_dist.health.check import Recording
+from simclr_dist.network.keyed_dropout import draw_keys
 from simclr_dist.optim.micro_batch import backward_in_micro_batches
 from simclr_dist.optim.schedule import set_learning_rate
 from simclr_dist.run.status import State
@@ -47,10 +48,11 @@ class Trainer:
         """One update from this rank's share of a global batch. Raises NonFiniteError."""
         accelerator, optimizer = self.parts.accelerator, self.parts.optimizer
         self._seed_step()
+        row_keys = self._row_keys(batch)
         set_learning_rate(optimizer, self.learning_rate())
         views = self.augment(batch)  # [2, B, 3, H, W]
         with self.parts.health.record(self.state.step + 1) as recording:
-            loss, h, z = self.backward(views, batch.sample_ids)
+            loss, h, z = self.backward(views, batch.sample_ids, row_keys)
         if self.config.optim.max_grad_norm is not None:
             accelerator.clip_grad_norm_(self.parts.model.parameters(), self.config.optim.max_grad_norm)
         if accelerator.scaler is not None:
@@ -69,21 +71,25 @@ class Trainer:
             raise NonFiniteGradientError("the gradient is infinite in fp16 at any loss scale", self._facts(batch))
         return StepResult(loss, self.grad_norm(), h, z, recording)
 
-    def backward(self, views: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, views: Tensor, sample_ids: Tensor, row_keys: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Adds the gradient of the global loss to the parameters.
 
+        row_keys: [2, B, 2], what dropout and its like draw from; None: from torch's generator.
         Returns the loss [], h [2B, D] and z [2B, K], view after view, all detached.
         """
         self.parts.optimizer.zero_grad(set_to_none=True)
         if self.config.train.micro_batch_size is not None:
-            return self._backward_in_micro_batches(views, sample_ids, self.config.train.micro_batch_size)
-        h, z = self.parts.model(views.flatten(0, 1))  # [2B, D], [2B, K]
+            return self._backward_in_micro_batches(views, sample_ids, row_keys, self.config.train.micro_batch_size)
+        rows = [x.flatten(0, 1) for x in (views, row_keys) if x is not None]
+        h, z = self.parts.model(*rows)  # [2B, D], [2B, K]
         loss = self.nt_xent(z, sample_ids)  # negatives from every rank
         self.parts.accelerator.backward(loss)
         return loss.detach(), h.detach(), z.detach()
 
     def _backward_in_micro_batches(
-        self, views: Tensor, sample_ids: Tensor, micro_batch_size: int
+        self, views: Tensor, sample_ids: Tensor, row_keys: Tensor | None, micro_batch_size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         outputs: list[tuple[Tensor, Tensor]] = []
         loss = backward_in_micro_batches(
@@ -91,6 +97,7 @@ class Trainer:
             views,
             lambda z: self.nt_xent(z, sample_ids),
             micro_batch_size=micro_batch_size,
+            row_keys=row_keys,
             backward=self.parts.accelerator.backward,
             observe=outputs.append,
         )
@@ -111,8 +118,14 @@ class Trainer:
         """Of the next step."""
         return self.parts.schedule(self.state.samples_seen)
 
+    def _row_keys(self, batch: Batch) -> Tensor | None:
+        """[2, B, 2] for the modules that draw by key; None: there are none."""
+        if not self.parts.random_layers.keyed:
+            return None
+        return draw_keys(self.config.seed, batch.epoch, self.state.step, batch.host_ids, self.parts.device)
+
     def _seed_step(self) -> None:
-        """Dropout and its like draw from a generator that depends on the step alone, so a resume draws the same."""
+        """For modules that draw from torch's generator all the same: a resume on as many processes draws the same."""
         words = np.random.SeedSequence([self.config.seed, self.state.step, self.parts.world.rank]).generate_state(
             2, np.uint64
         )
