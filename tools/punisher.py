@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PATIENCE_S = 180
+TO_THE_END_S = 3600
 
 
 class PunisherError(Exception):
@@ -133,12 +134,12 @@ class Run:
             time.sleep(0.02)
         return True
 
-    def wait_for_end(self) -> None:
+    def wait_for_end(self, patience_s: float = PATIENCE_S) -> None:
         """Until no process of the run is left."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + patience_s
         while self.living() or (self.launcher is not None and self.launcher.poll() is None):
             if time.monotonic() > deadline:
-                raise PunisherError(f"still alive {PATIENCE_S} s after the fault: processes {sorted(self.living())}")
+                raise PunisherError(f"still alive after {patience_s} s: processes {sorted(self.living())}")
             time.sleep(0.05)
 
     def kill_all(self) -> None:
@@ -336,7 +337,7 @@ def punish(run: Run, total_steps: int, faults: int, chance: random.Random) -> No
         run.wait_for_end()
         print(f"{number:3}  step {hit:5}  {name:44} over after {time.monotonic() - started:5.1f} s", flush=True)
     run.start()
-    run.wait_for_end()
+    run.wait_for_end(TO_THE_END_S)
     if run.state() != "finished":
         raise PunisherError(f"the last start did not finish; see {run.runs_dir / run.name}.log")
 
@@ -358,7 +359,7 @@ def main() -> int:
     )
     try:
         undisturbed.start()
-        undisturbed.wait_for_end()
+        undisturbed.wait_for_end(TO_THE_END_S)
         if undisturbed.state() != "finished":
             raise PunisherError(f"the undisturbed run failed; see {runs_dir}/undisturbed.log")
         punish(punished, undisturbed.last_step(), args.faults, random.Random(args.seed))
