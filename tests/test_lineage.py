@@ -115,6 +115,8 @@ def test_what_changes_is_said_and_every_configuration_is_kept_with_its_step(imag
             assert "changed since step 8: loss.temperature: 0.5 → 0.9" in part.output[0]
             assert "changed since step 8: augment.blur_p: " in part.output[0]
     assert "loss.temperature:" not in part.output[0]
+    told = read_run(part.run_dir).story
+    assert any(line.endswith("changed: loss.temperature: 0.5 → 0.9") for line in told)
     starts = [line for line in story(part) if line["event"] == "start"]
     assert [line["step"] for line in starts] == [0, 8, 12]
     assert [line["settings"]["loss"]["temperature"] for line in starts] == [0.5, 0.9, 0.9]

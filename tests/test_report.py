@@ -107,7 +107,7 @@ def test_every_entry_of_the_contents_leads_to_a_section(text: str) -> None:
     tags = Page(text).tags
     links = [attributes["href"] for tag, attributes in tags if tag == "a"]
     assert links == [f"#{attributes['id']}" for tag, attributes in tags if tag == "section"]
-    assert len(links) == 9
+    assert len(links) == 10
 
 
 def test_what_a_run_says_is_shown_as_text(text: str) -> None:

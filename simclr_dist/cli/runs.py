@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from simclr_dist.cli.arguments import Commands, add_command
 from simclr_dist.cli.terminal import percent, print_table, say
@@ -80,7 +79,7 @@ def _run_show(args: argparse.Namespace) -> int:
     rows = list(_checkpoints(run))
     print(printable(str(run.path)), flush=True)
     print_table("", ("checkpoint", "saved", "size", "notes"), rows)
-    for line in _story(run):
+    for line in history.tell(run.path):
         print(printable(line))
     return 0
 
@@ -101,26 +100,6 @@ def _checkpoints(run: RunDir) -> Iterator[Sequence[str]]:
             notes.append(f"best kNN, {percent(best[1])}")
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
         yield printable(path.name), saved, _size(path), printable(", ".join(notes))
-
-
-def _story(run: RunDir) -> Iterator[str]:
-    for line in read_records(run.lineage):
-        when, event = str(line.get("time", "")), line.get("event")
-        if event == "start":
-            origin = f" from {line['from']}" if line.get("from") else ""
-            yield f"{when}  started at step {line.get('step')}{origin}, processes: {line.get('world_size')}"
-            changed = line.get("changed")
-            yield from (f"{'':26}changed: {text}" for text in _changes(changed))
-        elif event == "rewind" and isinstance(line.get("set_aside"), list):
-            aside = ", ".join(map(str, line["set_aside"]))
-            yield f"{when}  went back to {line.get('to')}; rewind {line.get('number')} set aside {aside}"
-
-
-def _changes(changed: Any) -> list[str]:
-    pairs = changed.items() if isinstance(changed, dict) else ()
-    return history.describe_changes(
-        {str(key): (pair[0], pair[1]) for key, pair in pairs if isinstance(pair, list) and len(pair) == 2}
-    )
 
 
 def _size(folder: Path) -> str:

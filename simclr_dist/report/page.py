@@ -61,6 +61,7 @@ def render(runs: Mapping[str, RunRecord], insights: Mapping[str, Insight | str],
         ("Confusion of the probe", _side_by_side(insights, _confusion)),
         ("Similarities", _side_by_side(insights, _similarities)),
         ("Configuration", _comparison({name: run.settings for name, run in runs.items()})),
+        ("History", _history(runs)),
         ("Environment", _comparison({name: run.environment for name, run in runs.items()})),
     ]
     title = " · ".join(runs)
@@ -204,6 +205,21 @@ def _comparison(columns: Mapping[str, Mapping[str, Any]]) -> Html:
     different = [[key, *values] for key, values in rows.items() if len(set(values)) > 1]
     first = table(["", *columns], different, class_="marked") if different else element("p", "No difference.")
     return join([first, element("details", element("summary", "everything"), everything)])
+
+
+def _history(runs: Mapping[str, RunRecord]) -> Html:
+    """Where each run started, went back, and changed its settings."""
+    return element(
+        "div",
+        *(
+            element(
+                "div",
+                element("h3", name),
+                element("div", element("pre", "\n".join(run.story) or "not recorded"), class_="scroll"),
+            )
+            for name, run in runs.items()
+        ),
+    )
 
 
 def names_of(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:

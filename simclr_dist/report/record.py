@@ -11,6 +11,7 @@ import yaml
 
 from simclr_dist.config import flatten
 from simclr_dist.errors import ConfigError
+from simclr_dist.run import history
 from simclr_dist.run.layout import RunDir, read_record, read_records
 from simclr_dist.run.status import Status, read_status
 
@@ -38,6 +39,8 @@ class RunRecord:
     curves: Mapping[str, Curve]
     evaluations: tuple[Mapping[str, Any], ...]
     classifiers: Mapping[str, Mapping[str, Any]]
+    story: tuple[str, ...] = ()
+    """Starts, changes of settings and rewinds, a line each."""
 
 
 def read_run(path: Path) -> RunRecord:
@@ -60,6 +63,7 @@ def read_run(path: Path) -> RunRecord:
         tuple(read_records(run.evaluations)),
         # The linear probe of a recipe has no method: it stands among the evaluations.
         {folder: found for folder, found in results.items() if found and "method" in found},
+        tuple(history.tell(path)),
     )
 
 

@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,22 @@ def _set_aside(run_dir: Path, names: list[str], number: int) -> list[str]:
 def record_start(run_dir: Path, **facts: Any) -> None:
     """A start of the run: from which step and checkpoint, with which settings. Raises OSError."""
     _record(run_dir, "start", **facts)
+
+
+def tell(run_dir: Path) -> Iterator[str]:
+    """The starts, changes of settings and rewinds in lineage.jsonl, a line of text each. The file may be anybody's."""
+    for line in read_records(RunDir(run_dir).lineage):
+        when, event = str(line.get("time", "")), line.get("event")
+        if event == "start":
+            origin = f" from {line['from']}" if line.get("from") else ""
+            yield f"{when}  started at step {line.get('step')}{origin}, processes: {line.get('world_size')}"
+            changed = line.get("changed")
+            pairs = changed.items() if isinstance(changed, dict) else ()
+            known = {str(key): (pair[0], pair[1]) for key, pair in pairs if isinstance(pair, list) and len(pair) == 2}
+            yield from (f"{'':26}changed: {text}" for text in describe_changes(known))
+        elif event == "rewind" and isinstance(line.get("set_aside"), list):
+            aside = ", ".join(map(str, line["set_aside"]))
+            yield f"{when}  went back to {line.get('to')}; rewind {line.get('number')} set aside {aside}"
 
 
 def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
