@@ -170,12 +170,11 @@ def conclude(plan: LaunchPlan, rc: int, job: outcome.JobState) -> Decision:
 def report(plan: LaunchPlan, decision: Decision) -> None:
     """Prints to stderr how the run ended, why, and the command that continues it."""
     lines = [f"launcher: {plan.run_dir}: {decision.why}"]
-    if not decision.permanent:
-        status = read_status(Path(plan.run_dir))
-        if decision.failed and status and status.message:
-            lines.append(f"launcher: {status.message.strip().splitlines()[-1]}")
-        if decision.action in ("leave", "fail") and decision.exit_code != Exit.OK:
-            lines.append(f"launcher: continue with: {continue_line(plan)}")
+    status = read_status(Path(plan.run_dir))
+    if decision.failed and not decision.explained and status and status.message:
+        lines.append(f"launcher: {status.message.strip().splitlines()[-1]}")
+    if decision.action in ("leave", "fail") and decision.exit_code != Exit.OK and not decision.permanent:
+        lines.append(f"launcher: continue with: {continue_line(plan)}")
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 

@@ -99,7 +99,9 @@ class Decision:
     failed: bool = False
     """Whether this attempt counts as a failure; a preemption does not."""
     permanent: bool = False
-    """The same command would fail in the same way; a message has said why."""
+    """The same command would fail in the same way."""
+    explained: bool = False
+    """The last lines that were printed say why: no process of the training had been started."""
 
 
 def decide(evidence: Evidence, *, max_failures: int, requeue: bool) -> Decision:
@@ -107,7 +109,9 @@ def decide(evidence: Evidence, *, max_failures: int, requeue: bool) -> Decision:
     status = evidence.status
     state, reason = (status.state, status.reason) if status else ("", "")
     if status is None and evidence.rc == Exit.USAGE:
-        return Decision("fail", Exit.USAGE, "refused: another attempt would be, too", failed=True, permanent=True)
+        return Decision(
+            "fail", Exit.USAGE, "refused: another attempt would be, too", failed=True, permanent=True, explained=True
+        )
     if state == "finished":
         return Decision("done", Exit.OK, "finished")
     if state == "stopped" or evidence.stop_file:
@@ -117,9 +121,13 @@ def decide(evidence: Evidence, *, max_failures: int, requeue: bool) -> Decision:
     if evidence.job == "requeued":
         return Decision("leave", Exit.OK, "the scheduler has requeued the job already")
     if state == "failed" and reason in PERMANENT:
-        code = Exit.USAGE if reason == "config_error" else Exit.FAILED
         return Decision(
-            "fail", code, f"{reason}: another attempt would fail in the same way", failed=True, permanent=True
+            "fail",
+            Exit.USAGE if reason == "config_error" else Exit.FAILED,
+            f"{reason}: another attempt would fail in the same way",
+            failed=True,
+            permanent=True,
+            explained=evidence.rc == Exit.USAGE,  # workers' exit codes become 1
         )
 
     progressed = evidence.end_step > evidence.start_step

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -53,26 +52,13 @@ def check(run_dir: Path, training: list[str]) -> None:
 
 def launch(run_dir: Path, argv: list[str]) -> int:
     """Runs `accelerate launch` in this process; its exit code."""
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from simclr_dist.parallel.distributed import run_agent
 
     sys.argv = [ACCELERATE, *argv]
-    try:
-        runpy.run_module(ACCELERATE, run_name="__main__", alter_sys=True)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        say_unless_known(run_dir, f"rank {rank}: {ended(failure.exitcode)}")
-        return 1
-    except subprocess.CalledProcessError as error:
-        say_unless_known(run_dir, f"the training {ended(error.returncode)}")
-        return 1
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    return 0
-
-
-def ended(code: int) -> str:
-    return f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    code, why = run_agent(lambda: runpy.run_module(ACCELERATE, run_name="__main__", alter_sys=True))
+    if why:
+        say_unless_known(run_dir, why)
+    return code
 
 
 def say_unless_known(run_dir: Path, message: str) -> None:
