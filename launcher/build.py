@@ -9,11 +9,10 @@ from pathlib import Path
 
 from launcher import local, machine
 from launcher.errors import LaunchError
-from launcher.launch_plan import Device, LaunchPlan, checked_env, new_attempt, passed_on
+from launcher.launch_plan import TRAINER, Device, LaunchPlan, checked_env, new_attempt, passed_on
 from simclr_dist.config import Config, load_config
 from simclr_dist.parallel.environment import check_environment
 
-TRAINER = "simclr_dist.train"
 SHOWN_ATTEMPT = "show.0-000000"
 """The attempt's name in what `show` prints."""
 

@@ -18,6 +18,7 @@ from simclr_dist.run.layout import RunDir
 Backend = Literal["local", "slurm", "hosts"]
 Device = Literal["cpu", "cuda"]
 
+TRAINER = "simclr_dist.train"
 STOP_SIGNALS = ("USR1", "USR2")  # NCCL may use USR1 itself on some systems, hence the choice
 
 # What a field may hold. Nothing that matches can start a new line, an option or a shell word.
@@ -182,6 +183,11 @@ def new_attempt(job: str, restart: int) -> str:
 def job_of(attempt: str) -> str:
     """JOB of an attempt's name JOB.RESTART-NONCE."""
     return attempt.partition(".")[0]
+
+
+def restart_of(attempt: str) -> int:
+    """RESTART of an attempt's name JOB.RESTART-NONCE."""
+    return int(attempt.rpartition(".")[2].partition("-")[0])
 
 
 def prepare_run_dir(run_dir: Path) -> None:

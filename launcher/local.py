@@ -23,7 +23,7 @@ from launcher import machine, outcome, processes
 from launcher.errors import Exit, LaunchError
 from launcher.launch_plan import LaunchPlan, new_attempt, prepare_run_dir, write_launch_plan
 from launcher.outcome import Decision
-from simclr_dist.run.layout import RunDir
+from simclr_dist.run.layout import RunDir, newest_step
 from simclr_dist.run.status import read_status
 
 POLL_S = 0.1
@@ -126,7 +126,7 @@ def begin(plan: LaunchPlan, **values: object) -> None:
         run_dir,
         "start",
         plan.attempt,
-        step=outcome.newest_step(run_dir),
+        step=newest_step(run_dir),
         backend=plan.backend,
         num_nodes=plan.num_nodes,
         procs_per_node=plan.procs_per_node,
@@ -140,7 +140,7 @@ def conclude(plan: LaunchPlan, rc: int, job: outcome.JobState) -> Decision:
     status = read_status(run_dir)
     if status is not None and status.attempt != plan.attempt:
         status = None  # left by an earlier attempt
-    start, end = outcome.start_step(run_dir, plan.attempt), outcome.newest_step(run_dir)
+    start, end = outcome.start_step(run_dir, plan.attempt), newest_step(run_dir)
     evidence = outcome.Evidence(
         rc=rc,
         status=status,
@@ -171,9 +171,9 @@ def report(plan: LaunchPlan, decision: Decision) -> None:
     """Prints to stderr how the run ended, why, and the command that continues it."""
     lines = [f"launcher: {plan.run_dir}: {decision.why}"]
     status = read_status(Path(plan.run_dir))
-    if decision.failed and status and status.message:
+    if decision.failed and not decision.explained and status and status.message:
         lines.append(f"launcher: {status.message.strip().splitlines()[-1]}")
-    if decision.action in ("leave", "fail") and decision.exit_code != Exit.OK:
+    if decision.action in ("leave", "fail") and decision.exit_code != Exit.OK and not decision.permanent:
         lines.append(f"launcher: continue with: {continue_line(plan)}")
     print("\n".join(lines), file=sys.stderr, flush=True)
 

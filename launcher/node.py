@@ -19,10 +19,11 @@ from pathlib import Path
 
 from launcher import machine, rollcall
 from launcher.errors import Exit, LaunchError
-from launcher.launch_plan import LaunchPlan, is_reserved, passed_on, read_launch_plan
+from launcher.launch_plan import TRAINER, LaunchPlan, is_reserved, passed_on, read_launch_plan, restart_of
 from simclr_dist.parallel.environment import found_in
 from simclr_dist.run.status import write_status
 
+AGENT = "simclr_dist.training.agent"
 ACCELERATE_CONFIG = Path(__file__).with_name("accelerate.yaml")
 
 
@@ -48,7 +49,7 @@ def run_node(plan_path: Path, node_rank: int | None) -> None:
             print(f"launcher: not passed on to the training: {'; '.join(kept_back)}", file=sys.stderr, flush=True)
     os.chdir(plan.workdir)
     # This node's own interpreter: in a container it has another path than where the launch plan was made.
-    argv = agent_argv(replace(plan, python=str(Path(sys.executable).absolute())), rank)
+    argv = checking(agent_argv(replace(plan, python=str(Path(sys.executable).absolute())), rank), plan, rank)
     sys.stdout.flush()
     os.execve(argv[0], argv, agent_env(plan, ifname, machine.num_cpus(), os.environ))
 
@@ -138,6 +139,18 @@ def agent_argv(plan: LaunchPlan, rank: int) -> list[str]:
     # The trainer decides precision and compilation itself.
     accelerate += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     return [*accelerate, *plan.command]
+
+
+def checking(accelerate: list[str], plan: LaunchPlan, rank: int) -> list[str]:
+    """`accelerate launch` for a training, in a process that first looks whether the training can work at all.
+
+    On one node, and once: a later attempt of the job has been looked at.
+    """
+    if plan.command[:2] != ("-m", TRAINER):
+        return accelerate
+    first = rank == 0 and restart_of(plan.attempt) == 0
+    agent = [accelerate[0], "-m", AGENT, plan.run_dir, *(plan.command[2:] if first else ()), "--"]
+    return [*agent, *accelerate[3:]]
 
 
 def agent_env(plan: LaunchPlan, ifname: str, num_cpus: int, inherited: Mapping[str, str]) -> dict[str, str]:

@@ -15,16 +15,11 @@ from typing import Any, Literal
 
 from launcher.errors import Exit
 from launcher.launch_plan import job_of
-from simclr_dist.run.layout import RunDir, append_record, read_records, step_of
+from simclr_dist.run.layout import RunDir, append_record, read_records
 from simclr_dist.run.status import Status
 
 PERMANENT = ("config_error", "data_error", "nan_abort", "checkpoint_error")
 """Reasons of a failure that would come back in every further attempt."""
-
-
-def newest_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint, by name; 0 if there is none."""
-    return max(map(step_of, RunDir(run_dir).list_checkpoints()), default=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,12 +98,20 @@ class Decision:
     why: str
     failed: bool = False
     """Whether this attempt counts as a failure; a preemption does not."""
+    permanent: bool = False
+    """The same command would fail in the same way."""
+    explained: bool = False
+    """The last lines that were printed say why: no process of the training had been started."""
 
 
 def decide(evidence: Evidence, *, max_failures: int, requeue: bool) -> Decision:
     """What to do after an attempt. `max_failures`: failures in a row that are forgiven, while each makes progress."""
     status = evidence.status
     state, reason = (status.state, status.reason) if status else ("", "")
+    if status is None and evidence.rc == Exit.USAGE:
+        return Decision(
+            "fail", Exit.USAGE, "refused: another attempt would be, too", failed=True, permanent=True, explained=True
+        )
     if state == "finished":
         return Decision("done", Exit.OK, "finished")
     if state == "stopped" or evidence.stop_file:
@@ -118,8 +121,14 @@ def decide(evidence: Evidence, *, max_failures: int, requeue: bool) -> Decision:
     if evidence.job == "requeued":
         return Decision("leave", Exit.OK, "the scheduler has requeued the job already")
     if state == "failed" and reason in PERMANENT:
-        code = Exit.USAGE if reason == "config_error" else Exit.FAILED
-        return Decision("fail", code, f"{reason}: another attempt would fail in the same way", failed=True)
+        return Decision(
+            "fail",
+            Exit.USAGE if reason == "config_error" else Exit.FAILED,
+            f"{reason}: another attempt would fail in the same way",
+            failed=True,
+            permanent=True,
+            explained=evidence.rc == Exit.USAGE,  # workers' exit codes become 1
+        )
 
     progressed = evidence.end_step > evidence.start_step
     idle = 0 if progressed else 1 + _num_last(evidence.earlier, lambda ended: not ended.progressed)

@@ -15,7 +15,7 @@ from pathlib import Path
 from launcher import local, outcome, scontrol
 from launcher.errors import Exit, LaunchError
 from launcher.launch_plan import one_line, read_launch_plan, refuse_foreign
-from simclr_dist.run.layout import RunDir
+from simclr_dist.run.layout import RunDir, newest_step
 from simclr_dist.run.owner import has_living_owner
 from simclr_dist.run.status import read_status
 
@@ -49,7 +49,7 @@ def status(args: argparse.Namespace) -> Exit:
         console.print(Text(f"state       {now.state}{reason} at step {now.step}, {now.time}"))
         if now.message:
             console.print(Text(f"message     {now.message.strip().splitlines()[-1]}"), soft_wrap=True)
-    console.print(Text(f"checkpoint  step {outcome.newest_step(run_dir)}"))
+    console.print(Text(f"checkpoint  step {newest_step(run_dir)}"))
     if job:
         in_queue = scontrol.query(["squeue", "--noheader", f"--jobs={job}", "--format=%T %r"])
         console.print(Text(f"SLURM job   {job}: {(in_queue or '').strip() or 'no longer in the queue'}"))

@@ -25,6 +25,13 @@ data: {train: synthetic, image_size: 32}
 model: {encoder: resnet_small}
 train: {global_batch_size: 8, epochs: 20}
 """
+FAKE_PREFLIGHT = """\
+class check_training:
+    def __init__(self, config):
+        pass
+    def to_environment(self):
+        pass
+"""
 
 
 def clean_environment() -> dict[str, str]:
@@ -107,6 +114,10 @@ def make_checkout(root: Path) -> Checkout:
     for name in ("launcher", "slurm", *(f"simclr_dist/{name}" for name in NEEDED_BY_THE_LAUNCHER)):
         copy_from_repository(name, root)
     shutil.copy(REPOSITORY / "tests" / "fake_trainer.py", root / "simclr_dist" / "train.py")
+    (root / "simclr_dist" / "training").mkdir()
+    for name in ("__init__.py", "agent.py"):
+        copy_from_repository(f"simclr_dist/training/{name}", root)
+    (root / "simclr_dist" / "training" / "preflight.py").write_text(FAKE_PREFLIGHT)
     (root / "fake.yaml").write_text(CONFIG)
     return Checkout(root, clean_environment())
 

@@ -16,6 +16,7 @@ from launcher.launch_plan import LaunchPlan
 from launcher.outcome import Ended, Evidence, decide
 from launcher.scontrol import parse_job_state
 from simclr_dist.errors import Reason
+from simclr_dist.run.layout import newest_step
 from simclr_dist.run.status import Status, read_status, write_status
 
 FINISHED, STOPPED, PREEMPTED, RUNNING = (Status(state) for state in ("finished", "stopped", "preempted", "running"))
@@ -175,7 +176,7 @@ def test_a_line_cut_short_does_not_hide_the_others(tmp_path: Path) -> None:
 def test_the_newest_checkpoint_ignores_unfinished_and_damaged_ones(tmp_path: Path) -> None:
     for name in ("step_00000012", "step_00000020.tmp-7.0-aaaaaa", "step_00000019.corrupt", "other"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert outcome.newest_step(tmp_path) == 12
+    assert newest_step(tmp_path) == 12
 
 
 def test_the_status_of_another_attempt_is_ignored(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{file}: {size} bytes, but {expected.get('size')} were written")
         if _sha256(file) != expected.get("sha256"):
             raise CheckpointError(f"{file}: content has changed since it was written (sha256 differs)")
+    facts = read_facts(path)
+    try:
+        return replace(
+            facts,
+            model_state=load_file(path / "model.safetensors"),
+            optimizer_state=load_file(path / "optimizer.safetensors"),
+            probe_state=load_file(path / PROBE) if PROBE in files else {},
+        )
+    except (ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: written by another version of simclr_dist: {error}") from None
+
+
+def read_facts(path: Path) -> Checkpoint:
+    """What `path` is a checkpoint of, without its tensors and unverified: quick. Raises CheckpointError."""
     state = _read_json(path / "state.json")
     try:
         return Checkpoint(
@@ -190,12 +204,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
             step=int(state["step"]),
             samples_seen=int(state["samples_seen"]),
             fingerprint=str(state["fingerprint"]),
-            model_state=load_file(path / "model.safetensors"),
-            optimizer_state=load_file(path / "optimizer.safetensors"),
+            model_state={},
+            optimizer_state={},
             grad_scaler={str(k): float(v) for k, v in state["grad_scaler"].items()},
-            probe_state=load_file(path / PROBE) if PROBE in files else {},
         )
-    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: written by another version of simclr_dist: {error}") from None
 
 

@@ -183,9 +183,10 @@ def _run_probe(probe: dict[str, Any]) -> tuple[str, str]:
     script = Path(__file__).with_name("torch_probe.py")
     # -P: this folder's modules must not stand in for packages of the same name.
     command = [sys.executable, "-P", str(script)]
-    keep = {name: value for name, value in os.environ.items() if not SET_BY_LAUNCHERS.fullmatch(name)}
     try:
-        done = subprocess.run(command, env=keep, capture_output=True, timeout=PROBE_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, env=without_launchers(), capture_output=True, timeout=PROBE_TIMEOUT_S, check=False
+        )
         output, code, error = done.stdout, done.returncode, done.stderr.decode(errors="replace")
         end = "" if code == 0 else f"ended with signal {-code}" if code < 0 else f"ended with exit code {code}"
         end = f"{end}: {error.strip().splitlines()[-1]}" if end and error.strip() else end
@@ -200,6 +201,10 @@ def _run_probe(probe: dict[str, Any]) -> tuple[str, str]:
         tried = value.pop("trying", tried)
         probe.update(value)
     return (tried, end) if end else ("", "")
+
+
+def without_launchers() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not SET_BY_LAUNCHERS.fullmatch(name)}
 
 
 def _examine_source(source: str, arguments: argparse.Namespace | None) -> Iterable[Finding]:
@@ -286,13 +291,19 @@ def examine_config(path: str, overrides: Sequence[str], probe: dict[str, Any]) -
     if config.train.precision == "fp16" and gpus == []:
         yield Finding("problem", "precision", "fp16 on a CPU", "train.precision=fp32 or bf16")
 
-    def examine_runs_dir() -> Iterator[Finding]:
-        needed_bytes = 0  # not known without torch
-        if "version" in probe.get("torch", {}):
-            from simclr_dist.plan.memory import checkpoint_bytes
+    yield from guarded("runs_dir", lambda: examine_folder("runs_dir", config.run_dir, 0))
+    if "version" in probe.get("torch", {}):
+        yield from guarded("before step 0", lambda: examine_start([path, *overrides]))
 
-            one = checkpoint_bytes(config.model, config.optim, config.model_dump(mode="json"))
-            needed_bytes = (config.checkpoint.keep + 1) * one  # those kept, and the one being written
-        return examine_folder("runs_dir", config.run_dir, needed_bytes)
 
-    yield from guarded("runs_dir", examine_runs_dir)
+def examine_start(command: Sequence[str]) -> Iterator[Finding]:
+    """What a start of the training `command` (CONFIG key=value …) would check before its first step."""
+    module = [sys.executable, "-m", "simclr_dist.training.preflight", *command]
+    done = subprocess.run(module, env=without_launchers(), capture_output=True, timeout=PROBE_TIMEOUT_S, check=False)
+    for line in done.stdout.decode(errors="replace").splitlines():
+        found = json.loads(line)
+        level: Level = "problem" if "problem" in found else "warning" if found["remark"] else "ok"
+        yield Finding(level, found["what"], found.get("problem") or found["remark"] or "fit for a training")
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        yield Finding("problem", "before step 0", f"ended with code {done.returncode}: {''.join(last)}")

@@ -6,6 +6,7 @@ Letters: W the world size, n rows of this rank, N = W*n rows of all.
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -184,3 +185,27 @@ def shut_down() -> None:
     if is_initialized():
         barrier()
         dist.destroy_process_group()
+
+
+def run_agent(run: Callable[[], object]) -> tuple[int, str]:
+    """Runs what starts and watches workers (torchrun, `accelerate launch`) without their tracebacks.
+
+    Returns the exit code, and how the first worker that failed has ended; empty if none has.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        run()
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return 1, f"rank {rank} {_ended(failure.exitcode)}"
+    except subprocess.CalledProcessError as error:  # a single worker
+        return 1, f"the training {_ended(error.returncode)}"
+    except SignalException as error:
+        return 128 + int(error.sigval), ""
+    return 0, ""
+
+
+def _ended(code: int) -> str:
+    return f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"

@@ -130,7 +130,7 @@ def forecast(
             device_type=device_type,
         ),
         loader_bytes=loader_bytes(data, G // world_size),
-        checkpoint_bytes=checkpoint_bytes(model, optim, settings),
+        checkpoint_bytes=checkpoint_bytes(shape_of_model(model), optim, settings),
         data_bytes=sum(size_on_disk(source) for source in sources),
         collectives=tuple(collectives(model=model, loss=loss, train=train, world_size=world_size)),
         speed=speed,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -137,9 +137,8 @@ def loader_bytes(data: DataConfig, batch_size_per_device: int) -> int:
     return (data.batches_ahead + 2) * batch_size_per_device * 2 * 3 * data.image_size**2
 
 
-def checkpoint_bytes(model: ModelConfig, optim: OptimConfig, settings: dict[str, Any]) -> int:
-    """The size of one checkpoint on disk. settings: the whole configuration as plain values."""
-    network = shape_of_model(model)
+def checkpoint_bytes(network: nn.Module, optim: OptimConfig, settings: dict[str, Any]) -> int:
+    """The size of one checkpoint on disk. network: its shapes suffice. settings: all of them, as plain values."""
     state = {"parameter_order": parameter_order(network), "config": settings}
     return (
         safetensors_bytes(network.state_dict())

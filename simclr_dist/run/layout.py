@@ -177,6 +177,11 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+def newest_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint, by name; 0 if there is none."""
+    return max(map(step_of, RunDir(run_dir).list_checkpoints()), default=0)
+
+
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Replaces a file by one JSON object, as a whole. It is not flushed to disk. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # several hosts may write at once

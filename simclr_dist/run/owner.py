@@ -70,17 +70,22 @@ class Ownership:
 
 def claim(run_dir: Path) -> Ownership:
     """Makes this process the owner of `run_dir`, which must exist. Raises OwnershipError if it has a living owner."""
-    file = RunDir(run_dir).owner
     with _locked(run_dir):
-        holder = _read(file)
-        if holder is not None and not _has_ended(file, holder) and not _follows(attempt_name(), holder.attempt):
-            raise OwnershipError(
-                f"{run_dir}: already being trained by {holder}. Stop that one first (touch {run_dir}/STOP), or give "
-                f"this run another name=…"
-            )
+        refuse_if_owned(run_dir)
         entry = _Entry(secrets.token_hex(6), attempt_name(), time.strftime("%Y-%m-%d %H:%M:%S"), Process.this())
-        write_record(file, asdict(entry))
+        write_record(RunDir(run_dir).owner, asdict(entry))
     return Ownership(run_dir, entry.session)
+
+
+def refuse_if_owned(run_dir: Path) -> None:
+    """Raises OwnershipError if `run_dir` has a living owner that this start does not follow."""
+    file = RunDir(run_dir).owner
+    holder = _read(file)
+    if holder is not None and not _has_ended(file, holder) and not _follows(attempt_name(), holder.attempt):
+        raise OwnershipError(
+            f"{run_dir}: already being trained by {holder}. Stop that one first (touch {run_dir}/STOP), or give this "
+            "run another name=…"
+        )
 
 
 def has_living_owner(run_dir: Path) -> bool:

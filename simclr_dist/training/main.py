@@ -112,6 +112,7 @@ def _die_with_parent() -> None:
 
 def _report(config: Config, trainer: object, reason: Reason | None, message: str) -> None:
     """Prints why this rank fails and writes status.json, unless another rank has failed first: that is the cause."""
+    from simclr_dist.run.layout import newest_step
     from simclr_dist.run.status import has_failed, write_status
 
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -125,7 +126,8 @@ def _report(config: Config, trainer: object, reason: Reason | None, message: str
         if has_failed(config.run_dir):
             print(f"\n{where}ends, because another rank has failed", file=sys.stderr, flush=True)
             return
-    step = getattr(getattr(trainer, "state", None), "step", 0)
+    state = getattr(trainer, "state", None)
+    step = state.step if state is not None else newest_step(config.run_dir)
     if reason is not None and config.run_dir.is_dir():
         write_status(config.run_dir, "failed", step=step, reason=reason, message=message)
     print(f"\n{where}{message}", file=sys.stderr, flush=True)

@@ -27,6 +27,7 @@ from simclr_dist.network.batchnorm import convert_to_global_batch_norm
 from simclr_dist.network.flops import forward_flops
 from simclr_dist.network.random_layers import RandomLayers, key_draws
 from simclr_dist.network.simclr import build_model
+from simclr_dist.network.trial import freeze
 from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.schedule import LearningRate, build_schedule
 from simclr_dist.parallel import distributed, environment
@@ -39,6 +40,7 @@ from simclr_dist.run.layout import RunDir
 from simclr_dist.run.state import TrainState
 from simclr_dist.run.watchdog import BACKSTOP_S
 from simclr_dist.training.non_finite import NonFinitePolicy
+from simclr_dist.training.preflight import check_together
 from simclr_dist.training.resuming import (
     changed_settings,
     choose_checkpoint,
@@ -107,6 +109,7 @@ def build(config: Config) -> Parts:
     if about_environment := environment.sentence(os.environ):
         _warn_on(world)(about_environment)
     _check_world_size(config, world)
+    unused = check_together(config, device, _warn_on(world))
     guard = RunGuard(config.run_dir, config.timeout, device)
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     checkpoint = choose_checkpoint(config, device, _warn_on(world))
@@ -126,7 +129,8 @@ def build(config: Config) -> Parts:
     num_steps = config.train.epochs * steps_per_epoch
     augment = Augment(config.augment, config.seed, config.data.image_size)
 
-    simclr = build_model(config.model)
+    simclr = run_on_all_ranks(lambda: build_model(config.model), device)
+    freeze(simclr, unused)
     flops = forward_flops(simclr, config.data.image_size) if world.is_main else None
     random_layers = key_draws(simclr, config.data.image_size)
     network = _place(simclr, config, device)

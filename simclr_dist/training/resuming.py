@@ -68,10 +68,20 @@ def restore(
     """
     if found is None:
         return TrainState()
-    then, now = found.config, config
     # Release 0.1 recorded another fingerprint of the same images.
-    known_as = (loader.content_fingerprint, loader.fingerprint)
-    fingerprint = found.fingerprint if found.fingerprint in known_as else loader.content_fingerprint
+    refuse_another_training(found, config, (loader.content_fingerprint, loader.fingerprint))
+    if probe is not None and found.probe_state:
+        try:
+            probe.load_state_dict(found.probe_state)
+        except ValueError as error:
+            raise CheckpointError(f"{found.path}: {error}") from None
+    return files.load_state(found, model, optimizer)
+
+
+def refuse_another_training(found: Checkpoint, config: Config, known_as: tuple[str, ...] | None) -> None:
+    """known_as: fingerprints of the images of now; None: not looked at. Raises CheckpointError."""
+    then, now = found.config, config
+    same_images = known_as is None or found.fingerprint in known_as
     changes = [
         f"{key}: {before} then, {after} now"
         for key, before, after in (
@@ -79,7 +89,7 @@ def restore(
             ("train.global_batch_size", then.train.global_batch_size, now.train.global_batch_size),
             ("data.order", then.data.order, now.data.order),
             ("optim.optimizer", then.optim.optimizer, now.optim.optimizer),
-            ("the images' fingerprint", found.fingerprint, fingerprint),
+            ("the images' fingerprint", found.fingerprint, found.fingerprint if same_images else (known_as or [""])[0]),
         )
         if before != after
     ]
@@ -88,12 +98,6 @@ def restore(
             f"{found.path} cannot be continued, because these differ: {'; '.join(changes)}. "
             "Put them back, or choose another name=… to start a new run"
         )
-    if probe is not None and found.probe_state:
-        try:
-            probe.load_state_dict(found.probe_state)
-        except ValueError as error:
-            raise CheckpointError(f"{found.path}: {error}") from None
-    return files.load_state(found, model, optimizer)
 
 
 def changed_settings(found: Checkpoint | None, config: Config) -> dict[str, tuple[Any, Any]]:

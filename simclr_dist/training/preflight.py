@@ -1,0 +1,222 @@
+"""Everything about a training that can be known before its first step, checked before anything is built.
+
+The launcher does it before it starts processes (agent.py), a training started by hand in its main process, and
+`simclr-dist doctor` in a process of its own (`main`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from simclr_dist.checkpoint.files import read_facts
+from simclr_dist.checkpoint.lineage import list_checkpoints
+from simclr_dist.config import Config, load_config
+from simclr_dist.data.loading.evaluation_labels import check_evaluation_labels
+from simclr_dist.data.loading.open_images import describe
+from simclr_dist.data.order import Order
+from simclr_dist.errors import CheckpointError, ConfigError, DataError, UserError
+from simclr_dist.network.trial import Tried, try_model
+from simclr_dist.parallel import distributed
+from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
+from simclr_dist.plan.memory import checkpoint_bytes
+from simclr_dist.run.layout import is_checkpoint
+from simclr_dist.run.owner import refuse_if_owned
+from simclr_dist.run.status import attempt_name
+from simclr_dist.training.resuming import changed_settings, refuse_another_training, refuse_to_relabel
+
+CHECKED = "SIMCLR_CHECKED"
+"""By this variable the launcher's agent tells its workers what it has found, so that they need not look again."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    unused: tuple[str, ...] = ()
+    """Trainable parameters of the network that are in no path to the loss (network/trial.py)."""
+    remarks: tuple[str, ...] = ()
+    """Sentences that a person should read."""
+
+    def to_environment(self) -> None:
+        """For the processes that this one starts, in the same attempt."""
+        os.environ[CHECKED] = json.dumps({"attempt": attempt_name(), "unused": self.unused, "remarks": self.remarks})
+
+    @classmethod
+    def from_environment(cls) -> Checked | None:
+        try:
+            found = json.loads(os.environ[CHECKED])
+            return cls(tuple(found["unused"]), tuple(found["remarks"])) if found["attempt"] == attempt_name() else None
+        except (KeyError, ValueError, TypeError):
+            return None
+
+
+def check_training(config: Config, *, images_too: bool = True) -> Checked:
+    """Raises one UserError with all problems that are found.
+
+    images_too: False where the images are opened right afterwards, which finds the same.
+    """
+    problems: list[UserError] = []
+    remarks: list[str] = []
+
+    def collect(check: Callable[[], str]) -> None:
+        try:
+            if remark := check():
+                remarks.append(remark)
+        except UserError as error:
+            problems.append(error)
+
+    tried: list[Tried] = []
+    collect(lambda: _check_network(config, tried))
+    collect(lambda: _check_run_directory(config, tried[0].network if tried else None))
+    if images_too:
+        collect(lambda: _check_images(config))
+        collect(lambda: _check_labels(config))
+    knows_images = images_too and not any(isinstance(error, DataError) for error in problems)
+    collect(lambda: _check_resume(config, knows_images))
+    if problems:
+        raise _together(problems)
+    return Checked(tried[0].unused, tuple(remarks))
+
+
+def check_together(config: Config, device: torch.device, warn: Callable[[str], None]) -> tuple[str, ...]:
+    """For a training's processes, all of them: the names of unused parameters.
+
+    The main process checks, unless the launcher's agent has. Raises UserError there, FailedElsewhereError elsewhere.
+    """
+    checked = Checked.from_environment()
+    is_main = distributed.rank() == 0
+    if checked is None:
+        mine = run_on_all_ranks(lambda: check_training(config, images_too=False) if is_main else Checked(), device)
+        unused = json.loads(distributed.broadcast_text_from_main(json.dumps(mine.unused), device))
+        checked = Checked(tuple(unused), mine.remarks)
+    for remark in checked.remarks:
+        warn(remark)
+    return checked.unused
+
+
+def _together(problems: list[UserError]) -> UserError:
+    """One error with all messages, of the kind of the first."""
+    if len(problems) == 1:
+        return problems[0]
+    lines = [
+        line for error in problems for line in (error.problems if isinstance(error, ConfigError) else [str(error)])
+    ]
+    both = ConfigError(lines)
+    return both if isinstance(problems[0], ConfigError) else type(problems[0])(str(both))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checks
+
+
+def _check_network(config: Config, tried: list[Tried]) -> str:
+    """Leaves what it found in `tried`."""
+    tried.append(try_model(config.model, config.data.image_size))
+    return tried[0].remark
+
+
+def _check_run_directory(config: Config, network: nn.Module | None) -> str:
+    """network: shapes suffice; without it the room on the disk is not looked at."""
+    run_dir = config.run_dir
+    if run_dir.is_dir():
+        refuse_if_owned(run_dir)
+    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "not a directory" if not place.is_dir() else "no permission, or mounted read-only"
+        raise ConfigError([f"runs_dir: {run_dir} cannot be written to ({place}: {why})"])
+    if network is None:
+        return ""
+    one = checkpoint_bytes(network, config.optim, config.model_dump(mode="json"))
+    needed = one if list_checkpoints(run_dir) else 2 * one  # the newest stays until the next is whole
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ConfigError(
+            [
+                f"runs_dir: {free / 2**20:,.0f} MiB are free in {place}, but checkpoints need "
+                f"{needed / 2**20:,.0f} MiB ({one / 2**20:,.1f} MiB each): make room, or choose another runs_dir"
+            ]
+        )
+    return ""
+
+
+def _check_images(config: Config) -> str:
+    data = config.data
+    if data.loader == "ffcv":
+        from simclr_dist.data.decode.ffcv_import import unavailable
+
+        if reason := unavailable():
+            raise DataError(reason)
+    if data.order == "page_local" and not data.train.endswith(".beton"):
+        raise DataError(f"data.order=page_local: {data.train} has no pages; use a .beton file, or data.order=random")
+    Order(describe(data.train).num_samples, config.train.global_batch_size, config.seed)
+    return ""
+
+
+def _check_labels(config: Config) -> str:
+    return "; ".join(check_evaluation_labels(config.data, config.evaluation))
+
+
+def _check_resume(config: Config, images_too: bool) -> str:
+    """Refuses settings that cannot go on from the run's newest checkpoint, of which it reads no tensor."""
+    path = _checkpoint_to_continue(config)
+    if path is None:
+        return ""
+    try:
+        found = read_facts(path)
+    except CheckpointError:
+        return ""  # damaged: the start names it and takes an older one
+    known_as = None
+    if images_too:
+        info = describe(config.data.train)
+        known_as = (info.content_fingerprint, info.fingerprint)
+    refuse_another_training(found, config, known_as)
+    if images_too:
+        steps = config.train.epochs * (info.num_samples // config.train.global_batch_size)
+        refuse_to_relabel(found, changed_settings(found, config), min(steps, config.train.max_steps or steps))
+    return ""
+
+
+def _checkpoint_to_continue(config: Config) -> Path | None:
+    there = list_checkpoints(config.run_dir)
+    if config.resume in ("auto", "none"):
+        if config.resume == "none" and there:
+            raise ConfigError(
+                [f"resume=none, but {config.run_dir} already has checkpoints; choose another name=… or use resume=auto"]
+            )
+        return there[-1] if there else None
+    path = Path(config.resume)
+    if is_checkpoint(path) or (path / "MANIFEST.json").exists():
+        return path
+    return next(reversed(list_checkpoints(path)), None)
+
+
+def main(argv: list[str]) -> None:
+    """For the doctor: a line of JSON for each check, `{"what": …, "remark" or "problem": …}`."""
+    config = load_config(argv[0], argv[1:], check_data=False)
+
+    tried: list[Tried] = []
+    checks: dict[str, Callable[[], str]] = {
+        "network": lambda: _check_network(config, tried),
+        "checkpoints": lambda: _check_run_directory(config, tried[0].network if tried else None),
+        "resume": lambda: _check_resume(config, config.data.train == "synthetic" or Path(config.data.train).exists()),
+    }
+    for what, check in checks.items():
+        try:
+            found = {"what": what, "remark": check()}
+        except UserError as error:
+            found = {
+                "what": what,
+                "problem": "; ".join(error.problems if isinstance(error, ConfigError) else [str(error)]),
+            }
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
