@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +17,19 @@ from PIL import Image
 
 from simclr_dist import cli
 from simclr_dist.checkpoint.files import take_snapshot, write_checkpoint
+from simclr_dist.checkpoint.pretrained import load_pretrained
 from simclr_dist.config import Config, parse_config
-from simclr_dist.errors import ConfigError, DataError, ExportError
+from simclr_dist.data.loading.open_images import describe
+from simclr_dist.errors import ConfigError, DataError, ExportError, UserError
+from simclr_dist.evaluation import offline
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
 from simclr_dist.evaluation.features import Features, digest
+from simclr_dist.evaluation.offline import features_of
 from simclr_dist.few_labels.classifier import load_classifier
 from simclr_dist.network.simclr import SimCLR, build_model
+from simclr_dist.run.layout import read_records
 from simclr_dist.run.state import TrainState
+from tests.distributed.spawn import run_ranks
 
 CLASSES = ("blue", "green", "red")
 
@@ -150,6 +159,73 @@ def test_export_puts_measured_accuracy_on_the_card(run: Path) -> None:
     assert "| knn (k=5) top1 on " in card
     with pytest.raises(ExportError, match=r"encoder.safetensors exists; .* --overwrite"):
         call("export", run, "--format", "safetensors")
+
+
+def test_lines_that_a_killed_process_left_unfinished_are_passed_over(run: Path) -> None:
+    for end in ('{"step": 7, "method": "knn", "to', '[7]\n{"step": 7}\n{"step": 7, "method": "linear", "top1": "x"}\n'):
+        with (run / "evaluations.jsonl").open("a") as file:
+            file.write(end)
+        call("evaluate", "knn", run, "--device", "cpu")
+        assert call("export", run, "--format", "safetensors", "--overwrite") == 0
+        assert (run / "export" / "encoder.safetensors.md").read_text().count("| knn (k=5) top1 on ") == 1
+    assert len(read_records(run / "evaluations.jsonl")) == 4
+
+
+def features_with_a_cache_for_each_rank(rank: int, world_size: int, run: Path, caches: Path) -> str:
+    model, checkpoint = load_pretrained(run)
+    data = checkpoint.config.data
+    assert data.test is not None
+    try:
+        found = features_of(
+            model.encoder,
+            data.test,
+            describe(data.test),
+            data,
+            device=torch.device("cpu"),
+            precision="fp32",
+            batch_size=7,
+            cache=caches / str(rank),
+            say=lambda text: None,
+        )
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{len(found)} images"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("there_on", ["both", "one"])
+def test_a_cache_that_is_damaged_on_one_rank_ends_all(run: Path, tmp_path: Path, there_on: str) -> None:
+    call("evaluate", "knn", run, "--device", "cpu")
+    for rank in (0, 1) if there_on == "both" else (1,):
+        shutil.copytree(run / "features", tmp_path / "caches" / str(rank))
+    for file in (tmp_path / "caches" / "1").glob("*/h.npy"):
+        file.write_bytes(file.read_bytes()[:-3])
+    first, second = run_ranks(2, features_with_a_cache_for_each_rank, run, tmp_path / "caches")
+    assert first == "FailedElsewhereError: rank 1 has failed; see its own message"
+    assert re.match(r"DataError: .*/h.npy: its content has changed .*remove", second)
+    shutil.rmtree(tmp_path / "caches" / "1")
+    assert run_ranks(2, features_with_a_cache_for_each_rank, run, tmp_path / "caches") == ["30 images"] * 2
+
+
+def test_an_evaluation_whose_features_cannot_be_kept_is_done(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(offline, "write_features", full)
+    assert call("evaluate", "knn", run, "--device", "cpu") == 0
+    assert "are not kept: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
+def test_the_figure_of_a_command_stands_beside_its_settings(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call("evaluate", "knn", run, "--device", "cpu", "--max-train", 12)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "k 5, temperature 0.1, train images 12, test images 30, image size 16, precision fp32" in out
+    with pytest.raises(DataError, match=r"k=5 needs at least 5 training images, there are 4; .*--k 4 at most"):
+        call("evaluate", "knn", run, "--device", "cpu", "--max-train", 4)
+    with pytest.raises(ConfigError, match=r"--max-train: 2 images cannot hold one of each of 3 classes"):
+        call("evaluate", "knn", run, "--device", "cpu", "--max-train", 2, "--k", 1)
 
 
 def test_finetune_then_distill(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

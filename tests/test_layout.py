@@ -69,7 +69,10 @@ def test_an_unfinished_line_hides_no_other(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"n": 2, "cut o\n[3]\n')
     append_record(path, {"n": 4})
-    assert read_records(path) == [{"n": 1}, {"n": 4}]
+    with path.open("a") as file:
+        file.write('{"n": 5, "cut o')
+    append_record(path, {"n": 6})
+    assert read_records(path) == [{"n": 1}, {"n": 4}, {"n": 6}]
     assert read_records(tmp_path / "absent") == []
 
 

@@ -59,7 +59,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "environment.jsonl").write_text(json.dumps({"git": EVIL, "versions": {"torch": "2.11"}}) + "\n{half")
     (run / "status.json").write_text(json.dumps({"state": EVIL, "step": 7}))
     line = {"step": 7, "method": "linear", "solver": EVIL, "test": "t", "top1": 0.625}
-    (run / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
+    knn = {"step": 7, "method": "knn", "k": 5, "temperature": 0.1, "test": "t", "train_images": 1200, "top1": 0.5}
+    lines = [{**knn, "step": 3, "top1": 0.25}, knn, line]  # as a training and a command leave them
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "met')
     for folder, found in (
         ("finetune/0.1_head_seed0", {"method": "finetune", "num_labels": 5000, "top1": 0.375}),
         ("recipe/labels_0.1/student_1", {"method": "distill", "student": EVIL, "top1": 0.3125}),
@@ -69,7 +71,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     board = TensorBoard(run / "tensorboard", 0)
     for samples_seen in range(8, 64, 8):
         figures = {"train/loss": 3.0 - samples_seen / 64, "speed/images_per_s": 10.0}
+        figures |= {"eval/knn_top1": samples_seen / 64, "eval/probe_top1": samples_seen / 128}
         board.show(Figures(figures, samples_seen // 8, samples_seen))
+    board.show(Figures({"speed/images_per_s_in_all": 8.0}, 7, 56))
     board.close()
     return run
 
@@ -101,6 +105,17 @@ def test_the_page_has_every_section_and_loads_nothing(text: str) -> None:
     assert "top-1, recipe/labels_0.1/student_131.25%" in page.text
     assert "resnet_small" in page.text
     assert "no probe" not in page.text
+
+
+def test_the_results_have_the_last_figures_of_the_training_beside_their_settings(text: str) -> None:
+    results = Page(text).text.partition("Results")[2]
+    assert "knn (k=5) top-1 on t; T=0.1, 1,200 training images50.00% (step 7)" in results
+    assert "kNN while training, the last top-187.50%" in results
+    assert "online probe, the last top-143.75%" in results
+    assert re.search(r"linear probe fitted for this page, to 60 images, top-1[0-9.]+% \(step 7\)", results)
+    assert "images/s in all, evaluations included8" in results
+    assert "images/s between log lines, median10" in results
+    assert "probe of this page" not in text
 
 
 def test_every_entry_of_the_contents_leads_to_a_section(text: str) -> None:

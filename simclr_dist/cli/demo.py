@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,19 @@ def _run(args: argparse.Namespace) -> int:
     knn, linear = (_evaluate(method, run.path)["scores"] for method in ("knn", "linear"))
     rows = [(name, f"{knn[name]['top1']:.1%}", f"{linear[name]['top1']:.1%}") for name in knn]
     print_table("", ("top-1 accuracy of", "kNN", "linear probe"), rows)
-    speeds = [record["speed/images_per_s"] for record in read_records(run.log) if "speed/images_per_s" in record]
-    print(f"{statistics.median(speeds):,.0f} images/s in training; {time.monotonic() - started:.0f} s in all")
+    print(closing_line(read_records(run.log), time.monotonic() - started))
     print(f"The run lies in {run.path}; remove it to start again from the beginning.")
     print(f"Its curves and images: {Path(sys.executable).with_name('tensorboard')} --logdir {run.path.parent}")
     return 0
+
+
+def closing_line(log: Sequence[Mapping[str, Any]], seconds: float) -> str:
+    """The speed is the one that the training's own last table shows. seconds: of the demo."""
+    from simclr_dist.training.summary import IMAGES_PER_S_IN_ALL
+
+    speeds = [record[IMAGES_PER_S_IN_ALL] for record in log if IMAGES_PER_S_IN_ALL in record]
+    trained = f"training: {speeds[-1]:,.0f} images/s in all; " if speeds else ""
+    return f"{trained}the demo, from images to this table: {seconds:.0f} s"
 
 
 def _evaluate(method: str, run_dir: Path) -> dict[str, Any]:

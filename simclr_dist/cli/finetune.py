@@ -63,7 +63,7 @@ def register(commands: Commands) -> None:
     student.add_argument("--student", metavar="ENCODER", help="a fresh encoder (default: one like the teacher's)")
     student.add_argument("--student-from", metavar="RUN_OR_CHECKPOINT", help="begin with this pretrained encoder")
     distill.add_argument("--student-width", type=positive_int, help="width of a fresh resnet_small")
-    distill.add_argument("--train", metavar="DATA", help="images; labels are not read (default: the teacher's)")
+    distill.add_argument("--train", metavar="DATA", help="images; labels are not read (default: data.train of its run)")
     distill.add_argument(
         "--temperature", type=positive_float, default=1.0, help="of the softmax of both networks (default: 1)"
     )

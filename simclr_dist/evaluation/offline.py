@@ -223,7 +223,7 @@ def known_accuracy(checkpoint: Checkpoint) -> Mapping[str, float]:
     """What `evaluate` has recorded of this checkpoint, newest last, for the model card."""
     figures: dict[str, float] = {}
     for record in read_records(RunDir.of_checkpoint(checkpoint.path).evaluations):
-        if record.get("step") == checkpoint.step:
+        if record.get("step") == checkpoint.step and "method" in record:
             for share in ("top1", "top5"):
                 if isinstance(value := record.get(share), float | int):
                     figures[name_of(record, share)] = value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from simclr_dist.atomic import replace_text
 from simclr_dist.checkpoint.pretrained import load_pretrained
 from simclr_dist.config import DataConfig, ModelConfig, Precision, parse_config
+from simclr_dist.data.classes import match_classes
 from simclr_dist.data.loading.labelled_images import LabelledImages, open_labelled
 from simclr_dist.data.loading.load_images import load_images
+from simclr_dist.data.loading.open_images import describe
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.evaluation.offline import Say
 from simclr_dist.few_labels.classifier import Accuracy, Classifier, Start, accuracy, load_classifier, save_classifier
@@ -89,7 +91,12 @@ def finetune_checkpoint(
     _refuse_existing(out)
     model, checkpoint = load_pretrained(source, say)
     config = checkpoint.config
-    images = open_labelled(config.data, train, test)
+    images = open_labelled(
+        config.data,
+        train or config.evaluation.train,
+        test,
+        remedy="name labelled images with --train, or evaluation.train in the configuration",
+    )
     info = images.train_info
     subset = load_subset(subset_file, info) if subset_file else draw_subset(info, share, settings.seed)
     save_subset(out / "subset.json", subset)
@@ -131,7 +138,7 @@ def distill_classifier(
     subset_file: Path | None = None,
     say: Say,
 ) -> dict[str, Any]:
-    """Trains a student on the teacher's logits for all images of `unlabelled` (None: the teacher's training data).
+    """Trains a student on the teacher's logits for all images of `unlabelled` (None: data.train of the teacher's run).
 
     student: changes to the teacher's model section, e.g. {"encoder": "resnet18"}; the student starts from random
     weights, or from the encoder of the checkpoint student_from. subset_file with alpha below 1: labels to use as well.
@@ -141,12 +148,8 @@ def distill_classifier(
         raise ConfigError([f"alpha {alpha:g} gives weight to labels: name the samples with a subset file"])
     teacher = load_classifier(teacher_file)
     config = parse_config(teacher.config_json)
-    images = open_labelled(config.data, unlabelled, test)
-    if images.train_info.class_names != teacher.class_names:
-        raise DataError(
-            f"{images.train} does not have the classes of the teacher {teacher_file} in its order; distil on images "
-            "prepared with the same classes (`simclr-dist prepare --classes-from`)"
-        )
+    source = unlabelled or (config.evaluation.train if subset_file else None) or config.data.train
+    images = _images_for_students(source, test or config.data.test, teacher.class_names, teacher_file)
     torch.manual_seed(settings.seed)
     if student_from is not None:
         model, checkpoint = load_pretrained(student_from, say)
@@ -180,6 +183,20 @@ def distill_classifier(
         **_history(settings, training, images, crops),
     }
     return _save(out, classifier, images, student_config.model_dump_json(), history, found)
+
+
+def _images_for_students(source: str, test: str | None, class_names: tuple[str, ...], teacher: Path) -> LabelledImages:
+    """Labels of `source` are not read, but if it has some, they must be of the teacher's classes, in their order."""
+    if test is None:
+        raise ConfigError(["data.test is null, and there is no --test: give held-out images with --test PATH"])
+    info, test_info = describe(source), describe(test)
+    if (info.labels >= 0).any() and info.class_names != class_names:
+        raise DataError(
+            f"{source} does not have the classes of the teacher {teacher} in its order; distil on images without "
+            "labels, or prepared with the same classes (`simclr-dist prepare --classes-from`)"
+        )
+    classes = match_classes(class_names, test_info.class_names, test_info.labels, train=str(teacher), test=test)
+    return LabelledImages(source, test, replace(info, class_names=class_names), test_info, classes)
 
 
 def _random_crops(images: LabelledImages, ids: NDArray[np.int64], data: DataConfig, settings: Settings) -> RandomCrops:

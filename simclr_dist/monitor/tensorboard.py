@@ -91,7 +91,7 @@ class TensorBoard(Sink):
                 self._add_hparams(settings, figures)
 
     def _on_thread_failure(self, failure: threading.ExceptHookArgs) -> None:
-        if not (isinstance(failure.exc_value, OSError) and isinstance(failure.thread, _AsyncWriterThread)):
+        if not isinstance(failure.thread, _AsyncWriterThread):
             self._excepthook(failure)
 
     def _add_histogram(self, tag: str, histogram: Histogram, samples_seen: int) -> None:

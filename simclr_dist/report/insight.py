@@ -110,8 +110,8 @@ def look_into(
         insight.notes.append("no probe: data.test is null; --test gives held-out images")
         return insight
     try:
-        labelled = open_labelled(data)
-        fitted = _features(data, model, data.train, images, batch_size, device)
+        labelled = open_labelled(data, train or config.evaluation.train)
+        fitted = _features(data, model, labelled.train, images, batch_size, device)
         names = labelled.train_info.class_names
         insight.confusion = confusion(fitted, relabelled(shown, labelled.classes), names, device)
     except DataError as error:
@@ -174,7 +174,7 @@ def _features(
         batch_size=batch_size,
         ids=_spread(min(images, total), total),
         num_threads=data.num_threads,
-        loader=data.loader,
+        loader="folder" if data.loader == "folder" else "auto",  # data.loader is for data.train
     )
     return extract_features(model.encoder, batches, device=device, normalize=normalize)
 

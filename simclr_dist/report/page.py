@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from simclr_dist.evaluation.score_record import name_of
 from simclr_dist.report import figures
 from simclr_dist.report.html import Html, element, figure, join, table
 from simclr_dist.report.insight import Insight
@@ -36,6 +37,7 @@ h2 { border-top: 1px solid var(--line); margin-top: 2.5rem; padding-top: 1rem }
 nav { display: flex; flex-wrap: wrap; gap: 0 1em }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)) }
 .grid > * { min-width: 0 }
+.grid.side { grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)) }
 figure { margin: 0 0 .75rem }
 img { display: block; height: auto; width: 100% }
 img.pixels { image-rendering: pixelated }
@@ -92,9 +94,7 @@ def _results(runs: Mapping[str, RunRecord], insights: Mapping[str, Insight | str
     for name, run in runs.items():
         facts = {"state": f"{run.status.state} at step {run.status.step}" if run.status else "unknown"}
         for evaluation in run.evaluations:
-            setting = f"k={evaluation.get('k')}" if evaluation.get("method") == "knn" else evaluation.get("solver")
-            what = f"{evaluation.get('method')} ({setting}) top-1 on {evaluation.get('test')}"
-            facts[what] = f"{_share(evaluation.get('top1'))} (step {evaluation.get('step')})"
+            facts[name_of(evaluation, "top-1")] = f"{_share(evaluation.get('top1'))} (step {evaluation.get('step')})"
         for folder, found in run.classifiers.items():
             kind = (
                 f"to {found.get('student')}"
@@ -104,15 +104,21 @@ def _results(runs: Mapping[str, RunRecord], insights: Mapping[str, Insight | str
             facts[f"{found.get('method')} ({kind}) top-1, {folder}"] = _share(found.get("top1"))
         insight = insights[name]
         if isinstance(insight, Insight) and insight.confusion is not None:
-            facts["probe of this page, top-1"] = f"{insight.confusion.top1:.2%}"
+            fitted = f"linear probe fitted for this page, to {insight.confusion.fitted_to:,} images, top-1"
+            facts[fitted] = f"{insight.confusion.top1:.2%} (step {insight.step})"
+        last = {tag: curve.values[-1] for tag, curve in run.curves.items()}
+        for tag, label in (("eval/knn_top1", "kNN while training"), ("eval/probe_top1", "online probe")):
+            if tag in last:
+                facts[f"{label}, the last top-1"] = f"{last[tag]:.2%}"
         for tag, label, form in (
-            ("speed/images_per_s", "images/s, median", "{:,.0f}"),
+            ("speed/images_per_s_in_all", "images/s in all, evaluations included", "{:,.0f}"),
+            ("speed/images_per_s", "images/s between log lines, median", "{:,.0f}"),
             ("speed/data_wait_share", "time waiting for data, median", "{:.1%}"),
             ("speed/memory_peak_gib", "peak memory, GiB", "{:.2f}"),
         ):
             if tag in run.curves:
                 pick = max if "peak" in tag else statistics.median
-                facts[label] = form.format(pick(run.curves[tag].values))
+                facts[label] = form.format(last[tag] if "in_all" in tag else pick(run.curves[tag].values))
         for key, value in facts.items():
             rows.setdefault(key, {})[name] = value
     return table(["", *runs], [[key, *(values.get(name, "–") for name in runs)] for key, values in rows.items()])
@@ -138,7 +144,7 @@ def _side_by_side(insights: Mapping[str, Insight | str], show: Any) -> Html:
     for name, insight in insights.items():
         content = element("p", insight, class_="note") if isinstance(insight, str) else show(insight)
         parts.append(element("div", *([element("h3", name)] if len(insights) > 1 else []), content))
-    return element("div", *parts, class_="grid") if len(parts) > 1 else join(parts)
+    return element("div", *parts, class_="grid side") if len(parts) > 1 else join(parts)
 
 
 def _pairs(insight: Insight) -> Html:

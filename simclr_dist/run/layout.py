@@ -18,6 +18,7 @@ runs/NAME/
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -195,11 +196,16 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
     """Adds one line of JSON. A single write to a file opened for appending stays whole beside other writers'.
 
-    Raises OSError.
+    A line that a killed process left unfinished does not spoil it. Raises OSError.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+    line = (json.dumps(record) + "\n").encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o640)
     try:
-        os.write(descriptor, (json.dumps(record) + "\n").encode())
+        end = os.lseek(descriptor, 0, os.SEEK_END)
+        if end and os.pread(descriptor, 1, end - 1) != b"\n":
+            line = b"\n" + line
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 

@@ -20,6 +20,9 @@ from simclr_dist.plan.memory import optimizer_state
 from simclr_dist.run.status import State
 from simclr_dist.training.parts import Parts
 
+IMAGES_PER_S_IN_ALL = "speed/images_per_s_in_all"
+"""From the start of the training to its end, evaluations and saves included."""
+
 
 def show_start(config: Config, parts: Parts) -> None:
     """The table of the start, and warnings about what changes results."""
@@ -47,7 +50,11 @@ def show_start(config: Config, parts: Parts) -> None:
 
 def show_end(config: Config, parts: Parts, state: State, *, seconds: float, images: int) -> None:
     """seconds, images: of this start of the run."""
-    rows = end_rows(config, parts.monitor.latest, seconds=seconds, images=images)
+    if images:
+        speed = {IMAGES_PER_S_IN_ALL: images / max(seconds, 1e-9)}
+        parts.monitor.log(speed, step=parts.state.step, samples_seen=parts.state.samples_seen)
+    bank = None if parts.evaluation_images is None else len(parts.evaluation_images.bank)
+    rows = end_rows(config, parts.monitor.latest, seconds=seconds, images=images, bank=bank)
     title = f"{state} at step {parts.state.step} of {parts.last_step}"
     parts.monitor.show(Summary("end", title, rows))
 
@@ -80,14 +87,18 @@ def start_rows(
     }
 
 
-def end_rows(config: Config, latest: Mapping[str, float], *, seconds: float, images: int) -> dict[str, str]:
-    """seconds, images: of this start of the run; latest: the last figure of each tag."""
+def end_rows(
+    config: Config, latest: Mapping[str, float], *, seconds: float, images: int, bank: int | None
+) -> dict[str, str]:
+    """seconds, images: of this start of the run; latest: the last figure of each tag; bank: images of kNN's bank."""
     rows = {}
     if images:
-        rows["time"] = f"{duration(seconds)}, {images:,} images, {images / max(seconds, 1e-9):,.0f} images/s in all"
+        rows["time"] = f"{duration(seconds)}, {images:,} images, {latest[IMAGES_PER_S_IN_ALL]:,.0f} images/s in all"
+    evaluation = config.evaluation
+    knn = f"k={evaluation.knn_k}, T={evaluation.knn_temperature:g}, {bank or 0:,} training images"
     for name, tag, form in (
         ("loss", "train/loss", "{:.4f}"),
-        ("kNN top-1", "eval/knn_top1", "{:.2%}"),
+        ("kNN top-1", "eval/knn_top1", f"{{:.2%}} ({knn}, {config.data.image_size} px)"),
         ("online probe top-1", "eval/probe_top1", "{:.2%}"),
         ("waited for data", "speed/data_wait_share", "{:.0%} of the last steps' time"),
         ("peak memory", "speed/memory_peak_gib", "{:.2f} GiB"),
