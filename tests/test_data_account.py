@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from simclr_dist.data.account import Account, LeftOut
-from simclr_dist.data.sources.images import ImageSource
+from simclr_dist.data.sources.images import FileImages, ImageSource
 from simclr_dist.data.sources.open import open_source, size_on_disk
 from simclr_dist.errors import DataError
 from tests.images import make_folder, make_image
@@ -409,6 +410,34 @@ class TestContentFingerprint:
         assert open_source("moved").content_fingerprint == before
         monkeypatch.chdir(tmp_path / "moved")
         assert open_source(".").content_fingerprint == before
+        shutil.copytree(tmp_path / "moved", tmp_path / "copy", copy_function=shutil.copyfile)  # with other times
+        assert open_source(tmp_path / "copy").content_fingerprint == before
+
+    @pytest.mark.parametrize("kind", ["folder", "archive"])
+    def test_files_are_read_once(self, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        files = {f"{'ab'[i % 2]}/{i}.png": PNG[:-20] + bytes([i] * 20) for i in range(9)}
+        make = {"folder": write_files, "archive": write_tar}[kind]
+        source = make(tmp_path / ("in" if kind == "folder" else "in.tar"), files)
+        reads = []
+        real = FileImages._content
+        monkeypatch.setattr(FileImages, "_content", lambda self, index: reads.append(index) or real(self, index))
+        before = open_source(source).content_fingerprint
+        assert open_source(source).content_fingerprint == before
+        assert sorted(reads) == list(range(9))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # one that does not know them
+        assert open_source(source).content_fingerprint == before
+        assert len(reads) == 18
+
+    def test_a_changed_byte_differs_although_name_size_and_time_do_not(self, tmp_path: Path) -> None:
+        root = write_files(tmp_path / "in", {"a/0.png": PNG, "b/1.png": PNG})
+        before = open_source(root).content_fingerprint
+        copy = tmp_path / "copy"
+        shutil.copytree(root, copy)
+        changed = copy / "a" / "0.png"
+        time_before = changed.stat().st_mtime_ns
+        changed.write_bytes(PNG[:-20] + bytes(20))
+        os.utime(changed, ns=(time_before, time_before))
+        assert open_source(copy).content_fingerprint != before
 
     @pytest.mark.parametrize("change", ["bytes", "name", "class", "more", "fewer"])
     def test_a_changed_folder_differs(self, change: str, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def crops(source: str, batch_size: int = 12, seed: int = 0) -> RandomCrops:
 
 def info_with(labels: list[int], num_classes: int) -> DatasetInfo:
     names = tuple(f"class{i}" for i in range(num_classes))
-    return DatasetInfo(len(labels), names, "f00d", "c0ffee", np.array(labels), None)
+    return DatasetInfo(len(labels), names, "f00d", lambda: "c0ffee", np.array(labels), None)
 
 
 def test_subsets_are_class_balanced_and_seeded() -> None:
@@ -100,7 +100,7 @@ def test_a_subset_file_is_read_back_or_refused(tmp_path: Path) -> None:
     save_subset(path, subset)
     assert load_subset(path, info) == subset
     with pytest.raises(DataError, match="was drawn from a dataset with fingerprint c0ffee"):
-        load_subset(path, replace(info, fingerprint="beef", content_fingerprint="beef"))
+        load_subset(path, replace(info, fingerprint="beef", digest=lambda: "beef"))
     one_class = json.loads(path.read_text()) | {"ids": [0, 2, 4]}
     path.write_text(json.dumps(one_class))
     with pytest.raises(DataError, match=r"has no image of the class\(es\) class1"):

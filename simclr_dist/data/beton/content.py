@@ -7,18 +7,16 @@ user's cache folder under path, size, time of change and inode.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simclr_dist.data.digest_cache import digest_once
 from simclr_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -89,26 +87,5 @@ def _stretches(offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> Iterator
 def cached_records_digest(beton: Beton) -> str:
     """`read_records_digest`, from the user's cache folder where it has this file as it is now."""
     state = os.fstat(beton.fd)
-    identity = repr((os.path.realpath(beton.path), state.st_size, state.st_mtime_ns, state.st_ino))
-    place = _cache_folder() / hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]
-    # Processes of one machine wait for the first of them instead of all reading the file. Some file systems have no
-    # locks: then all read.
-    with suppress(OSError):
-        fcntl.flock(beton.fd, fcntl.LOCK_EX)
-    try:
-        with suppress(OSError, UnicodeDecodeError):
-            found = place.read_text("ascii")
-            if len(found) == 64:
-                return found
-        found = read_records_digest(beton)
-        with suppress(OSError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(found, "ascii")
-        return found
-    finally:
-        with suppress(OSError):
-            fcntl.flock(beton.fd, fcntl.LOCK_UN)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simclr-dist" / "digests"
+    identity = os.path.realpath(beton.path), state.st_size, state.st_mtime_ns, state.st_ino
+    return digest_once(identity, lambda: read_records_digest(beton))

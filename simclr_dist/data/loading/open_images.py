@@ -6,7 +6,9 @@ Importing this module does not import torch.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -26,17 +28,21 @@ LoaderName = Literal["auto", "ffcv", "folder", "synthetic"]
 class DatasetInfo:
     """What a dataset holds. labels: int64 [n], -1 where there is none.
 
-    fingerprint: as release 0.1 computed it. content_fingerprint: of pixels, labels and class names; for a folder, of
-        names, sizes and times of change.
+    fingerprint: as release 0.1 computed it. digest: gives `content_fingerprint`, for which all may have to be read.
     account: what was taken from the source; None for a .beton file that does not tell.
     """
 
     num_samples: int
     class_names: tuple[str, ...]
     fingerprint: str
-    content_fingerprint: str
+    digest: Callable[[], str] = field(repr=False, compare=False)
     labels: NDArray[np.int64]
     account: Account | None
+
+    @cached_property
+    def content_fingerprint(self) -> str:
+        """Of pixels, labels and class names. Raises DataError."""
+        return self.digest()
 
     def is_called(self, fingerprint: str) -> bool:
         """Whether these are the data that somebody has recorded under `fingerprint`, now or with release 0.1."""
@@ -53,7 +59,7 @@ def describe(source: str) -> DatasetInfo:
                 beton.num_samples,
                 beton.class_names,
                 beton.fingerprint,
-                beton.content_fingerprint,
+                lambda: _fingerprint_of_beton(source),
                 beton.labels,
                 beton.account,
             )
@@ -62,10 +68,17 @@ def describe(source: str) -> DatasetInfo:
         len(images.labels),
         images.class_names,
         images.fingerprint,
-        images.content_fingerprint,
+        lambda: images.content_fingerprint,
         images.labels,
         images.account,
     )
+
+
+def _fingerprint_of_beton(path: str) -> str:
+    from simclr_dist.data.beton.reader import open_beton
+
+    with open_beton(path) as beton:
+        return beton.content_fingerprint
 
 
 def open_images(source: str, loader: LoaderName) -> Images:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -13,9 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.data.account import Account, LeftOut
+from simclr_dist.data.digest_cache import digest_once
 from simclr_dist.data.sources.decoding import Decoded, Pixels, decode
 from simclr_dist.data.sources.sample_values import ASK, Decoding
 from simclr_dist.errors import DataError
+
+_AT_A_TIME = 1024
 
 
 class LabelledImages(Protocol):
@@ -40,8 +44,7 @@ class LabelledImages(Protocol):
     def content_fingerprint(self) -> str:
         """Differs where an image, a label or a class name differs; the same wherever the data lies.
 
-        Files count by name, size and time of their last change; images in an archive or in memory by their bytes.
-        Raises DataError.
+        Files count by their bytes and their names relative to the source. Raises DataError.
         """
         ...
 
@@ -94,22 +97,37 @@ class FileImages:
 
     @property
     def content_fingerprint(self) -> str:
-        in_archive = bool(self.entries) and self.entries[0][3] >= 0
-        return self._fingerprint_of_bytes if in_archive else self._fingerprint_of_files()
-
-    def _fingerprint_of_files(self) -> str:
+        """All files are read for it once, by all CPUs; again when the size or time of one of them has changed."""
         digest = _digest_of_labels(self.class_names, self.labels)
-        for name, path, _, _ in self.entries:
-            found = _stat(path)
-            digest.update(self._encoded(name) + f"\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+        files = self._digest_of_unpacked if self.keep is not None else digest_once(self._state(), self._digest_of_files)
+        digest.update(files.encode())
         return digest.hexdigest()
+
+    def _state(self) -> tuple[str, str]:
+        """Changes when a file does, as far as one can tell without reading it."""
+        state = hashlib.sha256()
+        found = {path: _stat(path) for _, path, _, _ in self.entries}
+        for name, path, offset, size in self.entries:
+            file = found[path]
+            values = (offset, size, file.st_size, file.st_mtime_ns, file.st_ino)
+            state.update(self._encoded(name) + f"\0{values}\n".encode())
+        return os.path.realpath(self.root or os.curdir), state.hexdigest()
 
     @cached_property
-    def _fingerprint_of_bytes(self) -> str:
-        digest = _digest_of_labels(self.class_names, self.labels)
-        for index, (name, _, _, size) in enumerate(self.entries):
-            digest.update(self._encoded(name) + f"\0{size}\n".encode() + self._content(index))
-        return digest.hexdigest()
+    def _digest_of_unpacked(self) -> str:
+        return self._digest_of_files()
+
+    def _digest_of_files(self) -> str:
+        together = hashlib.sha256()
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            for start in range(0, len(self.entries), _AT_A_TIME):
+                indices = range(start, min(start + _AT_A_TIME, len(self.entries)))
+                for index, one in zip(indices, pool.map(self._digest_of_file, indices), strict=True):
+                    together.update(self._encoded(self.entries[index][0]) + b"\0" + one)
+        return together.hexdigest()
+
+    def _digest_of_file(self, index: int) -> bytes:
+        return hashlib.sha256(self._content(index)).digest()
 
     def _encoded(self, name: str) -> bytes:
         return name.removeprefix(self.root).encode("utf-8", "surrogateescape")
