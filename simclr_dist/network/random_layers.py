@@ -177,7 +177,8 @@ def _is_random(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     """False for dropout that drops nothing, such as inside torch's attention kernels."""
     arguments = func._schema.arguments
     defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
-    given = defaults | {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+    positional = {argument.name: value for argument, value in zip(arguments, args, strict=False)}
+    given: dict[str, Any] = defaults | positional | kwargs
     return not any(given.get(name, True) in (0, False, None) for name in ("p", "dropout_p", "train", "training"))
 
 
