@@ -65,8 +65,10 @@ class Draws:
     def begin(self, row_keys: Tensor | None) -> None:
         """A forward pass of rows with keys [n, 2] begins; None: layers draw from torch's generator."""
         self.recomputing = False
-        for counter in (*self.layers, *self.owners.values()):
-            counter.calls = 0
+        for layer in self.layers:
+            layer.calls = 0
+        for owner in self.owners.values():
+            owner.calls = 0
         if row_keys is None:
             self._streams = None
             return
@@ -395,7 +397,7 @@ def make_keyed(network: nn.Module, names: Sequence[str], draws: Draws) -> list[K
     for name in names:
         module = network.get_submodule(name)
         module.keyed_layer = KeyedLayer(name, draws)  # type: ignore[assignment]
-        module.__class__ = keyed_class(type(module))
+        module.__class__ = keyed_class(type(module))  # type: ignore[arg-type]
         layers.append(module.keyed_layer)
     return layers  # type: ignore[return-value]
 

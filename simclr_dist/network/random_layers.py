@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -136,7 +137,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.drawing: set[str] = set()
         self._network = network
-        self._device = next(network.parameters()).device
+        self._like = next(network.parameters())
         self._inside: list[str] = []
         self._outside_torch = _states_outside_torch()
         for name, module in network.named_modules():
@@ -145,12 +146,12 @@ class _Watch(TorchDispatchMode):
 
     def run(self, image_size: int, rows: int, *, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        images = torch.randn(rows, 3, image_size, image_size, generator=generator)
+        images = torch.randn(rows, 3, image_size, image_size, generator=generator).to(self._like)
         row_keys = torch.randint(-(2**31), 2**31, (rows, 2), generator=generator, dtype=torch.int32)
         self._inside.clear()
         self._outside_torch = _states_outside_torch()
-        with torch.no_grad(), self:
-            self._network(images.to(self._device), row_keys.to(self._device))
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"), self:
+            self._network(images, row_keys.to(self._like.device))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags and self._inside and _is_random(func, args, kwargs or {}):
@@ -176,7 +177,8 @@ def _is_random(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     """False for dropout that drops nothing, such as inside torch's attention kernels."""
     arguments = func._schema.arguments
     defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
-    given = defaults | {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+    positional = {argument.name: value for argument, value in zip(arguments, args, strict=False)}
+    given: dict[str, Any] = defaults | positional | kwargs
     return not any(given.get(name, True) in (0, False, None) for name in ("p", "dropout_p", "train", "training"))
 
 
