@@ -20,6 +20,7 @@ CASES = [
         ("optim.optimizer=lars", "optim.base_lr=0.2"),
         id="lars, global BatchNorm",
     ),
+    pytest.param(1, ((11, signal.SIGKILL),), ("train.precision=fp16", "optim.optimizer=adamw"), id="fp16's loss scale"),
     pytest.param(  # efficientnet_b0 drops whole layers at random
         1,
         ((5, signal.SIGKILL),),

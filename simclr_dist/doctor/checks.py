@@ -289,7 +289,7 @@ def examine_config(path: str, overrides: Sequence[str], probe: dict[str, Any]) -
     if config.train.precision == "bf16" and isinstance(gpus, list) and not all(gpu["bf16"] for gpu in gpus):
         yield Finding("warning", "precision", "bf16, which a GPU here only emulates", "train.precision=fp16 or fp32")
     if config.train.precision == "fp16" and gpus == []:
-        yield Finding("problem", "precision", "fp16 on a CPU", "train.precision=fp32 or bf16")
+        yield Finding("warning", "precision", "fp16, which is slow on a CPU", "train.precision=fp32 or bf16")
 
     yield from guarded("runs_dir", lambda: examine_folder("runs_dir", config.run_dir, 0))
     if "version" in probe.get("torch", {}):
