@@ -179,8 +179,8 @@ def agent_env(plan: LaunchPlan, ifname: str, num_cpus: int, inherited: Mapping[s
 def describe(plan: LaunchPlan, ifname: str) -> str:
     processes = f"{plan.procs_per_node} process" + ("es" if plan.procs_per_node > 1 else "")
     if plan.num_nodes == 1:
-        return f"{processes} on {plan.device}; attempt {plan.attempt}"
+        return f"starting {processes} on {plan.device}, which takes some seconds; attempt {plan.attempt}"
     return (
-        f"{plan.num_nodes} nodes x {processes} on {plan.device}; head {plan.hosts[0]} at {plan.head_addr}:{plan.port} "
-        f"over {ifname}; attempt {plan.attempt}"
+        f"starting {plan.num_nodes} nodes x {processes} on {plan.device}; head {plan.hosts[0]} at "
+        f"{plan.head_addr}:{plan.port} over {ifname}; attempt {plan.attempt}"
     )

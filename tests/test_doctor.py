@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from simclr_dist.doctor import checks as doctor
+from simclr_dist.doctor import command
 from simclr_dist.doctor.data import cpu_quota
 from simclr_dist.doctor.environment import examine_environment
 from simclr_dist.doctor.finding import Finding
@@ -60,6 +63,29 @@ def test_a_torch_that_aborts_or_hangs_is_named(
     (finding,) = probed()
     assert (finding.level, finding.what) == ("problem", "torch")
     assert finding.found.startswith(end)
+
+
+def test_rows_are_shown_as_soon_as_they_are_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[tuple[str, str]] = []
+
+    def examine(*_: object, tell: Callable[[str], None]) -> Iterator[Finding]:
+        yield Finding("ok", "Python", "works")
+        tell("torch is being tried")
+        shown.append(capsys.readouterr())
+        yield Finding("warning", "torch", "slow", "wait")
+
+    monkeypatch.setattr(command, "examine", examine)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args([])) == 0
+    ((out, err),) = shown
+    assert "Python" in out
+    assert "torch is being tried" in err
+    assert capsys.readouterr().out.endswith("0 problems, 1 warnings\n")
+    assert command.run(parser.parse_args(["--json"])) == 0
+    assert shown[1] == ("", "")
 
 
 def test_inherited_variables_are_named_with_what_to_do() -> None:

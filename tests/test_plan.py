@@ -238,6 +238,15 @@ def bottleneck_of(config: Config, speed: Speed, **limits: int) -> str:
     return found.bottleneck(**limits)
 
 
+def test_a_person_who_waits_is_told_for_what(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(SMOKE), "data.train=synthetic"]
+    for words, told in ((command, True), ([*command, "--json"], False)):
+        with pytest.raises(SystemExit) as end:
+            cli.main(words)
+        assert end.value.code == 0
+        assert ("importing torch …" in capsys.readouterr().err) is told
+
+
 def test_the_bottleneck_is_what_is_slowest() -> None:
     config = smoke(world_size=8)
     assert bottleneck_of(config, Speed(100.0, 1000.0)).startswith("the devices")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -48,6 +49,13 @@ def register(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     import psutil  # type: ignore[import-untyped]
+
+    def tell(what: str) -> None:
+        """A sign of life, for a person who waits."""
+        if not args.json:
+            print(f"{what} …", file=sys.stderr, flush=True)
+
+    tell("importing torch")
     import torch
 
     from simclr_dist.data.loading.open_images import describe
@@ -68,6 +76,7 @@ def _run(args: argparse.Namespace) -> int:
     speed, step = Speed(args.images_per_s), None
     if args.measure:
         images = train.global_batch_size // world_size
+        tell(f"measuring steps of {images} images")
         step = measure_step(
             augment=config.augment,
             model=config.model,
@@ -79,12 +88,15 @@ def _run(args: argparse.Namespace) -> int:
             device=torch.device("cuda" if here else "cpu"),
         )
         local_size = max(1, min(here, world_size))
+        if data_is_here:
+            tell("measuring the loader")
         loader = (
             measure_loader(data, config.augment, images=min(images, 256), local_size=local_size)
             if data_is_here
             else None
         )
         speed = Speed(step.images_per_s, loader)
+    tell("counting memory, traffic and operations of the network")
     found = forecast(
         data=data,
         model=config.model,

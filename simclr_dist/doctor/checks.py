@@ -42,11 +42,15 @@ PROBE_TIMEOUT_S = 180.0
 
 
 def examine(
-    config: str | None = None, overrides: Sequence[str] = (), source_arguments: argparse.Namespace | None = None
+    config: str | None = None,
+    overrides: Sequence[str] = (),
+    source_arguments: argparse.Namespace | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Finding]:
-    """All findings, in the order of the table.
+    """All findings, in the order of the table, each as soon as it is known.
 
-    config: a YAML file; anything else is a source of images, which `source_arguments` say how to read.
+    config: a YAML file; anything else is a source of images, which `source_arguments` say how to read. tell: is called
+    with what is tried next, where that takes seconds.
     """
     if config is not None and not config.endswith((".yaml", ".yml")):
         yield from guarded(config, lambda: _examine_source(config, source_arguments))
@@ -54,13 +58,15 @@ def examine(
     probe: dict[str, Any] = {}
     inherited = dict(os.environ)  # libraries change it when they are imported
     yield from guarded("Python", examine_python)
+    tell("torch is being tried, in a process of its own")
     yield from guarded("torch", lambda: examine_torch(probe))
+    tell("the loader's libraries are being imported")
     yield from guarded("data path", _examine_data_path)
     yield from guarded("limits", examine_limits)
     if config is None:
         yield from guarded("runs_dir", lambda: examine_folder("runs_dir", Path("runs"), 0))
     else:
-        yield from guarded(config, lambda: examine_config(config, overrides, probe))
+        yield from guarded(config, lambda: examine_config(config, overrides, probe, tell))
     yield from guarded("environment", lambda: examine_environment(inherited))
 
 
@@ -263,7 +269,9 @@ def examine_folder(what: str, folder: Path, needed_bytes: int) -> Iterator[Findi
     )
 
 
-def examine_config(path: str, overrides: Sequence[str], probe: dict[str, Any]) -> Iterator[Finding]:
+def examine_config(
+    path: str, overrides: Sequence[str], probe: dict[str, Any], tell: Callable[[str], None] = lambda _: None
+) -> Iterator[Finding]:
     from simclr_dist.config import load_config
     from simclr_dist.errors import ConfigError
 
@@ -293,6 +301,7 @@ def examine_config(path: str, overrides: Sequence[str], probe: dict[str, Any]) -
 
     yield from guarded("runs_dir", lambda: examine_folder("runs_dir", config.run_dir, 0))
     if "version" in probe.get("torch", {}):
+        tell("the network is being tried with one image")
         yield from guarded("before step 0", lambda: examine_start([path, *overrides]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+import sys
 
 from simclr_dist.argument_types import add_source_arguments
 from simclr_dist.doctor.checks import examine
@@ -13,6 +13,7 @@ from simclr_dist.doctor.finding import Finding
 DESCRIPTION = """Tries out everything that training needs, and with CONFIG everything that this training needs.
 With DATA (anything that `prepare` takes, or a .beton file) it shows what is taken from there and what is left out."""
 EPILOG = "exit codes: 0 no problem was found · 1 a PROBLEM was found"
+WIDTH = 22  # of the names; longer ones move their row to the right
 MARKS = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
 
 
@@ -24,23 +25,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    findings = list(examine(args.config, args.overrides, args))
-    ok = all(finding.level != "problem" for finding in findings)
+    findings = []
+    for finding in examine(args.config, args.overrides, args, tell=(lambda _: None) if args.json else _tell):
+        findings.append(finding)
+        if not args.json:
+            print(render(finding), flush=True)  # as it comes: some parts take seconds
+    count = {level: sum(finding.level == level for finding in findings) for level in MARKS}
+    ok = count["problem"] == 0
     if args.json:
         print(json.dumps({"ok": ok, "findings": [vars(finding) for finding in findings]}, indent=1))
     else:
-        print("\n".join(render(findings)))
+        print(f"{count['problem']} problems, {count['warning']} warnings")
     return 0 if ok else 1
 
 
-def render(findings: Sequence[Finding]) -> Iterator[str]:
-    width = max(len(finding.what) for finding in findings)
-    for finding in findings:
-        yield f"{MARKS[finding.level]}  {finding.what:{width}}  {plain(finding.found)}"
-        if finding.advice:
-            yield f"{'':9}{'':{width}}  {plain(finding.advice)}"
-    count = {level: sum(finding.level == level for finding in findings) for level in MARKS}
-    yield f"{count['problem']} problems, {count['warning']} warnings"
+def _tell(what: str) -> None:
+    """What is being tried, for a person who waits."""
+    print(f"{'…':7}  {what}", file=sys.stderr, flush=True)
+
+
+def render(finding: Finding) -> str:
+    row = f"{MARKS[finding.level]}  {finding.what:{WIDTH}}  {plain(finding.found)}"
+    return f"{row}\n{'':9}{'':{WIDTH}}  {plain(finding.advice)}" if finding.advice else row
 
 
 def plain(text: str) -> str:
