@@ -19,6 +19,10 @@ SHOWN_ATTEMPT = "show.0-000000"
 
 def training(args: argparse.Namespace, world_size: int | None) -> tuple[Config, tuple[str, ...]]:
     """The checked configuration, and the command of each process. Raises ConfigError, which names every mistake."""
+    if os.path.exists(args.config) and not os.path.isfile(args.config):
+        raise LaunchError(
+            f"{args.config}: not a plain file, and every process must read it; save the configuration as a file"
+        )
     check_environment(passed_on(os.environ) | checked_env(args.env))
     config = load_config(args.config, args.overrides, world_size=world_size)
     return config, ("-m", TRAINER, os.path.abspath(args.config), *args.overrides)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -154,3 +156,73 @@ def test_training_refuses_a_bad_config_with_exit_code_2_and_no_traceback(good: P
     assert done.returncode == 2
     assert "did you mean `epochs`?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_home_and_variables_in_paths_are_expanded(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.setenv("USER", "me")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    paths = ("data.train=~/x.beton", "data.test=${SCRATCH}/$USER/y.beton", "runs_dir=$SCRATCH/runs")
+    config = load_config(good, paths, check_data=False)
+    assert (config.data.train, config.data.test) == ("/home/me/x.beton", "/scratch/me/y.beton")
+    assert config.runs_dir == "/scratch/runs"
+    (problem,) = problems(good, "runs_dir=$NOWHERE/runs")
+    assert problem.endswith("runs_dir: $NOWHERE/runs: the environment variable NOWHERE is not set")
+    (problem,) = problems(good, "runs_dir=~nobody_of_this_name/runs")
+    assert "there is no user 'nobody_of_this_name'" in problem
+    odd = load_config(good, ["runs_dir='it is $HOME, 100%x~'"])
+    assert odd.runs_dir == "it is $HOME, 100%x~"  # a dollar inside of a name is a dollar
+    assert load_config(good, ["name=a"]).runs_dir == "runs"
+
+
+def test_merged_sections_are_read_and_own_keys_win(tmp_path: Path) -> None:
+    path = tmp_path / "merged.yaml"
+    path.write_text(GOOD + "optim: &o {base_lr: 0.5, momentum: 0.8}\n")
+    both = tmp_path / "both.yaml"
+    both.write_text(path.read_text() + "timeout: {<<: [{step_s: 7.0}, {step_s: 8.0, save_s: 9.0}], save_s: 10.0}\n")
+    config = load_config(both)
+    assert (config.timeout.step_s, config.timeout.save_s) == (7.0, 10.0)
+    path.write_text(GOOD + "optim: &o {base_lr: 0.5}\nloss: {<<: *o}\n")
+    (problem,) = problems(path)
+    assert "loss.base_lr: unknown key" in problem
+    path.write_text(GOOD + "loss: {<<: 3}\n")
+    assert "<<: takes a section" in problems(path)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("loss: &a {temperature: *a}\n", "an alias of itself"),
+        ("loss: &a\n  <<: *a\n", "an alias of itself"),
+        (
+            "a: &a [1,1,1,1,1,1,1,1,1]\n"
+            + "".join(
+                f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n"
+                for before, name in zip("abcde", "bcdef", strict=True)
+            ),
+            "more than 10,000 values",
+        ),
+        ("loss: " + "[" * 5000 + "]" * 5000 + "\n", "nested too deeply"),
+    ],
+    ids=["itself", "merged into itself", "a billion", "deep"],
+)
+def test_a_file_that_would_never_end_is_a_problem_like_any_other(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "endless.yaml"
+    path.write_text(GOOD + text)
+    assert complaint in problems(path)[-1]
+
+
+def test_a_configuration_comes_through_a_pipe_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    threading.Thread(target=pipe.write_text, args=(GOOD,)).start()
+    assert load_config(pipe).name == "test"
+    threading.Thread(target=pipe.write_text, args=("",)).start()
+    (problem,) = problems(pipe)
+    assert "a pipe can be read only once" in problem
+
+
+@pytest.mark.parametrize("setting", ["optim.momentum=1.0", "optim.betas=[1.0, 0.999]", "optim.betas=[0.9, 1.0]"])
+def test_an_average_that_never_moves_is_refused(good: Path, setting: str) -> None:
+    assert "less than 1" in problems(good, setting)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from torch import nn
 from simclr_dist.config import TrainConfig
 from simclr_dist.data import Batch
 from simclr_dist.errors import NonFiniteAbortError
+from simclr_dist.health.check import Recording
 from simclr_dist.loss import NonFiniteError
 from simclr_dist.training.non_finite import NonFinitePolicy, StepFacts
 from simclr_dist.training.step import StepResult
+from simclr_dist.training.trainer import Trainer
 
 IDS = torch.tensor([3, 5])
 BATCH = Batch(torch.zeros(2, 2, 1, 1, 3, dtype=torch.uint8), IDS, IDS, 0)
@@ -65,3 +68,35 @@ def test_under_stop_the_first_bad_step_ends_the_training_and_its_samples_are_wri
         Training(tmp_path, "stop").step(math.nan)
     (record,) = tmp_path.glob("non_finite_*.json")
     assert json.loads(record.read_text())["sample_ids"] == [3, 5]
+
+
+@pytest.mark.parametrize(("precision", "advice"), [("fp32", None), ("bf16", "fp32"), ("fp16", "bf16 or fp32")])
+def test_the_advice_names_a_precision_only_where_there_is_a_wider_one(
+    tmp_path: Path, precision: str, advice: str | None
+) -> None:
+    settings = TrainConfig.model_validate({"global_batch_size": 4, "epochs": 1, "precision": precision})
+    policy = NonFinitePolicy(settings, tmp_path, 0, nn.Linear(1, 1), torch.device("cpu"), print)
+
+    def diverge(batch: object) -> StepResult:
+        raise NonFiniteError("z is NaN", {})
+
+    with pytest.raises(NonFiniteAbortError) as caught:
+        policy.run(diverge, None, StepFacts(3, 0.1, torch.arange(2)))  # type: ignore[arg-type]
+    assert ("try train.precision" in str(caught.value)) == (advice is not None)
+    assert advice is None or f"train.precision={advice})" in str(caught.value)
+
+
+def test_the_loss_scale_that_a_step_used_is_kept_and_not_the_next_one() -> None:
+    scaler = SimpleNamespace(scale=1024.0)
+    scaler.get_scale = lambda: scaler.scale
+
+    def step() -> None:
+        scaler.scale = 2048.0  # as it does after many steps without infinity
+
+    parts = SimpleNamespace(
+        accelerator=SimpleNamespace(scaler=scaler), optimizer=SimpleNamespace(step=step, step_was_skipped=False)
+    )
+    trainer = SimpleNamespace(parts=parts, grad_norm=lambda: torch.tensor(1.0))
+    x = torch.zeros(1)
+    result = Trainer._step_with_loss_scale(trainer, None, x, x, x, Recording())  # type: ignore[arg-type]
+    assert result.loss_scale == 1024.0

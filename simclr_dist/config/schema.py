@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # with 1 an average never takes in anything new
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -81,9 +82,9 @@ class OptimConfig(Section):
     warmup_epochs: NonNegative = 10.0
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: NonNegative = 1e-6
-    momentum: Probability = 0.9
+    momentum: Decay = 0.9
     trust_coefficient: Positive = 0.001
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     max_grad_norm: Positive | None = None
 
     @field_validator("betas", mode="before")

@@ -7,6 +7,7 @@ All problems of a file are reported together, each with its place, so that one l
 
 from __future__ import annotations
 
+import os
 import re
 import typing
 from dataclasses import dataclass
@@ -38,6 +39,12 @@ _Yaml.add_implicit_resolver(
     list("-+0123456789."),
 )
 
+PATHS: tuple[KeyPath, ...] = (
+    *(("data", "train"), ("data", "test"), ("evaluation", "train")),
+    *(("runs_dir",), ("resume",)),
+)
+"""Settings in which `~` and environment variables are expanded."""
+MAX_VALUES = 10_000  # aliases of aliases can stand for billions
 _PLAIN_TAGS = ("map", "seq", "str", "bool", "int", "float", "null")
 
 
@@ -47,6 +54,7 @@ class _Reader:
 
     origins: dict[KeyPath, str]
     problems: list[str]
+    _num_values: int = 0
 
     def read_file(self, path: Path) -> dict[str, Any]:
         try:
@@ -57,10 +65,14 @@ class _Reader:
             raise ConfigError([f"{path}: cannot be read: {error}"]) from None
         try:
             node = yaml.compose(text, Loader=_Yaml)
+        except RecursionError:
+            raise ConfigError([f"{path}: nested too deeply to be a configuration"]) from None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""
             raise ConfigError([f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}"]) from None
+        if node is None and not path.is_file():
+            raise ConfigError([f"{path}: empty; a pipe can be read only once, so save the configuration as a file"])
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError([f"{path}: expected `key: value` lines, found {kind_of(node)}"])
         return self._value(node, (), lambda n: f"{path}:{n.start_mark.line + 1}")
@@ -73,20 +85,31 @@ class _Reader:
             return None
         try:
             node = yaml.compose(raw, Loader=_Yaml)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             self.problems.append(f"{origin}: the value is not valid YAML: {getattr(error, 'problem', error)}")
             return None
         path = tuple(key.split("."))
         self.origins[path] = origin
         return path, None if node is None else self._value(node, path, lambda _: origin)
 
-    def _value(self, node: yaml.Node, path: KeyPath, place: typing.Callable[[yaml.Node], str]) -> Any:
+    def _value(
+        self, node: yaml.Node, path: KeyPath, place: typing.Callable[[yaml.Node], str], inside: tuple[int, ...] = ()
+    ) -> Any:
+        """inside: the nodes around this one, by id."""
+        self._num_values += 1
+        if id(node) in inside or self._num_values > MAX_VALUES:
+            what = "an alias of itself" if id(node) in inside else f"more than {MAX_VALUES:,} values, by its aliases"
+            problem = f"{place(node)}: {'.'.join(path)}: the file holds {what}"
+            raise ConfigError([*self.problems, problem])
+        inside = (*inside, id(node))
         if node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
             self.problems.append(f"{place(node)}: {'.'.join(path)}: the tag {node.tag} is not allowed")
             return None
         if isinstance(node, yaml.MappingNode):
             values: dict[str, Any] = {}
-            for key_node, value_node in node.value:
+            merged = [value for key, value in node.value if _is_merge(key)]
+            own = [(key, value) for key, value in node.value if not _is_merge(key)]
+            for key_node, value_node in own:
                 key = str(key_node.value)
                 here = (*path, key)
                 if key in values:
@@ -95,15 +118,75 @@ class _Reader:
                     )
                     continue
                 self.origins[here] = place(key_node)
-                values[key] = self._value(value_node, here, place)
+                values[key] = self._value(value_node, here, place, inside)
+            for value_node in merged:
+                values = self._merged(value_node, path, place, inside) | values
             return values
         if isinstance(node, yaml.SequenceNode):
-            return [self._value(child, (*path, str(i)), place) for i, child in enumerate(node.value)]
+            return [self._value(child, (*path, str(i)), place, inside) for i, child in enumerate(node.value)]
         try:
             return _Yaml("").construct_object(node)
         except (yaml.YAMLError, ValueError, KeyError):  # a tag such as !!bool on a value that is none
             self.problems.append(f"{place(node)}: {'.'.join(path)}: {node.value!r} does not fit its tag {node.tag}")
             return None
+
+    def _merged(
+        self, node: yaml.Node, path: KeyPath, place: typing.Callable[[yaml.Node], str], inside: tuple[int, ...]
+    ) -> dict[str, Any]:
+        """The keys that `<<: *other` or `<<: [*one, *other]` brings; of two sections the first one's count."""
+        sections = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        values: dict[str, Any] = {}
+        for section in sections:
+            if not isinstance(section, yaml.MappingNode):
+                self.problems.append(
+                    f"{place(section)}: <<: takes a section or a list of them, found {kind_of(section)}"
+                )
+                continue
+            before = dict(self.origins)
+            values = self._value(section, path, place, inside) | values
+            self.origins |= before  # a key of the section itself keeps its place
+        return values
+
+
+def _is_merge(key: yaml.Node) -> bool:
+    return isinstance(key, yaml.ScalarNode) and key.value == "<<" and key.style is None
+
+
+def _expand_paths(values: dict[str, Any], reader: _Reader) -> None:
+    """In place: `~` or `~user` at the start of a path, and `$NAME` or `${NAME}` as a whole part of it.
+
+    Elsewhere in a name a dollar is a dollar. Only settings that are paths are looked at.
+    """
+    for key_path in PATHS:
+        section: Any = values
+        for key in key_path[:-1]:
+            section = section.get(key) if isinstance(section, dict) else None
+        written = section.get(key_path[-1]) if isinstance(section, dict) else None
+        if not isinstance(written, str) or not re.search(r"^~|\$", written):
+            continue
+        try:
+            section[key_path[-1]] = _expanded(written)
+        except KeyError as error:
+            where = reader.origins.get(key_path, "the configuration")
+            reader.problems.append(f"{where}: {'.'.join(key_path)}: {written}: {error.args[0]}")
+
+
+def _expanded(written: str) -> str:
+    """Raises KeyError with a sentence."""
+
+    def value_of(part: str) -> str:
+        name = re.fullmatch(r"\$(?:(\w+)|\{(\w+)\})", part)
+        if name is None:
+            return part
+        value = os.environ.get(name[1] or name[2])
+        if not value:
+            raise KeyError(f"the environment variable {name[1] or name[2]} is not set")
+        return value
+
+    home = os.path.expanduser(written)
+    if written.startswith("~") and home == written:
+        raise KeyError(f"there is no user {written.partition('/')[0][1:]!r} whose home directory that could be")
+    return "/".join(value_of(part) for part in home.split("/"))
 
 
 def load_config(
@@ -128,6 +211,7 @@ def load_config(
                 target[key] = {}
             target = target[key]
         target[key_path[-1]] = value
+    _expand_paths(values, reader)
     problems = reader.problems
     config: Config | None = None
     try:

@@ -117,7 +117,9 @@ def _extract(
         first = int(features.sample_ids[bad_rows][0])
         raise DataError(
             f"the encoder gives NaN or infinite features for {int(bad_rows.sum())} of {len(features)} images "
-            f"(first: sample {first}); evaluate with precision fp32, or take an earlier checkpoint"
+            f"(first: sample {first}); "
+            + ("" if precision == "fp32" else "evaluate with precision fp32, or ")
+            + "take an earlier checkpoint"
         )
     return features
 

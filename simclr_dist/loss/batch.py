@@ -224,7 +224,7 @@ def _raise_faults(headers: list[Header]) -> None:
         where = [f"rank {r}: {count} of {first.rows} rows, first row {row}" for r, (count, row) in bad.items()]
         raise NonFiniteError(
             f"z is NaN or infinite ({'; '.join(where)}). The network has diverged or an image is broken: "
-            "lower the learning rate, lengthen the warm-up, or try precision fp32.",
+            "lower the learning rate, or lengthen the warm-up.",
             bad,
         )
 

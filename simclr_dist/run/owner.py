@@ -83,8 +83,9 @@ def refuse_if_owned(run_dir: Path) -> None:
     holder = _read(file)
     if holder is not None and not _has_ended(file, holder) and not _follows(attempt_name(), holder.attempt):
         raise OwnershipError(
-            f"{run_dir}: already being trained by {holder}. Stop that one first (touch {run_dir}/STOP), or give this "
-            "run another name=…"
+            f"{run_dir}: already being trained by {holder}. Stop that one first (touch STOP in its run directory), or "
+            f"give this run another name=…. If {run_dir} is a copy of that directory, delete the copied "
+            f"{RunDir(run_dir).owner.name}"
         )
 
 

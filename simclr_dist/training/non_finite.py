@@ -54,6 +54,8 @@ class NonFinitePolicy:
         self._model = model
         self._warn = warn
         self._skips = settings.on_non_finite == "skip"
+        wider = {"fp32": "", "fp16": "bf16 or fp32"}.get(settings.precision, "fp32")
+        self._precision_as_cause = f"too few bits (try train.precision={wider}), " if wider else ""
         self._max_skipped = settings.max_skipped_steps
         # To skip, the norm must be known before the optimiser moves. To stop, it may be read one step late, without
         # waiting for the device: a state with NaN is never saved.
@@ -91,7 +93,7 @@ class NonFinitePolicy:
             raise NonFiniteAbortError(
                 f"step {facts.step}, learning rate {facts.lr:g}: {error}\n"
                 f"The batch's sample ids are in {path}. Usual causes: a learning rate or temperature that does not fit "
-                "the batch, fp16 without need (try train.precision=bf16), damaged images."
+                f"the batch, {self._precision_as_cause}damaged images."
             ) from None
 
     def _record(self, facts: StepFacts, error: str) -> Path:

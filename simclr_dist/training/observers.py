@@ -237,13 +237,11 @@ class Health(Observer):
         monitor: Monitor,
         loader: Loader,
         device: torch.device,
-        grad_scale: Callable[[], float],
     ) -> None:
         self._check = check
         self._monitor = monitor
         self._loader = loader
         self._device = device
-        self._grad_scale = grad_scale
         self._last: tuple[float, float] | None = None  # when, and the loader's wait then
 
     def is_due(self, finished: FinishedStep) -> bool:
@@ -262,7 +260,7 @@ class Health(Observer):
             result.h,
             result.z,
             RankFacts(share, memory_peak_gib(self._device)),
-            grad_scale=self._grad_scale(),
+            grad_scale=result.loss_scale,
         )
         if distributed.rank() == 0:
             scalars = {**findings.scalars, "speed/health_check_s": time.monotonic() - started_s}
@@ -336,7 +334,7 @@ def build_observers(
 
     augment, nt_xent: the trainer's own, which a subclass may have exchanged.
     """
-    device, monitor, scaler = parts.device, parts.monitor, parts.accelerator.scaler
+    device, monitor = parts.device, parts.monitor
     precision, batch_size = config.train.precision, config.evaluation.batch_size
 
     images, evaluation = parts.evaluation_images, None
@@ -382,7 +380,7 @@ def build_observers(
             AugmentedPairs(config.monitor.image_pairs, parts.steps_per_epoch, augment, monitor),
             Probe(parts.probe, config.monitor.log_every_steps),
             figures,
-            Health(parts.health, monitor, parts.loader, device, lambda: scaler.get_scale() if scaler else 1.0),
+            Health(parts.health, monitor, parts.loader, device),
             Evaluation(config.evaluation.knn_every_epochs, evaluate, monitor, RunDir(config.run_dir)),
             Gallery(config.monitor.projector_every_epochs, show_neighbours),
         ],

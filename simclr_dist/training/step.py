@@ -26,6 +26,8 @@ class StepResult:
     """[2B, K], likewise."""
     recording: Recording | None = None
     """For the health check, where one is due."""
+    loss_scale: float = 1.0
+    """What the loss of a recorded step, and so its gradient, was multiplied with; other than 1 in fp16 alone."""
     skipped: bool = False
     """The loss or the gradient was not finite, and `train.on_non_finite` says skip."""
 

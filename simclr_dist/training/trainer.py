@@ -66,10 +66,12 @@ class Trainer:
         self, batch: Batch, loss: Tensor, h: Tensor, z: Tensor, recording: Recording | None
     ) -> StepResult:
         """fp16: the scaler skips steps until its scale fits. Below a scale of 1 the gradient itself is infinite."""
+        scaler = self.parts.accelerator.scaler
+        used = scaler.get_scale() if recording is not None else 1.0  # the step may change it
         self.parts.optimizer.step()
-        if self.parts.optimizer.step_was_skipped and self.parts.accelerator.scaler.get_scale() < 1:
+        if self.parts.optimizer.step_was_skipped and scaler.get_scale() < 1:
             raise NonFiniteGradientError("the gradient is infinite in fp16 at any loss scale", self._facts(batch))
-        return StepResult(loss, self.grad_norm(), h, z, recording)
+        return StepResult(loss, self.grad_norm(), h, z, recording, loss_scale=used)
 
     def backward(
         self, views: Tensor, sample_ids: Tensor, row_keys: Tensor | None = None
