@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.launch_plan import STOP_SIGNALS, one_line
-from simclr_dist.argument_types import non_negative_int, positive_float, positive_int
+from simclr_dist import __version__
+from simclr_dist.argument_types import Parser, non_negative_int, positive_float, positive_int
 
 EPILOG = """\
 examples:
@@ -34,12 +35,13 @@ BACKENDS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m launcher",
         description="Starts simclr_dist trainings and looks after them.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=f"launcher of simclr-dist {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for backend, text in BACKENDS.items():
         add_backend(commands.add_parser(backend, help=text, description=text), backend)

@@ -3,6 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a slip of the pen with the nearest word, and a missing argument in plain words. Subcommands, too."""
+
+    def error(self, message: str) -> NoReturn:
+        if wrong := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            message += _did_you_mean(wrong[1], re.findall(r"[\w./-]+", wrong[2]))
+        elif wrong := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            message += _did_you_mean(wrong[1], _options(self))
+        elif wrong := re.match(r"the following arguments are required: (.*)", message):
+            needed = [name for name in wrong[1].split(", ") if "=" not in name]  # key=value may be left out
+            message = f"missing: {', '.join(needed)}; `{self.prog} --help` says what that is"
+        super().error(message)
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """Of a parser and all its subcommands: argparse meets an unknown one when it no longer knows whose it was."""
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    deeper = [option for action in inner for child in action.choices.values() for option in _options(child)]
+    return [*parser._option_string_actions, *deeper]
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def positive_int(text: str) -> int:

@@ -15,6 +15,7 @@ from launcher import arguments as launcher
 from simclr_dist import cli, train
 from simclr_dist.config import Config, load_config
 from simclr_dist.errors import ConfigError
+from simclr_dist.network.encoders import torchvision_names
 from tests.conftest import REPOSITORY
 
 FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
@@ -89,6 +90,8 @@ def check(words: list[str]) -> None:
             raise WrongDocumentationError(f"make has no {unknown}")
     elif program == "simclr-dist":
         against(cli.parser(), rest)
+        if rest[:1] == ["export"]:
+            check_export(rest)
     elif program == "simclr-launch":
         against(launcher.parser(), rest)
     elif program == "accelerate" and rest[:1] == ["launch"]:
@@ -184,6 +187,29 @@ def against(parser: argparse.ArgumentParser, words: list[str]) -> None:
     known = [setting for setting in settings if not PLACEHOLDER.search(setting)]
     if known:
         check_settings(config, known)
+
+
+def help_examples(parser: argparse.ArgumentParser) -> Iterator[tuple[str, list[str]]]:
+    """(program, words) of every example in the --help of a parser and of its subcommands."""
+    examples = re.sub(r"^examples?:", "", parser.epilog or "", flags=re.MULTILINE)
+    shown = "\n".join(line for line in map(str.strip, examples.splitlines()) if line.startswith(OURS))
+    for words in commands(shown):
+        yield parser.prog, words
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in dict.fromkeys(action.choices.values()):
+                yield from help_examples(inner)
+
+
+def check_export(words: list[str]) -> None:
+    """`export runs/NAME`, where configs/NAME.yaml is ours: its encoder must be in that library."""
+    name = next((word.removeprefix("runs/") for word in words if word.startswith("runs/")), "")
+    shipped = REPOSITORY / "configs" / f"{name}.yaml"
+    chosen = words[words.index("--format") + 1] if "--format" in words[:-1] else "torchvision"
+    if shipped.is_file() and chosen == "torchvision":
+        encoder = load_config(shipped, check_data=False).model.encoder
+        if encoder not in torchvision_names():
+            raise WrongDocumentationError(f"{' '.join(words)}: {encoder} is none of torchvision's")
 
 
 def check_settings(config: str | None, settings: list[str]) -> None:

@@ -120,9 +120,23 @@ def test_python_blocks_compile_and_marked_ones_run(page: Path, tmp_path: Path) -
             assert done.returncode == 0, done.stderr
 
 
+def test_the_examples_of_every_help_are_accepted() -> None:
+    from launcher import arguments
+    from simclr_dist import cli
+
+    found = [*doc_commands.help_examples(cli.parser()), *doc_commands.help_examples(arguments.parser())]
+    assert len(found) > 20
+    for program, words in found:
+        try:
+            check(words)
+        except WrongDocumentationError as error:
+            raise AssertionError(f"{program} --help: {error}") from None
+
+
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [
+        ("simclr-dist export runs/cifar10_demo --format torchvision", "none of torchvision's"),
         ("simclr-dist evaluate nearest runs/x", "has no nearest"),
         ("simclr-dist export runs/x --fromat onnx", "has no --fromat"),
         ("simclr-dist export runs/x --format caffe", "refuses"),

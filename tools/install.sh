@@ -3,6 +3,13 @@
 # System headers for building ffcv come from apt when we are root; otherwise the commands to run are printed.
 set -euo pipefail
 
+case ${1:-} in
+"" | -*)
+    echo "usage: bash tools/install.sh FOLDER      a virtual environment, made there with everything in it"
+    echo "PYTHON=python3.12 names another Python; SIMCLR_WITHOUT_FFCV=1 leaves out ffcv, which needs a compiler"
+    case ${1:-} in -h | --help) exit 0 ;; *) exit 2 ;; esac
+    ;;
+esac
 venv=$1
 python=${PYTHON:-python3}
 

@@ -12,6 +12,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from simclr_dist import __version__
+from simclr_dist.argument_types import Parser
 from simclr_dist.cli import (
     config,
     demo,
@@ -32,9 +34,9 @@ from simclr_dist.errors import UserError
 EPILOG = """\
 examples:
   simclr-dist prepare cifar10-jpeg.tar.xz data/cifar10_train.beton --split train
-  simclr-dist config show configs/cifar10_resnet18_100ep.yaml train.epochs=5
+  simclr-dist config show configs/cifar10_resnet18_100ep.yaml train.epochs=50
   simclr-dist evaluate knn runs/cifar10_demo
-  simclr-dist export runs/cifar10_demo --format torchvision
+  simclr-dist export runs/cifar10_demo --format safetensors
 
 exit codes: 0 done · 1 a fault of the program · 2 bad input, see the message
 """
@@ -58,12 +60,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Of all commands. What it parses has `run`, a function of the namespace that returns the exit code."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="simclr-dist",
         description="SimCLR pretraining: prepare images, evaluate and export what was learnt.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=f"simclr-dist {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (
         prepare,

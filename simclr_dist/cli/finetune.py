@@ -43,12 +43,14 @@ def register(commands: Commands) -> None:
     finetune.add_argument(
         "--from", dest="start", choices=("encoder", "head"), default="encoder", help="head: keep the head's first layer"
     )
-    finetune.add_argument("--freeze", action="store_true", help="train the classifier only; 90 epochs, lr 0.1")
+    finetune.add_argument("--freeze", action="store_true", help="train the classifier only")
     finetune.add_argument(
         "--train", metavar="DATA", help="labelled images (default: evaluation.train or data.train of the run)"
     )
     finetune.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/finetune/<labels>_<from>_seed<seed>")
-    _add_schedule(finetune, "0.05 x B/256; 60 epochs up to 1 %% of the labels, else 30")
+    _add_schedule(
+        finetune, epochs="60 up to 1 %% of the labels, else 30; 90 with --freeze", lr="0.05, with --freeze 0.1"
+    )
 
     distill = add_command(
         commands,
@@ -70,13 +72,15 @@ def register(commands: Commands) -> None:
     distill.add_argument("--alpha", type=_share, default=1.0, help="weight of the teacher; the rest goes to labels")
     distill.add_argument("--subset", type=Path, metavar="FILE", help="with --alpha: the samples whose labels are used")
     distill.add_argument("--out", type=Path, metavar="FOLDER", help="default: distilled_<student>, beside the teacher")
-    _add_schedule(distill, "0.05 x B/256; 100 epochs")
+    _add_schedule(distill, epochs="100", lr="0.05")
 
 
-def _add_schedule(parser: argparse.ArgumentParser, defaults: str) -> None:
+def _add_schedule(parser: argparse.ArgumentParser, *, epochs: str, lr: str) -> None:
     parser.add_argument("--test", metavar="DATA", help="held-out images (default: data.test of the run)")
-    parser.add_argument("--epochs", type=positive_int, help=f"default: {defaults}")
-    parser.add_argument("--lr", type=positive_float, help="for a batch of 256; scaled by the batch size")
+    parser.add_argument("--epochs", type=positive_int, help=f"default: {epochs}")
+    parser.add_argument(
+        "--lr", type=positive_float, help=f"for a batch of 256, scaled by the batch size (default: {lr})"
+    )
     parser.add_argument("--weight-decay", type=float, default=0.0, help="default: 0")
     parser.add_argument("--seed", type=int, default=0, help="draws subset, order and crops (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

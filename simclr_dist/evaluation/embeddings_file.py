@@ -50,7 +50,7 @@ def save_embeddings(path: Path, embeddings: Embeddings) -> None:
     with replaces(path) as temporary:
         if path.suffix == ".npz":
             with temporary.open("wb") as file:
-                entries = {name: np.asarray(getattr(embeddings, name)) for name in (*_ARRAYS, *_TEXTS)}
+                entries = {name: _as_array(getattr(embeddings, name)) for name in (*_ARRAYS, *_TEXTS)}
                 np.savez(file, allow_pickle=False, **entries)
         else:
             _write_parquet(temporary, embeddings)
@@ -76,6 +76,11 @@ def _read_npz(path: Path) -> Embeddings:
     names, class_names = (tuple(arrays[name].astype(str).tolist()) for name in ("names", "class_names"))
     texts = {name: str(arrays[name]) for name in _TEXTS}
     return Embeddings(arrays["h"], arrays["labels"], names, class_names, **texts)
+
+
+def _as_array(value: Any) -> np.ndarray:
+    """Names are text, also where there are none: numpy would make numbers of an empty list."""
+    return np.asarray(value, dtype=str) if isinstance(value, tuple | str) else np.asarray(value)
 
 
 def _write_parquet(path: Path, embeddings: Embeddings) -> None:

@@ -15,6 +15,8 @@ import time
 import traceback
 from typing import TYPE_CHECKING, NoReturn
 
+from simclr_dist import __version__
+from simclr_dist.argument_types import Parser
 from simclr_dist.config import Config, load_config
 from simclr_dist.errors import ConfigError, FailedElsewhereError, Reason, UserError
 from simclr_dist.parallel.environment import check_environment
@@ -36,9 +38,10 @@ _LOST_RANK_MESSAGES = (
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="simclr_dist.train", description=__doc__.split("\n\n")[0])
+    found = Parser(prog="simclr_dist.train", description=__doc__.split("\n\n")[0])
     found.add_argument("config", help="YAML file, see configs/")
     found.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=5")
+    found.add_argument("--version", action="version", version=f"simclr-dist {__version__}")
     style = found.add_mutually_exclusive_group()
     for name, text in (("quiet", "print warnings and errors only"), ("json", "print JSON lines, for programs")):
         style.add_argument(f"--{name}", dest="terminal", action="store_const", const=name, help=text)
