@@ -207,15 +207,18 @@ def test_a_cache_that_is_damaged_on_one_rank_ends_all(run: Path, tmp_path: Path,
     assert run_ranks(2, features_with_a_cache_for_each_rank, run, tmp_path / "caches") == ["30 images"] * 2
 
 
-def test_an_evaluation_whose_features_cannot_be_kept_is_done(
+def test_an_evaluation_that_cannot_be_kept_is_done(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(offline, "write_features", full)
+    monkeypatch.setattr(offline, "append_record", full)
     assert call("evaluate", "knn", run, "--device", "cpu") == 0
-    assert "are not kept: [Errno 28] No space left on device" in capsys.readouterr().err
+    output = capsys.readouterr()
+    assert "trained encoder" in output.out
+    assert output.err.count("kept: [Errno 28] No space left on device") == 3  # of two sets of features, and the result
 
 
 def test_the_figure_of_a_command_stands_beside_its_settings(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -248,6 +248,8 @@ def test_while_training_and_afterwards_a_checkpoint_has_one_figure(
     assert {"k", "temperature", "train_images", "test_images", "image_size", "precision"} <= online.keys()
     logged = [json.loads(line) for line in (training.run_dir / "log.jsonl").read_text().splitlines()]
     assert online["top1"] == [line["eval/knn_top1"] for line in logged if "eval/knn_top1" in line][-1]
+    beside = f"{online['top1']:.2%} (k=5, T=0.1, {max_train or 512} training images, 32 px)"
+    assert re.search(rf"kNN top-1 +{re.escape(beside)}", training.output[0])
     more = ("--max-train", str(max_train)) if max_train else ()
     assert evaluated(training.run_dir, capsys, *more) == without_time(online)
 

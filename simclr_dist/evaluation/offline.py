@@ -138,7 +138,11 @@ def evaluate(
                 device=device,
             )
             return Score(name, knn.top1, knn.top5)
-        linear = linear_probe(train, test, num_classes=images.num_classes, method=solver, seed=seed, device=device)
+        linear = run_on_all_ranks(
+            lambda: linear_probe(train, test, num_classes=images.num_classes, method=solver, seed=seed, device=device),
+            device,
+            catch=Exception,
+        )
         if name == "trained encoder":
             settings["weight_decay"] = linear.weight_decay
         return Score(name, linear.top1, linear.top5)
@@ -162,13 +166,7 @@ def evaluate(
 
     scores = []
     if baselines:
-        pixels = (
-            pixel_features(
-                ReadableImages.of(source, config.data, 512)(np.arange(info.num_samples)), normalize=normalize
-            )
-            for source, info in ((images.train, images.train_info), (images.test, images.test_info))
-        )
-        train_pixels, test_pixels = pixels
+        train_pixels, test_pixels = run_on_all_ranks(lambda: _pixels(images, config.data), device, catch=Exception)
         scores.append(score("raw pixels", train_pixels, relabelled(test_pixels, images.classes)))
         scores.append(score("untrained encoder", *features(_untrained(config.model, config.seed))))
     trained = features(model.encoder)
@@ -185,7 +183,10 @@ def evaluate(
         top5=scores[-1].top5,
     )
     if distributed.rank() == 0:
-        append_record(run.evaluations, record)
+        try:
+            append_record(run.evaluations, record)
+        except OSError as error:
+            say(f"this result is not kept: {error}")
     return scores, record
 
 
@@ -211,6 +212,14 @@ def _bank(images: LabelledImages, k: int, max_train: int | None, seed: int) -> N
         raise ConfigError([f"--max-train: {error}"]) from None
     check_k(k, len(bank))
     return bank
+
+
+def _pixels(images: LabelledImages, data: DataConfig) -> list[Features]:
+    """Of the training images and of the test images."""
+    return [
+        pixel_features(ReadableImages.of(source, data, 512)(np.arange(info.num_samples)), normalize=normalize)
+        for source, info in ((images.train, images.train_info), (images.test, images.test_info))
+    ]
 
 
 def _untrained(model: ModelConfig, seed: int) -> nn.Module:

@@ -39,6 +39,8 @@ def show_start(config: Config, parts: Parts) -> None:
                 parts.monitor.warn(f"{config.data.train}: {line}")
     if parts.world.size > 1 and config.model.batch_norm == "per_device":
         parts.monitor.warn("model.batch_norm=per_device: statistics, and so results, depend on the number of devices")
+    if config.checkpoint.keep_best and config.evaluation.knn_every_epochs is None:
+        parts.monitor.warn("checkpoint.keep_best: no checkpoint is the best without evaluation.knn_every_epochs")
     if config.train.micro_batch_size is not None and any(
         isinstance(m, nn.modules.batchnorm._BatchNorm) for m in parts.network.modules()
     ):
