@@ -1,6 +1,7 @@
 """From YAML and `key=value` to a checked Config, and back.
 
     config = load_config("configs/cifar10_resnet18_100ep.yaml", ["train.epochs=5"], world_size=2)
+    config = load_config({"name": "mine", "data": {...}, ...}, {"train.epochs": 5})
 
 All problems of a file are reported together, each with its place, so that one look at the message is enough.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import re
 import typing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,6 +82,18 @@ class _Reader:
         self.origins[path] = origin
         return path, None if node is None else self._value(node, path, lambda _: origin)
 
+    def read_python(self, values: Mapping[str, Any], place: str) -> Iterator[tuple[KeyPath, Any]]:
+        """Single values, by their path, of sections in dictionaries or with dotted names."""
+        for name, value in values.items():
+            path = tuple(str(name).split("."))
+            self.origins[path] = place
+            if isinstance(value, Mapping):
+                yield path, {}
+                yield from (((*path, *below), found) for below, found in self.read_python(value, place))
+            else:
+                plain = str(value) if isinstance(value, Path) else value
+                yield path, list(plain) if isinstance(plain, tuple) else plain
+
     def _value(self, node: yaml.Node, path: KeyPath, place: typing.Callable[[yaml.Node], str]) -> Any:
         if node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
             self.problems.append(f"{place(node)}: {'.'.join(path)}: the tag {node.tag} is not allowed")
@@ -107,37 +121,53 @@ class _Reader:
 
 
 def load_config(
-    path: str | Path, overrides: typing.Sequence[str] = (), *, world_size: int | None = None, check_data: bool = True
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    world_size: int | None = None,
+    check_data: bool = True,
 ) -> Config:
-    """The checked configuration of `path` with `key=value` overrides applied in order.
+    """The checked configuration of a file, or of values by section, with overrides applied in order.
 
+    overrides: `key=value` as on the command line, or values by name: {"train.epochs": 5} or {"train": {"epochs": 5}}.
     world_size: number of processes that will train; the global batch must divide over them.
     check_data: refuse data files that do not exist.
     Raises ConfigError with all problems at once.
     """
     reader = _Reader({}, [])
-    values = reader.read_file(Path(path))
-    for text in overrides:
-        parsed = reader.read_override(text)
-        if parsed is None:
-            continue
-        key_path, value = parsed
-        target = values
-        for key in key_path[:-1]:
-            if not isinstance(target.get(key), dict):
-                target[key] = {}
-            target = target[key]
-        target[key_path[-1]] = value
+    path = Path("the configuration") if isinstance(source, Mapping) else Path(source)
+    if isinstance(source, Mapping):
+        values: dict[str, Any] = {}
+        changes = list(reader.read_python(source, "the dictionary"))
+    else:
+        values, changes = reader.read_file(path), []
+    if isinstance(overrides, Mapping):
+        changes += reader.read_python(overrides, "the arguments")
+    else:
+        changes += [parsed for parsed in map(reader.read_override, overrides) if parsed is not None]
+    for key_path, value in changes:
+        _set(values, key_path, value)
     problems = reader.problems
     config: Config | None = None
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        problems += [explain(detail, reader.origins, Path(path)) for detail in error.errors()]
-    problems += cross_checks(values, reader.origins, Path(path), world_size, check_data)
+        problems += [explain(detail, reader.origins, path) for detail in error.errors()]
+    problems += cross_checks(values, reader.origins, path, world_size, check_data)
     if problems or config is None:
         raise ConfigError(list(dict.fromkeys(problems)))
     return config
+
+
+def _set(values: dict[str, Any], path: KeyPath, value: Any) -> None:
+    """A section is added to, not replaced."""
+    *sections, key = path
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    if value != {} or not isinstance(values.get(key), dict):
+        values[key] = value
 
 
 def load_section(path: Path, kind: type[_S]) -> _S:
