@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,17 +82,18 @@ class _Reader:
         self.origins[path] = origin
         return path, None if node is None else self._value(node, path, lambda _: origin)
 
-    def read_python(self, values: Mapping[str, Any], place: str) -> Iterator[tuple[KeyPath, Any]]:
+    def read_python(self, values: Mapping[str, Any], place: str, within: KeyPath = ()) -> list[tuple[KeyPath, Any]]:
         """Single values, by their path, of sections in dictionaries or with dotted names."""
+        found: list[tuple[KeyPath, Any]] = []
         for name, value in values.items():
-            path = tuple(str(name).split("."))
+            path = (*within, *str(name).split("."))
             self.origins[path] = place
             if isinstance(value, Mapping):
-                yield path, {}
-                yield from (((*path, *below), found) for below, found in self.read_python(value, place))
+                found += [(path, {}), *self.read_python(value, place, path)]
             else:
                 plain = str(value) if isinstance(value, Path) else value
-                yield path, list(plain) if isinstance(plain, tuple) else plain
+                found.append((path, list(plain) if isinstance(plain, tuple) else plain))
+        return found
 
     def _value(self, node: yaml.Node, path: KeyPath, place: typing.Callable[[yaml.Node], str]) -> Any:
         if node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
@@ -138,7 +139,7 @@ def load_config(
     path = Path("the configuration") if isinstance(source, Mapping) else Path(source)
     if isinstance(source, Mapping):
         values: dict[str, Any] = {}
-        changes = list(reader.read_python(source, "the dictionary"))
+        changes = reader.read_python(source, "the dictionary")
     else:
         values, changes = reader.read_file(path), []
     if isinstance(overrides, Mapping):
