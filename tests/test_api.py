@@ -6,6 +6,7 @@ Run: pytest tests/test_api.py
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -310,3 +311,19 @@ def test_the_next_training_may_start_after_any_failure() -> None:
     with api._training_in_this_process("x"):
         assert not ENDS_PROCESS.get()
     assert ENDS_PROCESS.get()
+
+
+def test_the_example_runs_as_a_script(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "examples" / "notebook.py")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "train.epoch: unknown key; did you mean `epochs`?" in done.stdout
+    assert "finished, step 8" in done.stdout
+    assert "kNN: " in done.stdout
