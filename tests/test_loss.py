@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -312,7 +313,15 @@ def test_rows_may_be_a_view_of_something_larger(implementation: str) -> None:
         (torch.zeros(0, 4), {}, r"z has the shape \[0, 4\]"),
         (torch.zeros(4, 0), {}, r"z has the shape \[4, 0\]"),
         (torch.zeros(2, 3, 4), {}, r"z has 3 dimensions; expected \[views \* B, K\]"),
+        (torch.zeros(2, 3, 4), {}, r"of a stack of views \[views, B, K\] it is z.flatten\(0, 1\)"),
         (torch.zeros(4), {}, "z has 1 dimensions"),
+        (torch.zeros(4, 4), {"temperature": torch.ones(4, 4)}, r"the views go together: torch.cat\(\[z0, z1\]\)"),
+        (torch.zeros(4, 4), {"sample_ids": torch.ones(4, 4)}, r"the views go together: torch.cat\(\[z0, z1\]\)"),
+        (torch.zeros(4, 4), {"temperature": torch.ones(3)}, "the temperature must be one number"),
+        (torch.zeros(4, 4), {"sample_ids": ["cat", "dog"]}, r"must be int64 or int32 of shape \[B\]"),
+        (torch.zeros(4, 4), {"sample_ids": [0.5, 1.5]}, r"must be int64 or int32 of shape \[B\]"),
+        (torch.zeros(4, 4), {"sample_ids": [[0, 1], [2, 3]]}, r"must be int64 or int32 of shape \[B\]"),
+        (torch.zeros(4, 4), {"sample_ids": [0, 1, 2]}, r"3 sample ids \(or labels\) for 2 images"),
         (torch.zeros(4, 4, dtype=torch.int64), {}, "z must be float16, bfloat16, float32 or float64"),
         (torch.zeros(4, 4), {"num_views": 1}, "num_views is 1; a positive needs at least 2 views"),
         (torch.zeros(4, 4), {"temperature": 0.0}, "the temperature is 0.0; it must be a positive number"),
@@ -330,6 +339,28 @@ def test_rows_may_be_a_view_of_something_larger(implementation: str) -> None:
 def test_what_cannot_be_used_is_refused_in_words(z: Tensor, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         nt_xent(z, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda z: nt_xent((z, z)), r"z must be a tensor .*, found a tuple; .* torch.cat\(\[z0, z1\]\)"),
+        (lambda z: SupConLoss()([z, z], [0, 1]), r"found a list; .* torch.cat\(\[z0, z1\]\)"),
+        (lambda z: nt_xent(z.numpy()), r"z must be a tensor .*, found a ndarray$"),
+        (lambda z: nt_xent(z, "0.1"), "the temperature must be a number, found '0.1'"),
+        (lambda z: SupConLoss()(z, None), "needs labels .* use NTXentLoss"),
+    ],
+)
+def test_mistakes_in_the_call_are_named(call: Callable[[Tensor], Tensor], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_labels_and_ids_may_be_lists(kind: Callable) -> None:
+    z, labels = torch.randn(12, 5), [0, 1, 0, 2, 2, -1]
+    assert torch.equal(SupConLoss()(z, kind(labels)), SupConLoss()(z, torch.tensor(labels)))
+    assert torch.equal(nt_xent(z, 0.2, kind(labels)), nt_xent(z, np.float32(0.2), torch.tensor(labels)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from simclr_dist.argument_types import positive_int
-from simclr_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -41,15 +40,6 @@ def choose_device(name: str | None) -> torch.device:
 
     Under `accelerate launch` this starts the process group and gives one device to each rank.
     """
-    import torch
+    from simclr_dist.parallel.accelerator import choose_device as choose
 
-    from simclr_dist.parallel import distributed
-
-    if distributed.world().size > 1:
-        from simclr_dist.parallel.accelerator import join_process_group
-
-        return join_process_group()
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError([f"--device {name}: torch {torch.__version__} sees no GPU; use --device cpu"])
-    return device
+    return choose(name)

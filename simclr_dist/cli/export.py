@@ -36,12 +36,11 @@ def register(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> int:
     from simclr_dist.checkpoint.lineage import find_checkpoint
     from simclr_dist.evaluation.offline import known_accuracy
-    from simclr_dist.export.export import export
+    from simclr_dist.export.export import SUFFIXES, export
     from simclr_dist.run.layout import RunDir
 
     checkpoint = find_checkpoint(args.source, say)
-    suffix = {"torchvision": ".pt", "safetensors": ".safetensors", "onnx": ".onnx"}[args.format]
-    out = args.out or RunDir.of_checkpoint(checkpoint.path).export / f"encoder{suffix}"
+    out = args.out or RunDir.of_checkpoint(checkpoint.path).export / f"encoder{SUFFIXES[args.format]}"
     exported = export(
         checkpoint.path,
         out,

@@ -1,6 +1,7 @@
 """From YAML and `key=value` to a checked Config, and back.
 
     config = load_config("configs/cifar10_resnet18_100ep.yaml", ["train.epochs=5"], world_size=2)
+    config = load_config({"name": "mine", "data": {...}, ...}, {"train.epochs": 5})
 
 All problems of a file are reported together, each with its place, so that one look at the message is enough.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -91,6 +93,19 @@ class _Reader:
         path = tuple(key.split("."))
         self.origins[path] = origin
         return path, None if node is None else self._value(node, path, lambda _: origin)
+
+    def read_python(self, values: Mapping[str, Any], place: str, within: KeyPath = ()) -> list[tuple[KeyPath, Any]]:
+        """Single values, by their path, of sections in dictionaries or with dotted names."""
+        found: list[tuple[KeyPath, Any]] = []
+        for name, value in values.items():
+            path = (*within, *str(name).split("."))
+            self.origins[path] = place
+            if isinstance(value, Mapping):
+                found += [(path, {}), *self.read_python(value, place, path)]
+            else:
+                plain = str(value) if isinstance(value, Path) else value
+                found.append((path, list(plain) if isinstance(plain, tuple) else plain))
+        return found
 
     def _value(
         self, node: yaml.Node, path: KeyPath, place: typing.Callable[[yaml.Node], str], inside: tuple[int, ...] = ()
@@ -190,38 +205,54 @@ def _expanded(written: str) -> str:
 
 
 def load_config(
-    path: str | Path, overrides: typing.Sequence[str] = (), *, world_size: int | None = None, check_data: bool = True
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    world_size: int | None = None,
+    check_data: bool = True,
 ) -> Config:
-    """The checked configuration of `path` with `key=value` overrides applied in order.
+    """The checked configuration of a file, or of values by section, with overrides applied in order.
 
+    overrides: `key=value` as on the command line, or values by name: {"train.epochs": 5} or {"train": {"epochs": 5}}.
     world_size: number of processes that will train; the global batch must divide over them.
     check_data: refuse data files that do not exist.
     Raises ConfigError with all problems at once.
     """
     reader = _Reader({}, [])
-    values = reader.read_file(Path(path))
-    for text in overrides:
-        parsed = reader.read_override(text)
-        if parsed is None:
-            continue
-        key_path, value = parsed
-        target = values
-        for key in key_path[:-1]:
-            if not isinstance(target.get(key), dict):
-                target[key] = {}
-            target = target[key]
-        target[key_path[-1]] = value
+    path = Path("the configuration") if isinstance(source, Mapping) else Path(source)
+    if isinstance(source, Mapping):
+        values: dict[str, Any] = {}
+        changes = reader.read_python(source, "the dictionary")
+    else:
+        values, changes = reader.read_file(path), []
+    if isinstance(overrides, Mapping):
+        changes += reader.read_python(overrides, "the arguments")
+    else:
+        changes += [parsed for parsed in map(reader.read_override, overrides) if parsed is not None]
+    for key_path, value in changes:
+        _set(values, key_path, value)
     _expand_paths(values, reader)
     problems = reader.problems
     config: Config | None = None
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        problems += [explain(detail, reader.origins, Path(path)) for detail in error.errors()]
-    problems += cross_checks(values, reader.origins, Path(path), world_size, check_data)
+        problems += [explain(detail, reader.origins, path) for detail in error.errors()]
+    problems += cross_checks(values, reader.origins, path, world_size, check_data)
     if problems or config is None:
         raise ConfigError(list(dict.fromkeys(problems)))
     return config
+
+
+def _set(values: dict[str, Any], path: KeyPath, value: Any) -> None:
+    """A section is added to, not replaced."""
+    *sections, key = path
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    if value != {} or not isinstance(values.get(key), dict):
+        values[key] = value
 
 
 def load_section(path: Path, kind: type[_S]) -> _S:

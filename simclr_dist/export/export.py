@@ -20,6 +20,7 @@ from simclr_dist.export.card import instructions, render_card
 from simclr_dist.export.formats import write_onnx, write_safetensors, write_torchvision
 
 Format = Literal["torchvision", "safetensors", "onnx"]
+SUFFIXES: dict[Format, str] = {"torchvision": ".pt", "safetensors": ".safetensors", "onnx": ".onnx"}
 
 
 @dataclass(frozen=True)

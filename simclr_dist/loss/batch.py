@@ -13,8 +13,9 @@ of z. Rank r holds the global rows r*n .. r*n + n - 1, view after view:
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 import torch
@@ -75,18 +76,19 @@ class GlobalBatch:
 def gather_batch(
     z: Tensor,
     temperature: float | Tensor,
-    ids: Tensor | None,
+    ids: Tensor | Sequence[int] | None,
     *,
     num_views: int,
     gather_dtype: torch.dtype,
     grad_reduction: str,
     implementation: int,
 ) -> GlobalBatch:
-    """Checks z [V*B, K] and ids [B] with all ranks, and starts gathering them.
+    """Checks z [V*B, K] and ids [B] with all ranks, and starts gathering them. ids: a tensor, a list or an array.
 
     One collective of a few numbers comes first, so that every rank learns of a fault on any rank and raises instead
     of waiting for ever. The host reads its result: the only time that the loss waits for the device.
     """
+    ids = _as_tensor(ids, z.device)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     sound = z.ndim == 2 and z.dtype in DTYPES
     lengths = (
@@ -125,6 +127,25 @@ def gather_batch(
     )
 
 
+def _as_tensor(ids: Tensor | Sequence[int] | None, device: torch.device) -> Tensor | None:
+    """What is no list of numbers becomes a tensor that the check of all ranks refuses."""
+    if ids is None or isinstance(ids, Tensor):
+        return ids
+    try:
+        return torch.as_tensor(ids, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        return torch.empty(0, 0, device=device)
+
+
+def check_types(z: object, temperature: object) -> None:
+    """Mistakes that are in the code, and so the same on every rank. Raises TypeError."""
+    if not isinstance(z, Tensor):
+        hint = "; the views go together: torch.cat([z0, z1])" if isinstance(z, tuple | list) else ""
+        raise TypeError(f"z must be a tensor [views * B, K], found a {type(z).__name__}{hint}")
+    if not isinstance(temperature, Tensor | Real):
+        raise TypeError(f"the temperature must be a number, found {temperature!r}")
+
+
 class _UnitRows(torch.autograd.Function):
     """x / |x|, rounded to the dtype that is sent, so that every rank computes with the same numbers.
 
@@ -161,7 +182,7 @@ class Header:
     width: int
     dtype: int  # index in DTYPES; -1: another dtype
     num_views: int
-    num_ids: int  # -1: no ids; -2: wrong dtype or shape; -3: on another device than z
+    num_ids: int  # -1: no ids; else negative: see _FAULTS_OF_IDS
     implementation: int
     temperature_bits: int  # of the float64
     ids_fit_int32: int
@@ -180,12 +201,17 @@ HEADER_BYTES = 8 * len(fields(Header))
 def _header(
     z: Tensor, lengths: Tensor, temperature: float | Tensor, ids: Tensor | None, num_views: int, implementation: int
 ) -> Tensor:
-    if ids is None:
+    seems_a_view = [isinstance(x, Tensor) and x.ndim > 1 and x.shape == z.shape for x in (ids, temperature)]
+    if any(seems_a_view):
+        num_ids = _SECOND_VIEW
+    elif isinstance(temperature, Tensor) and temperature.numel() != 1:
+        num_ids = _MANY_TEMPERATURES
+    elif ids is None:
         num_ids = -1
     elif ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64):
-        num_ids = -2
+        num_ids = _NO_IDS
     else:
-        num_ids = ids.shape[0] if ids.device == z.device else -3
+        num_ids = ids.shape[0] if ids.device == z.device else _ON_ANOTHER_DEVICE
     shape = (*z.shape, 0, 0)[:2]
     dtype = DTYPES.index(z.dtype) if z.dtype in DTYPES else -1
     bits = 0 if isinstance(temperature, Tensor) else struct.unpack("<q", struct.pack("<d", temperature))[0]
@@ -193,7 +219,7 @@ def _header(
     # From page-locked memory: an ordinary copy would make the host wait until the GPU has done the whole forward.
     header = header.pin_memory().to(z.device, non_blocking=True) if z.is_cuda else header.to(z.device)
     # Values that only the device knows are written there: the host then reads the device once.
-    if isinstance(temperature, Tensor):
+    if isinstance(temperature, Tensor) and temperature.numel() == 1:
         header[7] = temperature.detach().to(torch.float64).view(torch.int64)
     if ids is not None and num_ids > 0:
         header[8] = ids.to(torch.int32).eq(ids).all()
@@ -240,9 +266,20 @@ _MUST_AGREE = {
 }
 
 
+_NO_IDS, _ON_ANOTHER_DEVICE, _SECOND_VIEW, _MANY_TEMPERATURES = -2, -3, -4, -5
+_FAULTS_OF_IDS = {
+    _NO_IDS: "the sample ids (or labels) must be int64 or int32 of shape [B]",
+    _ON_ANOTHER_DEVICE: "the sample ids (or labels) are on another device than z",
+    _MANY_TEMPERATURES: "the temperature must be one number",
+}
+
+
 def _fault_in(header: Header) -> str | None:
     if header.ndim != 2:
-        return f"z has {header.ndim} dimensions; expected [views * B, K]"
+        hint = "; of a stack of views [views, B, K] it is z.flatten(0, 1)" if header.ndim == 3 else ""
+        return f"z has {header.ndim} dimensions; expected [views * B, K]{hint}"
+    if header.num_ids == _SECOND_VIEW:
+        return "z has a second argument of its own shape; the views go together: torch.cat([z0, z1])"
     if header.dtype < 0:
         return "z must be float16, bfloat16, float32 or float64"
     if header.num_views < 2:
@@ -252,10 +289,8 @@ def _fault_in(header: Header) -> str | None:
             f"z has the shape [{header.rows}, {header.width}]; expected [{header.num_views} * B, K]: "
             f"all rows of view 0, then all of view 1"
         )
-    if header.num_ids == -3:
-        return "the sample ids (or labels) are on another device than z"
-    if header.num_ids == -2:
-        return "the sample ids (or labels) must be int64 or int32 of shape [B]"
+    if header.num_ids in _FAULTS_OF_IDS:
+        return _FAULTS_OF_IDS[header.num_ids]
     if header.num_ids not in (-1, header.rows // header.num_views):
         return f"{header.num_ids} sample ids (or labels) for {header.rows // header.num_views} images"
     if not 0 < header.temperature < float("inf"):

@@ -21,13 +21,14 @@ L = mean of log(Q_i) - s_ip, hence a_i = 1 / Q_i and m_ip = 1 / (V - 1).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from simclr_dist.loss import plain
-from simclr_dist.loss.batch import GlobalBatch, gather_batch
+from simclr_dist.loss.batch import GlobalBatch, check_types, gather_batch
 from simclr_dist.loss.implementations import IMPLEMENTATIONS, Implementation, choose, exponentials
 from simclr_dist.loss.known_gradient import with_gradient
 
@@ -35,7 +36,7 @@ from simclr_dist.loss.known_gradient import with_gradient
 def nt_xent(
     z: Tensor,
     temperature: float | Tensor = 0.1,
-    sample_ids: Tensor | None = None,
+    sample_ids: Tensor | Sequence[int] | None = None,
     *,
     num_views: int = 2,
     decoupled: bool = False,
@@ -111,7 +112,7 @@ class NTXentLoss(nn.Module):
     def temperature(self) -> float | Tensor:
         return self.log_temperature.exp() if self.learn_temperature else self._temperature
 
-    def forward(self, z: Tensor, sample_ids: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, sample_ids: Tensor | Sequence[int] | None = None) -> Tensor:
         loss, self.masked_duplicates = _nt_xent(
             z,
             self.temperature,
@@ -133,7 +134,7 @@ class NTXentLoss(nn.Module):
 def _nt_xent(
     z: Tensor,
     temperature: float | Tensor,
-    sample_ids: Tensor | None,
+    sample_ids: Tensor | Sequence[int] | None,
     *,
     num_views: int,
     decoupled: bool,
@@ -141,6 +142,7 @@ def _nt_xent(
     gather_dtype: torch.dtype,
     grad_reduction: str,
 ) -> tuple[Tensor, Tensor]:
+    check_types(z, temperature)
     chosen = choose(implementation, z.device)
     with torch.autocast(z.device.type, enabled=False):
         batch = gather_batch(

@@ -11,11 +11,13 @@ The positives thus cost two passes over z, not an N x N mask. With one image per
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from simclr_dist.loss import plain
-from simclr_dist.loss.batch import GlobalBatch, gather_batch
+from simclr_dist.loss.batch import GlobalBatch, check_types, gather_batch
 from simclr_dist.loss.implementations import IMPLEMENTATIONS, Implementation, choose, exponentials
 from simclr_dist.loss.known_gradient import with_gradient
 
@@ -23,9 +25,9 @@ from simclr_dist.loss.known_gradient import with_gradient
 class SupConLoss(nn.Module):
     """Supervised contrastive loss over the global batch.
 
-    Call with z [V*B, K], not normalised, view after view, and labels int64 [B]. A negative label means "unknown":
-    only the image's own views are then its positives, so that data may be labelled in part. Arguments, value, gradient
-    and errors as for NTXentLoss.
+    Call with z [V*B, K], not normalised, view after view, and labels [B], int64 or a list. A negative label means
+    "unknown": only the image's own views are then its positives, so that data may be labelled in part. Arguments,
+    value, gradient and errors as for NTXentLoss.
     """
 
     def __init__(
@@ -42,7 +44,10 @@ class SupConLoss(nn.Module):
         self.gather_dtype = gather_dtype
         self.num_views = num_views
 
-    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, z: Tensor, labels: Tensor | Sequence[int]) -> Tensor:
+        check_types(z, self.temperature)
+        if labels is None:
+            raise TypeError("SupConLoss needs labels [B]; without labels use NTXentLoss")
         with torch.autocast(z.device.type, enabled=False):
             chosen = choose(self.implementation, z.device)
             batch = gather_batch(

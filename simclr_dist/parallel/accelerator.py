@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from simclr_dist.errors import ConfigError
+from simclr_dist.parallel import distributed
 from simclr_dist.parallel.environment import check_environment, wants_cpu, without_ignored
 
 
@@ -29,6 +35,40 @@ def build_accelerator(mixed_precision: str, *, broadcast_buffers: bool, timeout_
                 DistributedDataParallelKwargs(broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True),
             ],
         )
+
+
+@contextmanager
+def state_of_one_training() -> Iterator[None]:
+    """Around a training in a process that does other things too: accelerate keeps one precision for each process.
+
+    Afterwards all is as it was before, so that Accelerators of the caller go on. A process group of several processes
+    stays: the next training uses it.
+    """
+    kinds: list[Any] = [AcceleratorState, GradientState]
+    if distributed.world().size == 1:
+        kinds.append(PartialState)
+    before = [dict(kind._shared_state) for kind in kinds]
+    for kind in kinds:
+        kind._shared_state.clear()
+    try:
+        yield
+    finally:
+        for kind, state in zip(kinds, before, strict=True):
+            kind._shared_state.clear()
+            kind._shared_state.update(state)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called `name`; None: a GPU if there is one. Raises ConfigError where there is no such device.
+
+    With several processes this starts the process group and gives one device to each rank.
+    """
+    if distributed.world().size > 1:
+        return join_process_group()
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError([f"device {name}: torch {torch.__version__} sees no GPU; use cpu"])
+    return device
 
 
 def join_process_group() -> torch.device:

@@ -89,6 +89,15 @@ def refuse_if_owned(run_dir: Path) -> None:
         )
 
 
+def abandon(run_dir: Path) -> None:
+    """Ends whatever ownership this process has; for a training that has failed while the process lives on."""
+    file = RunDir(run_dir).owner
+    with suppress(OSError), _locked(run_dir):
+        holder = _read(file)
+        if holder is not None and holder.process == Process.this():
+            file.unlink()
+
+
 def has_living_owner(run_dir: Path) -> bool:
     """Whether a training runs there, as far as can be seen. Raises OSError where that cannot be looked up."""
     file = RunDir(run_dir).owner

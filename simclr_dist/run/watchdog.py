@@ -21,7 +21,8 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from simclr_dist.errors import OwnershipError
@@ -29,6 +30,8 @@ from simclr_dist.run.heartbeat import Heartbeats
 from simclr_dist.run.owner import TOUCH_EVERY_S, Ownership
 
 BACKSTOP_S = 15.0
+ENDS_PROCESS = ContextVar("ENDS_PROCESS", default=True)
+"""False in a process that does other things too, such as a notebook's: the watchdog of a training there only warns."""
 REPORT_S = 10.0  # the process ends after this time even if the report is not finished (the file system may hang too)
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
@@ -62,6 +65,7 @@ class Watchdog:
         self._stop_s = stop_s
         self._on_hang = on_hang
         self._ownership = ownership
+        self._ends_process = ENDS_PROCESS.get()
         self._activity = _Activity("starting", 0, time.monotonic(), float("inf"), "", False)
         self._beside: _Activity | None = None
         self._stop_heard_s: float | None = None
@@ -123,7 +127,10 @@ class Watchdog:
                 self._touch(self._ownership)
                 next_touch = now + TOUCH_EVERY_S
             if overdue := self._overdue():
-                self._give_up(*overdue)
+                if self._ends_process:
+                    self._give_up(*overdue)
+                else:
+                    self._warn(*overdue)
             readable, _, _ = select.select([self._wakeup_receiver], [], [], min(1.0, max(0.05, next_beat - now)))
             if readable:
                 heard = self._wakeup_receiver.recv(64)
@@ -148,15 +155,26 @@ class Watchdog:
         with suppress(OSError):  # a full disk does not end a training
             self._heartbeats.write(self._activity.step, self._activity.doing, self._where())
 
-    @staticmethod
-    def _touch(ownership: Ownership) -> None:
+    def _touch(self, ownership: Ownership) -> None:
         try:
             ownership.touch()
         except OwnershipError as error:
+            if not self._ends_process:
+                return  # the next save raises it
             print(f"\n{error}", file=sys.stderr, flush=True)
             os._exit(2)
         except OSError:  # the next save reports it
             pass
+
+    def _warn(self, activity: _Activity, how_long: str) -> None:
+        """Once for each activity."""
+        place = f"step {activity.step}, {activity.doing}, {self._where()}"
+        print(f"\nwarning: no progress {how_long}: {place}; interrupt it to stop", file=sys.stderr, flush=True)
+        patient = replace(activity, limit_s=float("inf"), stoppable=False)
+        if activity is self._activity:
+            self._activity = patient
+        else:
+            self._beside = patient
 
     def _give_up(self, activity: _Activity, how_long: str) -> None:
         threading.Timer(REPORT_S, os._exit, (1,)).start()

@@ -115,25 +115,32 @@ def _die_with_parent() -> None:
 
 def _report(config: Config, trainer: object, reason: Reason | None, message: str) -> None:
     """Prints why this rank fails and writes status.json, unless another rank has failed first: that is the cause."""
+    where = f"rank {os.environ.get('RANK', 0)}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    if not record_failure(config, trainer, reason, message):
+        message = "ends, because another rank has failed"
+    print(f"\n{where}{message}", file=sys.stderr, flush=True)
+
+
+def record_failure(config: Config, trainer: object, reason: Reason | None, message: str) -> bool:
+    """Writes into status.json why this rank fails; False if another rank has failed first.
+
+    trainer: None if it could not be built.
+    """
     from simclr_dist.run.layout import newest_step
     from simclr_dist.run.status import has_failed, write_status
 
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    rank = int(os.environ.get("RANK", 0))
-    where = f"rank {rank}: " if several else ""
-    if several and trainer is not None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and trainer is not None:
         if reason == "crash" and any(words in message for words in _LOST_RANK_MESSAGES):
             deadline = time.monotonic() + 2  # its status may be about to be written
             while not has_failed(config.run_dir) and time.monotonic() < deadline:
                 time.sleep(0.05)
         if has_failed(config.run_dir):
-            print(f"\n{where}ends, because another rank has failed", file=sys.stderr, flush=True)
-            return
+            return False
     state = getattr(trainer, "state", None)
     step = state.step if state is not None else newest_step(config.run_dir)
     if reason is not None and config.run_dir.is_dir():
         write_status(config.run_dir, "failed", step=step, reason=reason, message=message)
-    print(f"\n{where}{message}", file=sys.stderr, flush=True)
+    return True
 
 
 def _leave(code: int) -> NoReturn:
