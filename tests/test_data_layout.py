@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 from PIL import Image
 
 from simclr_dist.data.account import SourceOptions
+from simclr_dist.data.beton.classes_from import with_class_names
+from simclr_dist.data.beton.prepare import prepare
+from simclr_dist.data.beton.reader import sidecar_path
 from simclr_dist.data.sources.images import ImageSource
 from simclr_dist.data.sources.layout import kind_of_split
 from simclr_dist.data.sources.open import open_source
@@ -219,13 +223,13 @@ class TestReadings:
             ({"split": "val"}, "has the splits test, train; there is no `val`"),
             ({"layout": "classes", "split": "train", "class_depth": 3}, "no image has a class folder at depth 3"),
             ({"split": "TRAIN", "files": "nowhere.txt"}, r"nowhere\.txt: cannot be read"),
-            ({"split": "train", "classes_from": "nowhere.beton"}, r"nowhere\.beton\.json: cannot be read"),
+            ({"split": "train", "classes_from": "nowhere.beton"}, r"nowhere\.beton: No such file"),
         ],
     )
     def test_options_that_do_not_fit_are_refused(self, options: dict, message: str, tmp_path: Path) -> None:
         root = make_tree(tmp_path / "in", "train/a/1.png", "test/a/1.png")
         with pytest.raises(DataError, match=message):
-            open_source(root, SourceOptions(**options))
+            open_source(root, with_class_names(SourceOptions(**options)))
 
     def test_a_split_that_may_be_two_folders_is_asked_for_by_name(self, tmp_path: Path) -> None:
         root = make_tree(tmp_path / "in", "trainA/1.png", "trainB/1.png")
@@ -293,12 +297,24 @@ class TestLists:
 
     def test_classes_of_another_dataset(self, tmp_path: Path) -> None:
         train = make_tree(tmp_path / "train", "cow/1.png", "ant/1.png", "bee/1.png")
-        (tmp_path / "train.beton.json").write_text('{"class_names": ["cow", "ant", "bee"]}')
         test = make_tree(tmp_path / "test", "bee/1.png", "cow/1.png")
         of_folder = open_source(test, SourceOptions(classes_from=str(train)))
-        of_beton = open_source(test, SourceOptions(classes_from=str(tmp_path / "train.beton")))
+        in_another_order = SourceOptions(class_names=("cow", "ant", "bee"))
+        prepare(train, tmp_path / "train.beton", options=in_another_order, num_workers=1)
+        (tmp_path / "link.beton").symlink_to(tmp_path / "train.beton")
+        options = with_class_names(SourceOptions(classes_from=str(tmp_path / "link.beton")))
+        of_beton = open_source(test, options)
         assert (of_folder.class_names, of_folder.labels.tolist()) == (("ant", "bee", "cow"), [1, 2])
         assert (of_beton.class_names, of_beton.labels.tolist()) == (("cow", "ant", "bee"), [2, 0])
+        make_tree(tmp_path / "other", "x/1.png", "y/1.png")
+        other = tmp_path / "other.beton"
+        prepare(tmp_path / "other", other, num_workers=1)
+        shutil.copy(sidecar_path(tmp_path / "train.beton"), sidecar_path(other))
+        with pytest.raises(DataError, match=r"classes have no names, because .*other\.beton\.json belongs to another"):
+            prepare(test, tmp_path / "test.beton", options=SourceOptions(classes_from=str(other)), num_workers=1)
+        sidecar_path(other).unlink()
+        with pytest.raises(DataError, match=r"other\.beton\.json is missing"):
+            with_class_names(SourceOptions(classes_from=str(other)))
         make_tree(test, "dog/1.png")
         with pytest.raises(DataError, match=f"1 of its classes are not among those of {train}: dog"):
             open_source(test, SourceOptions(classes_from=str(train)))

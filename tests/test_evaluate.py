@@ -148,7 +148,7 @@ def test_k_larger_than_the_training_set_is_refused(run: Path) -> None:
 
 def test_a_gpu_that_is_not_there_is_said(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"--device cuda: torch .* sees no GPU"):
+    with pytest.raises(ConfigError, match=r"device cuda: torch .* sees no GPU"):
         call("evaluate", "knn", run, "--device", "cuda")
 
 

@@ -40,7 +40,7 @@ def test_a_training_says_what_it_leaves_out_and_knows_its_images_again(tmp_path:
 
     root.rename(tmp_path / "moved")
     moved = Training(tmp_path / "moved", tmp_path / "runs", "run", *SMALL)
-    assert moved.wait() == [0]
+    assert moved.wait() == [0], moved.output
     assert "resumes at step 1 of 1" in moved.output[0]
 
     image = tmp_path / "moved" / "class2" / "0002.png"

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,9 +130,9 @@ def test_a_worker_that_dies_is_named(tmp_path: Path) -> None:
 
     def kill_worker(done: int, total: int) -> None:
         for pid in _children(os.getpid()):
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if b"spawn_main" in command:
-                os.kill(int(pid), signal.SIGKILL)
+            with suppress(OSError):  # it has ended meanwhile
+                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(int(pid), signal.SIGKILL)
 
     with pytest.raises(DataError, match="a worker process died, perhaps because memory ran out"):
         prepare(tmp_path / "in", tmp_path / "out.beton", num_workers=2, progress=kill_worker)

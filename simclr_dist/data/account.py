@@ -24,6 +24,8 @@ class SourceOptions:
     """Which folder above an image is its class: 1 is the outermost one inside the source (and the split)."""
     classes_from: str | None = None
     """A .beton file or a folder whose classes, in their order, this source must use."""
+    class_names: tuple[str, ...] | None = None
+    """The classes to use, by name; `beton.classes_from.with_class_names` finds those of a .beton file."""
     labels: str | None = None
     """A CSV file with the header `name,label`; names relative to the source."""
     files: str | None = None
@@ -38,7 +40,8 @@ class SourceOptions:
     @classmethod
     def from_arguments(cls, parsed: object) -> SourceOptions:
         """Of `argument_types.add_source_arguments`."""
-        given: dict[str, Any] = {field.name: getattr(parsed, field.name) for field in fields(cls)}
+        names = [field.name for field in fields(cls) if field.name != "class_names"]
+        given: dict[str, Any] = {name: getattr(parsed, name) for name in names}
         return cls(**given | {name: tuple(value) for name, value in given.items() if isinstance(value, list)})
 
 

@@ -86,11 +86,13 @@ def examine_data(data: DataConfig, global_batch_size: int, labelled: str | None 
 
 def examine_source(source: str, options: SourceOptions) -> Iterator[Finding]:
     """The account that `prepare` with the same options would give, without decoding an image."""
+    from simclr_dist.data.beton.classes_from import with_class_names
     from simclr_dist.data.loading.open_images import describe
     from simclr_dist.data.sources.open import open_source
 
     try:
-        account = describe(source).account if source.endswith(".beton") else open_source(source, options).account
+        is_beton = source.endswith(".beton")
+        account = describe(source).account if is_beton else open_source(source, with_class_names(options)).account
     except DataError as error:
         yield Finding("problem", "data", str(error))
         return

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.data.account import Account, LeftOut, SourceOptions
+from simclr_dist.data.beton.classes_from import with_class_names
 from simclr_dist.data.beton.content import content_fingerprint
 from simclr_dist.data.beton.encode import Encoded, Encoder, Mode, Unusable, encode_in_order, mean_and_std
 from simclr_dist.data.beton.out_file import choose_target, commit, unfinished
@@ -90,6 +91,7 @@ def prepare(
     out, options = Path(out), options or SourceOptions()
     if split is not None:
         options = replace(options, split=split)
+    options = with_class_names(options)
     _check_options(mode, on_error, quality, {"max_side": max_side, "limit": limit, "num_workers": num_workers})
     target = choose_target(out, source, overwrite)
     images = open_source(source, options)

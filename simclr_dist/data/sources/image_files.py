@@ -37,7 +37,7 @@ def images_of(listing: Listing, options: SourceOptions, class_names: tuple[str, 
         notes += [(f"not in {options.labels}, taken without a label", parts) for parts in without]
     if options.files is not None:
         reading.sentence += f"; only images that {options.files} names, of {len(listing.files):,} files"
-    names, labels = number_classes(classes, class_names, origin, options.classes_from)
+    names, labels = number_classes(classes, class_names, origin, options.classes_from or "class_names")
 
     def is_asked_for(parts: Parts) -> bool:
         return not any(parts[:depth] in reading.other_splits for depth in range(1, len(parts) + 1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -64,16 +63,6 @@ def number_classes(
         raise DataError(f"{origin}: {len(unknown)} of its classes are not among those of {names_from}: {shown}")
     number: dict[str | None, int] = {name: i for i, name in enumerate(class_names)}
     return class_names, np.array([number.get(name, -1) for name in classes], np.int64)
-
-
-def class_names_in_sidecar(path: Path) -> tuple[str, ...]:
-    """The classes of a .beton file, which the JSON file beside it names. Raises DataError."""
-    sidecar = path.with_name(path.name + ".json")
-    try:
-        content = json.loads(_text(str(sidecar)))
-        return tuple(map(str, content["class_names"]))
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{sidecar}: names no classes") from None
 
 
 def _normal(name: str) -> str:

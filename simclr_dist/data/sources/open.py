@@ -20,7 +20,7 @@ from simclr_dist.data.sources.folders import list_folder
 from simclr_dist.data.sources.image_files import images_of
 from simclr_dist.data.sources.images import ArrayImages, ImageSource
 from simclr_dist.data.sources.listing import TAR_SUFFIXES, Stamp, stamp
-from simclr_dist.data.sources.lists import class_names_in_sidecar, number_classes
+from simclr_dist.data.sources.lists import number_classes
 from simclr_dist.errors import DataError
 
 DATASETS = ("cifar10", "cifar100", "stl10", "fashion-mnist")
@@ -104,7 +104,7 @@ def _read(path: Path, options: SourceOptions) -> tuple[ImageSource, list[Stamp]]
             if getattr(options, name) not in (None, "auto"):
                 option = "--range" if name == "value_range" else f"--{name.replace('_', '-')}"
                 raise DataError(f"{path}: {option} is for image files; this is {known.layout}")
-        if options.classes_from is not None:
+        if options.classes_from is not None or options.class_names is not None:
             known = replace(known, **_renumbered(known, options))
         places = [path, Path(known.origin)] if is_folder else [path]
         files = [entry for place in places if place.is_dir() for entry in place.iterdir() if entry.exists()]
@@ -119,17 +119,17 @@ def _read(path: Path, options: SourceOptions) -> tuple[ImageSource, list[Stamp]]
 
 
 def _classes_of(options: SourceOptions) -> tuple[str, ...] | None:
-    if options.classes_from is None:
-        return None
+    if options.class_names is not None or options.classes_from is None:
+        return options.class_names
     if options.classes_from.endswith(".beton"):
-        return class_names_in_sidecar(Path(options.classes_from))
+        raise DataError(f"classes_from: {options.classes_from} needs `with_class_names` of data.beton.classes_from")
     return open_source(options.classes_from, SourceOptions(layout=options.layout)).class_names
 
 
 def _renumbered(known: ArrayImages, options: SourceOptions) -> dict[str, Any]:
     """The fields of `known` that change with the classes to use."""
     classes = [known.class_names[label] if label >= 0 else None for label in known.labels.tolist()]
-    names, labels = number_classes(classes, _classes_of(options), known.origin, options.classes_from)
+    names, labels = number_classes(classes, _classes_of(options), known.origin, options.classes_from or "class_names")
     return {"class_names": names, "labels": labels}
 
 
