@@ -6,6 +6,7 @@ import gc
 import hashlib
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -349,6 +350,35 @@ def test_an_unreadable_file_in_a_folder_is_named(tmp_path: Path) -> None:
     broken.write_bytes(broken.read_bytes()[:100])
     with open_loader(tmp_path) as loader, pytest.raises(DataError, match=r"class0/0003\.png: cannot be decoded"):
         take(loader, 0, 1)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("beton", marks=needs_ffcv), "folder"])
+def test_evaluations_can_do_without_what_cannot_be_read(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source = request.getfixturevalue(kind)
+    whole = {
+        int(i): image
+        for images, _, ids in load_images(str(source), SIDE, batch_size=4)
+        for i, image in zip(ids, images, strict=True)
+    }
+    if kind == "beton":
+        with open_beton(source) as opened:
+            bad = int(np.flatnonzero(opened.images["mode"] == 0)[0])
+        source = spoil(source, tmp_path / "bad.beton", bad)
+    else:
+        bad = 4
+        shutil.copytree(source, tmp_path / "copy")
+        source = tmp_path / "copy"
+        sorted(source.rglob("*.*"))[bad].write_bytes(b"")
+    unreadable: dict[int, str] = {}
+    batches = list(load_images(str(source), SIDE, batch_size=4, unreadable=unreadable))
+    ids = torch.cat([found for _, _, found in batches])
+    assert ids.tolist() == [i for i in range(NUM_SAMPLES) if i != bad]
+    assert torch.equal(torch.cat([images for images, _, _ in batches]), torch.stack([whole[i] for i in ids.tolist()]))
+    assert torch.cat([found for _, found, _ in batches]).tolist() == describe(str(source)).labels[ids].tolist()
+    assert list(unreadable) == [bad]
+    assert source.name in unreadable[bad]
 
 
 @needs_ffcv
