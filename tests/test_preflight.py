@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +14,12 @@ import torch
 
 from simclr_dist.config import Config, ModelConfig, load_config
 from simclr_dist.errors import CheckpointError, ConfigError, OwnershipError
+from simclr_dist.network import trial
 from simclr_dist.network.trial import try_model
 from simclr_dist.run.owner import claim
 from simclr_dist.training import preflight
 from simclr_dist.training.agent import check
+from simclr_dist.training.network_facts import network_facts
 from simclr_dist.training.preflight import Checked, check_training
 from tests import own_encoder_train
 from tests.conftest import REPOSITORY
@@ -152,3 +156,47 @@ def test_the_launcher_prints_one_message_and_offers_no_useless_command(tmp_path:
     missing = checkout.launch("local", "configs/smoke.yaml", "--nproc", "2", f"data.train={sys.executable}")
     assert missing.returncode == 4
     assert "Traceback" not in missing.stderr
+
+
+def test_a_network_is_tried_once_and_its_code_and_settings_count(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tries: list[str] = []
+    sound = trial.try_model
+    monkeypatch.setattr(trial, "try_model", lambda *args: (tries.append(args[0].encoder), sound(*args))[1])
+    small = configured(images, tmp_path)
+    first = network_facts(small)
+    assert network_facts(small) == first
+    assert tries == ["resnet_small"]
+    network_facts(configured(images, tmp_path, "model.width=8"))
+    assert len(tries) == 2
+    for _ in range(2):  # one's own code may change between two starts
+        assert network_facts(configured(images, tmp_path, "model.encoder=with_spare")).unused
+    assert len(tries) == 4
+    for kept in (tmp_path / "cache").rglob("*.json"):
+        kept.write_text('{"unused": 3}')
+    assert network_facts(small) == first
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    assert network_facts(small) == first
+
+
+@pytest.mark.slow
+def test_a_known_network_needs_no_import_of_its_library(images: Path, tmp_path: Path) -> None:
+    """torchvision takes longer to import than all checks together."""
+    code = (
+        "import sys\n"
+        "from simclr_dist.config import load_config\n"
+        f"config = load_config({str(REPOSITORY / 'configs' / 'smoke.yaml')!r}, ['runs_dir={tmp_path}'])\n"
+        "from simclr_dist.training.preflight import check_training\n"
+        "check_training(config)\n"
+        "print('torchvision' in sys.modules)\n"
+    )
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code], env=env, cwd=REPOSITORY, capture_output=True, text=True, check=True
+        )
+        for _ in range(2)
+    ]
+    assert [done.stdout.strip() for done in said] == ["True", "False"]

@@ -48,6 +48,11 @@ def build_encoder(config: ModelConfig) -> tuple[nn.Module, int]:
     return network, remove_class_layer(network)
 
 
+def is_from_library(name: str) -> bool:
+    """Whether `name` is torchvision's, timm's or ours, and so the same network in every program."""
+    return name == "resnet_small" or name.startswith(TIMM) or name in torchvision_names()
+
+
 def register(name: str, build: Build) -> None:
     """Makes `model.encoder: NAME` use build(config.model), which returns a network and D.
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from simclr_dist.checkpoint.files import read_facts
 from simclr_dist.checkpoint.lineage import list_checkpoints
@@ -24,13 +23,12 @@ from simclr_dist.data.loading.evaluation_labels import check_evaluation_labels
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.order import Order
 from simclr_dist.errors import CheckpointError, ConfigError, DataError, UserError
-from simclr_dist.network.trial import Tried, try_model
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
-from simclr_dist.plan.memory import checkpoint_bytes
 from simclr_dist.run.layout import is_checkpoint
 from simclr_dist.run.owner import refuse_if_owned
 from simclr_dist.run.status import attempt_name
+from simclr_dist.training.network_facts import NetworkFacts, network_facts
 from simclr_dist.training.resuming import changed_settings, refuse_another_training, refuse_to_relabel
 
 CHECKED = "SIMCLR_CHECKED"
@@ -72,9 +70,9 @@ def check_training(config: Config, *, images_too: bool = True) -> Checked:
         except UserError as error:
             problems.append(error)
 
-    tried: list[Tried] = []
-    collect(lambda: _check_network(config, tried))
-    collect(lambda: _check_run_directory(config, tried[0].network if tried else None))
+    network: list[NetworkFacts] = []
+    collect(lambda: _check_network(config, network))
+    collect(lambda: _check_run_directory(config, network))
     if images_too:
         collect(lambda: _check_images(config))
         collect(lambda: _check_labels(config))
@@ -82,7 +80,7 @@ def check_training(config: Config, *, images_too: bool = True) -> Checked:
     collect(lambda: _check_resume(config, knows_images))
     if problems:
         raise _together(problems)
-    return Checked(tried[0].unused, tuple(remarks))
+    return Checked(network[0].unused, tuple(remarks))
 
 
 def check_together(config: Config, device: torch.device, warn: Callable[[str], None]) -> tuple[str, ...]:
@@ -116,14 +114,14 @@ def _together(problems: list[UserError]) -> UserError:
 # The checks
 
 
-def _check_network(config: Config, tried: list[Tried]) -> str:
-    """Leaves what it found in `tried`."""
-    tried.append(try_model(config.model, config.data.image_size))
-    return tried[0].remark
+def _check_network(config: Config, network: list[NetworkFacts]) -> str:
+    """Leaves what it found in `network`."""
+    network.append(network_facts(config))
+    return network[0].remark
 
 
-def _check_run_directory(config: Config, network: nn.Module | None) -> str:
-    """network: shapes suffice; without it the room on the disk is not looked at."""
+def _check_run_directory(config: Config, network: list[NetworkFacts]) -> str:
+    """Without `network` the room on the disk is not looked at."""
     run_dir = config.run_dir
     if run_dir.is_dir():
         refuse_if_owned(run_dir)
@@ -131,9 +129,9 @@ def _check_run_directory(config: Config, network: nn.Module | None) -> str:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         why = "not a directory" if not place.is_dir() else "no permission, or mounted read-only"
         raise ConfigError([f"runs_dir: {run_dir} cannot be written to ({place}: {why})"])
-    if network is None:
+    if not network:
         return ""
-    one = checkpoint_bytes(network, config.optim, config.model_dump(mode="json"))
+    one = network[0].checkpoint_bytes
     needed = one if list_checkpoints(run_dir) else 2 * one  # the newest stays until the next is whole
     free = shutil.disk_usage(place).free
     if free < needed:
@@ -160,7 +158,9 @@ def _check_images(config: Config) -> str:
 
 
 def _check_labels(config: Config) -> str:
-    return "; ".join(check_evaluation_labels(config.data, config.evaluation))
+    """Its remarks are shown where the evaluations are built."""
+    check_evaluation_labels(config.data, config.evaluation)
+    return ""
 
 
 def _check_resume(config: Config, images_too: bool) -> str:
@@ -201,10 +201,10 @@ def main(argv: list[str]) -> None:
     """For the doctor: a line of JSON for each check, `{"what": …, "remark" or "problem": …}`."""
     config = load_config(argv[0], argv[1:], check_data=False)
 
-    tried: list[Tried] = []
+    network: list[NetworkFacts] = []
     checks: dict[str, Callable[[], str]] = {
-        "network": lambda: _check_network(config, tried),
-        "checkpoints": lambda: _check_run_directory(config, tried[0].network if tried else None),
+        "network": lambda: _check_network(config, network),
+        "checkpoints": lambda: _check_run_directory(config, network),
         "resume": lambda: _check_resume(config, config.data.train == "synthetic" or Path(config.data.train).exists()),
     }
     for what, check in checks.items():
