@@ -4,8 +4,8 @@
     python -m benchmarks.dropout --device cuda --image-size 224 --images 128 --encoders swin_t convnext_tiny
 
 Both are the same modules with the same weights; without keys they draw from torch's generator. Both take turns, so
-that a busy machine slows them alike; the figures are medians. Keys are made outside, once a step, in a row of their own.
-The result is a table and benchmarks/results/dropout_<date>.json.
+that a busy machine slows them alike; the figures are medians. Keys are made outside, once a step: a row of its own. The
+result is a table and benchmarks/results/dropout_<date>.json.
 """
 
 from __future__ import annotations

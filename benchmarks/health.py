@@ -33,6 +33,7 @@ from simclr_dist.health.check import HealthCheck, RankFacts
 from simclr_dist.loss import NTXentLoss
 from simclr_dist.monitor.events import Histograms
 from simclr_dist.monitor.monitor import Monitor, open_monitor
+from simclr_dist.network.precision import assumed_precision, autocast
 from simclr_dist.network.simclr import build_model
 from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.schedule import set_learning_rate
@@ -49,7 +50,7 @@ class Steps:
     def __init__(self, config: Config, device: torch.device, monitor: Monitor) -> None:
         torch.manual_seed(0)
         self.device, self.monitor = device, monitor
-        self.precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+        self.precision = assumed_precision(config.train.precision, device.type)
         self.model = build_model(config.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(self.model, config.optim)
         set_learning_rate(self.optimizer, 1e-3)
@@ -61,7 +62,7 @@ class Steps:
 
     def forward_backward(self) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+        with autocast(self.device, self.precision):
             h, z = self.model(self.views)
         self.nt_xent(z, self.ids).backward()
         return h.detach(), z.detach()

@@ -21,18 +21,17 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from simclr_dist.config import Config
+from simclr_dist.config import Config, Precision
 from simclr_dist.data import Batch
+from simclr_dist.network.precision import assumed_precision, autocast, autocast_dtype
 from simclr_dist.network.simclr import build_encoder
 from simclr_dist.training.trainer import Trainer
-
-AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stopwatch:
@@ -94,21 +93,21 @@ def bare_encoder(config: Config, views: Tensor) -> Callable[[], None]:
         encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.train.compile:
         encoder.compile()
-    dtype = AUTOCAST[config.train.precision]
+    precision = assumed_precision(config.train.precision, views.device.type)
 
     def run() -> None:
         encoder.zero_grad(set_to_none=True)
-        with torch.autocast(views.device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(views.device, precision):
             h = encoder(views)
         h.float().square().mean().backward()
 
     return run
 
 
-def matrix_product_flops(device: torch.device, precision: str) -> float:
+def matrix_product_flops(device: torch.device, precision: Precision) -> float:
     """FLOP/s of a large product of random matrices: the practical maximum of this machine."""
     n = 8192 if device.type == "cuda" else 512
-    a, b = (torch.randn(n, n, device=device, dtype=AUTOCAST[precision]) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device, dtype=autocast_dtype(precision)) for _ in range(2))
     times = [duration_ms(lambda: a @ b, device) for _ in range(12)][2:]
     return 2 * n**3 / (statistics.median(times) / 1e3)
 
@@ -160,7 +159,7 @@ def measure(config: Config, repetitions: int) -> dict[str, Any]:
         batches.close()
     step_s, floor_s = (statistics.median(times[name]) / 1e3 for name in ("step", "floor"))
     part_ms = {name: statistics.median(lap[name] for lap in parts) for name in parts[0]}
-    ceiling = matrix_product_flops(device, config.train.precision)
+    ceiling = matrix_product_flops(device, assumed_precision(config.train.precision, device.type))
     return {
         "images_per_s": config.train.global_batch_size / step_s,
         "step_ms": 1e3 * step_s,
@@ -202,7 +201,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--preset", default=None, help="of the augmentation; default: by --stem")
     parser.add_argument("--optimizer", choices=["lars", "sgd", "adamw"], default="lars")
-    parser.add_argument("--precision", choices=list(AUTOCAST), default="bf16")
+    parser.add_argument("--precision", choices=get_args(Precision), default="bf16")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repetitions", type=int, default=30)

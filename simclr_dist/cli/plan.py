@@ -128,7 +128,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def render(found: Forecast, bottleneck: str, step: MeasuredStep | None) -> Iterator[tuple[str, str]]:
     memory, speed = found.memory, found.speed
-    yield "devices", f"{found.num_devices} x {found.device_type}, {found.batch_size_per_device} images each a step"
+    yield (
+        "devices",
+        f"{found.num_devices} x {found.device_type}, {found.batch_size_per_device} images each a step",
+    )
+    yield "precision", found.precision
     yield "global batch", f"{found.global_batch_size:,}, peak learning rate {found.peak_learning_rate:.4g}"
     yield "steps", f"{found.num_steps:,} ({found.steps_per_epoch:,} an epoch of {found.num_images:,} images)"
     yield "parameters", f"{found.num_parameters:,}"

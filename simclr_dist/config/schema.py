@@ -22,6 +22,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Precision = Literal["fp32", "bf16", "fp16"]
+PrecisionSetting = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class Section(BaseModel):
@@ -100,7 +101,9 @@ class TrainConfig(Section):
     )
     epochs: Count
     max_steps: Count | None = Field(None, description="Stop early, without changing the learning rate's course.")
-    precision: Precision = "bf16"
+    precision: PrecisionSetting = Field(
+        "auto", description="`auto`: bf16 on GPUs; on a CPU, the faster of fp32 and bf16. Decided once a run."
+    )
     compile: bool = False
     channels_last: bool = True
     on_non_finite: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does.")

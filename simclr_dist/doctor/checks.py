@@ -269,6 +269,25 @@ def examine_folder(what: str, folder: Path, needed_bytes: int) -> Iterator[Findi
     )
 
 
+def examine_precision(setting: str, gpus: list[dict[str, Any]]) -> Iterator[Finding]:
+    has_bf16 = all(gpu["bf16"] for gpu in gpus)
+    if setting == "bf16" and not has_bf16:
+        yield Finding("warning", "precision", "bf16, which a GPU here only emulates", "train.precision=fp16 or fp32")
+    if setting == "fp16" and not gpus:
+        yield Finding("warning", "precision", "fp16, which is slow on a CPU", "train.precision=fp32 or bf16")
+    if setting != "auto":
+        return
+    if gpus:
+        found = "auto: bf16" if has_bf16 else "auto: fp32, because a GPU here only emulates bf16"
+        yield Finding("ok", "precision", found, "" if has_bf16 else "train.precision=fp16 would be faster")
+        return
+    from simclr_dist.network.precision import cpu_has_bf16
+
+    measured = "auto: fp32 or bf16, whichever two seconds of measurement find faster when the run begins"
+    emulated = "auto: fp32, because this CPU only emulates bf16"
+    yield Finding("ok", "precision", measured if cpu_has_bf16() else emulated)
+
+
 def examine_config(
     path: str, overrides: Sequence[str], probe: dict[str, Any], tell: Callable[[str], None] = lambda _: None
 ) -> Iterator[Finding]:
@@ -294,10 +313,8 @@ def examine_config(
 
         yield from guarded("random layers", lambda: examine_random_layers(config.model, config.data.image_size))
     gpus = probe.get("gpus")
-    if config.train.precision == "bf16" and isinstance(gpus, list) and not all(gpu["bf16"] for gpu in gpus):
-        yield Finding("warning", "precision", "bf16, which a GPU here only emulates", "train.precision=fp16 or fp32")
-    if config.train.precision == "fp16" and gpus == []:
-        yield Finding("warning", "precision", "fp16, which is slow on a CPU", "train.precision=fp32 or bf16")
+    if isinstance(gpus, list):
+        yield from guarded("precision", lambda: examine_precision(config.train.precision, gpus))
 
     yield from guarded("runs_dir", lambda: examine_folder("runs_dir", config.run_dir, 0))
     if "version" in probe.get("torch", {}):

@@ -21,6 +21,7 @@ from simclr_dist.errors import CheckpointError, DataError
 from simclr_dist.evaluation.embeddings_file import Embeddings
 from simclr_dist.evaluation.features import digest, extract_features
 from simclr_dist.evaluation.knn import nearest
+from simclr_dist.network.precision import assumed_precision
 from simclr_dist.views.augment import normalize
 
 
@@ -47,7 +48,7 @@ def embed(
         model.encoder.to(device),
         load_images(source, config.data.image_size, batch_size=batch_size or config.evaluation.batch_size),
         device=device,
-        precision=precision or config.train.precision,
+        precision=precision or assumed_precision(config.train.precision, torch.device(device).type),
         normalize=normalize,
     )
     return Embeddings(

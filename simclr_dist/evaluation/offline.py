@@ -30,6 +30,7 @@ from simclr_dist.evaluation.labels import relabelled
 from simclr_dist.evaluation.linear import linear_probe
 from simclr_dist.evaluation.readable_images import ReadableImages
 from simclr_dist.evaluation.score_record import name_of, score_record
+from simclr_dist.network.precision import assumed_precision
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
@@ -118,7 +119,7 @@ def evaluate(
     if images.classes.sentence:
         say(images.classes.sentence)
     run = RunDir.of_checkpoint(checkpoint.path)
-    settings: dict[str, Any] = {"precision": precision or config.train.precision}
+    settings: dict[str, Any] = {"precision": precision or assumed_precision(config.train.precision, device.type)}
     bank = np.arange(images.train_info.num_samples)
     if method == "knn":
         settings["k"] = k or config.evaluation.knn_k

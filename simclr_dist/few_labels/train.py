@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from simclr_dist.atomic import replace_text
 from simclr_dist.checkpoint.pretrained import load_pretrained
-from simclr_dist.config import DataConfig, ModelConfig, Precision, parse_config
+from simclr_dist.config import DataConfig, ModelConfig, Precision, PrecisionSetting, parse_config
 from simclr_dist.data.classes import match_classes
 from simclr_dist.data.loading.labelled_images import LabelledImages, open_labelled
 from simclr_dist.data.loading.load_images import load_images
@@ -39,6 +39,7 @@ from simclr_dist.few_labels.finetune import (
 )
 from simclr_dist.few_labels.random_crops import RandomCrops
 from simclr_dist.few_labels.subsets import draw_subset, load_subset, save_subset
+from simclr_dist.network.precision import assumed_precision
 from simclr_dist.network.simclr import build_model
 from simclr_dist.views.augment import normalize
 
@@ -57,7 +58,7 @@ class Settings:
     seed: int = 0
     precision: Precision | None = None
 
-    def training(self, *, epochs: int, base_lr: float, precision: Precision, say: Say) -> Training:
+    def training(self, *, epochs: int, base_lr: float, precision: PrecisionSetting, say: Say) -> Training:
         """With these values where the user has chosen none."""
         epochs = self.epochs or epochs
         return Training(
@@ -65,7 +66,7 @@ class Settings:
             self.base_lr or base_lr,
             self.weight_decay,
             self.device,
-            self.precision or precision,
+            self.precision or assumed_precision(precision, self.device.type),
             _reporter(epochs, say),
         )
 

@@ -176,14 +176,13 @@ class _Watch(TorchDispatchMode):
 def _is_random(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     """False for dropout that drops nothing, such as inside torch's attention kernels."""
     arguments = func._schema.arguments
-    defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
-    positional = {argument.name: value for argument, value in zip(arguments, args, strict=False)}
-    given: dict[str, Any] = defaults | positional | kwargs
+    given: dict[str, Any] = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    given |= {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
     return not any(given.get(name, True) in (0, False, None) for name in ("p", "dropout_p", "train", "training"))
 
 
 def _states_outside_torch() -> tuple[object, object]:
-    return random.getstate(), np.random.get_state(legacy=True)[2]  # noqa: NPY002 - those who use it are to be found
+    return random.getstate(), np.random.get_state()[2]  # type: ignore[index] # noqa: NPY002 - to find who uses it
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Starts the process group by accelerate. What the environment may say about that is in environment.py."""
+"""Starts the process group and DDP by accelerate. What the environment may say about that is in environment.py."""
 
 from __future__ import annotations
 
@@ -12,21 +12,29 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from simclr_dist.parallel.environment import check_environment, wants_cpu, without_ignored
 
 
-def build_accelerator(mixed_precision: str, *, broadcast_buffers: bool, timeout_s: float) -> Accelerator:
-    """Of all that accelerate can do: one process for each device, DDP, autocast, fp16's loss scale.
+def join_training(timeout_s: float) -> torch.device:
+    """Starts a training's process group: one process for each device, and this is the device.
 
-    mixed_precision: no, bf16 or fp16. timeout_s: of every collective. Raises ConfigError for an environment that asks
-    for something else.
+    timeout_s: of every collective. Raises ConfigError for an environment that asks for something else.
     """
     check_environment(os.environ)
-    use_cpu = wants_cpu(os.environ) or not torch.cuda.is_available()
+    with without_ignored():
+        return PartialState(
+            cpu=_uses_cpu(), **InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)).to_kwargs()
+        ).device
+
+
+def build_accelerator(mixed_precision: str, *, broadcast_buffers: bool) -> Accelerator:
+    """In a process that has joined: of all that accelerate can do, DDP, autocast and fp16's loss scale.
+
+    mixed_precision: no, bf16 or fp16.
+    """
     with without_ignored():
         return Accelerator(
-            cpu=use_cpu,
+            cpu=_uses_cpu(),
             mixed_precision=mixed_precision,
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
-                DistributedDataParallelKwargs(broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True)
             ],
         )
 
@@ -36,3 +44,7 @@ def join_process_group() -> torch.device:
     check_environment(os.environ)
     with without_ignored():
         return PartialState().device
+
+
+def _uses_cpu() -> bool:
+    return wants_cpu(os.environ) or not torch.cuda.is_available()

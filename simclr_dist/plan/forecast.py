@@ -7,6 +7,7 @@ from typing import Any
 
 from simclr_dist.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from simclr_dist.data.sources.open import size_on_disk
+from simclr_dist.network.precision import assumed_precision
 from simclr_dist.network.shape import shape_of_model
 from simclr_dist.optim.schedule import peak_learning_rate
 from simclr_dist.plan.memory import DeviceMemory, checkpoint_bytes, device_memory, loader_bytes
@@ -32,6 +33,7 @@ class Forecast:
     device_type: str
     global_batch_size: int
     batch_size_per_device: int
+    precision: str
     num_images: int
     steps_per_epoch: int
     num_steps: int
@@ -115,6 +117,7 @@ def forecast(
         device_type=device_type,
         global_batch_size=G,
         batch_size_per_device=G // world_size,
+        precision=assumed_precision(train.precision, device_type),
         num_images=num_images,
         steps_per_epoch=steps_per_epoch,
         num_steps=min(total, train.max_steps or total),

@@ -7,13 +7,14 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from simclr_dist.config import AugmentConfig, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from simclr_dist.config import AugmentConfig, DataConfig, LossConfig, ModelConfig, OptimConfig, Precision, TrainConfig
 from simclr_dist.data import Batch
 from simclr_dist.data.loading.view_loader import build_loader
 from simclr_dist.loss import NTXentLoss
-from simclr_dist.network.precision import autocast
-from simclr_dist.network.simclr import build_model
+from simclr_dist.network.precision import assumed_precision, autocast
+from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.micro_batch import backward_in_micro_batches
 from simclr_dist.parallel.distributed import World
@@ -58,7 +59,7 @@ def measure_step(
     batch = Batch(torch.randint(0, 256, (2, images, S, S, 3), dtype=torch.uint8).to(device), ids.to(device), ids, 0)
 
     def step() -> None:
-        with autocast(device, train.precision):
+        with autocast(device, assumed_precision(train.precision, device.type)):
             views = make_views(batch)
             micro = train.micro_batch_size
             if micro and micro < images:
@@ -78,6 +79,44 @@ def measure_step(
         step()
         times.append(time.perf_counter() - start)
     return MeasuredStep(images, images / statistics.median(times), _peak(device))
+
+
+@dataclass(frozen=True)
+class ComparedPrecisions:
+    """seconds: of a forward and backward of both views of `images` images."""
+
+    images: int
+    seconds: dict[Precision, float]
+
+
+def compare_precisions(
+    *, model: ModelConfig, channels_last: bool, image_size: int, images: int, budget_s: float = 2.0
+) -> ComparedPrecisions:
+    """fp32 and bf16 on this CPU, with this network, on batches that grow to `images` as long as there is time.
+
+    The generators of torch stay as they are. Raises ConfigError.
+    """
+    with torch.random.fork_rng(devices=[]):
+        network = build_model(model).train()
+        if channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        began, size = time.perf_counter(), min(images, 2)
+        while True:
+            views = torch.randn(2 * size, 3, image_size, image_size)
+            seconds: dict[Precision, float] = {
+                precision: min(_pass_s(network, views, precision) for _ in range(2)) for precision in ("fp32", "bf16")
+            }
+            if size == images or time.perf_counter() - began > budget_s / 2:  # the next takes as long as all of these
+                return ComparedPrecisions(size, seconds)
+            size = min(2 * size, images)
+
+
+def _pass_s(network: SimCLR, views: Tensor, precision: Precision) -> float:
+    start = time.perf_counter()
+    with autocast("cpu", precision):
+        z = network(views)[1]
+    z.float().square().mean().backward()
+    return time.perf_counter() - start
 
 
 def measure_loader(data: DataConfig, augment: AugmentConfig, *, images: int, local_size: int) -> float:

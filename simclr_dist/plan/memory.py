@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from simclr_dist.config import DataConfig, LossConfig, ModelConfig, OptimConfig, Precision, TrainConfig
 from simclr_dist.loss.memory import workspace_bytes
-from simclr_dist.network.precision import autocast
+from simclr_dist.network.precision import assumed_precision, autocast
 from simclr_dist.network.shape import shape_of_model
 from simclr_dist.optim.build import optimizer_state, parameter_order
 
@@ -64,7 +64,7 @@ def device_memory(
             model,
             image_size=data.image_size,
             images=train.micro_batch_size or images,
-            precision=train.precision,
+            precision=assumed_precision(train.precision, device_type),
         ),
         views=4 * floats + (2 * floats if device_type == "cuda" else 0),
         loss=workspace_bytes(

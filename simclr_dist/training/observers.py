@@ -25,6 +25,7 @@ from simclr_dist.health.check import HealthCheck, RankFacts
 from simclr_dist.monitor.events import Histograms, Pairs, StepsDone
 from simclr_dist.monitor.monitor import Monitor, memory_peak_gib
 from simclr_dist.network.flops import peak_flops, train_flops
+from simclr_dist.network.precision import assumed_precision
 from simclr_dist.parallel import distributed
 from simclr_dist.run.guard import LimitName, RunGuard
 from simclr_dist.run.layout import RunDir, append_record
@@ -335,7 +336,8 @@ def build_observers(
     augment, nt_xent: the trainer's own, which a subclass may have exchanged.
     """
     device, monitor = parts.device, parts.monitor
-    precision, batch_size = config.train.precision, config.evaluation.batch_size
+    precision = assumed_precision(config.train.precision, device.type)
+    batch_size = config.evaluation.batch_size
 
     images, evaluation = parts.evaluation_images, None
     if images is not None:

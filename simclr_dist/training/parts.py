@@ -31,7 +31,7 @@ from simclr_dist.network.trial import freeze
 from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.schedule import LearningRate, build_schedule
 from simclr_dist.parallel import distributed, environment
-from simclr_dist.parallel.accelerator import build_accelerator
+from simclr_dist.parallel.accelerator import build_accelerator, join_training
 from simclr_dist.parallel.distributed import World
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 from simclr_dist.run import history, provenance
@@ -40,6 +40,7 @@ from simclr_dist.run.layout import RunDir
 from simclr_dist.run.state import TrainState
 from simclr_dist.run.watchdog import BACKSTOP_S
 from simclr_dist.training.non_finite import NonFinitePolicy
+from simclr_dist.training.precision import decide_precision, with_precision
 from simclr_dist.training.preflight import check_together
 from simclr_dist.training.resuming import (
     changed_settings,
@@ -57,6 +58,9 @@ from simclr_dist.views.augment import Augment
 class Parts:
     """All that a training consists of. Every rank has its own."""
 
+    config: Config
+    """With what `auto` has come to."""
+    precision_reason: str
     accelerator: Accelerator
     """The process group, the device, autocast, the fp16 loss scale."""
     world: World
@@ -100,19 +104,20 @@ def build(config: Config) -> Parts:
     Raises ConfigError, DataError, CheckpointError or OwnershipError on the first failing rank and
     FailedElsewhereError on the others.
     """
-    accelerator = build_accelerator(
-        {"fp32": "no"}.get(config.train.precision, config.train.precision),
-        broadcast_buffers=config.model.batch_norm == "per_device",
-        timeout_s=config.timeout.longest_s() + BACKSTOP_S,
-    )
-    device, world = accelerator.device, distributed.world()
+    device, world = join_training(config.timeout.longest_s() + BACKSTOP_S), distributed.world()
     if about_environment := environment.sentence(os.environ):
         _warn_on(world)(about_environment)
     _check_world_size(config, world)
     unused = check_together(config, device, _warn_on(world))
     guard = RunGuard(config.run_dir, config.timeout, device)
-    torch.manual_seed(config.seed)  # the same initial weights on every rank
     checkpoint = choose_checkpoint(config, device, _warn_on(world))
+    decided = decide_precision(config, checkpoint, device)
+    config = with_precision(config, decided.precision)
+    accelerator = build_accelerator(
+        {"fp32": "no"}.get(decided.precision, decided.precision),
+        broadcast_buffers=config.model.batch_norm == "per_device",
+    )
+    torch.manual_seed(config.seed)  # the same initial weights on every rank
     loader = run_on_all_ranks(
         lambda: build_loader(
             config.data,
@@ -172,6 +177,8 @@ def build(config: Config) -> Parts:
     non_finite = NonFinitePolicy(config.train, config.run_dir, world.rank, network, device, monitor.warn)
     health = HealthCheck(config.monitor.health_every_steps, network, world)
     return Parts(
+        config=config,
+        precision_reason=decided.reason,
         accelerator=accelerator,
         world=world,
         guard=guard,

@@ -29,6 +29,8 @@ def show_start(config: Config, parts: Parts) -> None:
     if parts.world.is_main:
         start = f"resumes at step {parts.state.step}" if parts.state.step else "starts at step 0"
         rows = start_rows(config, parts.world, parts.device, parts.loader, parts.network, parts.forward_flops)
+        if parts.precision_reason:
+            rows["device"] += f" ({parts.precision_reason})"
         if random_layers := parts.random_layers.summary():
             rows["random layers"] = random_layers
         parts.monitor.show(Summary("start", f"{config.name}: {start} of {parts.last_step}", rows))

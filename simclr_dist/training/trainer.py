@@ -33,8 +33,8 @@ class Trainer:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = config
         self.parts = build(config)
+        self.config = config = self.parts.config
         self.state = self.parts.state
         self.augment: Callable[[Batch], Tensor] = self.parts.augment
         self.nt_xent: Callable[[Tensor, Tensor], Tensor] = self.parts.nt_xent
