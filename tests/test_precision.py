@@ -147,3 +147,6 @@ def test_a_run_keeps_what_was_decided(images: Path, tmp_path: Path) -> None:
     assert f"{decided} (as when this run began)" in again.output[0]
     assert "changed since step 1: train.precision" not in again.output[0]
     assert load_config(first.run_dir / "config.yaml").train.precision == decided
+    finished = Training(images, tmp_path, "run", *settings, "train.max_steps=2")
+    assert finished.wait() == [0], finished.output
+    assert "finished at step 2 of 2" in finished.output[0]

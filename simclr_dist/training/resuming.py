@@ -105,6 +105,8 @@ def changed_settings(found: Checkpoint | None, config: Config) -> dict[str, tupl
     if found is None:
         return {}
     then, now = (flatten(c.model_dump(mode="json")) for c in (found.config, config))
+    if now["train.precision"] == "auto":  # what the run has decided is kept
+        now["train.precision"] = then["train.precision"]
     keys = [key for key in {**then, **now} if key not in ("name", "runs_dir", "resume")]
     return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
 
