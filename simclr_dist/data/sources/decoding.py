@@ -11,7 +11,7 @@ from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from simclr_dist.data.sources import tiff, turbojpeg
 from simclr_dist.data.sources.jpeg_file import JpegFile, read_jpeg_file
@@ -111,7 +111,7 @@ def _decode_jpeg(file: IO[bytes], image: Image.Image, decoding: Decoding) -> Dec
     return Decoded(_upright(pixels, orientation))
 
 
-def _by_pillow(file: IO[bytes], image: Image.Image, decoding: Decoding, pages: list[tiff.Page]) -> Pixels:
+def _by_pillow(file: IO[bytes], image: ImageFile.ImageFile, decoding: Decoding, pages: list[tiff.Page]) -> Pixels:
     stored_as = image.tile[0][3] if image.tile else None  # which loading forgets
     image.load()
     if pages and pages[0].get(tiff.BITS, 1) == 12:
