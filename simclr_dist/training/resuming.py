@@ -22,8 +22,12 @@ from simclr_dist.run import history
 from simclr_dist.run.layout import RunDir, step_of
 from simclr_dist.run.state import TrainState
 
-# Settings that say where and how a run is watched and saved, not what is trained.
-_NOT_TRAINED_WITH = ("name", "runs_dir", "resume", "monitor.", "timeout.", "checkpoint.", "evaluation.")
+# Settings that say where and how a run is watched and saved, not what is trained. Where the images lie is none of it
+# either: by their fingerprint they are the same ones.
+_NOT_TRAINED_WITH = (
+    *("name", "runs_dir", "resume", "monitor.", "timeout.", "checkpoint.", "evaluation."),
+    *("data.train", "data.test", "data.num_threads", "data.batches_ahead"),
+)
 _HOW_LONG = ("train.epochs", "train.max_steps")
 
 
