@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,8 +13,10 @@ from launcher import local, machine
 from launcher.errors import LaunchError
 from launcher.launch_plan import TRAINER, Device, LaunchPlan, checked_env, new_attempt, passed_on
 from simclr_dist.config import Config, load_config
+from simclr_dist.errors import ConfigError
 from simclr_dist.parallel.environment import check_environment
 
+PREFLIGHT = "simclr_dist.training.preflight"
 SHOWN_ATTEMPT = "show.0-000000"
 """The attempt's name in what `show` prints."""
 
@@ -26,6 +30,26 @@ def training(args: argparse.Namespace, world_size: int | None) -> tuple[Config, 
     check_environment(passed_on(os.environ) | checked_env(args.env))
     config = load_config(args.config, args.overrides, world_size=world_size)
     return config, ("-m", TRAINER, os.path.abspath(args.config), *args.overrides)
+
+
+def check_before_the_queue(args: argparse.Namespace) -> None:
+    """What a start would refuse, found out before a job waits for hours: the network, and what a checkpoint asks for.
+
+    Raises ConfigError. What cannot be looked at on this machine is said; the job will look at it.
+    """
+    print(
+        "launcher: checking the training before it is submitted, which takes some seconds", file=sys.stderr, flush=True
+    )
+    command = [sys.executable, "-m", PREFLIGHT, args.config, *args.overrides]
+    done = subprocess.run(command, capture_output=True, text=True, env=local.importable_launcher(), check=False)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    # Whose the run directory is, and what fits there, may change until the job starts.
+    problems = [row["problem"] for row in found if "problem" in row and row["what"] != "checkpoints"]
+    if problems:
+        raise ConfigError(problems)
+    if done.returncode:
+        last = "".join(done.stderr.strip().splitlines()[-1:])
+        print(f"launcher: it could not be checked here, so the job will: {last}", file=sys.stderr, flush=True)
 
 
 def device_and_procs(args: argparse.Namespace) -> tuple[Device, int]:

@@ -129,6 +129,8 @@ def submit(args: argparse.Namespace) -> Exit:
             f"{run_dir}: SLURM gives backslashes in log paths a meaning of their own; choose another path"
         )
     refuse_if_live(run_dir)
+    if num_points is None:
+        build.check_before_the_queue(args)
     files = RunDir(run_dir)
     command = submit_command(args, files, num_points)
     prepare_run_dir(run_dir)

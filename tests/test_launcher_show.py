@@ -5,18 +5,21 @@ REGOLD=1 writes the golden files anew.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from launcher import __main__ as cli
-from launcher import slurm
+from launcher import build, slurm
 from launcher.errors import LaunchError
 from launcher.launch_plan import checked_env, masked
+from simclr_dist.errors import ConfigError
 from tests.launcher_checkout import Checkout, make_checkout
 
 GOLDEN = Path(__file__).parent / "golden" / "launcher"
@@ -219,3 +222,29 @@ def test_environment_values_are_kept_whole_and_secrets_masked() -> None:
 def test_jobs_get_no_tokens_from_the_login_shell() -> None:
     shell = {"PATH": "/bin", "HF_TOKEN": "x", "AWS_SECRET_ACCESS_KEY": "x", "NCCL_DEBUG": "INFO", "SLURM_JOB_ID": "7"}
     assert slurm.passed_on(shell).keys() == {"PATH", "NCCL_DEBUG", "SIMCLR_PYTHON"}
+
+
+@pytest.mark.parametrize(
+    ("script", "problem", "said"),
+    [
+        ('print(\'{"what": "network", "problem": "unknown encoder"}\')', "unknown encoder", ""),
+        ('print(\'{"what": "checkpoints", "problem": "the owner lives"}\')', None, ""),
+        ('raise ImportError("no torch on this login node")', None, "so the job will: ImportError: no torch"),
+    ],
+    ids=["wrong", "may change", "cannot be looked at"],
+)
+def test_a_job_is_checked_before_it_waits(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    script: str,
+    problem: str | None,
+    said: str,
+) -> None:
+    (tmp_path / "preflight_here.py").write_text(script)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(build, "PREFLIGHT", "preflight_here")
+    args = argparse.Namespace(config="fake.yaml", overrides=[])
+    with pytest.raises(ConfigError, match=problem) if problem else nullcontext():
+        build.check_before_the_queue(args)
+    assert said in capsys.readouterr().err

@@ -97,6 +97,7 @@ def test_settings_that_cannot_go_on_are_refused_without_reading_a_tensor(images:
     training = Training(images, tmp_path, "run", *QUICK)
     assert training.wait() == [0], training.output
     assert check_training(configured(images, tmp_path, *QUICK)) == Checked()
+    assert check_training(configured(images, tmp_path, *QUICK, "train.precision=auto")) == Checked()
     for tensors in training.run_dir.glob("checkpoints/*/*.safetensors"):
         tensors.unlink()
     with pytest.raises(CheckpointError, match="seed: 0 then, 1 now"):

@@ -118,7 +118,7 @@ class Run:
         return sorted(
             pid
             for pid, command in self.living().items()
-            if b"simclr_dist.train" in command and b"accelerate.commands.launch" not in command
+            if b"simclr_dist.train" in command and b"simclr_dist.training.agent" not in command
         )
 
     def wait_for_step(self, step: int) -> bool:

@@ -179,7 +179,10 @@ def _check_resume(config: Config, images_too: bool) -> str:
     refuse_another_training(found, config, known_as)
     if images_too:
         steps = config.train.epochs * (info.num_samples // config.train.global_batch_size)
-        refuse_to_relabel(found, changed_settings(found, config), min(steps, config.train.max_steps or steps))
+        changed = changed_settings(found, config)
+        if config.train.precision == "auto":  # a run keeps what was decided when it began
+            changed.pop("train.precision", None)
+        refuse_to_relabel(found, changed, min(steps, config.train.max_steps or steps))
     return ""
 
 
