@@ -55,15 +55,21 @@ class Draws:
         self.layers: list[KeyedLayer] = []
         self.owners: dict[str, Owner] = {}
         self.recomputing = False
-        self._hashes = torch.empty(0, 1, dtype=torch.int32)
         self._streams: tuple[Tensor, Tensor] | None = None  # [L, n] of the rows, [L, 1] of the batch
 
     @property
     def has_keys(self) -> bool:
         return self._streams is not None
 
-    def begin(self, row_keys: Tensor | None) -> None:
-        """A forward pass of rows with keys [n, 2] begins; None: layers draw from torch's generator."""
+    def hashes(self) -> Tensor:
+        """Of the layers, [L, 1]."""
+        return torch.tensor([[layer.hash] for layer in self.layers], dtype=torch.int32)
+
+    def begin(self, row_keys: Tensor | None, hashes: Tensor) -> None:
+        """A forward pass of rows with keys [n, 2] begins; None: layers draw from torch's generator.
+
+        hashes: those of the layers, on the device of the keys.
+        """
         self.recomputing = False
         for layer in self.layers:
             layer.calls = 0
@@ -72,11 +78,8 @@ class Draws:
         if row_keys is None:
             self._streams = None
             return
-        if len(self._hashes) != len(self.layers) or self._hashes.device != row_keys.device:
-            hashes = [[layer.hash] for layer in self.layers]
-            self._hashes = torch.tensor(hashes, dtype=torch.int32).to(row_keys.device)  # [L, 1]
         # For all layers at once: stochastic depth in 50 blocks takes no more launches than in one.
-        self._streams = mix_(row_keys[:, 0] ^ self._hashes), mix_(row_keys[:1, 1] ^ self._hashes)
+        self._streams = mix_(row_keys[:, 0] ^ hashes), mix_(row_keys[:1, 1] ^ hashes)
 
     def end(self) -> None:
         """The forward pass has ended: a module that runs again before the next one is recomputed in the backward."""

@@ -78,7 +78,8 @@ def key_draws(network: SimCLR, image_size: int) -> RandomLayers:
             layer.shapes_of_batch = found.shapes_of_batch[layer.name] or frozenset()
             if layer.name in found.repeated:
                 share_owner(network, layer)
-        network.draws = draws if keyed else None
+        if keyed:
+            network.draw_by(draws)
         own = sorted(found.left_over | {name for name, shapes in found.shapes_of_batch.items() if shapes is None})
         return RandomLayers(_kinds(network, keyed), _kinds(network, own))
     return RandomLayers(failure=failure)
@@ -103,7 +104,8 @@ def _examine(network: SimCLR, image_size: int, passes: int) -> _Found:
     names = [name for name in watch.drawing if not isinstance(network.get_submodule(name), torch.jit.ScriptModule)]
     found.left_over = watch.drawing - set(names)
     layers = make_keyed(network, sorted(names), draws)
-    network.draws = draws
+    network.draw_by(draws)
+    network.to(next(network.parameters()).device)
     drawn: dict[int, dict[str, list[Shape]]] = {_FEW: {}, _MORE: {}}
     watch.drawing.clear()
     for i in range(passes):
@@ -150,7 +152,7 @@ class _Watch(TorchDispatchMode):
         row_keys = torch.randint(-(2**31), 2**31, (rows, 2), generator=generator, dtype=torch.int32)
         self._inside.clear()
         self._outside_torch = _states_outside_torch()
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"), self:
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"), self._like.device, self:
             self._network(images, row_keys.to(self._like.device))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:

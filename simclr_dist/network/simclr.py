@@ -23,12 +23,16 @@ class SimCLR(nn.Module):
         self.projection_head = projection_head
         self.feature_dim = feature_dim
         self.draws: Draws | None = None
-        """Set where modules draw by key (random_layers.py)."""
+
+    def draw_by(self, draws: Draws) -> None:
+        """From now on modules of this network draw by key (random_layers.py)."""
+        self.draws = draws
+        self.register_buffer("layer_hashes", draws.hashes(), persistent=False)  # to be where the network is
 
     def forward(self, images: Tensor, row_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """row_keys: int32 [n, 2], what dropout and its like draw from (`draw_keys`). None: from torch's generator."""
         if self.draws is not None:
-            self.draws.begin(row_keys)
+            self.draws.begin(row_keys, self.get_buffer("layer_hashes"))
         h = self.encoder(images)
         z = self.projection_head(h)
         if self.draws is not None:
