@@ -1,4 +1,4 @@
-"""Standard output and error that cannot end a program: closed, a pipe without reader, a full disk, a lost terminal."""
+"""Output that cannot end a program: closed, a pipe without reader, a full disk, a lost terminal. And text fit for it."""
 
 from __future__ import annotations
 
@@ -49,3 +49,9 @@ def _safe(stream: TextIO | None, number: int) -> TextIO:
         line_buffering=number == 2 or getattr(stream, "line_buffering", False),
         write_through=getattr(stream, "write_through", False),
     )
+
+
+def printable(text: str) -> str:
+    r"""The text with undecodable bytes of file names and control characters as \xNN, so that it can be printed."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -26,7 +26,7 @@ from simclr_dist.data.loading.pillow_images import BetonSource
 from simclr_dist.errors import CheckpointError
 from simclr_dist.evaluation.offline import features_of
 from simclr_dist.few_labels.subsets import Subset, load_subset, save_subset
-from simclr_dist.training.saving import restore
+from simclr_dist.training.resuming import restore
 from tests.images import make_folder
 
 needs_ffcv = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))

@@ -24,8 +24,8 @@ def _run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from simclr_dist.data.account import printable
     from simclr_dist.data.loading.inspect import inspect_beton
+    from simclr_dist.streams import printable
 
     console = Console()
     with Progress(console=console, disable=not (console.is_terminal and args.verify), transient=True) as progress:

@@ -74,8 +74,8 @@ def prepare_with_progress(source: str | Path, out: Path, **options: Any) -> None
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from simclr_dist.data.account import printable
     from simclr_dist.data.beton.prepare import prepare
+    from simclr_dist.streams import printable
 
     console = Console()
     begin = last_line = time.monotonic()

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from simclr_dist.cli.arguments import Commands, add_command
 from simclr_dist.cli.terminal import percent, print_table, say
-from simclr_dist.data.account import printable
 from simclr_dist.errors import CheckpointError, ConfigError
 from simclr_dist.run import history
 from simclr_dist.run.layout import RunDir, read_records, step_of
 from simclr_dist.run.status import read_status
+from simclr_dist.streams import printable
 
 
 def register(commands: Commands) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
+from simclr_dist.streams import printable
+
 Layout = Literal["auto", "classes", "flat"]
 OnDamage = Literal["warn", "skip", "stop"]
 
@@ -109,12 +111,6 @@ class Account:
             for key in ("left_out", "notes")
         }
         return cls(str(content["source"]), str(content["layout"]), int(content["taken"]), **groups)
-
-
-def printable(text: str) -> str:
-    r"""The text with undecodable bytes of file names and control characters as \xNN, so that it can be printed."""
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _line(group: LeftOut) -> str:

@@ -46,7 +46,10 @@ LAYOUT = {
             ["speed/model_flops_utilization$", "speed/data_wait_share$", "ranks/data_wait_share_max$"],
         ],
         "peak memory, GiB": ["Multiline", ["speed/memory_peak_gib$", "ranks/memory_peak_gib_max$"]],
-        "seconds of a checkpoint, of a health check": ["Multiline", ["speed/(checkpoint|health_check)_s$"]],
+        "seconds of a checkpoint, of waiting for it, of a health check": [
+            "Multiline",
+            ["speed/(checkpoint|checkpoint_wait|health_check)_s$"],
+        ],
     },
 }
 

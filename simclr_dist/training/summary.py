@@ -11,13 +11,13 @@ from torch import nn
 from simclr_dist.checkpoint.lineage import list_checkpoints
 from simclr_dist.config import Config
 from simclr_dist.data import Loader
-from simclr_dist.data.account import printable
 from simclr_dist.monitor.events import Summary
 from simclr_dist.monitor.terminal import duration
 from simclr_dist.optim.schedule import peak_learning_rate
 from simclr_dist.parallel.distributed import World
 from simclr_dist.plan.memory import optimizer_state
 from simclr_dist.run.status import State
+from simclr_dist.streams import printable
 from simclr_dist.training.parts import Parts
 
 IMAGES_PER_S_IN_ALL = "speed/images_per_s_in_all"

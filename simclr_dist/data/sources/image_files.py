@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from simclr_dist.data.account import NAMES_SHOWN, Account, LeftOut, SourceOptions, printable
+from simclr_dist.data.account import NAMES_SHOWN, Account, LeftOut, SourceOptions
 from simclr_dist.data.sources.images import FileImages
 from simclr_dist.data.sources.layout import read_layout
 from simclr_dist.data.sources.listing import Found, Listing, Parts, choose_images
 from simclr_dist.data.sources.lists import check_names, number_classes, read_labels, read_names
 from simclr_dist.data.sources.sample_values import Decoding
 from simclr_dist.errors import DataError
+from simclr_dist.streams import printable
 
 
 def images_of(listing: Listing, options: SourceOptions, class_names: tuple[str, ...] | None) -> FileImages:
