@@ -1,4 +1,4 @@
-"""Output that cannot end a program: closed, a pipe without reader, a full disk, a lost terminal. And text fit for it."""
+"""Output that cannot end a program: closed, a pipe without reader, a full disk, a lost terminal. And fit text."""
 
 from __future__ import annotations
 
