@@ -20,7 +20,7 @@ from simclr_dist.run.stop_signals import StopSignals
 from tests.conftest import REPOSITORY
 from tests.training import Training
 
-LONG = ("train.epochs=100", "checkpoint.every_min=null", "monitor.image_pairs=0")
+LONG = ("train.epochs=100", "train.max_steps=150", "checkpoint.every_min=null", "monitor.image_pairs=0")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["Ctrl-C", "closed terminal"])
