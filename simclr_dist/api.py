@@ -56,10 +56,12 @@ def pretrain(
         config = config.model_dump(mode="json")
     loaded = load_config(config, overrides, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     with _training_in_this_process(loaded.name), _recorded(loaded) as progress:
+        from simclr_dist.parallel.distributed import barrier
         from simclr_dist.training.trainer import Trainer
 
         progress.trainer = (trainer_class or Trainer)(loaded)
         progress.trainer.fit()
+        barrier()  # the main process has written the state that every process reads
     return Run(loaded.run_dir)
 
 

@@ -97,6 +97,8 @@ ENCODED = {
     "4:4:4": jpeg(subsampling="4:4:4"),
     "4:2:2": jpeg(subsampling="4:2:2"),
     "progressive": jpeg(progressive=True),
+    "extended": jpeg().replace(b"\xff\xc0", b"\xff\xc1", 1),
+    "a comment behind the scan": jpeg()[:-2] + segment(0xFE, b"at the secret place") + b"\xff\xd9",
     "grey": jpeg(PIXELS[..., 0]),
     "turned": jpeg(exif=exif(6)),
     "mirrored": jpeg(exif=exif(2)),
@@ -244,6 +246,17 @@ def test_statistics_count_kept_files(tmp_path: Path) -> None:
     rows = pixels_of(KEPT["plain"])[::16].reshape(-1, 3) / 255
     np.testing.assert_allclose(sidecar["mean"], rows.mean(0), atol=1e-6)
     np.testing.assert_allclose(sidecar["std"], rows.std(0), atol=1e-6)
+
+
+def test_unusual_headers_are_not_kept() -> None:
+    content = jpeg()
+    in_part = content.replace(b"\x00\x3f\x00", b"\x00\x05\x00", 1)  # a scan of some coefficients
+    assert in_part != content
+    file = read_jpeg_file(in_part)
+    assert file is not None
+    assert plain_steps(file) is None
+    with_16_bits = content[:20] + segment(0xDB, b"\x10" + bytes(64)) + content[20:]
+    assert read_jpeg_file(with_16_bits) is None
 
 
 class TestUntrustedFiles:
