@@ -284,6 +284,18 @@ def test_masks_keep_their_share_and_do_not_follow_one_another() -> None:
         assert abs(correlation(a, b)) < 6 / math.sqrt(a.numel())
 
 
+def test_stochastic_depth_keeps_its_share_of_rows_in_each_layer() -> None:
+    row_keys = draw_keys(0, 3, 0, np.arange(50_000)).flatten(0, 1)
+    layers = [
+        draw(row_keys, lambda call, shape: call.keep(shape, 0.2), f"block{i}.drop", per_row=1).double() - 0.8
+        for i in range(6)
+    ]
+    for i, kept in enumerate(layers):
+        assert abs(float(kept.mean())) < 5 * 0.4 / math.sqrt(len(row_keys))
+        for other in layers[:i]:
+            assert abs(float((kept * other).mean()) / 0.16) < 5 / math.sqrt(len(row_keys))
+
+
 def test_noise_has_its_distribution() -> None:
     row_keys = keys_of(ids=np.arange(1000))
     uniform, normal, exponential = (draw(row_keys, make) for make in (Call.uniform, Call.normal, Call.exponential))

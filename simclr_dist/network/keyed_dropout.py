@@ -160,8 +160,8 @@ class Call(TorchFunctionMode):
                 return _TRANSPARENT[func](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def hashes(self, shape: Shape) -> tuple[Tensor, Tensor]:
-        """For a draw of `shape`: its streams [m], of rows or of the batch, and hashes of a stream's elements [E]."""
+    def streams(self, shape: Shape) -> Tensor:
+        """Hashes [m] for the next draw, of `shape`: one for each row, or a single one for the batch."""
         layer, number = self._layer, self._number
         self._number += 1
         if layer.recorded is not None:
@@ -171,26 +171,24 @@ class Call(TorchFunctionMode):
             if layer.recorded is None and shape not in layer.shapes_of_batch:
                 raise RuntimeError(f"{layer.name} draws {list(shape)} for {len(self._rows)} rows, unlike at the start")
             streams = self._batch
-        if number:
-            streams = mix_(streams + number * _GOLDEN)
-        num_elements = math.prod(shape) // len(streams)
-        return streams, mix_(torch.arange(1, num_elements + 1, dtype=torch.int32, device=streams.device))
+        return mix_(streams + number * _GOLDEN) if number else streams
 
     def bits(self, shape: Shape) -> Tensor:
         """Uniform int32 of `shape`."""
-        streams, elements = self.hashes(shape)
-        return mix_(streams[:, None] ^ elements).view(shape)
+        streams = self.streams(shape)
+        return _bits(streams, _elements(shape, streams)).view(shape)
 
     def keep(self, shape: Shape, p: float) -> Tensor:
         """bool of `shape`: False with probability p."""
-        streams, elements = self.hashes(shape)
+        streams = self.streams(shape)
+        elements = _elements(shape, streams)
         threshold = min(round(p * 2**32) - 2**31, 2**31 - 1)
-        if streams.device.type != "cpu" or torch.compiler.is_compiling():
-            return (mix_(streams[:, None] ^ elements) >= threshold).view(shape)
+        if streams.device.type != "cpu" or torch.compiler.is_compiling() or elements is None:
+            return (_bits(streams, elements) >= threshold).view(shape)
         kept = torch.empty(len(streams), len(elements), dtype=torch.bool)
         rows = max(1, _PIECE // max(len(elements), 1))
         for i in range(0, len(streams), rows):
-            torch.ge(mix_(streams[i : i + rows, None] ^ elements), threshold, out=kept[i : i + rows])
+            torch.ge(_bits(streams[i : i + rows], elements), threshold, out=kept[i : i + rows])
         return kept.view(shape)
 
     def uniform(self, shape: Shape) -> Tensor:
@@ -202,6 +200,17 @@ class Call(TorchFunctionMode):
 
     def exponential(self, shape: Shape) -> Tensor:
         return -torch.log(self.uniform(shape))
+
+
+def _elements(shape: Shape, streams: Tensor) -> Tensor | None:
+    """Hashes of the elements that each stream draws, [E]. None: it draws one."""
+    E = math.prod(shape) // len(streams)
+    return None if E == 1 else mix_(torch.arange(1, E + 1, dtype=torch.int32, device=streams.device))
+
+
+def _bits(streams: Tensor, elements: Tensor | None) -> Tensor:
+    """Uniform int32 [m, E]; [m] where each stream draws one."""
+    return streams if elements is None else mix_(streams[:, None] ^ elements)
 
 
 def mix_(x: Tensor) -> Tensor:

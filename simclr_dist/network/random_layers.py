@@ -145,6 +145,8 @@ class _Watch(TorchDispatchMode):
         for name, module in network.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: self._enter(name))  # type: ignore[misc]
             module.register_forward_hook(lambda *_: self._leave())
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = False  # nothing is drawn there, and its statistics are slow without values
 
     def run(self, image_size: int, rows: int, *, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
