@@ -139,6 +139,57 @@ def test_a_worker_that_dies_is_named(tmp_path: Path) -> None:
     assert everything(tmp_path) == {"in", *(f"in/{name}" for name in everything(tmp_path / "in"))}
 
 
+FORKED = """
+import os, signal, sys, time
+from pathlib import Path
+from simclr_dist.data.beton.prepare import prepare
+from simclr_dist.errors import DataError
+
+def children():
+    return Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+
+def progress(done, total):
+    own = Path("/proc/self/cmdline").read_bytes()
+    forked.update(pid for pid in children() if Path(f"/proc/{pid}/cmdline").read_bytes() == own)
+    if sys.argv[3] == "kill":
+        for pid in children():
+            os.kill(int(pid), signal.SIGKILL)
+
+forked = set()
+assert len(os.listdir("/proc/self/task")) == 1
+try:
+    prepare(sys.argv[1], sys.argv[2], num_workers=2, progress=progress)
+except DataError as error:
+    sys.exit(str(error))
+assert forked
+deadline = time.monotonic() + 60
+while children():  # it leaves by itself
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+"""
+
+
+def test_without_threads_workers_are_forked_and_nothing_else_differs(tmp_path: Path) -> None:
+    make_folder(tmp_path / "in", 300)
+    prepare(tmp_path / "in", tmp_path / "here.beton", num_workers=1)
+
+    def run(out: Path, what: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-W", "error", "-c", FORKED, tmp_path / "in", out, what],
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = run(tmp_path / "forked.beton", "leave")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "forked.beton").read_bytes() == (tmp_path / "here.beton").read_bytes()
+    died = run(tmp_path / "died.beton", "kill")
+    assert (died.returncode, "a worker process died" in died.stderr) == (1, True), died.stderr
+    assert not (tmp_path / "died.beton").exists()
+
+
 @pytest.mark.parametrize(("num_images", "workers"), [(1, 2), (65, 2), (1000, 2), (1000, 7), (10**6, 64)])
 def test_chunks_get_smaller_towards_the_end(num_images: int, workers: int) -> None:
     chunks = list(_chunks(np.arange(num_images), workers))
@@ -689,7 +740,8 @@ class TestWorkersThatCannotStart:
 
     def test_a_script_without_a_guard(self, tmp_path: Path) -> None:
         script = (
-            "import sys; from simclr_dist.data.beton.prepare import prepare\n"
+            "import sys, threading; from simclr_dist.data.beton.prepare import prepare\n"
+            "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"  # so workers are not forked
             "prepare(sys.argv[1], sys.argv[2], num_workers=2)\n"
         )
         message = self.run(tmp_path, script)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,7 @@ def register(commands: Commands) -> None:
 
 
 def _run_prepare(args: argparse.Namespace) -> int:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy starts no threads, so workers can be forked
     from simclr_dist.data.account import SourceOptions
 
     prepare_with_progress(
@@ -78,7 +80,7 @@ def prepare_with_progress(source: str | Path, out: Path, **options: Any) -> None
     from simclr_dist.streams import printable
 
     console = Console()
-    begin = last_line = time.monotonic()
+    begin = last_line = last_shown = time.monotonic()
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -87,14 +89,17 @@ def prepare_with_progress(source: str | Path, out: Path, **options: Any) -> None
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
+        auto_refresh=False,  # no thread: then workers can be forked
     ) as bar:
         task = bar.add_task(f"prepare {out.name}", total=None, rate="")
 
         def progress(done: int, total: int) -> None:
-            nonlocal last_line
+            nonlocal last_line, last_shown
             now = time.monotonic()
             rate = done / max(now - begin, 1e-9)
-            bar.update(task, completed=done, total=total, rate=f"{rate:,.0f} images/s")
+            is_due = now - last_shown >= 0.1 or done == total
+            last_shown = now if is_due else last_shown
+            bar.update(task, completed=done, total=total, rate=f"{rate:,.0f} images/s", refresh=is_due)
             if not console.is_terminal and now - last_line >= 30:  # shows in a job's log that it has not hung
                 last_line = now
                 print(f"{done:,} of {total:,} images, {rate:,.0f}/s, {(total - done) / rate:,.0f} s left", flush=True)
