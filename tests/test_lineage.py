@@ -10,6 +10,7 @@ import yaml
 
 from simclr_dist.checkpoint.files import read_checkpoint
 from simclr_dist.report.record import read_run
+from simclr_dist.run.history import is_finished
 from tests.training import STEPS, Training
 
 pytestmark = pytest.mark.distributed
@@ -46,8 +47,8 @@ def test_going_back_sets_the_newer_checkpoints_aside_and_ends_with_the_same_byte
         **{f"step_{step:08d}": step for step in (4, 8, 12, 16, 18)},
         **{f"step_{step:08d}.superseded-1": step for step in (12, 16, 20, 24)},
     }
-    assert [line["event"] for line in story(back)] == ["start", "rewind", "rewound", "start"]
-    assert story(back)[1]["set_aside"] == [name.partition(".")[0] for name in aside]
+    assert [line["event"] for line in story(back)] == ["start", "end", "rewind", "rewound", "start", "end"]
+    assert story(back)[2]["set_aside"] == [name.partition(".")[0] for name in aside]
     kept_log = (tmp_path / "one" / "log.superseded-1.jsonl").read_text().splitlines()
     assert max(json.loads(line)["step"] for line in kept_log) == STEPS
     on = Training(images, tmp_path, "one", *OFTEN, world_size=world_size)
@@ -89,6 +90,7 @@ def test_a_finished_run_is_not_re_labelled(images: Path, tmp_path: Path, change:
     assert "Traceback" not in again.output[0]
     assert files(first.run_dir) == before
     assert first.final_bytes() == bytes_before
+    assert is_finished(first.run_dir)
 
 
 def test_a_finished_run_may_be_asked_for_again_and_watched_otherwise(images: Path, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def test_a_run_is_shown_rewound_and_goes_on_from_there(images: Path, tmp_path: P
     assert "best kNN, " in shown
     assert re.search(r"step_00000016 .* newest", shown)
     assert "started at step 0, processes: 1" in shown
+    assert "finished at step 16" in shown
 
     back = runs("rewind", first.run_dir, 8)
     assert back.returncode == 0, back.stderr
@@ -61,6 +62,10 @@ def test_a_run_is_shown_rewound_and_goes_on_from_there(images: Path, tmp_path: P
 
     listed = words(runs("list", tmp_path).stdout)
     assert re.search(r"one finished 12 3 \d+\.\d\d % \d+\.\d MiB 20", listed), listed
+    refused = Training(images, tmp_path, "one", *SETTINGS, *measured, "train.max_steps=12")
+    assert refused.wait() == [2]
+    assert "nothing is left to train" in refused.output[0]
+    assert "finished (last start refused)" in words(runs("list", tmp_path).stdout)
 
 
 @pytest.mark.distributed

@@ -11,7 +11,7 @@ from simclr_dist.cli.terminal import percent, print_table, say
 from simclr_dist.errors import CheckpointError, ConfigError
 from simclr_dist.run import history
 from simclr_dist.run.layout import RunDir, read_records, step_of
-from simclr_dist.run.status import read_status
+from simclr_dist.run.status import Status, read_status
 from simclr_dist.streams import printable
 
 
@@ -57,13 +57,21 @@ def _row(run: RunDir) -> Sequence[str]:
     status, saved, best = read_status(run.path), run.list_checkpoints(), _best_knn(run)
     return (
         printable(run.path.name),
-        printable(f"{status.state} ({status.reason})" if status and status.reason else status.state if status else "-"),
-        f"{max(status.step if status else 0, step_of(saved[-1]) if saved else 0):,}",
+        printable(_state(run, status)),
+        f"{step_of(saved[-1]) if saved else status.step if status else 0:,}",
         str(len(saved)),
         percent(best) if best is not None else "-",
         _size(run.path),
         printable(status.time if status else "-"),
     )
+
+
+def _state(run: RunDir, status: Status | None) -> str:
+    if status is None:
+        return "-"
+    if status.state == "failed" and history.is_finished(run.path):
+        return "finished (last start refused)"
+    return f"{status.state} ({status.reason})" if status.reason else status.state
 
 
 def _best_knn(run: RunDir) -> float | None:

@@ -151,6 +151,8 @@ def tell(run_dir: Path) -> Iterator[str]:
             pairs = changed.items() if isinstance(changed, dict) else ()
             known = {str(key): (pair[0], pair[1]) for key, pair in pairs if isinstance(pair, list) and len(pair) == 2}
             yield from (f"{'':26}changed: {text}" for text in describe_changes(known))
+        elif event == "end":
+            yield f"{when}  {line.get('state')} at step {line.get('step')}"
         elif event == "rewind" and isinstance(line.get("set_aside"), list):
             aside = ", ".join(map(str, line["set_aside"]))
             yield f"{when}  went back to {line.get('to')}; rewind {line.get('number')} set aside {aside}"
@@ -163,6 +165,18 @@ def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
 
 def _shown(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def record_end(run_dir: Path, state: str, step: int) -> None:
+    """How a start ended that trained. What cannot be written is left out: status.json says it too."""
+    with suppress(OSError):
+        _record(run_dir, "end", state=state, step=step)
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether the last start that trained came to the end of the run; one that was refused since changes nothing."""
+    events = [line for line in read_records(RunDir(run_dir).lineage) if line.get("event") in ("start", "end", "rewind")]
+    return bool(events) and (events[-1].get("event"), events[-1].get("state")) == ("end", "finished")
 
 
 def _record(run_dir: Path, event: str, **facts: Any) -> None:

@@ -16,6 +16,7 @@ from simclr_dist.health.check import Recording
 from simclr_dist.network.keyed_dropout import draw_keys
 from simclr_dist.optim.micro_batch import backward_in_micro_batches
 from simclr_dist.optim.schedule import set_learning_rate
+from simclr_dist.run import history
 from simclr_dist.run.status import State
 from simclr_dist.run.stop_requests import Request, Requests
 from simclr_dist.training.non_finite import NonFiniteGradientError, StepFacts
@@ -241,5 +242,7 @@ class Trainer:
         if state == "finished":
             parts.monitor.finish(self.config.model_dump(mode="json"))
         images = self.state.samples_seen - self._start_samples
+        if parts.world.is_main and images:
+            history.record_end(self.config.run_dir, state, self.state.step)
         show_end(self.config, parts, state, seconds=time.monotonic() - self._start_s, images=images)
         return state
