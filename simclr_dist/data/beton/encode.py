@@ -10,7 +10,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cache
@@ -213,9 +213,12 @@ def _start_workers(num_workers: int) -> tuple[ProcessPoolExecutor, list[Future[i
     pool = None
     try:
         # A fork starts at once, where a new interpreter imports for 0.4 s; but it would inherit the locks of threads.
-        context = multiprocessing.get_context("fork" if _has_one_thread() else "spawn")
+        forks = _has_one_thread()
+        context = multiprocessing.get_context("fork" if forks else "spawn")
         pool = ProcessPoolExecutor(num_workers, context, _start_worker, (os.getpid(),))
-        return pool, [pool.submit(os.getpid) for _ in range(num_workers)]
+        started = [pool.submit(os.getpid) for _ in range(num_workers)]
+        wait(started, timeout=0.1 if forks else 0)  # so that they get the first chunks
+        return pool, started
     except OSError as error:
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)
