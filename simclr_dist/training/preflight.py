@@ -86,17 +86,17 @@ def check_training(config: Config, *, images_too: bool = True) -> Checked:
 def check_together(config: Config, device: torch.device, warn: Callable[[str], None]) -> tuple[str, ...]:
     """For a training's processes, all of them: the names of unused parameters.
 
-    The main process checks, unless the launcher's agent has. Raises UserError there, FailedElsewhereError elsewhere.
+    The main process checks, unless the launcher's agent has: it alone looks, because only the first node's agent
+    checks. Raises UserError there, FailedElsewhereError elsewhere.
     """
-    checked = Checked.from_environment()
     is_main = distributed.rank() == 0
-    if checked is None:
-        mine = run_on_all_ranks(lambda: check_training(config, images_too=False) if is_main else Checked(), device)
-        unused = json.loads(distributed.broadcast_text_from_main(json.dumps(mine.unused), device))
-        checked = Checked(tuple(unused), mine.remarks)
+    checked = run_on_all_ranks(
+        lambda: (Checked.from_environment() or check_training(config, images_too=False)) if is_main else Checked(),
+        device,
+    )
     for remark in checked.remarks:
         warn(remark)
-    return checked.unused
+    return tuple(json.loads(distributed.broadcast_text_from_main(json.dumps(checked.unused), device)))
 
 
 def _together(problems: list[UserError]) -> UserError:
