@@ -4,6 +4,7 @@ raise: an exception. stuck: sleeps outside of any collective. loss: NaN in the v
 weights: NaN in a weight after the step. save, evaluation: does not end, at whatever step. takeover: another training
 claims the directory while a checkpoint is written. slow_save: takes `step` seconds;
 slow_evaluation: rank 0's, after what all do together. unread: only rank 0 may read a checkpoint, none stays in memory.
+checked: the launcher's agent has checked the training, on the node of `rank` alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from simclr_dist import train
 from simclr_dist.checkpoint import files, lineage
 from simclr_dist.evaluation import online
 from simclr_dist.run import guard
-from simclr_dist.training import parts
+from simclr_dist.training import parts, preflight
 from simclr_dist.training.trainer import Trainer
 
 kind, rank, step = os.environ["FAULT"].split()
@@ -93,6 +94,8 @@ if kind == "save":
     files.save_file = never_ends
 if kind == "unread" and os.environ.get("RANK") != "0":
     lineage.read_checkpoint = never_ends  # type: ignore[assignment]
+if kind == "checked" and os.environ.get("RANK") == rank:
+    preflight.Checked().to_environment()
 if kind == "takeover":
     files.save_file = taken_over_while_saving
 if kind == "evaluation":

@@ -201,3 +201,16 @@ def test_a_known_network_needs_no_import_of_its_library(images: Path, tmp_path: 
         for _ in range(2)
     ]
     assert [done.stdout.strip() for done in said] == ["True", "False"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("node", [0, 1])
+def test_nodes_need_not_all_know_what_was_checked(images: Path, tmp_path: Path, node: int) -> None:
+    """Only the first node's agent checks, and tells only its own workers."""
+    training = Training(
+        *(images, tmp_path, "nodes", "train.max_steps=2"),
+        world_size=2,
+        module="tests.faulty_train",
+        FAULT=f"checked {node} 0",
+    )
+    assert training.wait(60) == [0, 0], training.output
