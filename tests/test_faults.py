@@ -32,7 +32,11 @@ def test_a_second_training_is_refused_and_disturbs_nothing(images: Path, tmp_pat
     holder = f"already being trained by process {first.ranks[0].pid}"
     assert sum(holder in output for output in second.output) == 1
     assert not any("Traceback" in output for output in second.output)
-    assert first.status()["state"] == "running"
+    status = first.status()
+    assert status["state"] == "running"
+    for wrong in ("model.encoder=resnet_smal", "train.global_batch_size=1024"):
+        assert Training(images, tmp_path, "one", wrong).wait() == [2]
+        assert first.status() == status  # nothing is said in the name of a run that is another's
     first.ranks[0].send_signal(signal.SIGTERM)
     assert first.wait() == [0], first.output
     assert not (first.run_dir / "owner.json").exists()

@@ -19,6 +19,7 @@ from typing import NoReturn
 from simclr_dist.config import load_config
 from simclr_dist.errors import UserError
 from simclr_dist.run.layout import newest_step
+from simclr_dist.run.owner import refuse_if_owned
 from simclr_dist.run.status import attempt_name, read_status, write_status
 from simclr_dist.streams import make_output_safe
 
@@ -37,6 +38,8 @@ def main(argv: list[str]) -> NoReturn:
 def check(run_dir: Path, training: list[str]) -> None:
     """Ends this process where the training of that command line cannot work."""
     try:
+        if run_dir.is_dir():
+            refuse_if_owned(run_dir)  # first: a run of another training gets no status of ours
         world_size = int(os.environ["SIMCLR_EXPECTED_WORLD_SIZE"])
         config = load_config(training[0], training[1:], world_size=world_size)
         from simclr_dist.training.preflight import check_training

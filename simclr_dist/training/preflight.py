@@ -58,8 +58,10 @@ class Checked:
 def check_training(config: Config, *, images_too: bool = True) -> Checked:
     """Raises one UserError with all problems that are found.
 
+    OwnershipError comes alone: nothing may be written about a run that belongs to another training.
     images_too: False where the images are opened right afterwards, which finds the same.
     """
+    _check_owner(config)
     problems: list[UserError] = []
     remarks: list[str] = []
 
@@ -114,6 +116,12 @@ def _together(problems: list[UserError]) -> UserError:
 # The checks
 
 
+def _check_owner(config: Config) -> str:
+    if config.run_dir.is_dir():
+        refuse_if_owned(config.run_dir)
+    return ""
+
+
 def _check_network(config: Config, network: list[NetworkFacts]) -> str:
     """Leaves what it found in `network`."""
     network.append(network_facts(config))
@@ -123,8 +131,6 @@ def _check_network(config: Config, network: list[NetworkFacts]) -> str:
 def _check_run_directory(config: Config, network: list[NetworkFacts]) -> str:
     """Without `network` the room on the disk is not looked at."""
     run_dir = config.run_dir
-    if run_dir.is_dir():
-        refuse_if_owned(run_dir)
     place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         why = "not a directory" if not place.is_dir() else "no permission, or mounted read-only"
@@ -206,6 +212,7 @@ def main(argv: list[str]) -> None:
 
     network: list[NetworkFacts] = []
     checks: dict[str, Callable[[], str]] = {
+        "owner": lambda: _check_owner(config),
         "network": lambda: _check_network(config, network),
         "checkpoints": lambda: _check_run_directory(config, network),
         "resume": lambda: _check_resume(config, config.data.train == "synthetic" or Path(config.data.train).exists()),
