@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -14,6 +15,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # A suite that runs in the background, or under nohup, ignores these, and so would every process it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_sessionfinish() -> None:
+    """A test that fails may leave a training behind, for which Python would wait for ever."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 @pytest.fixture(scope="session", autouse=True)
