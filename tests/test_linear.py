@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from simclr_dist.errors import DataError
 from simclr_dist.evaluation import linear
 from simclr_dist.evaluation.features import Features
 from simclr_dist.evaluation.labels import split_by_class
-from simclr_dist.evaluation.linear import _Curvature, _Fit, linear_probe
+from simclr_dist.evaluation.linear import _Curvature, _Fit, _Progress, _Rows, _standardisation, linear_probe
+from tests.distributed.spawn import run_ranks
 
 
 def teacher(n: int, seed: int, num_classes: int = 4, D: int = 24, noise: float = 1.0) -> Features:
@@ -35,7 +43,8 @@ def test_lbfgs_finds_the_minimum_that_scikit_learn_finds(weight_decay: float) ->
     train = teacher(400, seed=0)
     x, _ = standardised(train, train)
     zeros = _Fit(torch.zeros(24, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64))
-    fit = _Curvature(x).fit(x, train.labels, weight_decay, zeros, linear.FINAL_TOLERANCE)
+    rows = _Rows(train, None, *_standardisation(train.h, "cpu"), 4, "cpu", shared=True)
+    fit = _Curvature(rows).fit(rows, weight_decay, zeros, linear.FINAL_TOLERANCE, _Progress(None))
 
     reference = sklearn.LogisticRegression(C=1 / (len(train) * weight_decay), tol=1e-10, max_iter=20_000)
     reference.fit(x.double().numpy(), train.labels.numpy())
@@ -69,7 +78,7 @@ def test_sgd_comes_close_to_lbfgs() -> None:
 
 
 @pytest.mark.parametrize("method", ["lbfgs", "sgd"])
-def test_test_images_do_not_touch_the_classifier(method: str) -> None:
+def test_test_images_do_not_touch_the_classifier(method: Literal["lbfgs", "sgd"]) -> None:
     train, test = teacher(200, seed=0), teacher(100, seed=1)
     other = Features(test.h * -5, test.labels.flip(0), test.sample_ids)
     first = linear_probe(train, test, num_classes=4, method=method)
@@ -107,8 +116,67 @@ def test_constant_features_are_harmless() -> None:
 def test_more_rows_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     train, test = teacher(200, seed=0), teacher(100, seed=1)
     whole = linear_probe(train, test, num_classes=4)
-    monkeypatch.setattr(linear, "CHUNK_ROWS", 33)
+    monkeypatch.setattr(linear, "CHUNK_BYTES", 33 * 4 * 24)
     torch.testing.assert_close(linear_probe(train, test, num_classes=4).weight, whole.weight, atol=1e-3, rtol=1e-3)
+
+
+def test_a_sweep_on_a_sample_chooses_as_one_on_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = teacher(4000, seed=0), teacher(1000, seed=1)
+    whole = linear_probe(train, test, num_classes=4)
+    monkeypatch.setattr(linear, "SWEEP_WORK", 900 * 24 * 4)  # a quarter of the images
+    sampled = linear_probe(train, test, num_classes=4)
+    assert sampled.weight_decay != whole.weight_decay
+    assert 0.1 < sampled.weight_decay / whole.weight_decay < 10
+    assert sampled.top1 == pytest.approx(whole.top1, abs=0.005)
+
+
+def _probe_of_rank(rank: int, world_size: int) -> tuple[bytes, float, list[float]]:
+    linear.SWEEP_WORK, linear.CHUNK_BYTES = 900 * 24 * 4, 100 * 4 * 24
+    result = linear_probe(teacher(1501, seed=0), teacher(100, seed=1), num_classes=4)
+    return result.weight.numpy().tobytes(), result.weight_decay, [result.top1, *result.weight.flatten().tolist()]
+
+
+def test_ranks_share_the_rows_and_find_what_one_process_finds() -> None:
+    alone = _probe_of_rank(0, 1)
+    ranks = run_ranks(3, _probe_of_rank)
+    assert len({(weight, decay) for weight, decay, _ in ranks}) == 1
+    assert ranks[0][1] == alone[1]
+    assert ranks[0][2] == pytest.approx(alone[2], abs=1e-4)
+
+
+def test_features_stay_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half-precision features in a file are read a chunk at a time: no tensor of their size is ever made."""
+    train, test = teacher(3000, seed=0), teacher(100, seed=1)
+    np.save(tmp_path / "h.npy", train.h.half().numpy())
+    mapped = replace(train, h=torch.from_numpy(np.load(tmp_path / "h.npy", mmap_mode="c")))
+    monkeypatch.setattr(linear, "CHUNK_BYTES", 100 * 4 * 24)
+    monkeypatch.setattr(linear, "HELD_BYTES", 0)
+    with LargestTensor() as made:
+        result = linear_probe(mapped, test, num_classes=4)
+    assert made.largest <= 8 * 3000  # labels, and the numbers of rows
+    expected = linear_probe(replace(train, h=train.h.half().float()), test, num_classes=4)
+    torch.testing.assert_close(result.weight, expected.weight, atol=1e-3, rtol=1e-3)
+
+
+class LargestTensor(TorchDispatchMode):
+    largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return result
+
+
+def test_it_says_how_long_it_takes_and_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "SAY_FROM_S", 0)
+    said: list[str] = []
+    linear_probe(teacher(400, seed=0), teacher(100, seed=1), num_classes=4, say=said.append)
+    assert said[0].startswith("linear probe of 400 x 24 features, 4 classes: about ")
+    assert any(line.startswith("weight decay 1: top-1 of the held-out images") for line in said)
+    assert any("pass" in line and "over 400 images, loss" in line for line in said)
 
 
 def test_one_image_a_class_cannot_be_probed() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from simclr_dist.checkpoint.pretrained import load_pretrained
 from simclr_dist.config import Precision
@@ -73,9 +72,7 @@ def _names(source: str, n: int) -> tuple[str, ...]:
 
 def neighbours_of(embeddings: Embeddings, h: NDArray[np.float32], k: int) -> list[Neighbour]:
     """The k images whose h is most similar to `h` [D] by cosine, most similar first; all of them if there are fewer."""
-    bank = F.normalize(torch.from_numpy(embeddings.h), dim=1)
-    query = F.normalize(torch.from_numpy(h)[None], dim=1)
-    similarity, rows = nearest(query, bank, min(k, len(bank)))
+    similarity, rows = nearest(torch.from_numpy(h)[None], torch.from_numpy(embeddings.h), min(k, len(embeddings.h)))
     return [
         Neighbour(embeddings.names[row], value, embeddings.class_names[label] if label >= 0 else None)
         for row, value in zip(rows[0].tolist(), similarity[0].tolist(), strict=True)

@@ -111,7 +111,7 @@ def _extract(
             id_parts.append(sample_ids.cpu())
     if not h_parts:
         return None
-    features = Features(torch.cat(h_parts), torch.cat(label_parts), torch.cat(id_parts))
+    features = Features(_joined(h_parts), torch.cat(label_parts), torch.cat(id_parts))
     bad_rows = ~torch.isfinite(features.h).all(dim=1)
     if bad_rows.any():
         first = int(features.sample_ids[bad_rows][0])
@@ -122,6 +122,17 @@ def _extract(
             + "take an earlier checkpoint"
         )
     return features
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """torch.cat that empties `parts` as it copies: the rows are in memory once, not twice."""
+    rows = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    end = len(rows)
+    while parts:
+        last = parts.pop()
+        rows[end - len(last) : end] = last
+        end -= len(last)
+    return rows
 
 
 def part_of_rank(num_samples: int, rank: int, world_size: int) -> np.ndarray:

@@ -70,8 +70,7 @@ def _class_of(label: int, names: Sequence[str]) -> str:
 
 def neighbour_rows(h: Tensor, queries: Tensor) -> Tensor:
     """Row numbers int64 [q, 1 + k]: each query, then the k other rows of h [n, D] that are most similar to it."""
-    unit = F.normalize(h, dim=1)
-    _, found = nearest(unit[queries], unit, min(NEIGHBOURS + 1, len(h)))
+    _, found = nearest(h[queries], h, min(NEIGHBOURS + 1, len(h)))
     rows = []
     for query, row in zip(queries.tolist(), found.tolist(), strict=True):
         # A duplicate image may come before the query itself.

@@ -18,7 +18,7 @@ from simclr_dist.evaluation.labels import check_labels
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 
-BANK_ROWS = 65_536  # training rows compared at once
+BANK_ROWS = 16_384  # training rows compared at once
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,10 @@ def knn_top1(
     chunk_size: int = 1024,
     device: torch.device | str = "cpu",
 ) -> KnnResult:
-    """Exact weighted kNN. Memory: `chunk_size` x 65,536 similarities and the normalised bank [n, D] on the device.
+    """Exact weighted kNN. Memory: `chunk_size` x 16,384 similarities, as many rows of the bank, and the queries.
 
-    With several ranks each holds all features and classifies its part of the test rows; all return the same result,
-    and all raise if one of them fails. Raises DataError: fewer training images than k, labels that do not fit,
-    different widths of h.
+    With several ranks each classifies its part of the test rows; all return the same result, and all raise if one of
+    them fails. Raises DataError: fewer training images than k, labels that do not fit, different widths of h.
     """
     if k < 1 or temperature <= 0:
         raise ValueError(f"k must be at least 1 and temperature above 0, not {k} and {temperature}")
@@ -51,17 +50,14 @@ def knn_top1(
     def count_own() -> Tensor:
         check_labels(train, test, num_classes)
         check_k(k, len(train))
-        bank = F.normalize(train.h.to(device), dim=1)
-        bank_labels = train.labels.to(device)
         rows = torch.from_numpy(part_of_rank(len(test), distributed.rank(), distributed.world_size()))
+        labels, bank_labels = test.labels[rows].to(device), train.labels.to(device)
+        similarity, neighbours = nearest(test.h[rows], train.h, k, chunk_size=chunk_size, device=device)
         correct = torch.zeros(2, dtype=torch.int64, device=device)
-        for chunk in rows.split(chunk_size):
-            if len(chunk) == 0:  # more ranks than test rows
-                continue
-            queries = F.normalize(test.h[chunk].to(device), dim=1)
-            similarity, neighbours = nearest(queries, bank, k)
-            votes = _votes(similarity, bank_labels[neighbours], temperature, num_classes)
-            correct += _count_correct(votes, test.labels[chunk].to(device))
+        for start in range(0, len(rows), chunk_size):
+            part = slice(start, start + chunk_size)
+            votes = _votes(similarity[part], bank_labels[neighbours[part]], temperature, num_classes)
+            correct += _count_correct(votes, labels[part])
         return correct
 
     correct = run_on_all_ranks(count_own, device, catch=Exception)
@@ -78,21 +74,24 @@ def check_k(k: int, num_images: int) -> None:
         )
 
 
-def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k rows of `bank` [n, D] most similar to each row of `queries` [m, D], both L2-normalised.
+def nearest(
+    queries: Tensor, bank: Tensor, k: int, *, chunk_size: int = 1024, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """The k rows of `bank` [n, D] most similar to each row of `queries` [m, D] by cosine; k at most n.
 
-    Returns similarity [m, k], falling, and rows int64 [m, k].
+    Returns similarity [m, k], falling, and rows int64 [m, k], on the device. The bank is read once, a block at a time.
     """
-    best = queries.new_empty((len(queries), 0))
-    best_rows = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
+    unit = F.normalize(queries.to(device, torch.float32), dim=1)
+    best = unit.new_empty((len(unit), 0))
+    rows = torch.empty((len(unit), 0), dtype=torch.int64, device=device)
     for start in range(0, len(bank), BANK_ROWS):
-        block = bank[start : start + BANK_ROWS]
-        similarity, block_rows = (queries @ block.T).topk(min(k, len(block)), dim=1)
-        best = torch.cat([best, similarity], dim=1)
-        best_rows = torch.cat([best_rows, block_rows + start], dim=1)
+        block = F.normalize(bank[start : start + BANK_ROWS].to(device, torch.float32), dim=1)
+        found = [(chunk @ block.T).topk(min(k, len(block)), dim=1) for chunk in unit.split(chunk_size)]
+        best = torch.cat([best, torch.cat([values for values, _ in found])], dim=1)
+        rows = torch.cat([rows, torch.cat([indices for _, indices in found]) + start], dim=1)
         best, order = best.topk(min(k, best.shape[1]), dim=1)
-        best_rows = best_rows.gather(1, order)
-    return best, best_rows
+        rows = rows.gather(1, order)
+    return best, rows
 
 
 def _votes(similarity: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:

@@ -8,11 +8,15 @@ Letters: n images, D width of h, C classes. Minimised, for weights W [D, C] and 
     mean_i cross_entropy(h_i W + b, y_i) + weight_decay / 2 |W|^2
 
 (scikit-learn's LogisticRegression(C=1 / (n weight_decay)).)
+
+Features are read a chunk at a time from where they lie, often a file mapped into memory. With several ranks each reads
+its part of the rows, and the sums are added over all ranks: every rank finds the same minimum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,17 +24,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from simclr_dist.data.classes import draw_by_class
 from simclr_dist.errors import DataError
-from simclr_dist.evaluation.features import Features
+from simclr_dist.evaluation.features import Features, part_of_rank
 from simclr_dist.evaluation.labels import check_labels, split_by_class
+from simclr_dist.parallel import distributed
+from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 
 WEIGHT_DECAYS = tuple(10.0**-i for i in range(7))  # 1 ... 1e-6: each fit starts where the stronger ended
 HELD_OUT = 0.1
 PATIENCE = 2  # weaker decays tried after the held-out loss has begun to rise
-CHUNK_ROWS = 16_384  # keeps logits small and in cache
+# The weight decay is swept on so many images that rows x D x C stays below this, but on 20 of each class at least.
+SWEEP_WORK, SWEEP_IMAGES_A_CLASS = 5e9, 20
+CHUNK_BYTES = 16 * 2**20  # of standardised features, and of logits
+HELD_BYTES = 256 * 2**20  # standardised features up to this size are kept, instead of made anew in each pass
 SWEEP_TOLERANCE, FINAL_TOLERANCE = 1e-4, 1e-5  # of the largest gradient; the sweep only has to rank
 SGD_BATCH_SIZE = 256
 SGD_EPOCHS = 60
+SAY_FROM_S = 10.0
+_SWEEP_PASSES, _FINAL_PASSES = 80, 25  # over the data, usually
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -65,44 +79,198 @@ def linear_probe(
     method: Literal["lbfgs", "sgd"] = "lbfgs",
     seed: int = 0,
     device: torch.device | str = "cpu",
+    say: Say | None = None,
 ) -> LinearResult:
     """Fits to `train`, reports on `test`. `seed` draws the held-out tenth and, for sgd, the order of images.
 
-    Raises DataError when the labels do not fit, or when no class has a second image to hold out.
+    say: gets an estimate of the time and the progress, where it takes more than some seconds.
+    Memory beside the features: below 2 GiB for D = 2048 and 1,000 classes. To be called by all ranks; with sgd each
+    does the whole work. Raises DataError when the labels do not fit, or when no class has a second image to hold out.
     """
-    check_labels(train, test, num_classes)
-    deviation, mean = torch.std_mean(train.h.to(device), dim=0, correction=0)
-    constant = deviation <= 1e-6 * deviation.max()
-    scale = torch.where(constant, 0.0, 1 / deviation.clamp_min(torch.finfo(torch.float32).tiny))
-    x, y = (train.h.to(device) - mean) * scale, train.labels.to(device)
-    fit_rows, held_rows = (rows.to(device) for rows in split_by_class(train.labels, HELD_OUT, seed))
-    if len(held_rows) == 0:
-        raise DataError("every class has a single training image: none can be held out to choose the weight decay")
+    progress = _Progress(say)
 
-    fits = _path_lbfgs if method == "lbfgs" else _path_sgd
-    weight_decay, start = _choose(
-        fits(x[fit_rows], y[fit_rows], num_classes, WEIGHT_DECAYS, seed), x[held_rows], y[held_rows]
-    )
+    def split() -> tuple[Tensor, Tensor]:
+        check_labels(train, test, num_classes)
+        fit_rows, held_rows = split_by_class(train.labels, HELD_OUT, seed)
+        if len(held_rows) == 0:
+            raise DataError("every class has a single training image: none can be held out to choose the weight decay")
+        return fit_rows, held_rows
+
+    fit_rows, held_rows = run_on_all_ranks(split, device, catch=Exception)
+    mean, scale = _standardisation(train.h, device)
+    n, D = train.h.shape
+    sweep_rows = fit_rows
     if method == "lbfgs":
-        fit = _Curvature(x).fit(x, y, weight_decay, start, FINAL_TOLERANCE)
-    else:
-        fit = _fit_sgd(x, y, num_classes, (weight_decay,), seed)[0]
+        most = max(int(SWEEP_WORK / (D * num_classes)), SWEEP_IMAGES_A_CLASS * num_classes)
+        sweep_rows = fit_rows[draw_by_class(train.labels[fit_rows].numpy(), most, seed)]
 
+    def standardised(rows: Tensor | None, features: Features = train) -> _Rows:
+        return _Rows(features, rows, mean, scale, num_classes, device, shared=method == "lbfgs")
+
+    sweep = standardised(sweep_rows)
+    fits = _path_lbfgs if method == "lbfgs" else _path_sgd
+    progress.estimate(sweep, n, method)
+    weight_decay, start = _choose(fits(sweep, WEIGHT_DECAYS, seed, progress), standardised(held_rows), progress)
+    if len(sweep_rows) < len(fit_rows):
+        # |W|^2 stands beside a mean over images; beside their sum it has the weight n weight_decay, which is kept.
+        weight_decay *= len(sweep_rows) / len(fit_rows)
+    whole = standardised(None)
+    if method == "lbfgs":
+        fit = _Curvature(whole).fit(whole, weight_decay, start, FINAL_TOLERANCE, progress)
+    else:
+        fit = _fit_sgd(whole, (weight_decay,), seed, progress)[0]
+
+    correct, _ = _tested(fit, standardised(None, test))
+    top1, top5 = (correct.double() / len(test)).tolist()
     weight = (scale[:, None] * fit.weight).T.float()
     bias = (fit.bias - weight.to(fit.bias.dtype) @ mean.to(fit.bias.dtype)).float()
-    correct = _correct(F.linear(test.h.to(device), weight, bias), test.labels.to(device))
-    top1, top5 = (correct.double() / len(test)).tolist()
     return LinearResult(top1, top5, weight_decay, weight.cpu(), bias.cpu())
 
 
-def _choose(path: Iterator[tuple[float, _Fit]], x: Tensor, y: Tensor) -> tuple[float, _Fit]:
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows, a chunk at a time
+
+
+class _Rows:
+    """Some rows of features and their labels, standardised: (h - mean) * scale in float32 on the device.
+
+    shared: iterating gives this rank's part of the rows only.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        rows: Tensor | None,
+        mean: Tensor,
+        scale: Tensor,
+        num_classes: int,
+        device: torch.device | str,
+        *,
+        shared: bool,
+    ) -> None:
+        self._features, self._rows, self._mean, self._scale, self.device = features, rows, mean, scale, device
+        self.C, self.D = num_classes, features.h.shape[1]
+        self.n = len(features) if rows is None else len(rows)
+        part = part_of_rank(self.n, distributed.rank(), distributed.world_size()) if shared else range(self.n)
+        self._part = (int(part[0]), int(part[-1]) + 1) if len(part) else (0, 0)
+        self._chunk = max(1, CHUNK_BYTES // (4 * max(self.D, num_classes)))
+        self._held: list[tuple[Tensor, Tensor]] | None = None
+        if 4 * (self._part[1] - self._part[0]) * self.D <= HELD_BYTES:
+            self._held = list(self._read())
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """x float32 [c, D] and y int64 [c] of each chunk."""
+        return iter(self._held) if self._held is not None else self._read()
+
+    def _read(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(*self._part, self._chunk):
+            yield self[torch.arange(start, min(start + self._chunk, self._part[1]))]
+
+    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        own = rows if self._rows is None else self._rows[rows]
+        x = self._features.h[own].to(self.device, torch.float32, non_blocking=True)
+        return x.sub_(self._mean).mul_(self._scale), self._features.labels[own].to(self.device)
+
+    def sum_over_ranks(self, totals: tuple[Tensor, ...], add: Callable[[Tensor, Tensor], None]) -> None:
+        """Calls add(x, y), which adds to `totals`, for each chunk; then adds up the totals of all ranks, in place."""
+
+        def own() -> None:
+            for x, y in self:
+                add(x, y)
+
+        run_on_all_ranks(own, self.device, catch=Exception)
+        for total in totals:
+            distributed.all_reduce_sum_(total)
+
+
+def _standardisation(h: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / deviation of each column of h [n, D], float32 [D]; 0 for columns that do not vary."""
+    n, D = h.shape
+    mean, squares = torch.zeros(2, D, dtype=torch.float64, device=device)
+    seen = 0
+    for part in h.split(max(1, CHUNK_BYTES // (8 * D))):
+        x = part.to(device, torch.float64)
+        # Chan et al. 1979: sums of squares around the mean so far, because raw squares would cancel.
+        shift = x.mean(dim=0) - mean
+        squares += (x - x.mean(dim=0)).square_().sum(dim=0) + shift.square() * seen * len(x) / (seen + len(x))
+        mean += shift * len(x) / (seen + len(x))
+        seen += len(x)
+    deviation = (squares / n).sqrt()
+    constant = deviation <= 1e-6 * deviation.max()
+    scale = torch.where(constant, 0.0, 1 / deviation.clamp_min(torch.finfo(torch.float32).tiny))
+    return mean.float(), scale.float()
+
+
+def _tested(fit: _Fit, rows: _Rows) -> tuple[Tensor, float]:
+    """How many rows have their label first and among the first five, int64 [2], and the mean cross-entropy."""
+    weight, bias = fit.weight.float(), fit.bias.float()
+    correct = torch.zeros(2, dtype=torch.int64, device=weight.device)
+    loss = torch.zeros((), dtype=torch.float64, device=weight.device)
+
+    def add(x: Tensor, y: Tensor) -> None:
+        logits = torch.addmm(bias, x, weight)
+        hits = logits.topk(min(5, rows.C), dim=1).indices == y[:, None]
+        correct.add_(torch.stack([hits[:, 0].sum(), hits.sum()]))
+        loss.add_(F.cross_entropy(logits, y, reduction="sum").double())
+
+    rows.sum_over_ranks((correct, loss), add)
+    return correct, loss.item() / rows.n
+
+
+class _Progress:
+    """Says how long it will take, and how far it has come, where that takes a while."""
+
+    def __init__(self, say: Say | None) -> None:
+        self._say = say
+        self._started = self._said = time.monotonic()
+
+    def estimate(self, sweep: _Rows, n: int, method: str) -> None:
+        """From the time of one chunk. n: images of the last fit."""
+        x, y = next(iter(sweep), (None, None))
+        if self._say is None or x is None or y is None:
+            return
+        weight, bias = x.new_zeros(sweep.D, sweep.C), x.new_zeros(sweep.C)
+        for _ in range(2):  # the first warms up
+            begin = time.monotonic()
+            _add_slopes(x, y, weight, bias, bias.sum(), torch.zeros_like(weight), torch.zeros_like(bias))
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)
+            seconds = time.monotonic() - begin
+        if method == "sgd":
+            rows = SGD_EPOCHS * (len(WEIGHT_DECAYS) * sweep.n + n)
+        else:
+            rows = (_SWEEP_PASSES * sweep.n + _FINAL_PASSES * n) // distributed.world_size()
+        if (seconds := seconds / len(x) * rows) >= SAY_FROM_S:
+            part = f" (its weight decay is chosen on {sweep.n:,})" if sweep.n < n // 2 else ""
+            size = f"{n:,} x {sweep.D:,} features, {sweep.C:,} classes"
+            self._say(f"linear probe of {size}{part}: about {_spoken(seconds)}")
+
+    def __call__(self, message: str, *, is_due: bool = False) -> None:
+        now = time.monotonic()
+        if self._say is not None and now - (self._started if is_due else self._said) >= SAY_FROM_S:
+            self._say(f"{message} ({_spoken(now - self._started)})")
+            self._said = now
+
+
+def _spoken(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _choose(path: Iterator[tuple[float, _Fit]], held: _Rows, progress: _Progress) -> tuple[float, _Fit]:
     """The weight decay with the best held-out top-1 (ties: the lower loss), and its fit."""
     best: tuple[tuple[float, float], float, _Fit] | None = None
     lowest_loss, since_lowest = float("inf"), 0
     for weight_decay, fit in path:
-        logits = x @ fit.weight.float() + fit.bias.float()
-        loss = F.cross_entropy(logits, y).item()
-        score = (int(_correct(logits, y)[0]), -loss)
+        correct, loss = _tested(fit, held)
+        share = float(correct[0]) / held.n
+        progress(f"weight decay {weight_decay:g}: top-1 of the held-out images {share:.2%}", is_due=True)
+        score = (int(correct[0]), -loss)
         if best is None or score > best[0]:
             best = (score, weight_decay, fit)
         since_lowest = 0 if loss < lowest_loss else since_lowest + 1
@@ -111,12 +279,6 @@ def _choose(path: Iterator[tuple[float, _Fit]], x: Tensor, y: Tensor) -> tuple[f
             break
     assert best is not None
     return best[1], best[2]
-
-
-def _correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many rows have their label first and among the first five, int64 [2]."""
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return torch.stack([hits[:, 0].sum(), hits.sum()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,14 +293,18 @@ class _Curvature:
     tolerance of the gradient fits every weight decay.
     """
 
-    def __init__(self, x: Tensor) -> None:
-        self.eigenvalues, self.axes = torch.linalg.eigh((x.T @ x / len(x)).double())
+    def __init__(self, rows: _Rows) -> None:
+        covariance = torch.zeros(rows.D, rows.D, dtype=torch.float64, device=rows.device)
 
-    def fit(self, x: Tensor, y: Tensor, weight_decay: float, start: _Fit, tolerance: float) -> _Fit:
-        """The minimum for features x float32 [n, D] and labels y [n]: matrix products in float32, sums in float64."""
-        n, (D, C) = len(x), start.weight.shape
-        # Classes first: sums over them then run along whole cache lines, 1.5 times as fast with ten classes.
-        targets = F.one_hot(y, C).T.to(x.dtype).contiguous()
+        def add(x: Tensor, _: Tensor) -> None:
+            covariance.add_(x.T @ x)
+
+        rows.sum_over_ranks((covariance,), add)
+        self.eigenvalues, self.axes = torch.linalg.eigh(covariance / rows.n)
+
+    def fit(self, rows: _Rows, weight_decay: float, start: _Fit, tolerance: float, progress: _Progress) -> _Fit:
+        """The minimum for these rows: matrix products in float32, sums in float64."""
+        n, C = rows.n, rows.C
         s = (self.eigenvalues.clamp_min(0) / C + weight_decay).rsqrt()[:, None]
         v = ((self.axes.T @ start.weight) / s).requires_grad_()
         b = start.bias.clone().requires_grad_()
@@ -150,36 +316,48 @@ class _Curvature:
             history_size=20,
             line_search_fn="strong_wolfe",
         )
+        passes = 0
 
         @torch.no_grad()
         def objective() -> Tensor:
-            weight, bias = (self.axes @ (s * v)).T.float(), b[:, None].float()
-            loss = v.new_zeros(())
-            slope, bias_slope = v.new_zeros((C, D)), v.new_zeros(C)
-            for x_part, target in zip(x.split(CHUNK_ROWS), targets.split(CHUNK_ROWS, dim=1), strict=True):
-                logits = torch.addmm(bias, weight, x_part.T)
-                normaliser = logits.logsumexp(dim=0)
-                loss += normaliser.sum(dtype=torch.float64) - (logits * target).sum(dtype=torch.float64)
-                residual = (logits - normaliser).exp_().sub_(target)
-                slope += residual @ x_part
-                bias_slope += residual.sum(dim=1, dtype=torch.float64)
-            v.grad = s * (self.axes.T @ slope.T) / n + weight_decay * s.square() * v
+            nonlocal passes
+            weight, bias = (self.axes @ (s * v)).float(), b.float()
+            loss, slope, bias_slope = v.new_zeros(()), v.new_zeros(v.shape), torch.zeros_like(b)
+            rows.sum_over_ranks(
+                (loss, slope, bias_slope), lambda x, y: _add_slopes(x, y, weight, bias, loss, slope, bias_slope)
+            )
+            v.grad = s * (self.axes.T @ slope) / n + weight_decay * s.square() * v
             b.grad = bias_slope / n
+            passes += 1
+            progress(f"weight decay {weight_decay:.2g}: pass {passes} over {n:,} images, loss {float(loss) / n:.4f}")
             return loss / n + weight_decay / 2 * (s * v).square().sum()
 
         solver.step(objective)
         return _Fit((self.axes @ (s * v)).detach(), b.detach())
 
 
+def _add_slopes(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, loss: Tensor, slope: Tensor, bias_slope: Tensor
+) -> None:
+    """Adds the cross-entropy of x [c, D] and its gradients: loss [], slope [D, C], bias_slope [C]."""
+    i = torch.arange(len(y), device=y.device)
+    residual = torch.addmm(bias, x, weight).log_softmax(dim=1)
+    loss -= residual[i, y].sum(dtype=torch.float64)
+    residual.exp_()
+    residual[i, y] -= 1
+    slope += x.T @ residual
+    bias_slope += residual.sum(dim=0, dtype=torch.float64)
+
+
 def _path_lbfgs(
-    x: Tensor, y: Tensor, num_classes: int, weight_decays: tuple[float, ...], seed: int
+    rows: _Rows, weight_decays: tuple[float, ...], seed: int, progress: _Progress
 ) -> Iterator[tuple[float, _Fit]]:
     """Fits from the strongest decay to the weakest, each started from the one before. Deterministic; ignores `seed`."""
-    curvature = _Curvature(x)
-    zeros = x.new_zeros((x.shape[1] + 1, num_classes), dtype=torch.float64)
+    curvature = _Curvature(rows)
+    zeros = torch.zeros(rows.D + 1, rows.C, dtype=torch.float64, device=rows.device)
     fit = _Fit(zeros[:-1], zeros[-1])
     for weight_decay in weight_decays:
-        fit = curvature.fit(x, y, weight_decay, fit, SWEEP_TOLERANCE)
+        fit = curvature.fit(rows, weight_decay, fit, SWEEP_TOLERANCE, progress)
         yield weight_decay, fit
 
 
@@ -188,28 +366,33 @@ def _path_lbfgs(
 
 
 def _path_sgd(
-    x: Tensor, y: Tensor, num_classes: int, weight_decays: tuple[float, ...], seed: int
+    rows: _Rows, weight_decays: tuple[float, ...], seed: int, progress: _Progress
 ) -> Iterator[tuple[float, _Fit]]:
-    yield from zip(weight_decays, _fit_sgd(x, y, num_classes, weight_decays, seed), strict=True)
+    yield from zip(weight_decays, _fit_sgd(rows, weight_decays, seed, progress), strict=True)
 
 
-def _fit_sgd(x: Tensor, y: Tensor, num_classes: int, weight_decays: tuple[float, ...], seed: int) -> list[_Fit]:
+def _fit_sgd(rows: _Rows, weight_decays: tuple[float, ...], seed: int, progress: _Progress) -> list[_Fit]:
     """SGD with momentum 0.9 and a cosine learning rate, all M weight decays side by side in one matrix product."""
-    n, D, M = len(x), x.shape[1], len(weight_decays)
-    decay = torch.tensor(weight_decays, device=x.device)[None, :, None]
-    weight, bias = x.new_zeros((D, M, num_classes)), x.new_zeros((M, num_classes))
+    M = len(weight_decays)
+    decay = torch.tensor(weight_decays, device=rows.device)[None, :, None]
+    weight, bias = torch.zeros(rows.D, M, rows.C, device=rows.device), torch.zeros(M, rows.C, device=rows.device)
     weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
+    covariance = weight.new_zeros(rows.D, rows.D)
+    for x, _ in rows:
+        covariance.addmm_(x.T, x, alpha=1 / rows.n)
     # The Hessian of cross-entropy is at most half the covariance (Boehning 1992), so this is a safe step length.
-    base_lr = 1 / (0.5 * float(torch.linalg.matrix_norm(x.T @ x / n, ord=2)) + max(weight_decays))
+    base_lr = 1 / (0.5 * float(torch.linalg.matrix_norm(covariance, ord=2)) + max(weight_decays))
     generator = torch.Generator().manual_seed(seed)
-    num_steps, step = SGD_EPOCHS * -(-n // SGD_BATCH_SIZE), 0
-    for _ in range(SGD_EPOCHS):
-        for rows in torch.randperm(n, generator=generator).to(x.device).split(SGD_BATCH_SIZE):
+    num_steps, step = SGD_EPOCHS * -(-rows.n // SGD_BATCH_SIZE), 0
+    for epoch in range(SGD_EPOCHS):
+        for batch in torch.randperm(rows.n, generator=generator).split(SGD_BATCH_SIZE):
+            x, y = rows[batch]
             lr = base_lr * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / num_steps)).item())
-            residual = ((x[rows] @ weight.flatten(1)).unflatten(1, (M, num_classes)) + bias).softmax(dim=2)
-            residual.sub_(F.one_hot(y[rows], num_classes)[:, None, :]).div_(len(rows))
-            slope = (x[rows].T @ residual.flatten(1)).view_as(weight).addcmul_(decay, weight)
+            residual = ((x @ weight.flatten(1)).unflatten(1, (M, rows.C)) + bias).softmax(dim=2)
+            residual.sub_(F.one_hot(y, rows.C)[:, None, :]).div_(len(y))
+            slope = (x.T @ residual.flatten(1)).view_as(weight).addcmul_(decay, weight)
             weight -= lr * weight_velocity.mul_(0.9).add_(slope)
             bias -= lr * bias_velocity.mul_(0.9).add_(residual.sum(dim=0))
             step += 1
+        progress(f"SGD: epoch {epoch + 1} of {SGD_EPOCHS}")
     return [_Fit(weight[:, m], bias[m]) for m in range(M)]

@@ -130,8 +130,10 @@ def evaluate(
 
     def score(name: str, train: Features, test: Features) -> Score:
         if method == "knn":
+            if len(bank) < images.train_info.num_samples:
+                train = train[torch.isin(train.sample_ids, torch.from_numpy(bank))]
             knn = knn_top1(
-                train[torch.isin(train.sample_ids, torch.from_numpy(bank))],
+                train,
                 test,
                 k=settings["k"],
                 temperature=settings["temperature"],
@@ -139,10 +141,8 @@ def evaluate(
                 device=device,
             )
             return Score(name, knn.top1, knn.top5)
-        linear = run_on_all_ranks(
-            lambda: linear_probe(train, test, num_classes=images.num_classes, method=solver, seed=seed, device=device),
-            device,
-            catch=Exception,
+        linear = linear_probe(
+            train, test, num_classes=images.num_classes, method=solver, seed=seed, device=device, say=say
         )
         if name == "trained encoder":
             settings["weight_decay"] = linear.weight_decay
