@@ -223,15 +223,6 @@ def test_the_interface_is_one_concrete_name() -> None:
     assert machine.interface_towards("127.0.0.1") == "lo"
 
 
-@pytest.mark.parametrize(
-    ("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,1", 2), ("0,-1,1", 1), ("0,1,2,3,4,5", 4)]
-)
-def test_gpus_are_counted_as_cuda_would(monkeypatch: pytest.MonkeyPatch, visible: str, count: int) -> None:
-    monkeypatch.setattr(machine, "_num_gpus_present", lambda: 4)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert machine.num_gpus() == count
-
-
 def test_ports_stay_below_the_ephemeral_range_and_move_with_the_attempt() -> None:
     ports = {machine.free_port("127.0.0.1", 4711 * 10 + restart) for restart in range(5)}
     assert len(ports) == 5
