@@ -72,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
         if name == "logs":
             command.add_argument("-n", "--lines", type=non_negative_int, default=50)
             command.add_argument("-f", "--follow", action="store_true")
+            command.add_argument(
+                "--rank", type=non_negative_int, help="what this rank of the newest attempt has printed"
+            )
         if name == "resume":
             command.add_argument("--dry-run", action="store_true", help="print what would be done")
 

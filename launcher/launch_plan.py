@@ -33,7 +33,7 @@ PATTERNS = {
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 # Variables by which the launcher and torch talk to their processes: set from outside they would break the rendezvous.
 _RESERVED = re.compile(
-    r"SIMCLR_(EXPECTED_WORLD_SIZE|ATTEMPT|STOP_SIGNAL|CHECKED)|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK"
+    r"SIMCLR_(EXPECTED_WORLD_SIZE|ATTEMPT|STOP_SIGNAL|CHECKED|OUTPUT)|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK"
     r"|MASTER_(ADDR|PORT)|PET_.*|TORCHELASTIC_.*|ACCELERATE_.*|PMIX?_.*|OMPI_.*|MV2_.*"
 )
 

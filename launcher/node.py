@@ -24,6 +24,7 @@ from simclr_dist.parallel.environment import found_in
 from simclr_dist.run.status import write_status
 
 AGENT = "simclr_dist.training.agent"
+WORKER = "simclr_dist.run.output"
 ACCELERATE_CONFIG = Path(__file__).with_name("accelerate.yaml")
 
 
@@ -150,7 +151,8 @@ def checking(accelerate: list[str], plan: LaunchPlan, rank: int) -> list[str]:
         return accelerate
     first = rank == 0 and restart_of(plan.attempt) == 0
     agent = [accelerate[0], "-m", AGENT, plan.run_dir, *(plan.command[2:] if first else ()), "--"]
-    return [*agent, *accelerate[3:]]
+    options = accelerate[3 : len(accelerate) - len(plan.command)]
+    return [*agent, *options, "-m", WORKER, *plan.command[1:]]
 
 
 def agent_env(plan: LaunchPlan, ifname: str, num_cpus: int, inherited: Mapping[str, str]) -> dict[str, str]:
