@@ -25,7 +25,8 @@ STOP_SIGNALS = ("USR1", "USR2")  # NCCL may use USR1 itself on some systems, hen
 PATTERNS = {
     "attempt": r"[A-Za-z0-9_]{1,32}\.\d{1,6}-[0-9a-f]{6}",
     "job name": r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}",
-    "host": r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}",
+    "host": r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}|[0-9A-Fa-f:]{2,45}(%[A-Za-z0-9._-]{1,32})?",
+    "user": r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}",
     "address": r"[A-Za-z0-9:][A-Za-z0-9.:%_-]{0,252}",
     "interface": r"[A-Za-z0-9][A-Za-z0-9._@-]{0,31}",
     "environment variable": r"[A-Za-z_][A-Za-z0-9_]{0,127}",
