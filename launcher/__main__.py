@@ -38,7 +38,7 @@ def show_started(args: argparse.Namespace) -> int:
 
     if args.backend == "hosts":
         plan = hosts.plan_for(args)
-        start = hosts.commands(args.ssh_cmd)(plan)
+        start = hosts.commands_for(args)(plan)
     else:
         plan = build.local_plan(args)
         start = [local.node_command(plan)]

@@ -72,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
         if name == "logs":
             command.add_argument("-n", "--lines", type=non_negative_int, default=50)
             command.add_argument("-f", "--follow", action="store_true")
+            command.add_argument(
+                "--rank", type=non_negative_int, help="what this rank of the newest attempt has printed"
+            )
         if name == "resume":
             command.add_argument("--dry-run", action="store_true", help="print what would be done")
 
@@ -109,7 +112,7 @@ def add_backend(command: argparse.ArgumentParser, backend: str) -> None:
     if backend == "local":
         command.add_argument("--jobs", type=positive_int, default=1, help="with --sweep: runs side by side")
     if backend == "hosts":
-        command.add_argument("--hostfile", required=True, help="lines of `host [slots=N] [addr=IP]`")
+        command.add_argument("--hostfile", required=True, help="lines of `[user@]host [slots=N] [port=N] [addr=IP]`")
         command.add_argument("--ssh-cmd", default="ssh", help="for example 'ssh -p 2222' (default: %(default)s)")
     if backend == "slurm":
         for name in SBATCH_OPTIONS:

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher import local, machine
-from launcher.errors import LaunchError
+from launcher import gpus, local
+from launcher.errors import Exit, LaunchError
 from launcher.launch_plan import TRAINER, Device, LaunchPlan, checked_env, new_attempt, passed_on
 from simclr_dist.config import Config, load_config
 from simclr_dist.errors import ConfigError
@@ -53,15 +53,24 @@ def check_before_the_queue(args: argparse.Namespace) -> None:
 
 
 def device_and_procs(args: argparse.Namespace) -> tuple[Device, int]:
-    """Device, and processes on each node: one for each GPU of this machine; without GPUs, one on the CPU."""
-    gpus = machine.num_gpus()
-    device: Device = args.device if args.device != "auto" else "cuda" if gpus else "cpu"
-    procs = args.nproc or (max(gpus, 1) if device == "cuda" else 1)
-    if device == "cuda" and procs > gpus:
+    """Device, and processes on each node: one for each GPU of this machine; without GPUs, one on the CPU.
+
+    Says how that was decided. Raises LaunchError for GPUs that are there, or named, and cannot be used.
+    """
+    if args.device == "cpu":
+        return "cpu", args.nproc or 1
+    found = gpus.here()
+    sure = args.device == "cuda" and args.nproc is not None and args.nproc <= found.usable
+    if found.problem and not sure:
+        raise LaunchError(f"{found.problem}. {gpus.OR_ON_THE_CPU}", Exit.PREFLIGHT)
+    device: Device = "cuda" if args.device == "cuda" or found.usable else "cpu"
+    procs = args.nproc or (max(found.usable, 1) if device == "cuda" else 1)
+    if device == "cuda" and procs > found.usable:
         raise LaunchError(
-            f"--nproc {procs}: there are {gpus} GPUs here, and each process needs its own; "
-            f"use --nproc {max(gpus, 1)}, or --device cpu"
+            f"--nproc {procs}: there are {found.usable} GPUs here ({found.how}), and each process needs its own; "
+            f"use --nproc {max(found.usable, 1)}, or --device cpu"
         )
+    print(f"launcher: on {'the CPU' if device == 'cpu' else device}: {found.how}", file=sys.stderr, flush=True)
     return device, procs
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher import build, local, machine, node, processes, scontrol, slurm, slurm_job
+from launcher import build, gpus, local, machine, node, processes, scontrol, slurm, slurm_job
 from launcher.arguments import as_words
 from launcher.errors import Exit, LaunchError
 from launcher.launch_plan import (
@@ -75,10 +75,9 @@ def look(args: argparse.Namespace) -> Iterator[Finding]:
     for name, version in node.versions().items():
         level: Literal["ok", "problem"] = "problem" if version == "missing" else "ok"
         yield Finding(level, name, version, "" if level == "ok" else f"{sys.executable} -m pip install {name}")
-    gpus, cpus = machine.num_gpus(), machine.num_cpus()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    yield Finding("ok", "GPUs", f"{gpus}" + (f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""))
-    yield Finding("ok", "CPUs", f"{cpus} usable by this process")
+    found = gpus.here()
+    yield Finding("problem" if found.problem else "ok", "GPUs", f"{found.usable} usable: {found.how}", found.problem)
+    yield Finding("ok", "CPUs", f"{machine.num_cpus()} usable by this process")
     for address, interface in machine.own_addresses().items():
         public = machine.is_public(address)
         yield Finding(

@@ -25,7 +25,8 @@ STOP_SIGNALS = ("USR1", "USR2")  # NCCL may use USR1 itself on some systems, hen
 PATTERNS = {
     "attempt": r"[A-Za-z0-9_]{1,32}\.\d{1,6}-[0-9a-f]{6}",
     "job name": r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}",
-    "host": r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}",
+    "host": r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}|[0-9A-Fa-f:]{2,45}(%[A-Za-z0-9._-]{1,32})?",
+    "user": r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}",
     "address": r"[A-Za-z0-9:][A-Za-z0-9.:%_-]{0,252}",
     "interface": r"[A-Za-z0-9][A-Za-z0-9._@-]{0,31}",
     "environment variable": r"[A-Za-z_][A-Za-z0-9_]{0,127}",
@@ -33,7 +34,7 @@ PATTERNS = {
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 # Variables by which the launcher and torch talk to their processes: set from outside they would break the rendezvous.
 _RESERVED = re.compile(
-    r"SIMCLR_(EXPECTED_WORLD_SIZE|ATTEMPT|STOP_SIGNAL|CHECKED)|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK"
+    r"SIMCLR_(EXPECTED_WORLD_SIZE|ATTEMPT|STOP_SIGNAL|CHECKED|OUTPUT)|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK"
     r"|MASTER_(ADDR|PORT)|PET_.*|TORCHELASTIC_.*|ACCELERATE_.*|PMIX?_.*|OMPI_.*|MV2_.*"
 )
 

@@ -9,6 +9,7 @@ import fcntl
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,12 +22,14 @@ from types import FrameType
 
 from launcher import machine, outcome, processes
 from launcher.errors import Exit, LaunchError
-from launcher.launch_plan import LaunchPlan, new_attempt, prepare_run_dir, write_launch_plan
+from launcher.launch_plan import PATTERNS, LaunchPlan, new_attempt, prepare_run_dir, write_launch_plan
 from launcher.outcome import Decision
-from simclr_dist.run.layout import RunDir, newest_step
+from simclr_dist.run.layout import RunDir, newest_step, read_record
 from simclr_dist.run.status import read_status
+from simclr_dist.streams import printable
 
 POLL_S = 0.1
+KEPT_ATTEMPTS = 10
 
 
 def new_job(prefix: str) -> str:
@@ -121,6 +124,7 @@ def begin(plan: LaunchPlan, **values: object) -> None:
     prepare_run_dir(run_dir)
     for request in RunDir(run_dir).stop_requests():
         request.unlink(missing_ok=True)
+    remove_old_logs(run_dir)
     write_launch_plan(plan)
     outcome.record(
         run_dir,
@@ -132,6 +136,14 @@ def begin(plan: LaunchPlan, **values: object) -> None:
         procs_per_node=plan.procs_per_node,
         **values,
     )
+
+
+def remove_old_logs(run_dir: Path) -> None:
+    """Keeps the ranks' logs of the newest attempts: a run that is requeued a hundred times has too many."""
+    attempts = [entry["attempt"] for entry in outcome.recorded(run_dir, "start")]
+    for attempt in attempts[: -KEPT_ATTEMPTS or None]:
+        if re.fullmatch(PATTERNS["attempt"], str(attempt)):
+            shutil.rmtree(RunDir(run_dir).logs_of(attempt), ignore_errors=True)
 
 
 def conclude(plan: LaunchPlan, rc: int, job: outcome.JobState) -> Decision:
@@ -164,7 +176,37 @@ def conclude(plan: LaunchPlan, rc: int, job: outcome.JobState) -> Decision:
         action=decision.action,
         why=decision.why,
     )
+    if decision.failed and not decision.explained and plan.world_size > 1:
+        print_last_words(plan)
     return decision
+
+
+def print_last_words(plan: LaunchPlan) -> None:
+    """Prints to stderr what the rank that failed first has printed last: it may be far above, between other ranks'."""
+    failures = map(read_record, plan.files.logs_of(plan.attempt).glob("rank_*.failed.json"))
+    kinds = {"rank": int, "time": float, "how": str}
+    known = [each for each in failures if each and all(isinstance(each.get(key), kinds[key]) for key in kinds)]
+    if not known:
+        return
+    first = min(known, key=lambda failure: failure["time"])
+    path = plan.files.rank_log(plan.attempt, first["rank"])
+    lines = last_lines(path)
+    print(
+        f"launcher: {printable(first['how'])}; {path}{' ends with:' if lines else ' is empty'}",
+        file=sys.stderr,
+    )
+    for line in lines:
+        print(f"  | {printable(line)[:200]}", file=sys.stderr, flush=True)
+
+
+def last_lines(path: Path, most: int = 20) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return [line for line in text.splitlines() if line.strip()][-most:]
 
 
 def report(plan: LaunchPlan, decision: Decision) -> None:

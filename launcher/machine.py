@@ -5,44 +5,17 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
-import re
-import shutil
 import socket
-import subprocess
-from pathlib import Path
 
+from launcher import gpus
 from launcher.errors import Exit, LaunchError
 
 FIRST_PORT, NUM_PORTS = 20000, 10000  # below Linux's ephemeral range (32768 and up)
 
 
 def num_gpus() -> int:
-    """The number of GPUs that a process started here can use: those of the machine that CUDA_VISIBLE_DEVICES allows."""
-    present = _num_gpus_present()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None or present == 0:
-        return present
-    # CUDA stops reading at the first entry that names no device.
-    count = 0
-    for entry in (part.strip() for part in visible.split(",")):
-        if not entry or entry == "-1":
-            break
-        count += 1
-    return min(count, present) if not re.search("MIG-", visible) else count
-
-
-def _num_gpus_present() -> int:
-    cards = list(Path("/proc/driver/nvidia/gpus").glob("*"))
-    if cards:
-        return len(cards)
-    nvidia_smi = shutil.which("nvidia-smi")
-    if nvidia_smi is None:
-        return 0
-    try:
-        listing = subprocess.run([nvidia_smi, "-L"], capture_output=True, text=True, timeout=30, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return len(re.findall(r"^GPU \d+:", listing, re.MULTILINE))
+    """The number of GPUs that processes started here can use, one each; gpus.here() also says how it is known."""
+    return gpus.here().usable
 
 
 def num_cpus() -> int:

@@ -17,13 +17,14 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
-from launcher import machine, rollcall
+from launcher import gpus, machine, rollcall
 from launcher.errors import Exit, LaunchError
 from launcher.launch_plan import TRAINER, LaunchPlan, is_reserved, passed_on, read_launch_plan, restart_of
 from simclr_dist.parallel.environment import found_in
 from simclr_dist.run.status import write_status
 
 AGENT = "simclr_dist.training.agent"
+WORKER = "simclr_dist.run.output"
 ACCELERATE_CONFIG = Path(__file__).with_name("accelerate.yaml")
 
 
@@ -94,10 +95,10 @@ def preflight(plan: LaunchPlan, rank: int) -> list[str]:
 
 def local_report(plan: LaunchPlan, rank: int) -> rollcall.Report:
     problems = []
-    if plan.device == "cuda" and (found := machine.num_gpus()) < plan.procs_per_node:
+    if plan.device == "cuda" and (found := gpus.here()).usable < plan.procs_per_node:
         problems.append(
-            f"{found} GPUs visible, but the launch plan has {plan.procs_per_node} processes on each node "
-            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')})"
+            f"{found.usable} GPUs usable, but the launch plan has {plan.procs_per_node} processes on each node: "
+            f"{found.problem or found.how}"
         )
     for path in (plan.run_dir, plan.workdir):
         if not Path(path).is_dir():
@@ -150,7 +151,8 @@ def checking(accelerate: list[str], plan: LaunchPlan, rank: int) -> list[str]:
         return accelerate
     first = rank == 0 and restart_of(plan.attempt) == 0
     agent = [accelerate[0], "-m", AGENT, plan.run_dir, *(plan.command[2:] if first else ()), "--"]
-    return [*agent, *accelerate[3:]]
+    options = accelerate[3 : len(accelerate) - len(plan.command)]
+    return [*agent, *options, "-m", WORKER, *plan.command[1:]]
 
 
 def agent_env(plan: LaunchPlan, ifname: str, num_cpus: int, inherited: Mapping[str, str]) -> dict[str, str]:

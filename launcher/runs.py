@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from launcher import local, outcome, scontrol
 from launcher.errors import Exit, LaunchError
-from launcher.launch_plan import one_line, read_launch_plan, refuse_foreign
+from launcher.launch_plan import checked, one_line, read_launch_plan, refuse_foreign
 from simclr_dist.run.layout import RunDir, newest_step
 from simclr_dist.run.owner import has_living_owner
 from simclr_dist.run.status import read_status
@@ -74,15 +75,27 @@ def status(args: argparse.Namespace) -> Exit:
 
 
 def logs(args: argparse.Namespace) -> Exit:
-    """Becomes `tail` of the newest log: the SLURM job's, else one in logs/, else log.jsonl."""
+    """Becomes `tail` of the newest log: the SLURM job's, else one in logs/, else log.jsonl; or that of one rank."""
     run_dir = run_dir_of(args)
     files, starts = RunDir(run_dir), outcome.recorded(run_dir, "start")
+    if args.rank is not None:
+        attempt = starts[-1]["attempt"] if starts else ""
+        path = files.rank_log(checked("attempt", attempt), args.rank)
+        if not path.is_file():
+            raise LaunchError(
+                f"{path}: not there; the newest attempt has {len(list(path.parent.glob('*.log')))} such files"
+            )
+        become_tail(args, path)
     job_logs = [Path(entry.get("log") or "") for entry in starts[-1:]]
     written = sorted(files.logs.glob("*.out"), key=lambda path: path.stat().st_mtime, reverse=True)
     candidates = [*job_logs, *written, files.log]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         raise LaunchError(f"{run_dir}: no log yet")
+    become_tail(args, path)
+
+
+def become_tail(args: argparse.Namespace, path: Path) -> NoReturn:
     sys.stdout.flush()
     os.execvp("tail", ["tail", "-n", str(args.lines), *(["-F"] if args.follow else []), "--", str(path)])
 

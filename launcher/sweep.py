@@ -152,10 +152,10 @@ def devices_of_slot(slot: int, share: int, environ: Mapping[str, str]) -> dict[s
     """The environment that gives one of the runs side by side its share of the visible GPUs; empty on a CPU."""
     if not share:
         return {}
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    first, last = slot * share, (slot + 1) * share
-    mine = visible.split(",")[first:last] if visible is not None else map(str, range(first, last))
-    return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
+    devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range((slot + 1) * share)))}
+    # AMD's runtime reads its own variable first.
+    devices |= {name: environ[name] for name in (*devices, "HIP_VISIBLE_DEVICES") if name in environ}
+    return {name: ",".join(value.split(",")[slot * share : (slot + 1) * share]) for name, value in devices.items()}
 
 
 def _command(args: argparse.Namespace, procs: int) -> list[str]:

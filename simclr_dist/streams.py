@@ -19,17 +19,19 @@ class _Forgiving(io.FileIO):
             return memoryview(data).nbytes
 
 
-def make_output_safe() -> None:
-    """From now on printing never raises. For programs whose work counts more than their words.
-
-    A closed descriptor is opened on the null device, so that no other file takes its number.
-    """
+def open_closed_descriptors() -> None:
+    """Opens a closed standard descriptor on the null device, so that no other file takes its number."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
             with suppress(OSError):
                 os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+
+
+def make_output_safe() -> None:
+    """From now on printing never raises. For programs whose work counts more than their words."""
+    open_closed_descriptors()
     sys.stdout, sys.stderr = _safe(sys.stdout, 1), _safe(sys.stderr, 2)
 
 

@@ -60,6 +60,7 @@ def main() -> None:
         time.sleep(behaviour.get("step_s", 0.05))
         step += 1
         if step == end_step and RANK == 0:
+            print(f"rank {RANK}: {how} as told", file=sys.stderr, flush=True)
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             report("failed", reason="crash" if how == "raise" else how, message=f"{how} as told")

@@ -40,6 +40,13 @@ def test_starts_the_planned_processes_with_their_rank_and_settings(checkout: Che
         assert "ACCELERATE_USE_FSDP" not in worker["env"]
     assert first["env"]["SIMCLR_ATTEMPT"] == second["env"]["SIMCLR_ATTEMPT"] == checkout.status()["attempt"]
     assert [entry["why"] for entry in checkout.records("end")] == ["finished"]
+    lines = [f"rank {rank} of 2: finished at step 5\n" for rank in range(2)]
+    assert sorted(done.stdout.splitlines(keepends=True)) == lines  # seen as it is printed
+    folder = checkout.run_dir / "logs" / first["env"]["SIMCLR_ATTEMPT"]
+    assert [path.read_text() for path in sorted(folder.iterdir())] == lines
+    shown = [checkout.launch("logs", str(checkout.run_dir), "--rank", rank) for rank in ("1", "7")]
+    assert shown[0].stdout == lines[1]
+    assert "rank_00007.log: not there; the newest attempt has 2" in shown[1].stderr
 
 
 def test_one_process_needs_no_rendezvous(checkout: Checkout) -> None:
@@ -150,6 +157,9 @@ def test_a_killed_rank_ends_the_run_with_the_line_that_continues_it(checkout: Ch
     assert done.returncode == 4
     assert "-m launcher resume" in done.stderr.splitlines()[-1]
     assert not checkout.pids_alive()
+    folder = checkout.run_dir / "logs" / checkout.records("start")[0]["attempt"]
+    said = f"launcher: rank 0 ended by signal 9; {folder}/rank_00000.log ends with:\n  | rank 0: kill as told\n"
+    assert said in done.stderr
 
 
 def test_forgiven_failures_start_again_while_they_make_progress(checkout: Checkout) -> None:

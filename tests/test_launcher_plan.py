@@ -21,6 +21,7 @@ from launcher import __main__ as cli
 from launcher import hosts, machine, node, rollcall, slurm_job
 from launcher.arguments import EPILOG
 from launcher.errors import Exit, LaunchError
+from launcher.hosts import Host
 from launcher.launch_plan import LaunchPlan, read_launch_plan, write_launch_plan
 from tests.launcher_checkout import REPOSITORY, Checkout, make_checkout
 
@@ -223,15 +224,6 @@ def test_the_interface_is_one_concrete_name() -> None:
     assert machine.interface_towards("127.0.0.1") == "lo"
 
 
-@pytest.mark.parametrize(
-    ("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,1", 2), ("0,-1,1", 1), ("0,1,2,3,4,5", 4)]
-)
-def test_gpus_are_counted_as_cuda_would(monkeypatch: pytest.MonkeyPatch, visible: str, count: int) -> None:
-    monkeypatch.setattr(machine, "_num_gpus_present", lambda: 4)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert machine.num_gpus() == count
-
-
 def test_ports_stay_below_the_ephemeral_range_and_move_with_the_attempt() -> None:
     ports = {machine.free_port("127.0.0.1", 4711 * 10 + restart) for restart in range(5)}
     assert len(ports) == 5
@@ -246,16 +238,49 @@ def test_ports_stay_below_the_ephemeral_range_and_move_with_the_attempt() -> Non
     [
         ("", "no hosts"),
         ("-oProxyCommand=id", "host '-oProxyCommand=id' cannot be used"),
-        ("n1 slots=many", "expected `host"),
-        ("n1 slot=1", "expected `host"),
-        ("n1\nn1", "appears twice"),
+        ("n1 slots=many", "write `n1 slots=N`"),
+        ("n1 slot=1", "slot is not known; expected `[user@]host [slots=N]"),
+        ("n1 slots=2\nn1 slots=2", "write one line: n1 slots=N"),
+        ("n1 addr=10.0.0.1\nn1", "write one line: n1 slots=N"),
         ("n1 addr=$(id)", "address"),
+        ("-l@n1", "user '-l' cannot be used"),
+        ("n1:8", "Write `n1 slots=8`, or `n1 port=8`"),
+        ("me@n1:2222", "Write `me@n1 slots=2222`, or `me@n1 port=2222`"),
+        ("[n1]:22", "brackets are for IPv6 only"),
+        ("n1 4", "Write `n1 slots=4`"),
+        ("n1,n2", "write one host a line"),
+        ("n1 slots=4 max-slots=2", "more slots than max-slots"),
     ],
 )
 def test_hostfiles_with_mistakes_are_refused_with_the_line(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "hosts").write_text(text)
-    with pytest.raises(LaunchError, match=problem.replace("(", r"\(").replace("$", r"\$")):
+    with pytest.raises(LaunchError, match=re.escape(problem)):
         hosts.read_hostfile(tmp_path / "hosts")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\ufeffn1 slots=2\r\nn2 slots=2 # the second\r\n\r\n", [Host("n1", 2), Host("n2", 2)]),
+        ("me@n1 port=2222\nn2", [Host("n1", user="me", port=2222), Host("n2")]),
+        ("[fd00::1]\nfd00::2\n[fd00::3]:2222", [Host("fd00::1"), Host("fd00::2"), Host("fd00::3", port=2222)]),
+        ("n1 slots = 4 max-slots=8\nn2 slots=4 max_slots=4", [Host("n1", 4), Host("n2", 4)]),
+        ("n1\nn1\nn2\nn2\n", [Host("n1", 2), Host("n2", 2)]),  # PBS_NODEFILE, LSB_DJOB_HOSTFILE
+        ("n1\nn2\n", [Host("n1"), Host("n2")]),
+        ("n1 addr=[fd00::1]", [Host("n1", addr="fd00::1")]),
+    ],
+)
+def test_hostfiles_of_other_programs_are_understood(tmp_path: Path, text: str, expected: list[Host]) -> None:
+    (tmp_path / "hosts").write_text(text, newline="")
+    assert hosts.read_hostfile(tmp_path / "hosts") == expected
+
+
+def test_ssh_gets_user_and_port_of_each_host(plan: LaunchPlan) -> None:
+    known = [Host("n1", user="me", port=2222), Host("n2")]
+    first, second = hosts.commands("ssh", known)(plan)
+    assert first[-5:-1] == ["-p", "2222", "--", "me@n1"]
+    assert second[-2] == "n2"
+    assert "-p" not in second
 
 
 def test_words_for_the_remote_shell_are_quoted(plan: LaunchPlan) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import pytest
 
 from launcher import __main__ as cli
-from launcher import machine, sweep
+from launcher import gpus, sweep
 from launcher.errors import LaunchError
 from tests.launcher_checkout import make_checkout
 
@@ -45,6 +46,11 @@ def test_a_mistake_in_any_point_is_found_before_the_first_runs(
     assert "did you mean `width`?" in capsys.readouterr().err
 
 
+def pretend_four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    listing = "".join(f"GPU {index}: pretended\n" for index in range(4))
+    monkeypatch.setattr(gpus, "here", lambda: gpus.examine(gpus.View(os.environ, lambda argv: (0, listing))))
+
+
 @pytest.mark.parametrize(
     ("jobs", "nproc", "visible", "expected"),
     [(1, None, None, (4, 4)), (2, None, None, (2, 2)), (3, 1, None, (1, 1)), (2, None, "3,1", (1, 1))],
@@ -52,7 +58,7 @@ def test_a_mistake_in_any_point_is_found_before_the_first_runs(
 def test_runs_side_by_side_get_their_share(
     monkeypatch: pytest.MonkeyPatch, jobs: int, nproc: int | None, visible: str | None, expected: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(machine, "_num_gpus_present", lambda: 4)
+    pretend_four_gpus(monkeypatch)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -60,7 +66,7 @@ def test_runs_side_by_side_get_their_share(
 
 
 def test_more_runs_side_by_side_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_num_gpus_present", lambda: 4)
+    pretend_four_gpus(monkeypatch)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for jobs, nproc in ((5, None), (3, 2)):
         with pytest.raises(LaunchError, match="there are 4 GPUs here"):
@@ -71,4 +77,5 @@ def test_more_runs_side_by_side_than_gpus_are_refused(monkeypatch: pytest.Monkey
 def test_a_slot_keeps_its_gpus() -> None:
     assert [sweep.devices_of_slot(slot, 2, {})["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["0,1", "2,3"]
     assert sweep.devices_of_slot(1, 1, {"CUDA_VISIBLE_DEVICES": "5,GPU-ab"}) == {"CUDA_VISIBLE_DEVICES": "GPU-ab"}
+    assert sweep.devices_of_slot(1, 1, {"HIP_VISIBLE_DEVICES": "5,6"})["HIP_VISIBLE_DEVICES"] == "6"
     assert sweep.devices_of_slot(1, 0, {}) == {}

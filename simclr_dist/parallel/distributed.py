@@ -187,11 +187,17 @@ def shut_down() -> None:
         dist.destroy_process_group()
 
 
-def run_agent(run: Callable[[], object]) -> tuple[int, str]:
-    """Runs what starts and watches workers (torchrun, `accelerate launch`) without their tracebacks.
+@dataclass(frozen=True)
+class AgentEnd:
+    """How an agent ended: its exit code, and the first of its workers that failed, if one has."""
 
-    Returns the exit code, and how the first worker that failed has ended; empty if none has.
-    """
+    code: int
+    failed_rank: int | None = None
+    how: str = ""
+
+
+def run_agent(run: Callable[[], object]) -> AgentEnd:
+    """Runs what starts and watches workers (torchrun, `accelerate launch`) without their tracebacks."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -199,12 +205,12 @@ def run_agent(run: Callable[[], object]) -> tuple[int, str]:
         run()
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        return 1, f"rank {rank} {_ended(failure.exitcode)}"
+        return AgentEnd(1, rank, f"rank {rank} {_ended(failure.exitcode)}")
     except subprocess.CalledProcessError as error:  # a single worker
-        return 1, f"the training {_ended(error.returncode)}"
+        return AgentEnd(1, 0, f"the training {_ended(error.returncode)}")
     except SignalException as error:
-        return 128 + int(error.sigval), ""
-    return 0, ""
+        return AgentEnd(128 + int(error.sigval))
+    return AgentEnd(0)
 
 
 def _ended(code: int) -> str:

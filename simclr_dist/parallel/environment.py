@@ -123,7 +123,8 @@ TABLE: tuple[Variables, ...] = (
     Variables(("PYTORCH_NO_CUDA_MEMORY_CACHING",), "said", "every tensor is allocated anew, and slow", silent=_FALSE),
     Variables(("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
               "used", "memory of torch and its libraries on GPUs"),
-    Variables(("SIMCLR_EXPECTED_WORLD_SIZE", "SIMCLR_ATTEMPT", "SIMCLR_STOP_SIGNAL", "SIMCLR_CHECKED"), "used",
+    Variables(("SIMCLR_EXPECTED_WORLD_SIZE", "SIMCLR_ATTEMPT", "SIMCLR_STOP_SIGNAL", "SIMCLR_CHECKED",
+               "SIMCLR_OUTPUT"), "used",
               "set by our launcher for its workers"),
 )  # fmt: skip
 

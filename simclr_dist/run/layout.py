@@ -12,6 +12,7 @@ runs/NAME/
     features/                cached h of evaluations
     export/ finetune/ recipe/    results
     plan.json                the launch plan; attempts.jsonl and logs/: what came of it (launcher)
+    logs/ATTEMPT/            rank_00007.log and so on: what each rank has printed (run/output.py)
     heartbeat/               rank_00003.json and so on: where each rank stands (run/heartbeat.py)
     STOP, SAVE, STOP_REQUEST.*   requests to a running training (run/stop_requests.py)
 """
@@ -132,6 +133,17 @@ class RunDir:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    def logs_of(self, attempt: str) -> Path:
+        return self.logs / attempt
+
+    def rank_log(self, attempt: str, rank: int) -> Path:
+        """What a rank has printed (run/output.py)."""
+        return self.logs_of(attempt) / f"rank_{rank:05d}.log"
+
+    def rank_failure(self, attempt: str, rank: int) -> Path:
+        """How a rank ended that was the first to fail on its node."""
+        return self.logs_of(attempt) / f"rank_{rank:05d}.failed.json"
 
     @property
     def heartbeats(self) -> Path:

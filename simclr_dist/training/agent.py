@@ -13,12 +13,15 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from simclr_dist.config import load_config
 from simclr_dist.errors import UserError
-from simclr_dist.run.layout import newest_step
+from simclr_dist.run.layout import RunDir, newest_step, write_record
+from simclr_dist.run.output import Recorder
 from simclr_dist.run.owner import refuse_if_owned
 from simclr_dist.run.status import attempt_name, read_status, write_status
 from simclr_dist.streams import make_output_safe
@@ -58,10 +61,18 @@ def launch(run_dir: Path, argv: list[str]) -> int:
     from simclr_dist.parallel.distributed import run_agent
 
     sys.argv = [ACCELERATE, *argv]
-    code, why = run_agent(lambda: runpy.run_module(ACCELERATE, run_name="__main__", alter_sys=True))
-    if why:
-        say_unless_known(run_dir, why)
-    return code
+
+    def run() -> None:
+        with Recorder(run_dir, attempt_name()):
+            runpy.run_module(ACCELERATE, run_name="__main__", alter_sys=True)
+
+    end = run_agent(run)
+    if end.failed_rank is not None:
+        say_unless_known(run_dir, end.how)
+        failure = {"rank": end.failed_rank, "how": end.how, "time": time.time()}
+        with suppress(OSError):
+            write_record(RunDir(run_dir).rank_failure(attempt_name(), end.failed_rank), failure)
+    return end.code
 
 
 def say_unless_known(run_dir: Path, message: str) -> None:
