@@ -3,8 +3,8 @@
 Chen et al. 2020 (SimCLR), appendix A. The loader has already cropped and flipped. Parameters are drawn on the host
 with the same keys as the crops, so that views are the same on any device and any number of processes.
 
-Three implementations compute the same: torch_operations.py on any device; cpu_kernel.py, compiled by numba, five times as
-fast on CPUs; triton_kernel.py on GPUs, in four launches instead of 400.
+Three implementations compute the same: torch_operations.py on any device; cpu_kernel.py, five times as fast on CPUs;
+triton_kernel.py on GPUs, in four launches instead of 400.
 
 Letters: B images, n views, S the side.
 """
