@@ -54,6 +54,9 @@ class AugmentConfig(Section):
     grayscale_p: Probability | None = None
     blur_p: Probability | None = Field(None, description="Both views; `asymmetric` blurs 1.0 / 0.1.")
     solarize_p: Probability | None = Field(None, description="Both views; `asymmetric` solarises 0.0 / 0.2.")
+    implementation: Literal["auto", "numba", "torch", "triton"] = Field(
+        "auto", description="`auto`: triton on GPUs, numba on CPUs, where they work; else torch, with a warning."
+    )
 
 
 class ModelConfig(Section):

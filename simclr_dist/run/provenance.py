@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from simclr_dist.atomic import replace_text
@@ -15,9 +16,13 @@ from simclr_dist.run.layout import RunDir, append_record, read_records
 from simclr_dist.run.status import attempt_name
 
 
-def record(run_dir: Path, seed: int) -> None:
-    """Adds a line for this start to environment.jsonl. Raises OSError."""
+def record(run_dir: Path, seed: int, implementations: Mapping[str, str]) -> None:
+    """Adds a line for this start to environment.jsonl. Raises OSError.
+
+    implementations: what computes the parts of a step for which there are several programs, by part.
+    """
     facts = {"git": git_id(), "versions": versions(), "seed": seed, "attempt": attempt_name()}
+    facts["implementations"] = dict(implementations)
     if spoken_of := {entry.name: entry.value for entry in found_in(os.environ) if entry.counts}:
         facts["environment"] = spoken_of
     append_record(RunDir(run_dir).environment, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
@@ -30,7 +35,7 @@ def record_settings(run_dir: Path, settings: str) -> None:
 
 def versions() -> dict[str, str]:
     """Of everything that can change a result."""
-    names = ("simclr-dist", "torch", "torchvision", "accelerate", "numpy", "ffcv", "numba")
+    names = ("simclr-dist", "torch", "torchvision", "accelerate", "numpy", "ffcv", "numba", "triton")
     found = {"python": platform.python_version(), "platform": platform.platform(), "dropout": "keyed"}
     for name in names:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,7 @@ from simclr_dist.run.guard import RunGuard
 from simclr_dist.run.layout import RunDir
 from simclr_dist.run.state import TrainState
 from simclr_dist.run.watchdog import BACKSTOP_S
+from simclr_dist.training.implementations import agree
 from simclr_dist.training.non_finite import NonFinitePolicy
 from simclr_dist.training.precision import decide_precision, with_precision
 from simclr_dist.training.preflight import check_together
@@ -51,6 +52,7 @@ from simclr_dist.training.resuming import (
     restore,
 )
 from simclr_dist.training.saving import Saver
+from simclr_dist.views import implementations as views
 from simclr_dist.views.augment import Augment
 
 
@@ -71,6 +73,8 @@ class Parts:
     steps_per_epoch: int
     last_step: int
     """The number of steps after which the training has finished."""
+    implementations: Mapping[str, str]
+    """What computes the parts of a step for which there are several programs, by part; the same on every rank."""
     augment: Callable[[Batch], Tensor]
     network: nn.Module
     """Encoder and projection head, on the device, with global BatchNorm and keyed dropout."""
@@ -132,7 +136,7 @@ def build(config: Config) -> Parts:
     labelled, probe_classes = run_on_all_ranks(lambda: _check_labels(config, _warn_on(world)), device)
     steps_per_epoch = loader.order.steps_per_epoch
     num_steps = config.train.epochs * steps_per_epoch
-    augment = Augment(config.augment, config.seed, config.data.image_size)
+    augment, implementations = _build_augment(config, device, _warn_on(world))
 
     simclr = run_on_all_ranks(lambda: build_model(config.model), device)
     freeze(simclr, unused)
@@ -161,7 +165,10 @@ def build(config: Config) -> Parts:
 
     last_step = min(num_steps, config.train.max_steps or num_steps)
     monitor = run_on_all_ranks(
-        lambda: _open_monitor(config, world, state, checkpoint, last_step, steps_per_epoch, random_layers), device
+        lambda: _open_monitor(
+            config, world, state, checkpoint, last_step, steps_per_epoch, random_layers, implementations
+        ),
+        device,
     )
     saver = Saver(
         config,
@@ -186,6 +193,7 @@ def build(config: Config) -> Parts:
         evaluation_images=labelled,
         steps_per_epoch=steps_per_epoch,
         last_step=last_step,
+        implementations=implementations,
         augment=augment,
         network=network,
         random_layers=random_layers,
@@ -237,6 +245,20 @@ def _check_labels(config: Config, warn: Callable[[str], None]) -> tuple[Evaluati
     return images, num_classes
 
 
+def _build_augment(config: Config, device: torch.device, warn: Callable[[str], None]) -> tuple[Augment, dict[str, str]]:
+    augment = Augment(config.augment, config.seed, config.data.image_size)
+    augment.implementation = agree(
+        "augment.implementation",
+        config.augment.implementation,
+        best=views.best(device),
+        fallback=views.FALLBACK,
+        obstacle=lambda name: views.obstacle(name, device, augment.image_size, augment.kernel_size),
+        device=device,
+        warn=warn,
+    )
+    return augment, {"augment": augment.implementation}
+
+
 def _place(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
     network.to(device)
     if config.train.channels_last:
@@ -262,6 +284,7 @@ def _open_monitor(
     last_step: int,
     steps_per_epoch: int,
     random_layers: RandomLayers,
+    implementations: Mapping[str, str],
 ) -> Monitor:
     """Writes down how this start goes on, and opens the records of what follows."""
     if not world.is_main:
@@ -270,7 +293,7 @@ def _open_monitor(
     refuse_to_relabel(checkpoint, changed, last_step)
     superseded = leave_other_line(checkpoint, config)
     drew_from_generator = provenance.drew_from_generator(config.run_dir)
-    provenance.record(config.run_dir, config.seed)
+    provenance.record(config.run_dir, config.seed, implementations)
     if state.step < last_step:
         provenance.record_settings(config.run_dir, render_config(config))
         record_start(config, state, checkpoint, changed)

@@ -1,22 +1,30 @@
-"""The operations of augment.py for CPUs, compiled: one view at a time, so that it stays in a core's cache.
+"""The operations of torch_operations.py for CPUs, compiled: one view at a time, so that it stays in a core's cache.
 
-augment.py explains the operations; tests compare the two. Runs without the GIL in any number of threads; the result for
-a view does not depend on the other views of its batch.
+torch_operations.py explains the operations; tests compare the two. Runs without the GIL in any number of threads; the
+result for a view does not depend on the other views of its batch.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
+import torch
 from numba import types
+from torch import Tensor
 
 from simclr_dist.data.decode.compiled import compiled
+from simclr_dist.views.parameters import Column, Parameters
+from simclr_dist.views.torch_operations import GRAY, MEAN, SOLARIZE_FROM, STD
 
 f4 = np.float32
 _ZERO, _ONE, _TWO, _THREE, _SIX, _TINY = f4(0), f4(1), f4(2), f4(3), f4(6), f4(1e-12)
-_R, _G, _B = f4(0.2989), f4(0.587), f4(0.114)
-_HALF, _TO_UNIT = f4(0.5), f4(1 / 255)
+_R, _G, _B = map(f4, GRAY)
+_HALF, _TO_UNIT = f4(SOLARIZE_FROM), f4(1 / 255)
+_BRIGHTNESS, _CONTRAST, _SATURATION = int(Column.BRIGHTNESS), int(Column.CONTRAST), int(Column.SATURATION)
+_HUE_TURNS, _ORDER, _SIGMA = int(Column.HUE), int(Column.ORDER), int(Column.SIGMA)
+_GRAYSCALE, _SOLARIZE = int(Column.GRAYSCALE), int(Column.SOLARIZE)
 # Sums may be added up in any order: only then can the compiler use the CPU's wide registers.
 _compiled = partial(compiled, fastmath={"reassoc", "contract", "nsz"})
 
@@ -59,7 +67,7 @@ def _saturation(x, factor):  # type: ignore[no-untyped-def]
 
 @_compiled(types.void(_planes, types.float32))
 def _hue(x, turns):  # type: ignore[no-untyped-def]
-    """As rotate_hue_ in augment.py."""
+    """As rotate_hue_ in torch_operations.py."""
     r, g, b = x[0], x[1], x[2]
     shift = _SIX * turns
     for i in range(r.size):
@@ -158,23 +166,11 @@ def _blur(x, side, sigma, kernel_size, scratch, row):  # type: ignore[no-untyped
 
 @_compiled(
     types.void(
-        types.uint8[:, :, :, ::1],
-        types.float32[:, :, :, ::1],
-        types.boolean[::1],
-        types.float64[:, ::1],
-        types.int64[:, ::1],
-        types.boolean[:, ::1],
-        types.int64,
-        _plane,
-        _plane,
+        types.uint8[:, :, :, ::1], types.float32[:, :, :, ::1], types.float64[:, ::1], types.int64, _plane, _plane
     )
 )
-def augment_views(images, out, jitter, factors, order, switches, kernel_size, mean, std):  # type: ignore[no-untyped-def]
-    """Augments n views, uint8 images [n, S, S, 3] to normalised float32 out [n, S, S, 3].
-
-    jitter [n]; factors [n, 5]: brightness, contrast, saturation, hue, sigma; order [n, 4];
-    switches [n, 3]: grayscale, blur, solarise; mean, std [3].
-    """
+def augment_some(images, out, table, kernel_size, mean, std):  # type: ignore[no-untyped-def]
+    """Augments n views, uint8 images [n, S, S, 3] to normalised float32 out [n, S, S, 3]; mean, std [3]."""
     n, S = images.shape[0], images.shape[1]
     P = S * S
     x = np.empty((3, P), np.float32)
@@ -189,26 +185,43 @@ def augment_views(images, out, jitter, factors, order, switches, kernel_size, me
             r[i] = f4(pixels[3 * i]) * _TO_UNIT
             g[i] = f4(pixels[3 * i + 1]) * _TO_UNIT
             b[i] = f4(pixels[3 * i + 2]) * _TO_UNIT
-        if jitter[k]:
-            for step in range(4):
-                operation = order[k, step]
-                factor = f4(factors[k, operation])
-                if operation == 0:
-                    _brightness(x, factor)
-                elif operation == 1:
-                    _contrast(x, factor)
-                elif operation == 2:
-                    _saturation(x, factor)
-                else:
-                    _hue(x, factor)
-        if switches[k, 0]:
+        for step in range(4):
+            operation = int(table[k, _ORDER + step])
+            if operation == _BRIGHTNESS:
+                _brightness(x, f4(table[k, _BRIGHTNESS]))
+            elif operation == _CONTRAST:
+                _contrast(x, f4(table[k, _CONTRAST]))
+            elif operation == _SATURATION:
+                _saturation(x, f4(table[k, _SATURATION]))
+            elif operation == _HUE_TURNS:
+                _hue(x, f4(table[k, _HUE_TURNS]))
+        if table[k, _GRAYSCALE]:
             _grayscale(x)
-        if switches[k, 1]:
-            _blur(x, S, factors[k, 4], kernel_size, scratch, row)
-        if switches[k, 2]:
+        if table[k, _SIGMA]:
+            _blur(x, S, table[k, _SIGMA], kernel_size, scratch, row)
+        if table[k, _SOLARIZE]:
             _solarize(x)
         target = out[k].reshape(3 * P)
         for i in range(P):
             target[3 * i] = (r[i] - mean[0]) * scale[0]
             target[3 * i + 1] = (g[i] - mean[1]) * scale[1]
             target[3 * i + 2] = (b[i] - mean[2]) * scale[2]
+
+
+def augment_views(images: Tensor, out: Tensor, parameters: Parameters, kernel_size: int) -> None:
+    """uint8 images [n, S, S, 3] to normalised out [n, S, S, 3], by torch's number of threads; kernel_size: odd."""
+    pixels, result, table = images.contiguous().numpy(), out.numpy(), parameters.table()
+    statistics = np.array(MEAN, np.float32), np.array(STD, np.float32)
+    num_threads = torch.get_num_threads()
+    size = -(-len(pixels) // num_threads)
+
+    def work(first: int) -> None:
+        part = slice(first, first + size)
+        augment_some(pixels[part], result[part], table[part], kernel_size, *statistics)
+
+    starts = range(0, len(pixels), size)
+    if len(starts) == 1:
+        work(0)
+    else:
+        with ThreadPoolExecutor(num_threads) as pool:
+            list(pool.map(work, starts))
