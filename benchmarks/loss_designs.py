@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simclr_dist.loss import NTXentLoss
-from simclr_dist.loss.batch import HEADER_BYTES
+from simclr_dist.loss.agreement import HEADER_BYTES
 from simclr_dist.parallel import distributed
 from simclr_dist.plan.traffic import Collective
 

@@ -10,7 +10,8 @@
 
 Works in any PyTorch program, with torch.distributed and without. `docs/loss.md` has the formulas and the choices.
 
-    batch.py            the global batch: checked on all ranks, normalised, gathered
+    agreement.py        what all ranks agree on: one check a step, and the code that computes the loss
+    batch.py            the global batch: normalised, gathered
     plain.py            the definitions, by autograd on all N x N similarities
     tiled.py            sums of exp(similarity) in tiles, each similarity computed once
     triton_kernels.py   the same sums on a GPU
@@ -20,7 +21,7 @@ Works in any PyTorch program, with torch.distributed and without. `docs/loss.md`
     supcon.py           SupConLoss: labels make the positives
 """
 
-from simclr_dist.loss.batch import NonFiniteError
+from simclr_dist.loss.agreement import NonFiniteError
 from simclr_dist.loss.nt_xent import NTXentLoss, nt_xent
 from simclr_dist.loss.supcon import SupConLoss
 

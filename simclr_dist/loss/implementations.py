@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
+import os
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal, Protocol
 
@@ -15,6 +16,22 @@ from simclr_dist.loss.tiled import LARGEST_EXPONENT, Tiles
 
 Implementation = Literal["auto", "plain", "tiled", "triton"]
 IMPLEMENTATIONS = ("plain", "tiled", "triton")
+# Where the ranks' own choices differ, all take the first of them.
+CODES = ("plain", "tiled", "tiled in float64", "triton")
+LARGEST_WIDTH = 256  # of the kernels
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The code that computes a loss, what the rows are rounded to, and why it is not the kernels, if it should be."""
+
+    code: str
+    row_dtype: torch.dtype = torch.float32
+    reason: str = ""
+
+    def __str__(self) -> str:
+        rows = "" if self.row_dtype.itemsize >= 4 else f", {str(self.row_dtype).removeprefix('torch.')} rows"
+        return f"{self.code}{rows}" + (f" instead of triton: {self.reason}" if self.reason else "")
 
 
 class Exponentials(Protocol):
@@ -28,35 +45,58 @@ class Exponentials(Protocol):
     def gradient_rows(self, a: Tensor) -> Tensor: ...
 
 
-def choose(name: str, device: torch.device) -> str:
-    """The implementation that `name` means on this device: "plain", "tiled" or "triton".
-
-    "auto" is triton on CUDA, where it works, and tiled elsewhere. Where triton does not work, tiled computes the same,
-    and a warning says so.
-    """
+def check_name(name: str) -> None:
     if name not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"unknown implementation {name!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
-    if name in ("plain", "tiled") or (name == "auto" and device.type != "cuda"):
-        return "tiled" if name == "auto" else name
-    obstacle = obstacle_to_triton(device)
-    if obstacle is None:
-        return "triton"
-    warnings.warn(f"the loss uses implementation 'tiled' instead of 'triton': {obstacle}", stacklevel=2)
-    return "tiled"
+
+
+def choose(
+    name: str,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    width: int,
+    temperature: float,
+    num_all_rows: int,
+    row_dtype: torch.dtype,
+) -> Choice:
+    """What `name` means for this process and a z [.., width] of `dtype`. Asks no other rank.
+
+    "auto" is triton on CUDA, where it works, and tiled elsewhere. Where triton does not work, tiled computes the same,
+    and the choice says why.
+    """
+    if name == "plain":
+        return Choice("plain", row_dtype)
+    fits = 1 / temperature + math.log(num_all_rows) <= LARGEST_EXPONENT[torch.float32]
+    # The same sums with a larger range: low temperatures need no second algorithm.
+    tiles = "tiled" if fits or dtype == torch.float64 else "tiled in float64"
+    if name == "tiled" or (name == "auto" and device.type != "cuda"):
+        return Choice(tiles, row_dtype)
+    if dtype == torch.float64:
+        obstacle: str | None = "z is float64, the kernels are for float32"
+    elif width > LARGEST_WIDTH:
+        obstacle = f"z has the width {width}, the kernels end at {LARGEST_WIDTH}"
+    elif not fits:
+        obstacle = f"exp(1/temperature) at temperature {temperature:g} exceeds float32"
+    else:
+        obstacle = obstacle_to_triton(device, width, row_dtype)
+    return Choice("triton", row_dtype) if obstacle is None else Choice(tiles, row_dtype, obstacle)
 
 
 @cache
-def obstacle_to_triton(device: torch.device) -> str | None:
-    """Why the kernels cannot be used on this device; None if they can. Compares them with `Tiles` once per process."""
-    if device.type != "cuda":
+def obstacle_to_triton(device: torch.device, width: int, row_dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot be used on this device; None if they can.
+
+    Compiles them for rows of this width and compares them with `Tiles`, once per process. No other rank takes part.
+    """
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the kernels are for CUDA, z is on {device.type}"
     try:
         from simclr_dist.loss.triton_kernels import Kernels
 
-        generator = torch.Generator().manual_seed(0)
-        z = torch.nn.functional.normalize(torch.randn(150, 24, generator=generator).to(device), dim=1)
-        ids = torch.arange(75, device=device) // 2
-        batch = GlobalBatch(z, lambda: z, ids, torch.ones((), device=device), 0.2, 2, 0, 1)
+        rows = torch.randn(150, width, generator=torch.Generator().manual_seed(0))
+        z = torch.nn.functional.normalize(rows, dim=1).to(row_dtype).float().to(device)
+        batch = GlobalBatch(z, lambda: z, torch.arange(75, device=device) // 2, 0.2, 2, row_dtype=row_dtype)
         return disagreement(Kernels(batch, "image"), Tiles(batch, "image"))
     except Exception as error:  # compilers and drivers raise anything; `Tiles` is used then
         return f"{type(error).__name__}: {error}"
@@ -65,20 +105,18 @@ def obstacle_to_triton(device: torch.device) -> str | None:
 def disagreement(found: Exponentials, expected: Exponentials) -> str | None:
     """How the results of two implementations differ; None if they agree. For one process."""
     r, r_expected = found.sums(), expected.sums()
-    rows, rows_expected = found.gradient_rows(1 / r_expected), expected.gradient_rows(1 / r_expected)
-    for name, x, y in (("sums", r, r_expected), ("gradient", rows, rows_expected)):
+    a = 1 / r_expected
+    for name, x, y in (("sums", r, r_expected), ("gradient", found.gradient_rows(a), expected.gradient_rows(a))):
         error = float((x - y).norm() / y.norm())
         if not error < 1e-5:
             return f"its {name} are off by {error:.1e}"
     return None
 
 
-def exponentials(batch: GlobalBatch, hide: str, implementation: str) -> Exponentials:
-    """The code for this batch: float64, wide z and low temperatures are tiled. All ranks choose the same."""
-    if implementation == "triton" and batch.z.dtype == torch.float32:
-        from simclr_dist.loss.triton_kernels import LARGEST_WIDTH, Kernels
+def exponentials(batch: GlobalBatch, hide: str) -> Exponentials:
+    """The code that all ranks have agreed on."""
+    if batch.code == "triton":
+        from simclr_dist.loss.triton_kernels import Kernels
 
-        exponent = 1 / batch.temperature + math.log(batch.num_all_rows)
-        if batch.z.shape[1] <= LARGEST_WIDTH and exponent <= LARGEST_EXPONENT[torch.float32]:
-            return Kernels(batch, hide)
+        return Kernels(batch, hide)
     return Tiles(batch, hide)

@@ -22,14 +22,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from simclr_dist.loss import plain
-from simclr_dist.loss.batch import GlobalBatch, check_types, gather_batch
-from simclr_dist.loss.implementations import IMPLEMENTATIONS, Implementation, choose, exponentials
+from simclr_dist.loss.agreement import Settings, check_types, over_all_ranks, settle
+from simclr_dist.loss.batch import GlobalBatch
+from simclr_dist.loss.implementations import Choice, Implementation, exponentials
 from simclr_dist.loss.known_gradient import with_gradient
 
 
@@ -42,19 +44,12 @@ def nt_xent(
     decoupled: bool = False,
     implementation: Implementation = "auto",
     gather_dtype: torch.dtype = torch.float32,
+    row_dtype: torch.dtype = torch.float32,
     grad_reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
     """`NTXentLoss` as a function; the temperature may be a tensor that requires a gradient."""
-    loss, _ = _nt_xent(
-        z,
-        temperature,
-        sample_ids,
-        num_views=num_views,
-        decoupled=decoupled,
-        implementation=implementation,
-        gather_dtype=gather_dtype,
-        grad_reduction=grad_reduction,
-    )
+    settings = Settings(num_views, implementation, gather_dtype, row_dtype, grad_reduction)
+    (loss, _), _ = _nt_xent(z, temperature, sample_ids, decoupled, settings)
     return loss
 
 
@@ -66,6 +61,8 @@ class NTXentLoss(nn.Module):
         the kernels on CUDA where they work, else tiled.
     gather_dtype: the dtype in which z is sent between ranks; bfloat16 halves the bytes, and every rank then computes
         with the rounded z.
+    row_dtype: what the unit rows are rounded to in any case; float16 or bfloat16 makes the kernels' products 2.25
+        times fewer. docs/loss.md has what it costs in exactness.
     num_views: V >= 2; every other view of an image is a positive.
     decoupled: leave the positive out of the denominator (DCL).
     grad_reduction: what the training loop does with the gradients of the ranks: "mean" (DDP, FSDP) or "sum".
@@ -92,6 +89,7 @@ class NTXentLoss(nn.Module):
         decoupled: bool = False,
         learn_temperature: bool = False,
         grad_reduction: Literal["mean", "sum"] = "mean",
+        row_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         if not temperature > 0:
@@ -100,74 +98,67 @@ class NTXentLoss(nn.Module):
         if learn_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.learn_temperature = learn_temperature
-        self.implementation = implementation
-        self.gather_dtype = gather_dtype
-        self.num_views = num_views
         self.decoupled = decoupled
-        self.grad_reduction = grad_reduction
+        self.settings = Settings(num_views, implementation, gather_dtype, row_dtype, grad_reduction)
         self.masked_duplicates = torch.zeros((), dtype=torch.int64)
         """How many images of the last global batch have an id that occurs earlier in it (int64, on z's device)."""
+        self.choice: Choice | None = None
+        """The code that computed the last loss, and why; before the first, what `settle` has found."""
 
     @property
     def temperature(self) -> float | Tensor:
         return self.log_temperature.exp() if self.learn_temperature else self._temperature
 
+    def settle(self, device: torch.device, *, num_rows: int, width: int) -> Choice:
+        """Tries the code for float32 z [num_rows, width] before the first call. All ranks together: all will use it.
+
+        What one rank cannot use, none uses from here on: `choice.reason` says why, instead of a warning of each call.
+        """
+        temperature = float(torch.as_tensor(self.temperature).detach())
+        self.choice = settle(self.settings, device, num_rows=num_rows, width=width, temperature=temperature)
+        if self.choice.reason:
+            self.settings = replace(self.settings, implementation="tiled")
+        return self.choice
+
     def forward(self, z: Tensor, sample_ids: Tensor | Sequence[int] | None = None) -> Tensor:
-        loss, self.masked_duplicates = _nt_xent(
-            z,
-            self.temperature,
-            sample_ids,
-            num_views=self.num_views,
-            decoupled=self.decoupled,
-            implementation=self.implementation,
-            gather_dtype=self.gather_dtype,
-            grad_reduction=self.grad_reduction,
+        (loss, self.masked_duplicates), choice = _nt_xent(
+            z, self.temperature, sample_ids, self.decoupled, self.settings
         )
+        if self.choice is None or choice.code != self.choice.code:
+            self.choice = choice
         return loss
 
     def extra_repr(self) -> str:
-        return (
-            f"temperature={float(torch.as_tensor(self.temperature).detach()):g}, implementation={self.implementation}"
-        )
+        temperature = float(torch.as_tensor(self.temperature).detach())
+        return f"temperature={temperature:g}, implementation={self.settings.implementation}"
 
 
 def _nt_xent(
     z: Tensor,
     temperature: float | Tensor,
     sample_ids: Tensor | Sequence[int] | None,
-    *,
-    num_views: int,
     decoupled: bool,
-    implementation: str,
-    gather_dtype: torch.dtype,
-    grad_reduction: str,
-) -> tuple[Tensor, Tensor]:
+    settings: Settings,
+) -> tuple[tuple[Tensor, Tensor], Choice]:
+    """(the loss, how many duplicates), and the code that was used."""
     check_types(z, temperature)
-    chosen = choose(implementation, z.device)
-    with torch.autocast(z.device.type, enabled=False):
-        batch = gather_batch(
-            z,
-            temperature,
-            sample_ids,
-            num_views=num_views,
-            gather_dtype=gather_dtype,
-            grad_reduction=grad_reduction,
-            implementation=IMPLEMENTATIONS.index(chosen),
-        )
+
+    def compute(batch: GlobalBatch) -> tuple[Tensor, Tensor]:
         # Filled in on the device: a copy would make the host wait.
         tau = temperature.to(batch.z) if isinstance(temperature, Tensor) else batch.z.new_full((), temperature)
-        if chosen == "plain":
-            loss = plain.nt_xent(batch, tau, decoupled=decoupled)
-        else:
-            loss = _symmetric(batch, tau, decoupled, chosen)
-    return loss, batch.duplicates
+        if batch.code == "plain":
+            return plain.nt_xent(batch, tau, decoupled=decoupled), batch.duplicates
+        return _symmetric(batch, tau, decoupled), batch.duplicates
+
+    with torch.autocast(z.device.type, enabled=False):
+        return over_all_ranks("NT-Xent", compute, z, temperature, sample_ids, settings)
 
 
-def _symmetric(batch: GlobalBatch, temperature: Tensor, decoupled: bool, implementation: str) -> Tensor:
+def _symmetric(batch: GlobalBatch, temperature: Tensor, decoupled: bool) -> Tensor:
     """Value and gradient by the formulas at the top of this file."""
     needs_gradient = torch.is_grad_enabled() and (batch.z.requires_grad or temperature.requires_grad)
     with torch.no_grad():
-        e = exponentials(batch, "image", implementation)
+        e = exponentials(batch, "image")
         loss, a, m = _value(batch, e.sums(), e.all, decoupled)
         loss = loss.to(batch.z.dtype)
         if not needs_gradient:

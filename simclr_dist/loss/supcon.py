@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from simclr_dist.loss import plain
-from simclr_dist.loss.batch import GlobalBatch, check_types, gather_batch
-from simclr_dist.loss.implementations import IMPLEMENTATIONS, Implementation, choose, exponentials
+from simclr_dist.loss.agreement import Settings, check_types, over_all_ranks
+from simclr_dist.loss.batch import GlobalBatch
+from simclr_dist.loss.implementations import Choice, Implementation, exponentials
 from simclr_dist.loss.known_gradient import with_gradient
 
 
@@ -37,40 +38,34 @@ class SupConLoss(nn.Module):
         gather_dtype: torch.dtype = torch.float32,
         *,
         num_views: int = 2,
+        row_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.temperature = temperature
-        self.implementation = implementation
-        self.gather_dtype = gather_dtype
-        self.num_views = num_views
+        self.settings = Settings(num_views, implementation, gather_dtype, row_dtype)
+        self.choice: Choice | None = None
+        """The code that computed the last loss, and why."""
 
     def forward(self, z: Tensor, labels: Tensor | Sequence[int]) -> Tensor:
         check_types(z, self.temperature)
         if labels is None:
             raise TypeError("SupConLoss needs labels [B]; without labels use NTXentLoss")
         with torch.autocast(z.device.type, enabled=False):
-            chosen = choose(self.implementation, z.device)
-            batch = gather_batch(
-                z,
-                self.temperature,
-                labels,
-                num_views=self.num_views,
-                gather_dtype=self.gather_dtype,
-                grad_reduction="mean",
-                implementation=IMPLEMENTATIONS.index(chosen),
-            )
-            assert batch.ids is not None
-            unknown = -1 - torch.arange(len(batch.ids), device=z.device)
-            classes = batch.per_row(torch.where(batch.ids < 0, unknown, batch.ids))
-            if chosen == "plain":
-                return plain.sup_con(batch, classes)
-            return _symmetric(batch, classes, chosen)
+            loss, self.choice = over_all_ranks("SupCon", _sup_con, z, self.temperature, labels, self.settings)
+        return loss
 
 
-def _symmetric(batch: GlobalBatch, classes: Tensor, implementation: str) -> Tensor:
+def _sup_con(batch: GlobalBatch) -> Tensor:
+    assert batch.ids is not None
+    unknown = -1 - torch.arange(len(batch.ids), device=batch.z.device)
+    classes = batch.per_row(torch.where(batch.ids < 0, unknown, batch.ids))
+    return plain.sup_con(batch, classes) if batch.code == "plain" else _symmetric(batch, classes)
+
+
+def _symmetric(batch: GlobalBatch, classes: Tensor) -> Tensor:
     needs_gradient = torch.is_grad_enabled() and batch.z.requires_grad
     with torch.no_grad():
-        e = exponentials(batch, "self", implementation)
+        e = exponentials(batch, "self")
         r = e.sums()
         _, index, size = classes.unique(return_inverse=True, return_counts=True)
         class_sums = e.z.new_zeros(len(size), e.z.shape[1]).index_add_(0, index, e.all)

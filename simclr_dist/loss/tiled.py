@@ -37,16 +37,9 @@ class Tiles:
 
     def __init__(self, batch: GlobalBatch, hide: str, tile_size: int | None = None) -> None:
         self.batch = batch
-        exponent = 1 / batch.temperature + math.log(batch.num_all_rows)
-        dtype = batch.z.dtype
-        if exponent > LARGEST_EXPONENT[dtype]:
-            dtype = torch.float64  # the same sums with a larger range: low temperatures need no second algorithm
-        if exponent > LARGEST_EXPONENT[dtype]:
-            raise ValueError(
-                f"contrastive loss: temperature {batch.temperature:g} is too low for exp() in float64; "
-                "use at least 0.0015, or implementation='plain'"
-            )
-        self.z = batch.z.detach().to(dtype)
+        self.z = batch.z.detach()
+        if batch.code == "tiled in float64":
+            self.z = self.z.to(torch.float64)
         self.all = self.z
         self.exp2_scale = math.log2(math.e) / batch.temperature  # exp2 is several times faster than exp
         n = batch.num_rows
@@ -58,7 +51,7 @@ class Tiles:
         self.keys = None
         # On a GPU, asking whether there are duplicates makes the host wait; comparing all ids does not.
         if hide == "image" and batch.ids is not None and (self.z.device.type != "cpu" or bool(batch.duplicates)):
-            self.keys = batch.per_row(batch.ids)
+            self.keys = batch.per_row(batch.image_keys)
 
     def sums(self) -> Tensor:
         """[N]: for every row of the global batch the sum of its E."""

@@ -1,19 +1,28 @@
 """Sums of exp(similarity) on the GPU, one kernel per pass; the N x N similarities stay in registers.
 
-    sums       a program holds BLOCK rows and goes through the columns:   S_i += sum_j E_ij
-    gradient   the same, with a second product for each block:            g_i += sum_j E_ij (a_i + a_j) z_j
+    sums       a program holds TILE_ROWS rows and goes through the columns:   S_i += sum_j E_ij
+    gradient   the same, with a second product for each block of columns:     g_i += sum_j E_ij (a_i + a_j) z_j
 
-Products are made of three TF32 products each, which is as exact as float32, and accumulated in float32. With few rows
-the columns are cut into chunks too, so that every multiprocessor has work; the chunks' sums are added afterwards, in a
-fixed order: no atomics. Every rank sums its own rows, and an all-gather of N numbers joins the sums.
+The products are the tensor cores' float16 ones, accumulated in float32. No number in them is large: |z| <= 1, and
+E_ij a_i <= 1. A float32 row is the sum of two float16 parts, hi + lo, exact to 2^-24; three products of parts, without
+lo lo, are then as exact as float32. A row that was rounded to 16 bits is one part. The weights E_ij (a_i + a_j) are two
+parts always, scaled by 2^14 to the middle of float16's range.
 
-Importing this module needs triton; `implementations.py` does so on CUDA only. The kernels are compared with `Tiles`
-once per process before they are used. Tests run them by triton's interpreter on the CPU.
+    products of N x N x K            sums   gradient: similarities, weights   together
+    float32 rows (2 parts)              3                 3,            3            9
+    rows of 16 bits (1 part)            1                 1,            2            4
+
+With few rows the columns are cut into chunks too, so that every multiprocessor has work; the chunks' sums are added
+afterwards, in a fixed order: no atomics. Every rank sums its own rows, and an all-gather of N numbers joins the sums.
+
+Importing this module needs triton. `implementations.py` compares the kernels with `Tiles` before they are used. Tests
+run them by triton's interpreter on the CPU, and compile them for GPUs that are not there.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,133 +33,221 @@ from torch import Tensor
 from simclr_dist.loss.batch import GlobalBatch
 from simclr_dist.parallel import distributed
 
-LARGEST_WIDTH = 256
-WARPS_AND_STAGES = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+WEIGHT_SCALE = tl.constexpr(16384.0)  # weights are at most 2; float16 ends at 65504
+MOST_CHUNKS = 32
 
 
-def padded_width_and_block(K: int) -> tuple[int, int]:
-    """K rounded up to a power of two, and the rows of a block.
+@dataclass(frozen=True)
+class Tile:
+    """The rows and columns that a program works on at once, and how it is compiled."""
 
-    A block of rows and the blocks of columns fit into 96 KiB of shared memory on Ampere (160 KiB on Hopper).
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+def choose_tile(K: int, parts: int, capability: int) -> Tile:
+    """The largest tile whose program keeps its numbers in registers (tests/test_loss_compiled.py).
+
+    K: padded. capability: the device's, major. A program may have 227 KiB of shared memory on Hopper (9) and on the
+    B200 (10), 163 on the A100, 99 on other cards.
     """
-    K_padded = max(16, triton.next_power_of_2(K))
-    return K_padded, 64 if K_padded <= 128 else 32
+    wide = K > 128
+    if capability in (9, 10):
+        if parts == 1:
+            return Tile(128, 64 if wide else 128, warps=8, stages=3)
+        return Tile(128, 32 if wide else 64, warps=8, stages=2)
+    if parts == 1:
+        return Tile(64, 64 if wide else 128, warps=8, stages=2)
+    return Tile(32 if wide else 64, 32 if wide else 64, warps=8, stages=2)
+
+
+def num_chunks(row_blocks: int, column_blocks: int, multiprocessors: int) -> int:
+    """In how many chunks the columns are cut: those that keep all multiprocessors busy, and no more.
+
+    A multiprocessor runs one program at a time, so the programs run in rounds, and the last round should be full.
+    """
+    candidates = range(1, min(column_blocks, MOST_CHUNKS) + 1)
+    rounds = {chunks: math.ceil(row_blocks * chunks / multiprocessors) / chunks for chunks in candidates}
+    return next(chunks for chunks in candidates if rounds[chunks] <= 1.02 * min(rounds.values()))
 
 
 class Kernels:
-    """The interface of `tiled.Tiles`, for CUDA, float32 and K <= 256."""
+    """The interface of `tiled.Tiles`, for float32 z with K <= 256."""
 
     def __init__(self, batch: GlobalBatch, hide: str) -> None:
         self.batch = batch
-        self.z = batch.z.detach().contiguous()
+        self.z = batch.z.detach()
         self.all = self.z
-        self.K_padded, self.block = padded_width_and_block(self.z.shape[1])
-        images = torch.arange(batch.num_images * batch.world_size, device=self.z.device)
+        self.parts = 1 if batch.row_dtype.itemsize == 2 else 2
+        self.width = padded_width(self.z.shape[1])
+        self.tile = choose_tile(self.width, self.parts, _capability(self.z.device))
         if hide == "self":
-            self.keys = torch.arange(batch.num_all_rows, device=self.z.device)
+            self.keys = torch.arange(batch.num_all_rows, dtype=torch.int32, device=self.z.device)
         else:
-            self.keys = batch.per_row(images if batch.ids is None else batch.ids)
+            self.keys = batch.per_row(batch.image_keys)
 
     def sums(self) -> Tensor:
         """[N]: for every row of the global batch the sum of its E."""
-        self.all = self.batch.all_rows().contiguous()
+        self.all = self.batch.all_rows()
+        self._rows = float16_parts(self.all, self.parts, self.width)
         grid, chunk = self._grid()
         partial = self.z.new_empty(grid[1], self.batch.num_rows)
-        _sums_kernel[grid](*self._rows(), partial, chunk, **self._constants())
-        return distributed.all_gather(partial.sum(0))
+        _sums_kernel[grid](*self._arguments(chunk), partial, **self._constants())
+        sums = partial.sum(0)
+        # The batch decides, not the process group: a rank's trial of the kernels must not wait for the others.
+        return distributed.all_gather(sums) if self.batch.world_size > 1 else sums
 
     def gradient_rows(self, a: Tensor) -> Tensor:
-        """[n, K]: for every row i of this rank the sum over j of E_ij (a_i + a_j) z_j; a [N]. After `sums`."""
+        """[n, K]: for every row i of this rank the sum over j of E_ij (a_i + a_j) z_j; a [N]. After `sums`.
+
+        Needs E_ij a_i <= 1, as it is where a_i <= 1 / sums_i.
+        """
         grid, chunk = self._grid()
-        partial = self.z.new_empty(grid[1], *self.z.shape)
-        _gradient_kernel[grid](*self._rows(), a.contiguous(), partial, chunk, self.batch.own.start, **self._constants())
-        return partial.sum(0)
+        partial = self.z.new_empty(grid[1], self.batch.num_rows, self.width)
+        _gradient_kernel[grid](*self._arguments(chunk), a.contiguous(), partial, **self._constants())
+        return partial.sum(0)[:, : self.z.shape[1]]
 
     def _grid(self) -> tuple[tuple[int, int], int]:
         """(blocks of rows, chunks of columns), and the columns of a chunk."""
-        row_blocks, column_blocks = (triton.cdiv(len(rows), self.block) for rows in (self.z, self.all))
-        chunks = min(column_blocks, max(1, _multiprocessors(self.z.device) // row_blocks))
-        chunk = triton.cdiv(column_blocks, chunks) * self.block
+        row_blocks = triton.cdiv(len(self.z), self.tile.rows)
+        column_blocks = triton.cdiv(len(self.all), self.tile.columns)
+        chunks = num_chunks(row_blocks, column_blocks, _multiprocessors(self.z.device))
+        chunk = triton.cdiv(column_blocks, chunks) * self.tile.columns
         return (row_blocks, triton.cdiv(len(self.all), chunk)), chunk
 
-    def _rows(self) -> tuple[Any, ...]:
+    def _arguments(self, chunk: int) -> tuple[Any, ...]:
         exp2_scale = math.log2(math.e) / self.batch.temperature
-        return self.z, self.all, self.keys[self.batch.own], self.keys, *map(len, (self.z, self.all)), exp2_scale
+        return self._rows, self.keys, self.batch.own.start, len(self.z), len(self.all), chunk, exp2_scale
 
     def _constants(self) -> dict[str, Any]:
-        return {"K": self.z.shape[1], "K_PADDED": self.K_padded, "BLOCK": self.block, **WARPS_AND_STAGES}
+        return {**constants(self.width, self.parts, self.tile), **self.tile.options()}
+
+
+def constants(K: int, parts: int, tile: Tile) -> dict[str, int]:
+    return {"K": K, "PARTS": parts, "TILE_ROWS": tile.rows, "TILE_COLUMNS": tile.columns}
+
+
+def padded_width(K: int) -> int:
+    """Rows are filled up with zeros to a width that tensor cores can load."""
+    return max(16, triton.next_power_of_2(K))
+
+
+def float16_parts(z: Tensor, parts: int, width: int) -> Tensor:
+    """float16 [parts, N, width], whose parts add up to z [N, K], |z| <= 1."""
+    rows = torch.zeros(parts, len(z), width, dtype=torch.float16, device=z.device)
+    hi = rows[0, :, : z.shape[1]].copy_(z)
+    if parts == 2:
+        rows[1, :, : z.shape[1]].copy_(z - hi)
+    return rows
 
 
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels. Numbers of rows are arguments like any other: the program that the trial compiles is the training's.
+
+_jit = triton.jit(do_not_specialize=["own_start", "n", "N", "chunk"])
+
+
 @triton.jit
-def _load(z, keys, first, count, K: tl.constexpr, K_PADDED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows first .. first + BLOCK - 1: their numbers, which of them exist, z and keys."""
+def _load(rows, first, end, part, N, K: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Part `part` of the rows first .. first + BLOCK - 1 [BLOCK, K]; zeros from row `end` on."""
     i = first + tl.arange(0, BLOCK)
-    k = tl.arange(0, K_PADDED)
-    real = i < count
-    rows = tl.load(z + i[:, None] * K + k[None, :], mask=real[:, None] & (k < K)[None, :], other=0.0)
-    return i, real, rows, tl.load(keys + i, mask=real, other=-1)
+    return tl.load(rows + (part * N + i[:, None]) * K + tl.arange(0, K)[None, :], mask=(i < end)[:, None], other=0.0)
 
 
 @triton.jit
-def _exp(z_i, key_i, z_j, key_j, real_j, exp2_scale):  # type: ignore[no-untyped-def]
-    e = tl.exp2(tl.dot(z_i, tl.trans(z_j), input_precision="tf32x3") * exp2_scale)
-    return tl.where((key_i[:, None] != key_j[None, :]) & real_j[None, :], e, 0.0)
+def _hidden_exp(s, key_i, key_j, real_j, exp2_scale):  # type: ignore[no-untyped-def]
+    return tl.where((key_i[:, None] != key_j[None, :]) & real_j[None, :], tl.exp2(s * exp2_scale), 0.0)
 
 
-@triton.jit
+@_jit
 def _sums_kernel(  # type: ignore[no-untyped-def]
-    own,
-    all_rows,
-    own_keys,
-    all_keys,
+    rows,  # [PARTS, N, K]
+    keys,  # [N]
+    own_start,
     n,
     N,
+    chunk,
     exp2_scale,
     sums,  # [chunks, n]
-    chunk,
     K: tl.constexpr,
-    K_PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
 ):
-    i, real_i, z_i, key_i = _load(own, own_keys, tl.program_id(0) * BLOCK, n, K, K_PADDED, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    first = tl.program_id(1) * chunk
-    for start in range(first, min(first + chunk, N), BLOCK):
-        _, real_j, z_j, key_j = _load(all_rows, all_keys, start, N, K, K_PADDED, BLOCK)
-        total += tl.sum(_exp(z_i, key_i, z_j, key_j, real_j, exp2_scale), 1)
-    tl.store(sums + tl.program_id(1) * n + i, total, mask=real_i)
+    first = tl.program_id(0) * TILE_ROWS
+    i = first + tl.arange(0, TILE_ROWS)
+    key_i = tl.load(keys + own_start + i, mask=i < n, other=-1)
+    hi_i = _load(rows, own_start + first, own_start + n, 0, N, K, TILE_ROWS)
+    if PARTS == 2:
+        lo_i = _load(rows, own_start + first, own_start + n, 1, N, K, TILE_ROWS)
+    total = tl.zeros([TILE_ROWS], tl.float32)
+    begin = tl.program_id(1) * chunk
+    for start in range(begin, min(begin + chunk, N), TILE_COLUMNS):
+        j = start + tl.arange(0, TILE_COLUMNS)
+        key_j = tl.load(keys + j, mask=j < N, other=-1)
+        hi_j = _load(rows, start, N, 0, N, K, TILE_COLUMNS)
+        s = tl.dot(hi_i, tl.trans(hi_j))
+        if PARTS == 2:
+            lo_j = _load(rows, start, N, 1, N, K, TILE_COLUMNS)
+            s = tl.dot(lo_i, tl.trans(hi_j), s)
+            s = tl.dot(hi_i, tl.trans(lo_j), s)
+        total += tl.sum(_hidden_exp(s, key_i, key_j, j < N, exp2_scale), 1)
+    tl.store(sums + tl.program_id(1) * n + i, total, mask=i < n)
 
 
-@triton.jit
+@_jit
 def _gradient_kernel(  # type: ignore[no-untyped-def]
-    own,
-    all_rows,
-    own_keys,
-    all_keys,
+    rows,  # [PARTS, N, K]
+    keys,  # [N]
+    own_start,
     n,
     N,
+    chunk,
     exp2_scale,
     a,  # [N]
     gradient,  # [chunks, n, K]
-    chunk,
-    own_start,
     K: tl.constexpr,
-    K_PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
 ):
-    i, real_i, z_i, key_i = _load(own, own_keys, tl.program_id(0) * BLOCK, n, K, K_PADDED, BLOCK)
-    a_i = tl.load(a + own_start + i, mask=real_i, other=0.0)
-    total = tl.zeros([BLOCK, K_PADDED], tl.float32)
-    first = tl.program_id(1) * chunk
-    for start in range(first, min(first + chunk, N), BLOCK):
-        j, real_j, z_j, key_j = _load(all_rows, all_keys, start, N, K, K_PADDED, BLOCK)
-        a_j = tl.load(a + j, mask=real_j, other=0.0)
-        weight = _exp(z_i, key_i, z_j, key_j, real_j, exp2_scale) * (a_i[:, None] + a_j[None, :])
-        total += tl.dot(weight, z_j, input_precision="tf32x3")
-    k = tl.arange(0, K_PADDED)
-    place = (tl.program_id(1) * n + i[:, None]) * K + k[None, :]
-    tl.store(gradient + place, total, mask=real_i[:, None] & (k < K)[None, :])
+    first = tl.program_id(0) * TILE_ROWS
+    i = first + tl.arange(0, TILE_ROWS)
+    key_i = tl.load(keys + own_start + i, mask=i < n, other=-1)
+    a_i = tl.load(a + own_start + i, mask=i < n, other=0.0) * WEIGHT_SCALE
+    hi_i = _load(rows, own_start + first, own_start + n, 0, N, K, TILE_ROWS)
+    if PARTS == 2:
+        lo_i = _load(rows, own_start + first, own_start + n, 1, N, K, TILE_ROWS)
+    total = tl.zeros([TILE_ROWS, K], tl.float32)
+    begin = tl.program_id(1) * chunk
+    for start in range(begin, min(begin + chunk, N), TILE_COLUMNS):
+        j = start + tl.arange(0, TILE_COLUMNS)
+        key_j = tl.load(keys + j, mask=j < N, other=-1)
+        a_j = tl.load(a + j, mask=j < N, other=0.0) * WEIGHT_SCALE
+        hi_j = _load(rows, start, N, 0, N, K, TILE_COLUMNS)
+        s = tl.dot(hi_i, tl.trans(hi_j))
+        if PARTS == 2:
+            lo_j = _load(rows, start, N, 1, N, K, TILE_COLUMNS)
+            s = tl.dot(lo_i, tl.trans(hi_j), s)
+            s = tl.dot(hi_i, tl.trans(lo_j), s)
+        weight = _hidden_exp(s, key_i, key_j, j < N, exp2_scale) * (a_i[:, None] + a_j[None, :])
+        hi = weight.to(tl.float16)
+        total = tl.dot(hi, hi_j, total)
+        total = tl.dot((weight - hi.to(tl.float32)).to(tl.float16), hi_j, total)
+        if PARTS == 2:
+            total = tl.dot(hi, lo_j, total)
+    place = (tl.program_id(1) * n + i[:, None]) * K + tl.arange(0, K)[None, :]
+    tl.store(gradient + place, total / WEIGHT_SCALE, mask=(i < n)[:, None])

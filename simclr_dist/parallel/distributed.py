@@ -52,6 +52,11 @@ def world_size() -> int:
     return dist.get_world_size() if is_initialized() else 1
 
 
+def group() -> object | None:
+    """The process group, to be told from another; None if there is none."""
+    return dist.group.WORLD if is_initialized() else None
+
+
 def all_gather_async(x: Tensor) -> Callable[[], Tensor]:
     """Starts gathering x [n, ...] of every rank; call the result to wait for [W*n, ...], in the order of ranks.
 

@@ -12,7 +12,7 @@ from typing import Literal
 from torch import nn
 
 from simclr_dist.config import LossConfig, ModelConfig, TrainConfig
-from simclr_dist.loss.batch import HEADER_BYTES
+from simclr_dist.loss.agreement import HEADER_BYTES
 from simclr_dist.network.shape import shape_of_model
 
 
