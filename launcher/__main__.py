@@ -94,6 +94,18 @@ def run_init(args: argparse.Namespace) -> int:
     return init.run(args)
 
 
+def run_job(args: argparse.Namespace) -> int:
+    from launcher import slurm_job
+
+    return slurm_job.run(args)
+
+
+def run_check_job(args: argparse.Namespace) -> int:
+    from launcher import check
+
+    return check.run_in_job(args)
+
+
 def run_plan(args: argparse.Namespace) -> int:
     from launcher import slurm_job
 
@@ -112,12 +124,14 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "init": run_init,
     "check": run_check,
     "node": run_node,
+    "job": run_job,
+    "check-job": run_check_job,
     "plan": run_plan,
     "finish": run_finish,
     "plan-check": run_plan_check,
     "check-report": run_check_report,
 }
-TRAINING = ("local", "hosts", "resume", "node", "finish")
+TRAINING = ("local", "hosts", "resume", "node", "job", "finish")
 """Commands in which more is at stake than what they print."""
 
 

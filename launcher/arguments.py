@@ -27,6 +27,8 @@ SBATCH_OPTIONS = (
     *("gpus-per-node", "cpus-per-task", "mem", "constraint", "exclude"),
 )
 """Options of `launcher slurm` that are passed on to sbatch as they are."""
+SIGNAL_LEAD_S = 180
+"""As in slurm/train.sh."""
 BACKENDS = {
     "local": "train on this machine",
     "slurm": "submit to SLURM (what `sbatch slurm/train.sh` does, with the checks before the queue)",
@@ -86,17 +88,26 @@ def parser() -> argparse.ArgumentParser:
     node = commands.add_parser("node", description="On each node: check it, then start its processes.")
     node.add_argument("--plan", type=Path, required=True)
     node.add_argument("--node-rank", type=int)
-    plan = commands.add_parser("plan", description="Inside a SLURM job: write the launch plan.")
-    add_training_options(plan, max_failures=3)
-    plan.add_argument("--sweep")
-    plan.set_defaults(dry_run=False)
-    finish = commands.add_parser("finish", description="Inside a SLURM job: decide what follows.")
+    for name, text in (
+        ("job", "Inside a SLURM job: train on its nodes, and decide what follows."),
+        ("plan", "For scripts of release 0.1: write the launch plan."),
+    ):
+        command = commands.add_parser(name, description=text)
+        add_training_options(command, max_failures=3)
+        add_signal_lead(command)
+        command.add_argument("--sweep")
+        command.set_defaults(dry_run=False)
+    finish = commands.add_parser("finish", description="For scripts of release 0.1: decide what follows.")
     finish.add_argument("--run-dir", type=Path, required=True)
     finish.add_argument("--rc", type=int, required=True)
-    plan_check = commands.add_parser("plan-check", description="Inside a SLURM job: write the launch plan of a check.")
-    plan_check.set_defaults(backend="slurm")
-    add_check_options(plan_check)
-    report = commands.add_parser("check-report", description="Inside a SLURM job: print the result for each node.")
+    for name, text in (
+        ("check-job", "Inside a SLURM job: are its nodes fit?"),
+        ("plan-check", "For scripts of release 0.1: write the launch plan of a check."),
+    ):
+        command = commands.add_parser(name, description=text)
+        command.set_defaults(backend="slurm")
+        add_check_options(command)
+    report = commands.add_parser("check-report", description="For scripts of release 0.1: the result for each node.")
     report.add_argument("--run-dir", type=Path, required=True)
     return top
 
@@ -120,10 +131,14 @@ def add_backend(command: argparse.ArgumentParser, backend: str) -> None:
         command.add_argument(
             "--sbatch-arg", action="append", default=[], metavar="--OPTION=VALUE", help="may be repeated"
         )
-        command.add_argument(
-            "--signal-lead-s", type=positive_int, default=180, help="ask to save so long before the limit"
-        )
+        add_signal_lead(command)
         command.add_argument("--script", help="instead of slurm/train.sh")
+
+
+def add_signal_lead(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--signal-lead-s", type=positive_int, default=SIGNAL_LEAD_S, help="ask to save so long before the limit"
+    )
 
 
 def add_training_options(command: argparse.ArgumentParser, max_failures: int) -> None:

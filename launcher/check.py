@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher import build, gpus, local, machine, node, processes, scontrol, slurm, slurm_job
+from launcher import allocation, build, gpus, local, machine, node, processes, scontrol, slurm, slurm_job, step
+from launcher.allocation import Job
 from launcher.arguments import as_words
 from launcher.errors import Exit, LaunchError
 from launcher.launch_plan import (
+    STOP_SIGNALS,
     LaunchPlan,
     checked_env,
     is_reserved,
@@ -154,16 +156,15 @@ def look_at_slurm() -> Iterator[Finding]:
 # --deep: all ranks connect
 
 
-def deep_plan(args: argparse.Namespace) -> LaunchPlan:
+def deep_plan(args: argparse.Namespace, job: Job | None = None) -> LaunchPlan:
     """A launch plan whose processes run deep_check instead of a training, on this machine or in this SLURM job."""
-    device, procs = build.device_and_procs(args)
-    in_job = args.backend == "slurm"
-    hosts = slurm_job.job_hosts(os.environ) if in_job else [socket.gethostname().partition(".")[0]]
-    attempt = new_attempt(slurm_job.job_name_of(os.environ) if in_job else local.new_job("local"), 0)
+    device, procs = slurm_job.device_and_procs(args, job) if job else build.device_and_procs(args)
+    hosts = job.hosts if job else (socket.gethostname().partition(".")[0],)
+    attempt = new_attempt(job.name if job else local.new_job("local"), 0)
     run_dir = Path(os.path.abspath(args.runs_dir)) / ".check" / attempt
-    head_addr = args.head_addr or (slurm_job.head_address(hosts) if in_job else "127.0.0.1")
+    head_addr = args.head_addr or (slurm_job.head_address(hosts) if job else "127.0.0.1")
     plan = LaunchPlan(
-        backend="slurm" if in_job else "local",
+        backend="slurm" if job else "local",
         attempt=attempt,
         run_dir=str(run_dir),
         workdir=os.getcwd(),
@@ -173,10 +174,10 @@ def deep_plan(args: argparse.Namespace) -> LaunchPlan:
         device=device,
         num_nodes=len(hosts),
         procs_per_node=procs,
-        hosts=tuple(hosts),
+        hosts=hosts,
         head_addr=head_addr,
         port=args.port or 0,
-        ifname=args.ifname or ("" if in_job else "lo"),
+        ifname=args.ifname or ("" if job else "lo"),
         env=checked_env(args.env),
         max_failures=0,
         preflight_s=args.preflight_s,
@@ -185,12 +186,30 @@ def deep_plan(args: argparse.Namespace) -> LaunchPlan:
     return plan
 
 
+def plan_in_job(args: argparse.Namespace, job: Job) -> LaunchPlan:
+    """The launch plan of a check in a SLURM job, written."""
+    slurm_job.forget_other_jobs()
+    plan = deep_plan(args, job)
+    plan = replace(plan, port=plan.port or machine.free_port(plan.head_addr, slurm_job.first_port(job)))
+    write_launch_plan(plan)
+    return plan
+
+
+def run_in_job(args: argparse.Namespace) -> Exit:
+    """What slurm/check_nodes.sh becomes."""
+    job = allocation.this_job(os.environ)
+    plan = plan_in_job(args, job)
+    said = step.SrunMessages()
+    with local.Requests(*STOP_SIGNALS) as requests:
+        step.run(plan, job, requests)
+    if not plan.files.started(plan.attempt).exists():
+        print(f"PROBLEM  srun could not start the step: {said}", flush=True)
+    return report(Path(plan.run_dir))
+
+
 def plan_check(args: argparse.Namespace) -> Exit:
-    """For slurm/check_nodes.sh: writes the launch plan and prints its folder."""
-    plan = deep_plan(args)
-    port = plan.port or machine.free_port(plan.head_addr, int(plan.job.partition("_")[0]) * 10)
-    write_launch_plan(replace(plan, port=port))
-    print(plan.run_dir)
+    """For copies of the script of release 0.1: prints the folder of the launch plan."""
+    print(plan_in_job(args, allocation.this_job(os.environ)).run_dir)
     return Exit.OK
 
 
@@ -199,7 +218,7 @@ def deep_slurm(args: argparse.Namespace) -> Exit:
     command = ["salloc", *as_words(args, "nodes", "partition"), "--ntasks-per-node=1", "--exclusive", "--mem=0"]
     command += ["--time=10", "bash", slurm.script_path("check_nodes.sh")]
     command += as_words(args, "preflight-s", "device", "runs-dir", "nproc", "port", "head-addr", "ifname", "env")
-    env = os.environ | {"SIMCLR_PYTHON": str(Path(sys.executable).absolute())}
+    env = step.environment(os.environ) | {"SIMCLR_PYTHON": str(Path(sys.executable).absolute())}
     try:
         return Exit.OK if subprocess.run(command, env=env, check=False).returncode == 0 else Exit.PREFLIGHT
     except FileNotFoundError:
@@ -210,7 +229,7 @@ def report(run_dir: Path) -> Exit:
     """Prints how far the processes of each node came. Removes the folder if there was no problem."""
     plan = read_launch_plan(RunDir(run_dir).launch_plan)
     procs, status = plan.procs_per_node, read_status(run_dir)
-    problems = status.message.split("; ") if status and status.reason == "preflight" else []
+    problems = status.message.split("; ") if status and status.reason in ("preflight", "unfit") else []
     for rank, host in enumerate(plan.hosts):
         ranks = [_stage(run_dir, r) for r in range(rank * procs, (rank + 1) * procs)]
         stages = ", ".join(dict.fromkeys(r["stage"] for r in ranks))

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from launcher import machine, outcome, processes
 from launcher.errors import Exit, LaunchError
@@ -122,8 +123,8 @@ def begin(plan: LaunchPlan, **values: object) -> None:
     """Writes the launch plan and the record of the attempt's start; removes stop requests to earlier attempts."""
     run_dir = Path(plan.run_dir)
     prepare_run_dir(run_dir)
-    for request in RunDir(run_dir).stop_requests():
-        request.unlink(missing_ok=True)
+    for left in (*RunDir(run_dir).stop_requests(), *run_dir.glob(".started.*")):
+        left.unlink(missing_ok=True)
     remove_old_logs(run_dir)
     write_launch_plan(plan)
     outcome.record(
@@ -146,8 +147,8 @@ def remove_old_logs(run_dir: Path) -> None:
             shutil.rmtree(RunDir(run_dir).logs_of(attempt), ignore_errors=True)
 
 
-def conclude(plan: LaunchPlan, rc: int, job: outcome.JobState) -> Decision:
-    """Decides what follows from the attempt's end, and records it."""
+def conclude(plan: LaunchPlan, rc: int, job: outcome.JobState, **more: Any) -> Decision:
+    """Decides what follows from the attempt's end, and records it. more: of outcome.Evidence."""
     run_dir = Path(plan.run_dir)
     status = read_status(run_dir)
     if status is not None and status.attempt != plan.attempt:
@@ -161,6 +162,7 @@ def conclude(plan: LaunchPlan, rc: int, job: outcome.JobState) -> Decision:
         earlier=tuple(outcome.earlier_attempts(run_dir, plan.attempt)),
         stop_file=RunDir(run_dir).stop.exists(),
         job=job,
+        **more,
     )
     decision = outcome.decide(evidence, max_failures=plan.max_failures, requeue=plan.requeue)
     outcome.record(
@@ -238,12 +240,14 @@ def only_launcher(run_dir: Path) -> Iterator[None]:
     with RunDir(run_dir).launcher_lock.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise LaunchError(
                 f"{run_dir}: already being trained by {file.read().strip() or 'another launcher'}; "
                 "stop it first, or give this run another name=…"
             ) from None
+        except OSError:
+            pass  # a file system without locks
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
@@ -267,9 +271,10 @@ def holder(run_dir: Path) -> tuple[int, str] | None:
 class Requests:
     """Listens to signals from __enter__ to __exit__. The first one sets `stop`; a Ctrl-C after it sets `kill`."""
 
-    def __init__(self, stop_signal: str) -> None:
+    def __init__(self, *stop_signals: str) -> None:
         self.stop = self.kill = False
-        self._signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, getattr(signal, f"SIG{stop_signal}"))
+        asking = (getattr(signal, f"SIG{name}") for name in stop_signals)
+        self._signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *asking)
         self._before: dict[int, object] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:

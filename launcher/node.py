@@ -13,9 +13,11 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 from launcher import gpus, machine, rollcall
 from launcher.errors import Exit, LaunchError
@@ -34,11 +36,14 @@ def run_node(plan_path: Path, node_rank: int | None) -> None:
     # The agent would die of the stop signal: it has no handler while it imports torch. An ignored signal stays ignored
     # across exec and fork, until the workers install their handler.
     signal.signal(getattr(signal, f"SIG{plan.stop_signal}"), signal.SIG_IGN)
+    with suppress(OSError):  # the preflight names a folder that is not there
+        plan.files.started(plan.attempt).touch()
     rank = find_node_rank(plan, node_rank, os.environ)
-    problems = preflight(plan, rank)
+    problems, everywhere = preflight(plan, rank)
     if problems:
+        reason: Literal["preflight", "unfit"] = "unfit" if everywhere else "preflight"
         message = "; ".join(problems)
-        write_status(plan.files.path, "failed", step=0, reason="preflight", message=message, attempt=plan.attempt)
+        write_status(plan.files.path, "failed", step=0, reason=reason, message=message, attempt=plan.attempt)
         raise LaunchError(
             "preflight: these nodes cannot train together:\n" + "\n".join(f"  - {problem}" for problem in problems),
             Exit.PREFLIGHT,
@@ -80,26 +85,26 @@ def find_node_rank(plan: LaunchPlan, given: int | None, environ: Mapping[str, st
     return rank
 
 
-def preflight(plan: LaunchPlan, rank: int) -> list[str]:
-    """The problems that keep these nodes from training together: the same list on each node."""
+def preflight(plan: LaunchPlan, rank: int) -> tuple[list[str], bool]:
+    """The problems that keep these nodes from training together, the same list on each node; and whether one of them is
+    alike on all nodes, so that other nodes would have it, too."""
     own = local_report(plan, rank)
     if plan.num_nodes == 1:
         busy = not machine.port_is_free(plan.head_addr, plan.port)
         # On a single machine accelerate would silently change to another port and mode.
         taken = [f"port {plan.port} on {plan.head_addr} is in use; choose another with --port"] if busy else []
-        return [*own.problems, *taken]
-    if rank == 0:
-        return rollcall.listen(plan.head_addr, plan.port, plan.attempt, own, plan.hosts, plan.preflight_s)
-    return rollcall.answer(plan.head_addr, plan.port, plan.attempt, own, plan.preflight_s)
+        return [*own.problems, *taken], bool(own.problems)
+    place = (plan.head_addr, plan.port, plan.attempt, own)
+    problems = (
+        rollcall.answer(*place, plan.preflight_s) if rank else rollcall.listen(*place, plan.hosts, plan.preflight_s)
+    )
+    return problems, any(problem.startswith(rollcall.EVERY_NODE) for problem in problems)
 
 
 def local_report(plan: LaunchPlan, rank: int) -> rollcall.Report:
     problems = []
-    if plan.device == "cuda" and (found := gpus.here()).usable < plan.procs_per_node:
-        problems.append(
-            f"{found.usable} GPUs usable, but the launch plan has {plan.procs_per_node} processes on each node: "
-            f"{found.problem or found.how}"
-        )
+    if problem := gpu_problem(plan, os.environ):
+        problems.append(problem)
     for path in (plan.run_dir, plan.workdir):
         if not Path(path).is_dir():
             problems.append(f"{path} is not there; the run needs a directory that all nodes share")
@@ -107,6 +112,21 @@ def local_report(plan: LaunchPlan, rank: int) -> rollcall.Report:
         problems.append(f"{plan.run_dir} cannot be written to")
     host = plan.hosts[rank] if plan.hosts else socket.gethostname()
     return rollcall.Report(rank, host, versions(), problems, time.time())
+
+
+def gpu_problem(plan: LaunchPlan, environ: Mapping[str, str]) -> str:
+    """Why the plan's processes would not find their GPUs on this node; empty if they will."""
+    if plan.device == "cpu" or (found := gpus.here()).usable >= plan.procs_per_node:
+        return ""
+    given = environ.get("SLURM_GPUS_ON_NODE", "")
+    try:
+        gpus.compare_with_allocated(int(given or 0), f"SLURM_GPUS_ON_NODE={given}", found)
+    except LaunchError as error:
+        return str(error)
+    return (
+        f"{found.usable} GPUs usable, but the launch plan has {plan.procs_per_node} processes on each node: "
+        f"{found.problem or found.how}"
+    )
 
 
 def versions() -> dict[str, str]:

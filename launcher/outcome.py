@@ -18,8 +18,9 @@ from launcher.launch_plan import job_of
 from simclr_dist.run.layout import RunDir, append_record, read_records
 from simclr_dist.run.status import Status
 
-PERMANENT = ("config_error", "data_error", "nan_abort", "checkpoint_error")
+PERMANENT = ("config_error", "data_error", "nan_abort", "checkpoint_error", "unfit")
 """Reasons of a failure that would come back in every further attempt."""
+PERMANENT_EXIT = {"config_error": Exit.USAGE, "unfit": Exit.PREFLIGHT}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,9 +60,15 @@ def earlier_attempts(run_dir: Path, attempt: str) -> list[Ended]:
     for name, following in pairwise([*(name for name in starts if name != attempt), attempt]):
         # Where no end was recorded, the attempt came as far as the next one's start.
         last = ends.get(name) or starts.get(following, {})
-        progressed = int(last.get("step", 0)) > int(starts[name].get("step", 0))
-        result.append(Ended(bool(last.get("failed")), progressed))
+        steps = int(starts[name].get("step", 0)), int(last.get("step", 0))
+        result.append(Ended(bool(last.get("failed")), has_progressed(*steps)))
     return result
+
+
+def has_progressed(start_step: int, end_step: int) -> bool:
+    """Whether an attempt was worth its start. One that is asked to stop while it starts still trains one step, and so
+    could come back for ever."""
+    return end_step > start_step + 1
 
 
 def start_step(run_dir: Path, attempt: str) -> int:
@@ -87,6 +94,12 @@ class Evidence:
     earlier: tuple[Ended, ...] = ()
     stop_file: bool = False
     job: JobState = "none"
+    never_started: str = ""
+    """Why the scheduler started nothing of this attempt, in its own words; empty where something ran."""
+    stop_requested: bool = False
+    """Whether this attempt was asked to save and stop."""
+    not_ours: str = ""
+    """Why the job must not be requeued; empty where it is there for this training alone."""
 
 
 @dataclass(frozen=True)
@@ -123,20 +136,26 @@ def decide(evidence: Evidence, *, max_failures: int, requeue: bool) -> Decision:
     if state == "failed" and reason in PERMANENT:
         return Decision(
             "fail",
-            Exit.USAGE if reason == "config_error" else Exit.FAILED,
+            PERMANENT_EXIT.get(reason, Exit.FAILED),
             f"{reason}: another attempt would fail in the same way",
             failed=True,
             permanent=True,
             explained=evidence.rc == Exit.USAGE,  # workers' exit codes become 1
         )
 
-    progressed = evidence.end_step > evidence.start_step
+    if evidence.never_started and status is None and not evidence.stop_requested:
+        return Decision("fail", Exit.FAILED, f"srun could not start the step: {evidence.never_started}", failed=True)
+
+    progressed = has_progressed(evidence.start_step, evidence.end_step)
     idle = 0 if progressed else 1 + _num_last(evidence.earlier, lambda ended: not ended.progressed)
-    if state == "preempted" or evidence.job == "time_limit":
+    cut_short = evidence.stop_requested and status is None  # before any process could answer
+    if state == "preempted" or evidence.job == "time_limit" or cut_short:
         what = "time limit" if evidence.job == "time_limit" else "preempted"
         if idle > max(1, max_failures):
             return Decision(
-                "fail", Exit.GAVE_UP, f"{what}; {idle} attempts in a row saved nothing (is the time limit too short?)"
+                "fail",
+                Exit.GAVE_UP,
+                f"{what}; {idle} attempts in a row trained one step at most (is the time limit too short?)",
             )
         again = Decision("requeue", Exit.PREEMPTED, f"{what} at step {evidence.end_step}")
         if evidence.job == "none":
@@ -154,6 +173,8 @@ def decide(evidence: Evidence, *, max_failures: int, requeue: bool) -> Decision:
         again = Decision("requeue", code, f"{what} (failure {failures} of {max_failures} forgiven)", failed=True)
     if not requeue:
         return _not_requeued(again, "requeueing is switched off")
+    if evidence.not_ours:
+        return _not_requeued(again, evidence.not_ours)
     if evidence.job == "unknown":
         # The user may have cancelled the job, and then it must not come back.
         return _not_requeued(again, "the scheduler did not say how the job ended")

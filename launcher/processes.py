@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def die_with_this_process() -> Callable[[], None]:
+def die_with_this_process(signal_number: int = signal.SIGKILL) -> Callable[[], None]:
     """A `preexec_fn` of a child: the kernel kills it when this process ends, however that happens. Survives exec."""
     parent = os.getpid()  # 1 in a container whose first process this is
 
     def ask_kernel() -> None:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _prctl(_PR_SET_PDEATHSIG, signal_number)
         if os.getppid() != parent:
             os._exit(1)  # it has ended already
 

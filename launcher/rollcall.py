@@ -19,6 +19,8 @@ from launcher import machine
 CONNECT_TIMEOUT_S = 5.0
 CLOCK_SKEW_S = 30.0
 LONGEST_LINE = 65536
+EVERY_NODE = "every node: "
+"""Starts the problems that all nodes have."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,10 @@ def answer(address: str, port: int, attempt: str, own: Report, timeout_s: float)
 
 def compare(reports: Mapping[int, Report], hosts: Sequence[str], timeout_s: float) -> list[str]:
     """The problems that nodes reported, differences between nodes, and missing nodes."""
-    problems = [f"{report.host}: {problem}" for _, report in sorted(reports.items()) for problem in report.problems]
+    came = [report for _, report in sorted(reports.items())]
+    everywhere = set.intersection(*(set(report.problems) for report in came)) if len(came) == len(hosts) else set()
+    problems = [f"{EVERY_NODE}{problem}" for problem in reports[0].problems if problem in everywhere]
+    problems += [f"{report.host}: {each}" for report in came for each in report.problems if each not in everywhere]
     missing = [f"{hosts[rank]} (node {rank})" for rank in range(len(hosts)) if rank not in reports]
     if missing:
         problems.append(

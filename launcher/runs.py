@@ -29,9 +29,11 @@ def run_dir_of(args: argparse.Namespace) -> Path:
 
 
 def slurm_job(run_dir: Path) -> str | None:
-    """The newest SLURM job of this run, also one that still waits; None if there was none."""
-    jobs = [entry["job"] for entry in outcome.recorded(run_dir, "submit", "start") if "job" in entry]
-    return jobs[-1] if jobs and re.fullmatch(r"\d+(_\d+)?", str(jobs[-1])) else None
+    """The newest SLURM job of this run, also one that waits; None if there is none, or it is not for this run alone."""
+    jobs = [entry for entry in outcome.recorded(run_dir, "submit", "start") if "job" in entry]
+    if not jobs or jobs[-1].get("shared_job") or not re.fullmatch(r"\d+(_\d+)?", str(jobs[-1]["job"])):
+        return None
+    return str(jobs[-1]["job"])
 
 
 def status(args: argparse.Namespace) -> Exit:

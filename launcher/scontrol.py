@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 
+from launcher.launch_plan import checked
 from launcher.outcome import JobState
 
 QUERY_TIMEOUT_S = 30.0
@@ -23,14 +25,51 @@ def run_query(argv: list[str]) -> subprocess.CompletedProcess[str] | None:
         return None
 
 
+def host_names(nodelist: str) -> tuple[str, ...]:
+    """The hosts of a list such as n[1-2]; empty where SLURM does not answer."""
+    listing = query(["scontrol", "show", "hostnames", nodelist]) if nodelist else None
+    return tuple(checked("host", name) for name in (listing or "").split())
+
+
 def node_address(host: str) -> str:
-    match = re.search(r"(?:^|\s)NodeAddr=(\S+)", query(["scontrol", "-o", "show", "node", host]) or "")
+    return _of_node(host, "NodeAddr")
+
+
+def threads_per_core(host: str) -> int:
+    return int(_of_node(host, "ThreadsPerCore") or 1)
+
+
+def all_answer(hosts: Sequence[str]) -> bool:
+    """Whether SLURM takes these nodes for fit: none is down or without an answer (`*` behind its state)."""
+    described = query(["scontrol", "-o", "show", "node", ",".join(hosts)]) or ""
+    states = re.findall(r"(?:^|\s)State=(\S+)", described)
+    return not any(re.search(r"DOWN|FAIL|NOT_RESPONDING|\*", state) for state in states)
+
+
+def _of_node(host: str, key: str) -> str:
+    match = re.search(rf"(?:^|\s){key}=(\S+)", query(["scontrol", "-o", "show", "node", host]) or "")
     return match[1] if match else ""
 
 
-def log_path(job: str) -> str:
-    match = re.search(r"\sStdOut=(.*?)(?: [A-Z][A-Za-z:]*=|\s*$)", query(["scontrol", "-o", "show", "job", job]) or "")
-    return match[1] if match else ""
+def live_step(job: str, name: str) -> str:
+    """The id of a step of the job (its plain number) that has this name; empty if there is none."""
+    steps = query(["squeue", "--steps", "--noheader", f"--jobs={job}", "--format=%i %j"]) or ""
+    return next(
+        (step for step, _, called in (line.partition(" ") for line in steps.splitlines()) if called == name), ""
+    )
+
+
+def parse_time_limit(text: str) -> float | None:
+    """Seconds of a limit as sbatch takes it: MIN, MIN:S, H:M:S, D-H, D-H:M or D-H:M:S. None if it is none of these."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if not match:
+        return None
+    days, *parts = (int(part) if part else None for part in match.groups())
+    given = [part for part in parts if part is not None]
+    if days is None and len(given) < 3:  # MIN or MIN:S
+        given.insert(0, 0)
+    hours, minutes, seconds = [*given, 0, 0][:3]
+    return 86400.0 * (days or 0) + 3600 * hours + 60 * minutes + seconds
 
 
 def job_state(job: str, own_restarts: int) -> JobState:

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from launcher import build, outcome, scontrol, sweep
-from launcher.arguments import SBATCH_OPTIONS, as_words
+from launcher import build, outcome, scontrol, step, sweep
+from launcher.arguments import SBATCH_OPTIONS, SIGNAL_LEAD_S, as_words
 from launcher.errors import Exit, LaunchError
 from launcher.launch_plan import LaunchPlan, checked, job_of, looks_secret, one_line, prepare_run_dir
 from simclr_dist.run.layout import RunDir
@@ -48,7 +48,10 @@ def submit_command(args: argparse.Namespace, files: RunDir, num_points: int | No
     pattern = "slurm-%j.out" if num_points is None else "slurm-%A_%a.out"
     output = f"{str(files.logs).replace('%', '%%')}/{pattern}"
     command = ["sbatch", "--parsable", f"--job-name={checked('job name', files.path.name)}", f"--output={output}"]
+    command.append("--export=ALL")  # of `passed_on`, whatever SBATCH_EXPORT says
     command += as_words(args, *SBATCH_OPTIONS)
+    if not any(word.startswith("--mem") for word in (*command, *args.sbatch_arg)):
+        command.append("--mem=0")  # the nodes' whole memory, as the whole nodes are the job's
     command.append(f"--signal=B:{args.stop_signal}@{args.signal_lead_s}")
     command += as_words(args, "no-requeue")
     for option in args.sbatch_arg:
@@ -74,6 +77,7 @@ def job_arguments(args: argparse.Namespace) -> list[str]:
     """The arguments of slurm/train.sh, which passes them to `launcher plan` inside the job."""
     words = as_words(args, *("stop-signal", "max-failures", "save-budget-s", "preflight-s", "nproc", "head-addr"))
     words += as_words(args, *("ifname", "device", "port", "no-requeue", "env"))
+    words += as_words(args, "signal-lead-s") if args.signal_lead_s != SIGNAL_LEAD_S else []
     words += [f"--sweep={os.path.abspath(args.sweep)}"] if args.sweep else []
     return [*words, os.path.abspath(args.config), *args.overrides]
 
@@ -129,6 +133,10 @@ def submit(args: argparse.Namespace) -> Exit:
             f"{run_dir}: SLURM gives backslashes in log paths a meaning of their own; choose another path"
         )
     refuse_if_live(run_dir)
+    asked = [option.partition("=")[2] for option in args.sbatch_arg if option.startswith("--time=")]
+    limit = scontrol.parse_time_limit([os.environ.get("SBATCH_TIMELIMIT", ""), args.time or "", *asked][-1])
+    if problem := time_limit_problem(limit, args.signal_lead_s, args.save_budget_s):
+        raise LaunchError(problem)
     if num_points is None:
         build.check_before_the_queue(args)
     files = RunDir(run_dir)
@@ -151,6 +159,17 @@ def submit(args: argparse.Namespace) -> Exit:
     return Exit.OK
 
 
+def time_limit_problem(limit_s: float | None, lead_s: float, save_budget_s: float) -> str:
+    """Why attempts under this time limit would do little but start and save; empty where they have time."""
+    if limit_s is None or limit_s > lead_s + save_budget_s:
+        return ""
+    return (
+        f"the time limit of {limit_s:.0f} s leaves no time to train where SLURM asks to save {lead_s:.0f} s before it "
+        f"(--signal-lead-s; by hand sbatch --signal=B:USR1@{lead_s:.0f}) and saving may take {save_budget_s:.0f} s "
+        "(--save-budget-s): use a longer --time, or a shorter lead"
+    )
+
+
 def refuse_if_live(run_dir: Path, own: str | None = None) -> None:
     """Raises LaunchError if another job holds this run directory.
 
@@ -160,6 +179,10 @@ def refuse_if_live(run_dir: Path, own: str | None = None) -> None:
         entries = outcome.recorded(run_dir, event)
         job = job_of(entries[-1]["attempt"]) if entries else ""
         if not re.fullmatch(r"\d+(_\d+)?", job) or job == own:
+            continue
+        if entries[-1].get("shared_job"):  # that job goes on without this run
+            if live := scontrol.live_step(job, step.NAME):
+                raise LaunchError(f"{run_dir}: step {live} trains this run; end it with `scancel {live}`")
             continue
         state = scontrol.query(["squeue", "--noheader", f"--jobs={job}", "--format=%T"])
         if state and state.strip():

@@ -1,100 +1,138 @@
-"""The backend for SLURM, inside the job: slurm/train.sh calls `plan` before its srun and `finish` after it.
+"""The backend for SLURM, inside the job: `launcher job`, which slurm/train.sh becomes.
 
-The script decides nothing: it gets the run directory from `plan`, starts one task on every node, and passes the exit
-code to `finish`. So every decision is in Python and can be tested without a cluster.
+It plans the attempt on the first node, starts one task on every node, and decides what follows when they have ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
-import signal
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
-from launcher import build, local, machine, outcome, scontrol, slurm, sweep
+from launcher import allocation, build, gpus, local, machine, outcome, scontrol, slurm, step, sweep
+from launcher.allocation import Job
 from launcher.errors import Exit, LaunchError
-from launcher.launch_plan import LaunchPlan, checked, new_attempt, read_launch_plan
+from launcher.launch_plan import (
+    STOP_SIGNALS,
+    Device,
+    LaunchPlan,
+    new_attempt,
+    prepare_run_dir,
+    read_launch_plan,
+    restart_of,
+)
 from simclr_dist.run.layout import RunDir
 
 
-def job_name_of(environ: Mapping[str, str]) -> str:
-    """The job's id for SLURM's commands. In an array ARRAY_TASK, because the last task's plain id also names the whole
-    array: requeueing or cancelling that id would act on every task."""
-    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
-    job = f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID", "")
-    if not re.fullmatch(r"\d+(_\d+)?", job):
-        raise LaunchError("not inside a SLURM job: submit with `sbatch slurm/train.sh CONFIG`, or `salloc` first")
-    return job
+def run(args: argparse.Namespace) -> Exit:
+    """One attempt, from its plan to what follows."""
+    with local.Requests(*STOP_SIGNALS) as requests:
+        job = allocation.this_job(os.environ)
+        not_ours = allocation.why_not_ours(job, os.environ)
+        forget_other_jobs()
+        plan = plan_attempt(args, job)
+        run_dir = Path(plan.run_dir)
+        refuse_if_in_use(plan, job)
+        prepare_run_dir(run_dir)
+        with local.only_launcher(run_dir):
+            if stopped_while_waiting(plan):
+                return Exit.OK
+            if not_ours and plan.requeue:
+                print(f"launcher: {not_ours}: it is not requeued when the training stops", file=sys.stderr)
+            if problem := slurm.time_limit_problem(job.time_limit_s, args.signal_lead_s, args.save_budget_s):
+                print(f"launcher: {problem}", file=sys.stderr, flush=True)
+            begin(plan, job, not_ours)
+            said = step.SrunMessages()
+            code = step.run(plan, job, requests)
+            return conclude(plan, code, not_ours, said=str(said), stop_requested=requests.stop)
 
 
-def plan_attempt(args: argparse.Namespace) -> LaunchPlan:
+def forget_other_jobs() -> None:
+    """Takes the options of srun and sbatch out of this process's environment; some are another job's."""
+    clean = step.environment(os.environ)
+    os.environ.clear()
+    os.environ.update(clean)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the step
+
+
+def plan_attempt(args: argparse.Namespace, job: Job) -> LaunchPlan:
     """The launch plan of this attempt, made on the first node of the job for the nodes that it has this time."""
-    environ = os.environ
-    job = job_name_of(environ)
-    restart = int(environ.get("SLURM_RESTART_COUNT") or 0)  # not set in the first run
     if args.sweep:
-        points = sweep.read_points(Path(args.sweep))
-        args = sweep.at_point(args, points, int(environ.get("SLURM_ARRAY_TASK_ID") or 0))
-    hosts = job_hosts(environ)
-    device, procs = build.device_and_procs(args)
-    config, command = build.training(args, len(hosts) * procs)
-    head_addr = args.head_addr or head_address(hosts)
-    start = int(job.partition("_")[0]) * 10 + int(job.partition("_")[2] or 0) * 10 + restart
-    values = build.common(args, config, local.continuing(command, restart))
-    values["port"] = args.port or machine.free_port(head_addr, start)
+        args = sweep.at_point(args, sweep.read_points(Path(args.sweep)), job.array_task)
+    device, procs = device_and_procs(args, job)
+    config, command = build.training(args, len(job.hosts) * procs)
+    head_addr = args.head_addr or head_address(job.hosts)
+    values = build.common(args, config, local.continuing(command, job.restarts))
+    values["port"] = args.port or machine.free_port(head_addr, first_port(job))
+    values["python"] = shutil.which(os.environ.get("SIMCLR_PYTHON", "")) or values["python"]  # may be a wrapper
     # A task of an array is continued as a single run.
-    words = (*partition_and_account(environ), *slurm.job_arguments(args))
-    values["resume_argv"] = ("slurm", f"--nodes={len(hosts)}", *words)
+    queue = [f"--{key}={value}" for key in ("partition", "account") if (value := getattr(job, key))]
+    values["resume_argv"] = ("slurm", f"--nodes={len(job.hosts)}", *queue, *slurm.job_arguments(args))
     return LaunchPlan(
         backend="slurm",
-        attempt=new_attempt(job, restart),
+        attempt=new_attempt(job.name, job.restarts),
         device=device,
-        num_nodes=len(hosts),
+        num_nodes=len(job.hosts),
         procs_per_node=procs,
-        hosts=tuple(hosts),
+        hosts=job.hosts,
         head_addr=head_addr,
         ifname=args.ifname or "",
         **values,
     )
 
 
-def partition_and_account(environ: Mapping[str, str]) -> list[str]:
-    found = [("partition", environ.get("SLURM_JOB_PARTITION")), ("account", environ.get("SLURM_JOB_ACCOUNT"))]
-    return [f"--{key}={value}" for key, value in found if value and value != "(null)"]
+def device_and_procs(args: argparse.Namespace, job: Job) -> tuple[Device, int]:
+    """Device, and processes on each node: one for each GPU that SLURM gave. Each node looks whether it can use them.
 
-
-def plan_here(args: argparse.Namespace) -> Exit:
-    """For slurm/train.sh: writes the launch plan and prints the run directory, or nothing if there is nothing to do."""
-    plan = plan_attempt(args)
-    run_dir = Path(plan.run_dir)
-    slurm.refuse_if_live(run_dir, own=plan.job)
-    if plan.files.stop.exists():
-        plan.files.stop.unlink(missing_ok=True)  # granted: the next job may start
-        print(f"launcher: {run_dir}: a stop was requested while the job was waiting; not started", file=sys.stderr)
-        return Exit.OK
-    local.begin(plan, job=plan.job, hosts=plan.hosts, log=scontrol.log_path(plan.job))
-    print(plan.run_dir)
-    return Exit.OK
-
-
-def job_hosts(environ: Mapping[str, str]) -> list[str]:
-    nodelist = environ.get("SLURM_JOB_NODELIST", "")
-    listing = scontrol.query(["scontrol", "show", "hostnames", nodelist]) if nodelist else None
-    if listing is None:
-        if environ.get("SLURM_JOB_NUM_NODES") == "1":
-            return [environ.get("SLURMD_NODENAME") or nodelist]  # containers often have no scontrol
+    Where SLURM gave none, it may not know of the GPUs of its nodes, and those of this machine count.
+    """
+    allocated = 0 if args.device == "cpu" else job.gpus_per_node(args.nproc)
+    if not allocated:
+        return build.device_and_procs(args)
+    if args.nproc and args.nproc > allocated:
         raise LaunchError(
-            f"the nodes of this job ({nodelist}) cannot be listed: `scontrol show hostnames` does not answer here. "
-            "If this is a container, start slurm/train.sh outside and only the task inside (see slurm/README.md)",
-            Exit.PREFLIGHT,
+            f"--nproc {args.nproc}: job {job.name} has {allocated} GPUs on each node, and each process needs its own; "
+            f"use --nproc {allocated}, or ask for more. {gpus.OR_ON_THE_CPU}"
         )
-    return [checked("host", name) for name in listing.split()]
+    return "cuda", args.nproc or allocated
 
 
-def head_address(hosts: list[str]) -> str:
+def first_port(job: Job) -> int:
+    array, _, task = job.name.partition("_")
+    return int(array) * 10 + int(task or 0) * 10 + job.restarts
+
+
+def refuse_if_in_use(plan: LaunchPlan, job: Job) -> None:
+    """Raises LaunchError if this job's nodes train already, or another job trains this run."""
+    if live := scontrol.live_step(job.id, step.NAME):
+        raise LaunchError(
+            f"job {job.name} already trains, in step {live}: end it first (Ctrl-C where it was started, or "
+            f"`scancel {live}`)"
+        )
+    slurm.refuse_if_live(Path(plan.run_dir), own=plan.job)
+
+
+def stopped_while_waiting(plan: LaunchPlan) -> bool:
+    """Whether a stop was requested before the start. The request is then granted."""
+    if not plan.files.stop.exists():
+        return False
+    plan.files.stop.unlink(missing_ok=True)  # the next job may start
+    print(f"launcher: {plan.run_dir}: a stop was requested while the job was waiting; not started", file=sys.stderr)
+    return True
+
+
+def begin(plan: LaunchPlan, job: Job, not_ours: str) -> None:
+    whose = {"shared_job": True} if not_ours else {}
+    local.begin(plan, job=plan.job, hosts=plan.hosts, log=job.log, **whose)
+
+
+def head_address(hosts: Sequence[str]) -> str:
     """An IP address by which the other nodes reach the first host.
 
     NodeAddr, the address that SLURM itself uses, is tried before the name. A loopback address counts only if all nodes
@@ -136,24 +174,54 @@ def head_address(hosts: list[str]) -> str:
     )
 
 
-def finish(run_dir: Path, rc: int) -> Exit:
-    """For slurm/train.sh, after its srun: decides what follows, records it, and requeues the job if it should be."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # a requeue sends signals to this script, too
-    plan = read_launch_plan(RunDir(run_dir).launch_plan)
-    job = job_name_of(os.environ)
-    if plan.job != job:
-        raise LaunchError(f"{plan.path} is the launch plan of job {plan.job}, this is job {job}", Exit.FAILED)
-    decision = local.conclude(plan, rc, scontrol.job_state(job, int(os.environ.get("SLURM_RESTART_COUNT") or 0)))
-    if decision.action == "requeue":
-        done = scontrol.run_query(["scontrol", "requeue", job])
-        if done is not None and done.returncode == 0:
-            print(f"launcher: {run_dir}: {decision.why}; requeued", file=sys.stderr, flush=True)
-            return Exit.OK
-        refusal = done.stderr.strip() if done else "scontrol does not answer"
-        outcome.record(run_dir, "requeue_refused", plan.attempt, why=refusal)
-        print(f"launcher: {run_dir}: {decision.why}; SLURM does not requeue it: {refusal}", file=sys.stderr)
-        print(f"launcher: continue with: {local.continue_line(plan)}", file=sys.stderr, flush=True)
-        return Exit.FAILED if decision.failed else Exit.PREEMPTED
-    local.report(plan, decision)
-    return decision.exit_code
+# ---------------------------------------------------------------------------------------------------------------------
+# After the step
+
+
+def conclude(
+    plan: LaunchPlan, code: int, not_ours: str, said: str = "its message stands above", stop_requested: bool = False
+) -> Exit:
+    """Decides what follows, records it, and requeues the job if it should be. code: srun's; said: its own words."""
+    if plan.files.started(plan.attempt).exists() or not scontrol.all_answer(plan.hosts):
+        said = ""  # something ran, or a node was lost
+    state = scontrol.job_state(plan.job, restart_of(plan.attempt))
+    decision = local.conclude(plan, code, state, never_started=said, stop_requested=stop_requested, not_ours=not_ours)
+    plan.files.started(plan.attempt).unlink(missing_ok=True)
+    if decision.action != "requeue":
+        local.report(plan, decision)
+        return decision.exit_code
+    done = scontrol.run_query(["scontrol", "requeue", plan.job])
+    if done is not None and done.returncode == 0:
+        print(f"launcher: {plan.run_dir}: {decision.why}; requeued", file=sys.stderr, flush=True)
+        return Exit.OK
+    refusal = done.stderr.strip() if done else "scontrol does not answer"
+    outcome.record(Path(plan.run_dir), "requeue_refused", plan.attempt, why=refusal)
+    print(f"launcher: {plan.run_dir}: {decision.why}; SLURM does not requeue it: {refusal}", file=sys.stderr)
+    print(f"launcher: continue with: {local.continue_line(plan)}", file=sys.stderr, flush=True)
+    return Exit.FAILED if decision.failed else Exit.PREEMPTED
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For copies of the scripts of release 0.1, which start the step themselves
+
+
+def plan_here(args: argparse.Namespace) -> Exit:
+    """Writes the launch plan and prints the run directory, or nothing if there is nothing to do."""
+    job = allocation.this_job(os.environ)
+    forget_other_jobs()
+    plan = plan_attempt(args, job)
+    refuse_if_in_use(plan, job)
+    if not stopped_while_waiting(plan):
+        begin(plan, job, "")
+        print(plan.run_dir)
+    return Exit.OK
+
+
+def finish(run_dir: Path, code: int) -> Exit:
+    """After the script's srun."""
+    with local.Requests(*STOP_SIGNALS):  # a requeue sends signals to this process, too
+        plan = read_launch_plan(RunDir(run_dir).launch_plan)
+        job = allocation.this_job(os.environ, over=True)
+        if plan.job != job.name:
+            raise LaunchError(f"{plan.path} is the launch plan of job {plan.job}, this is job {job.name}", Exit.FAILED)
+        return conclude(plan, code, allocation.why_not_ours(job, os.environ))

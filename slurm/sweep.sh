@@ -10,7 +10,7 @@
 #SBATCH --array=0-3                # EDIT: 0 to the number of runs less one; %4 at the end: four at a time
 #SBATCH --nodes=1                  # EDIT: for each run
 #SBATCH --exclusive                # EDIT: see train.sh
-#SBATCH --mem=0                    # EDIT
+##SBATCH --mem=0                   # EDIT
 ##SBATCH --time=24:00:00           # EDIT
 ##SBATCH --partition=gpu           # EDIT
 #SBATCH --ntasks-per-node=1
@@ -21,6 +21,7 @@
 
 # The same shell goes on as train.sh, so that SLURM's signals find it.
 [ $# -ge 2 ] || { echo "usage: sbatch --array=0-N slurm/sweep.sh SWEEP.yaml CONFIG [key=value …]" >&2; exit 2; }
+[ -f slurm/train.sh ] || { echo "slurm/sweep.sh: no slurm/train.sh in $PWD: submit from the repository's root" >&2; exit 2; }
 SWEEP="$1"
 shift
 exec bash slurm/train.sh --sweep="$SWEEP" "$@"

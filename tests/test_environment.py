@@ -65,6 +65,7 @@ def test_the_page_shows_the_table() -> None:
         ({"WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
         ({"RANK": "3"}, "RANK=3 of WORLD_SIZE=1"),
         ({"PMI_SIZE": "4"}, "mpirun or srun"),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}, "bash slurm/train.sh CONFIG"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )

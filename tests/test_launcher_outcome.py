@@ -76,7 +76,7 @@ def test_two_failures_without_progress_are_enough() -> None:
 
 @pytest.mark.parametrize("reason", outcome.PERMANENT)
 def test_errors_that_would_come_back_are_never_requeued(reason: str) -> None:
-    code = Exit.USAGE if reason == "config_error" else Exit.FAILED
+    code = outcome.PERMANENT_EXIT.get(reason, Exit.FAILED)
     assert action(failed(reason), "running", max_failures=99) == ("fail", code)
 
 
@@ -90,11 +90,12 @@ CAN_ANOTHER_ATTEMPT_HELP = {
     "crash": True,
     "hang": True,
     "preflight": True,
+    "unfit": False,
 }
 
 
 def test_for_every_reason_of_a_failure_it_is_decided_whether_to_try_again() -> None:
-    assert {*get_args(Reason), "preflight"} <= CAN_ANOTHER_ATTEMPT_HELP.keys()
+    assert {*get_args(Reason), "preflight", "unfit"} <= CAN_ANOTHER_ATTEMPT_HELP.keys()
     assert set(outcome.PERMANENT) <= CAN_ANOTHER_ATTEMPT_HELP.keys()
 
 
@@ -120,6 +121,32 @@ def test_without_a_scheduler_a_stopped_run_waits_for_its_owner() -> None:
     assert action(PREEMPTED, "none") == ("leave", Exit.PREEMPTED)
     assert action(failed("crash"), "none", max_failures=0) == ("fail", Exit.FAILED)
     assert action(failed("preflight"), "none", max_failures=0) == ("fail", Exit.PREFLIGHT)
+
+
+def test_a_step_that_srun_did_not_start_is_not_tried_again() -> None:
+    never = {"never_started": "srun: error: Unable to create step"}
+    assert action(None, "running", (0, 0), **never) == ("fail", Exit.FAILED)
+    assert action(None, "unknown", (0, 0), **never) == ("fail", Exit.FAILED)
+    assert action(None, "requeued", (0, 0), **never) == ("leave", Exit.OK)  # by SLURM, which lost a node
+    assert action(PREEMPTED, "running", (0, 9), **never)[0] == "requeue"  # something ran after all
+    # Asked to stop before anything could start: as any preemption, and not for ever.
+    assert action(None, "running", (0, 0), **never, stop_requested=True)[0] == "requeue"
+    idle = Ended(failed=False, progressed=False)
+    assert action(None, "running", (0, 0), stop_requested=True, earlier=(idle, idle, idle))[0] == "fail"
+
+
+def test_a_job_that_is_more_than_the_training_is_not_requeued() -> None:
+    other = {"not_ours": "job 7 does more than this training"}
+    assert action(PREEMPTED, "running", **other) == ("leave", Exit.PREEMPTED)
+    assert action(failed("crash"), "running", **other) == ("leave", Exit.FAILED)
+    assert action(FINISHED, "running", **other) == ("done", Exit.OK)
+
+
+def test_attempts_of_one_step_each_do_not_go_on_for_ever() -> None:
+    # A stop request that comes while an attempt starts lets it train one step.
+    idle = Ended(failed=False, progressed=outcome.has_progressed(10, 11))
+    assert action(PREEMPTED, "running", (10, 11), earlier=(idle, idle, idle)) == ("fail", Exit.GAVE_UP)
+    assert action(PREEMPTED, "running", (10, 12), earlier=(idle, idle, idle))[0] == "requeue"
 
 
 JOB = "JobId=7 JobName=x UserId=me(1) JobState={} Reason={} Dependency=(null) Requeue=1 Restarts={} BatchFlag=1"

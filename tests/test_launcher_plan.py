@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from launcher import __main__ as cli
-from launcher import hosts, machine, node, rollcall, slurm_job
+from launcher import hosts, machine, node, rollcall
 from launcher.arguments import EPILOG
 from launcher.errors import Exit, LaunchError
 from launcher.hosts import Host
@@ -199,6 +199,8 @@ def test_roll_call_tells_every_node_the_same(plan: LaunchPlan) -> None:
     bad = [good[0], _report(1, versions={"torch": "2.11"}), _report(2, versions={"torch": "2.15"}, problems=["1 GPU"])]
     answers = _call_all(plan, bad, 20)
     assert answers[0] == answers[1] == answers[2] == ["n3: 1 GPU", "n2 (node 1) has torch 2.11, but n1 has 2.15"]
+    alike = [_report(rank, problems=["1 GPU", *(["no disk"] if rank else [])]) for rank in range(3)]
+    assert _call_all(plan, alike, 20) == [["every node: 1 GPU", "n2: no disk", "n3: no disk"]] * 3
 
 
 def test_roll_call_names_the_node_that_does_not_come(plan: LaunchPlan) -> None:
@@ -295,14 +297,6 @@ def test_words_for_the_remote_shell_are_quoted(plan: LaunchPlan) -> None:
         *(sys.executable, "-m", "launcher", "node", "--plan"),
         *("/data/it's $HOME; id/plan.json", "--node-rank", "1"),
     ]
-
-
-def test_array_tasks_are_named_by_array_and_task() -> None:
-    # the last task's own id is the array's: requeueing it would requeue every task
-    assert slurm_job.job_name_of({"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}) == "7_3"
-    assert slurm_job.job_name_of({"SLURM_JOB_ID": "7"}) == "7"
-    with pytest.raises(LaunchError, match="not inside a SLURM job"):
-        slurm_job.job_name_of({})
 
 
 def test_every_command_has_help() -> None:

@@ -218,6 +218,13 @@ def _wrong_ranks(environ: Mapping[str, str]) -> Iterator[str]:
                     "processes, but not where they meet: start them with `accelerate launch`, torchrun or `python -m "
                     "launcher`, or unset it to train with one"
                 )
+        tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+        if tasks not in ("0", "1") and "SIMCLR_ATTEMPT" not in environ:  # our launcher runs one task on each node
+            yield (
+                f"srun started {tasks} tasks (the environment variable SLURM_STEP_NUM_TASKS), and each would be a "
+                "training of its own. For one training with a process for each GPU: `bash slurm/train.sh CONFIG`, "
+                "without srun; for a training in each task, unset the variable"
+            )
     if size > 1 and missing:
         yield (
             f"the environment says WORLD_SIZE={size}, but {', '.join(missing)} is not set: start all processes with "

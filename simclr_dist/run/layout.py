@@ -153,6 +153,10 @@ class RunDir:
         """session: the start of the run that the rank belongs to (run/owner.py)."""
         return self.heartbeats / session / f"rank_{rank:05d}.json"
 
+    def started(self, attempt: str) -> Path:
+        """Made by the nodes of an attempt when they start: a scheduler may accept a job and start nothing."""
+        return self.path / f".started.{attempt}"
+
     @property
     def launcher_lock(self) -> Path:
         """Locked by the launcher that runs this training; says which process that is."""

@@ -34,13 +34,14 @@ def write_status(
     state: State,
     *,
     step: int,
-    reason: Reason | Literal["preflight"] | None = None,
+    reason: Reason | Literal["preflight", "unfit"] | None = None,
     message: str = "",
     attempt: str | None = None,
 ) -> None:
     """Replaces the file as a whole. A file that cannot be written is no error.
 
-    reason: `preflight`: the launcher found nodes that cannot train together. attempt: None: this process's own.
+    reason: `preflight`: the launcher found nodes that cannot train together; `unfit`: for a reason that all of them
+    share. attempt: None: this process's own.
     """
     written = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     status = Status(state, reason or "", step, attempt or attempt_name(), message, written)
