@@ -11,15 +11,10 @@ result is a table and benchmarks/results/dropout_<date>.json.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,13 +23,11 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from benchmarks.health import commit
+from benchmarks.report import RESULTS, circumstances, write
 from simclr_dist.config import ModelConfig
 from simclr_dist.network.keyed_dropout import draw_keys
 from simclr_dist.network.random_layers import key_draws
 from simclr_dist.network.simclr import SimCLR, build_model
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class Layer(nn.Module):
@@ -104,15 +97,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    report: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-        "load_average": os.getloadavg(),
-        "arguments": {name: value for name, value in vars(args).items() if name != "out"},
-        "found": {},
-    }
+    report: dict[str, Any] = circumstances(vars(args), device) | {"found": {}}
     lines = [f"{'forward and backward':36} {'torch, ms':>10} {'keyed, ms':>10} {'keyed/torch':>12}"]
     print(lines[0])
     for name, (encoder, image_size) in networks(args.encoders, args.image_size).items():
@@ -126,10 +111,7 @@ def main() -> None:
     report["found"]["keys_ms"] = 10 * (time.perf_counter() - start)
     lines.append(f"{'keys of a step':36} {'':10} {report['found']['keys_ms']:10.2f}")
     print(lines[-1])
-    path = Path(args.out) / f"dropout_{datetime.now(UTC):%Y%m%d_%H%M%S}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
-    print(f"written: {path}")
+    write("dropout", args.out, report, lines)
 
 
 if __name__ == "__main__":

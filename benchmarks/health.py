@@ -13,21 +13,18 @@ benchmarks/results/health_<date>.json.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 import warnings
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.report import RESULTS, circumstances, write
 from simclr_dist.config import Config, MonitorConfig, load_config
 from simclr_dist.health.check import HealthCheck, RankFacts
 from simclr_dist.loss import NTXentLoss
@@ -39,7 +36,6 @@ from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.schedule import set_learning_rate
 from simclr_dist.parallel.distributed import World
 
-RESULTS = Path(__file__).parent / "results"
 EVERY = MonitorConfig().health_every_steps or 100  # the shipped default
 CHECKED = 1
 
@@ -120,11 +116,6 @@ def measure(config: Config, device: torch.device, repetitions: int) -> dict[str,
     }
 
 
-def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="*", default=["configs/cifar10_demo.yaml"])
@@ -137,15 +128,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    report: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-        "load_average": os.getloadavg(),
-        "arguments": {name: value for name, value in vars(args).items() if name != "out"},
-        "found": {},
-    }
+    report: dict[str, Any] = circumstances(vars(args), device) | {"found": {}}
     lines = [f"{'configuration':32} {'images':>6} {'step, ms':>9} {'check, ms':>9} {f'share at every {EVERY}':>18}"]
     print(lines[0])
     for path in args.config:
@@ -157,11 +140,7 @@ def main() -> None:
             row = f"{config.name:32} {batch_size:6} {found['step_ms']:9.1f} {found['check_ms']:9.1f}"
             lines.append(f"{row} {found['share']:18.2%}")
             print(lines[-1], flush=True)
-    Path(args.out).mkdir(exist_ok=True)
-    path = Path(args.out) / f"health_{datetime.now(UTC):%Y%m%d_%H%M%S}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
-    print(f"written: {path}")
+    write("health", args.out, report, lines)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
 import socket
@@ -24,7 +23,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.report import RESULTS, circumstances, write
 from simclr_dist.config import Config
 from simclr_dist.data import Batch
 from simclr_dist.loss import NTXentLoss
@@ -43,7 +42,6 @@ from simclr_dist.run.stop_requests import Requests
 from simclr_dist.training.trainer import Trainer
 from simclr_dist.views.augment import Augment
 
-RESULTS = Path(__file__).parent / "results"
 LOG_EVERY = 10  # the shipped default
 WARM_UP = 10
 
@@ -199,8 +197,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
-    load = os.getloadavg()
-    found = {str(world_size): measure(world_size, args) for world_size in args.ranks}
+    report: dict[str, Any] = circumstances(vars(args))
+    report["found"] = found = {str(world_size): measure(world_size, args) for world_size in args.ranks}
     lines = ["processes   bare step   trainer's   ratio: median of windows, of all   agreement alone"]
     lines += [
         f"{world_size:>9}   {row['bare_step_ms']:6.1f} ms   {row['trainer_step_ms']:6.1f} ms   "
@@ -209,13 +207,7 @@ def main() -> None:
         for world_size, row in found.items()
     ]
     print("\n".join(lines))
-    args.out.mkdir(exist_ok=True)
-    path = args.out / f"overhead_{datetime.now(UTC):%Y%m%d_%H%M%S}.json"
-    settings = {name: value for name, value in vars(args).items() if name != "out"}
-    report = {"torch": torch.__version__, "load_average": load, "arguments": settings, "processes": found}
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
-    print(f"written: {path}")
+    write("overhead", args.out, report, lines)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,15 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.report import RESULTS, circumstances, write
 from simclr_dist.config import Config
 from simclr_dist.data import Batch
 from simclr_dist.training.trainer import Trainer
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def slow_disk(mb_per_s: float) -> None:
@@ -130,8 +128,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for the checkpoints; default: the system's temporary one")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
-    load = os.getloadavg()
-    found = {name: measure(name == "beside", args) for name in ("beside", "waited for")}
+    report: dict[str, Any] = circumstances(vars(args))
+    report["found"] = found = {name: measure(name == "beside", args) for name in ("beside", "waited for")}
     lines = ["checkpoint   stands still (first)         save   of the save   a step: while saving, otherwise"]
     for name, row in found.items():
         still, save, during = row["stands_still_s"], row["save_s"], row["step_while_saving_s"]
@@ -145,13 +143,7 @@ def main() -> None:
         f"{found['beside']['megabytes']:,.0f} MB a checkpoint, {args.disk_mb_s:g} MB/s, torch {torch.__version__}"
     )
     print("\n".join(lines))
-    args.out.mkdir(exist_ok=True)
-    path = args.out / f"saving_{datetime.now(UTC):%Y%m%d_%H%M%S}.json"
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "work")}
-    report = {"torch": torch.__version__, "load_average": load, "arguments": settings, "results": found}
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
-    print(f"written: {path}")
+    write("saving", args.out, report, lines)
 
 
 if __name__ == "__main__":
