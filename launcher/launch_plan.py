@@ -15,7 +15,7 @@ from typing import Any, Literal
 from launcher.errors import LaunchError
 from simclr_dist.run.layout import RunDir
 
-Backend = Literal["local", "slurm", "hosts"]
+Backend = Literal["local", "slurm", "hosts", "rendezvous"]
 Device = Literal["cpu", "cuda"]
 
 TRAINER = "simclr_dist.train"

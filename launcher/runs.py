@@ -168,4 +168,6 @@ def started_with(run_dir: Path) -> tuple[list[str], str]:
         refuse_foreign(files.attempts, files.attempts.stat())
         return [one_line("argument", word) for word in submitted[-1]["again"]], submitted[-1]["workdir"]
     assert plan is not None
+    if plan.backend == "rendezvous":
+        raise LaunchError(f"{run_dir}: continue it with {local.continue_line(plan)}")
     return list(plan.resume_argv), plan.workdir
