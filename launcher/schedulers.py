@@ -226,7 +226,7 @@ def read_place(
     if nodes < 1 or not 0 <= rank < nodes:
         raise LaunchError(f"node rank {rank} of {nodes} nodes: {'; '.join(used)}. Ranks are 0 to {max(nodes - 1, 0)}")
     job = next((environ[name] for name in JOBS if environ.get(name)), "")
-    port = int(values[PORT]) if values[PORT] is not None else _port_of(job)
+    port = int(values[PORT] or 0) or _port_of(job)
     return Place(rank, nodes, str(values[HEAD]), port, job, (f"read {', '.join(used)}", *said))
 
 
