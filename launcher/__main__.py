@@ -27,8 +27,9 @@ def run_backend(args: argparse.Namespace) -> int:
         from launcher import sweep
 
         return sweep.run(args)
-    from launcher import build, local
+    from launcher import build, local, schedulers
 
+    schedulers.refuse_to_be_alone(os.environ)
     return show_started(args) if args.dry_run else local.run(build.local_plan(args))
 
 
@@ -84,6 +85,8 @@ def run_on_run(args: argparse.Namespace) -> int:
 def run_node(args: argparse.Namespace) -> int:
     from launcher import node
 
+    if args.plan is None:
+        return node.run_at_rendezvous(args)
     node.run_node(args.plan, args.node_rank)
     raise AssertionError("execve does not return")
 

@@ -84,10 +84,16 @@ def parser() -> argparse.ArgumentParser:
     init = commands.add_parser("init", help=text, description=text)
     init.add_argument("dir", metavar="DIR", type=Path, help="new, or empty")
 
-    # Commands without `help` are not listed: the backends and the scripts in slurm/ call them.
-    node = commands.add_parser("node", description="On each node: check it, then start its processes.")
-    node.add_argument("--plan", type=Path, required=True)
-    node.add_argument("--node-rank", type=int)
+    text = "train as one of several nodes that another scheduler has started (Kubernetes, PBS, LSF, Flux, mpiexec)"
+    node = commands.add_parser("node", help=text, description=f"{text}. Say what the environment does not.")
+    add_training_options(node, max_failures=0, needs_config=False)
+    node.add_argument("--rendezvous", metavar="HOST[:PORT]", help="node 0, and a port of it that the others can reach")
+    node.add_argument("--node-rank", type=non_negative_int, metavar="R", help="which node this is, from 0")
+    node.add_argument("--nodes", type=positive_int, metavar="N", help="how many there are")
+    node.add_argument("--plan", type=Path, help="the launch plan of another backend, which starts this command itself")
+    node.set_defaults(dry_run=False, preflight_s=600.0)
+
+    # Commands without `help` are not listed: the scripts in slurm/ call them.
     for name, text in (
         ("job", "Inside a SLURM job: train on its nodes, and decide what follows."),
         ("plan", "For scripts of release 0.1: write the launch plan."),
@@ -141,8 +147,9 @@ def add_signal_lead(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_training_options(command: argparse.ArgumentParser, max_failures: int) -> None:
-    command.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
+def add_training_options(command: argparse.ArgumentParser, max_failures: int, needs_config: bool = True) -> None:
+    nargs = None if needs_config else "?"
+    command.add_argument("config", nargs=nargs, metavar="CONFIG", help="a YAML file, see configs/")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     add_node_options(command)
     command.add_argument("--stop-signal", choices=STOP_SIGNALS, default="USR1", help="asks the workers to save")
@@ -195,5 +202,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         top.error(f"unrecognized arguments: {' '.join(unknown or left)}")
     if left:
         args.overrides += left
+    if args.command == "node" and (args.plan is None) == (args.config is None):
+        top.error("node: give either CONFIG or --plan")
     args.argv = tuple(argv)
     return args

@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> Exit:
     processes.adopt_orphans()
     plan = replace(plan, port=plan.port or machine.free_port(plan.head_addr, os.getpid() * 10))
     with local.Requests(plan.stop_signal) as requests:
+        local.begin(plan, hosts=plan.hosts)
         local.run_attempt(plan, requests, [local.node_command(plan)])
     return report(Path(plan.run_dir))
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from launcher.errors import LaunchError
 from simclr_dist.run.layout import RunDir
 
-Backend = Literal["local", "slurm", "hosts"]
+Backend = Literal["local", "slurm", "hosts", "rendezvous"]
 Device = Literal["cpu", "cuda"]
 
 TRAINER = "simclr_dist.train"
@@ -36,6 +36,7 @@ _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _RESERVED = re.compile(
     r"SIMCLR_(EXPECTED_WORLD_SIZE|ATTEMPT|STOP_SIGNAL|CHECKED|OUTPUT)|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK"
     r"|MASTER_(ADDR|PORT)|PET_.*|TORCHELASTIC_.*|ACCELERATE_.*|PMIX?_.*|OMPI_.*|MV2_.*"
+    r"|SLURM_STEP_NUM_TASKS|FLUX_JOB_SIZE|JSM_NAMESPACE_SIZE"
 )
 
 

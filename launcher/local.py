@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +61,7 @@ def run(
             attempt = replace(
                 plan, port=port, attempt=new_attempt(plan.job, restart), command=continuing(plan.command, restart)
             )
+            begin(attempt, hosts=attempt.hosts)
             rc = run_attempt(attempt, requests, commands(attempt))
             decision = conclude(attempt, rc, "none")
             if decision.action != "requeue" or requests.stop:
@@ -71,17 +72,26 @@ def run(
     return decision.exit_code
 
 
-def run_attempt(plan: LaunchPlan, requests: Requests, commands: list[list[str]]) -> int:
+def run_attempt(
+    plan: LaunchPlan, requests: Requests, commands: list[list[str]], env: Mapping[str, str] | None = None
+) -> int:
     """Starts all nodes and waits for them; when one fails, ends the others. Returns its exit code, or 0."""
-    begin(plan, hosts=plan.hosts)
+    stop_signal = getattr(signal, f"SIG{plan.stop_signal}")
+    die = processes.die_with_this_process()
+
+    def prepare() -> None:
+        die()
+        # An ignored signal stays ignored across exec, until workers install their handler: see node.run_node.
+        signal.signal(stop_signal, signal.SIG_IGN)
+
     # In sessions of their own: Ctrl-C in the terminal reaches the launcher only, which passes on a request to stop.
     agents = [
         subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=processes.die_with_this_process(),
-            env=importable_launcher(),
+            preexec_fn=prepare,
+            env=env or importable_launcher(),
         )
         for command in commands
     ]
@@ -101,9 +111,8 @@ def run_attempt(plan: LaunchPlan, requests: Requests, commands: list[list[str]])
             plan.files.stop_request(plan.attempt).touch()
             # The signal goes to the workers only, not to processes they started. Workers that still import torch
             # ignore it; they find the file later.
-            if plan.backend == "local":
-                workers = processes.descendants(agents[0].pid, recursive=False)
-                processes.send(workers, getattr(signal, f"SIG{plan.stop_signal}"))
+            if plan.backend in ("local", "rendezvous"):
+                processes.send(processes.descendants(agents[0].pid, recursive=False), stop_signal)
             print("launcher: saving, then stopping; Ctrl-C kills at once", file=sys.stderr, flush=True)
         if requests.kill:
             processes.send(processes.descendants(os.getpid()), signal.SIGKILL)
@@ -223,6 +232,8 @@ def report(plan: LaunchPlan, decision: Decision) -> None:
 
 
 def continue_line(plan: LaunchPlan) -> str:
+    if plan.backend == "rendezvous":
+        return f"on each node the command that it was started with, in {shlex.quote(plan.workdir)}"
     resume = [plan.python, "-m", "launcher", "resume", plan.run_dir]
     return f"{shlex.join(['cd', plan.workdir])} && {shlex.join(resume)}"
 

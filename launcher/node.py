@@ -1,4 +1,4 @@
-"""What every backend starts once on each node: `python -m launcher node --plan RUN/plan.json`.
+"""What is started once on each node: `python -m launcher node --plan RUN/plan.json`, or `node CONFIG` elsewhere.
 
 Finds the node's rank, interface and environment, takes part in the roll call, and becomes `accelerate launch`. No shell
 expands anything in between: a $SLURM_NODEID that is expanded on the wrong machine, or not at all, is the commonest
@@ -7,26 +7,43 @@ mistake with several nodes.
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import os
+import re
+import secrets
 import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from launcher import gpus, machine, rollcall
+from launcher import build, gpus, local, machine, outcome, processes, rollcall, schedulers
 from launcher.errors import Exit, LaunchError
-from launcher.launch_plan import TRAINER, LaunchPlan, is_reserved, passed_on, read_launch_plan, restart_of
+from launcher.launch_plan import (
+    TRAINER,
+    LaunchPlan,
+    is_reserved,
+    job_of,
+    new_attempt,
+    passed_on,
+    prepare_run_dir,
+    read_launch_plan,
+    restart_of,
+    write_launch_plan,
+)
 from simclr_dist.parallel.environment import found_in
-from simclr_dist.run.status import write_status
+from simclr_dist.run.status import read_status, write_status
 
 AGENT = "simclr_dist.training.agent"
 WORKER = "simclr_dist.run.output"
+MARK = r"\.node-[0-9a-f]{16}"
+STATUS_S = 30.0
 ACCELERATE_CONFIG = Path(__file__).with_name("accelerate.yaml")
 
 
@@ -44,20 +61,185 @@ def run_node(plan_path: Path, node_rank: int | None) -> None:
         reason: Literal["preflight", "unfit"] = "unfit" if everywhere else "preflight"
         message = "; ".join(problems)
         write_status(plan.files.path, "failed", step=0, reason=reason, message=message, attempt=plan.attempt)
-        raise LaunchError(
-            "preflight: these nodes cannot train together:\n" + "\n".join(f"  - {problem}" for problem in problems),
-            Exit.PREFLIGHT,
-        )
+        raise refusal(problems)
     ifname = plan.ifname or machine.interface_towards(plan.head_addr)
     if rank == 0:
         print(f"launcher: {describe(plan, ifname)}", file=sys.stderr, flush=True)  # stdout is the training's
-        if kept_back := [str(entry) for entry in found_in(os.environ) if entry.counts and is_reserved(entry.name)]:
-            print(f"launcher: not passed on to the training: {'; '.join(kept_back)}", file=sys.stderr, flush=True)
+        say_what_is_kept_back(plan)
     os.chdir(plan.workdir)
     # This node's own interpreter: in a container it has another path than where the launch plan was made.
     argv = checking(agent_argv(replace(plan, python=str(Path(sys.executable).absolute())), rank), plan, rank)
     sys.stdout.flush()
     os.execve(argv[0], argv, agent_env(plan, ifname, machine.num_cpus(), os.environ))
+
+
+def say_what_is_kept_back(plan: LaunchPlan) -> None:
+    """Names the variables that the workers do not get."""
+    found = [entry for entry in found_in(os.environ) if is_reserved(entry.name)]
+    kept_back = [str(entry) for entry in found if entry.counts]
+    if plan.backend != "slurm":  # srun sets some of them always
+        places = [f"{entry.name}={entry.value}" for entry in found if entry.row.treatment == "used"]
+        kept_back += [f"{', '.join(places)}: this launcher starts the processes"] if places else []
+    if kept_back:
+        print(f"launcher: not passed on to the training: {'; '.join(kept_back)}", file=sys.stderr, flush=True)
+
+
+def refusal(problems: Sequence[str]) -> LaunchError:
+    lines = "\n".join(f"  - {problem}" for problem in problems)
+    return LaunchError(f"preflight: these nodes cannot train together:\n{lines}", Exit.PREFLIGHT)
+
+
+def run_at_rendezvous(args: argparse.Namespace) -> Exit:
+    """This node's part of a training whose nodes were started by another scheduler, all by the same command.
+
+    Each node makes the same launch plan; the roll call compares them. The run directory is shared. This process stays,
+    because a scheduler's TERM may reach nothing else, and ends with the exit code of the run.
+    """
+    device, procs = build.device_and_procs(args)
+    own_names = list(dict.fromkeys([socket.gethostname(), socket.getfqdn()]))
+    place = schedulers.read_place(
+        os.environ,
+        own_names,
+        procs,
+        rendezvous=args.rendezvous or args.head_addr,
+        node_rank=args.node_rank,
+        num_nodes=args.nodes,
+    )
+    for sentence in place.said:
+        print(f"launcher: {sentence}", file=sys.stderr, flush=True)
+    config, command = build.training(args, place.num_nodes * procs)
+    # Whether it is started again is the scheduler's choice.
+    values = build.common(args, config, command) | {"port": args.port or place.port, "max_failures": 0}
+    run_dir = Path(values["run_dir"])
+    prepare_run_dir(run_dir)
+    job = f"node_{re.sub('[^A-Za-z0-9_]', '_', place.job)[:24]}" if place.job else local.new_job("node")
+    restart = sum(job_of(entry["attempt"]) == job for entry in outcome.recorded(run_dir, "start"))
+    plan = LaunchPlan(
+        backend="rendezvous",
+        attempt=new_attempt(job, restart),
+        device=device,
+        num_nodes=place.num_nodes,
+        procs_per_node=procs,
+        ifname=args.ifname or "",
+        **values,
+    )
+    facts = {
+        "nodes": str(plan.num_nodes),
+        "processes on each node": str(procs),
+        "device": device,
+        "run directory": plan.run_dir,
+        "configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12],
+    }
+    if place.node_rank:
+        return _run_with_head(plan, place, facts)
+    with local.only_launcher(run_dir):
+        return _run_as_head(plan, place, facts)
+
+
+def _run_as_head(plan: LaunchPlan, place: schedulers.Place, facts: Mapping[str, str]) -> Exit:
+    plan = replace(plan, command=local.continuing(plan.command, restart_of(plan.attempt)))
+    plan.files.stop.unlink(missing_ok=True)
+    local.begin(plan)
+    met = _wait_for_others(plan, place, facts)
+    if met.problems:
+        message = "; ".join(met.problems)
+        write_status(plan.files.path, "failed", step=0, reason="preflight", message=message, attempt=plan.attempt)
+        print(f"launcher: {refusal(met.problems)}", file=sys.stderr, flush=True)
+        rc = int(Exit.PREFLIGHT)
+    else:
+        plan = replace(plan, hosts=met.hosts, head_addr=met.head_addr)
+        write_launch_plan(plan)
+        rc = _run_agent(plan, 0)
+    decision = local.conclude(plan, rc, "none")
+    local.report(plan, decision)
+    return decision.exit_code
+
+
+def _wait_for_others(plan: LaunchPlan, place: schedulers.Place, facts: Mapping[str, str]) -> rollcall.Met:
+    own = _report_of(plan, 0, facts)
+    if plan.num_nodes == 1:
+        alone = replace(plan, head_addr="127.0.0.1")
+        return rollcall.Met(preflight(alone, 0)[0], plan.attempt, (own.host,), alone.head_addr)
+    try:
+        address = head_to_listen_at(place.head, own.host)
+    except LaunchError as error:
+        return rollcall.Met([str(error)])
+    server = rollcall.open_server(address, plan.port, own.host, plan.num_nodes)
+    if isinstance(server, str):
+        return rollcall.Met([server])
+    print(
+        f"launcher: waiting for {plan.num_nodes - 1} more nodes at {place.head}:{plan.port}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+    def is_here(mark: str) -> bool:
+        return re.fullmatch(MARK, mark) is not None and (Path(plan.run_dir) / mark).exists()
+
+    return rollcall.receive(server, plan.attempt, own, plan.num_nodes, plan.preflight_s, is_here)
+
+
+def head_to_listen_at(head: str, host: str) -> str:
+    """The address of this machine that `head` names; empty, which is all of them, where that cannot be told.
+
+    A Service of Kubernetes has an address that no machine has; `localhost`, or a host's own name in /etc/hosts, has one
+    that no other machine reaches. Raises LaunchError for the address of another machine.
+    """
+    own = machine.own_addresses()
+    try:
+        address = machine.resolve(head)
+    except OSError as error:
+        address, why = "", f"cannot be resolved here: {error.strerror}"
+    else:
+        why = f"is {address}, which is not an address of this node"
+    if address in own:
+        return "" if machine.is_loopback(address) else address
+    if "KUBERNETES_SERVICE_HOST" in os.environ:
+        return ""
+    raise LaunchError(
+        f"{host} is node 0, but the rendezvous {head} {why}; it has {', '.join(sorted(own))}. "
+        "Give an address of node 0, or another --node-rank",
+        Exit.PREFLIGHT,
+    )
+
+
+def _run_with_head(plan: LaunchPlan, place: schedulers.Place, facts: Mapping[str, str]) -> Exit:
+    mark = plan.files.path / f".node-{secrets.token_hex(8)}"
+    mark.touch()
+    try:
+        own = replace(_report_of(plan, place.node_rank, facts), mark=mark.name)
+        met = rollcall.join(place.head, plan.port, own, plan.preflight_s)
+    finally:
+        mark.unlink(missing_ok=True)
+    if met.problems:
+        raise refusal(met.problems)
+    command = local.continuing(plan.command, restart_of(met.attempt))
+    plan = replace(plan, attempt=met.attempt, hosts=met.hosts, head_addr=met.head_addr, command=command)
+    rc = _run_agent(plan, place.node_rank)
+    deadline = time.monotonic() + STATUS_S
+    while not rc and time.monotonic() < deadline:  # the head node's last word comes by a shared disk
+        status = read_status(Path(plan.run_dir))
+        if status is not None and status.attempt == plan.attempt and status.state != "running":
+            return Exit.PREEMPTED if status.state == "preempted" else Exit.OK
+        time.sleep(local.POLL_S)
+    return Exit.FAILED if rc else Exit.OK
+
+
+def _report_of(plan: LaunchPlan, rank: int, facts: Mapping[str, str]) -> rollcall.Report:
+    own = local_report(plan, rank)
+    return replace(own, versions={**own.versions, **facts})
+
+
+def _run_agent(plan: LaunchPlan, rank: int) -> int:
+    """Starts this node's workers and waits for them; signals ask them to save."""
+    ifname = plan.ifname or machine.interface_towards(plan.head_addr)
+    print(f"launcher: {describe(plan, ifname)}", file=sys.stderr, flush=True)
+    say_what_is_kept_back(plan)
+    argv = checking(agent_argv(plan, rank), plan, rank)
+    env = agent_env(plan, ifname, machine.num_cpus(), local.importable_launcher())
+    processes.adopt_orphans()
+    with local.Requests(plan.stop_signal) as requests:
+        return local.run_attempt(plan, requests, [argv], env)
 
 
 def find_node_rank(plan: LaunchPlan, given: int | None, environ: Mapping[str, str]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,12 @@ from launcher import machine
 
 CONNECT_TIMEOUT_S = 5.0
 CLOCK_SKEW_S = 30.0
+MARK_S = 20.0
 LONGEST_LINE = 65536
 EVERY_NODE = "every node: "
 """Starts the problems that all nodes have."""
+MEETING = "rendezvous"
+"""In place of an attempt's name, where node 0 gives it only in its answer."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,21 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     problems: Sequence[str] = ()
     clock: float = 0.0
+    mark: str = ""
+    """A file that this node has made in the run directory, for node 0 to see that they share it."""
+
+
+@dataclass(frozen=True)
+class Met:
+    """What every node knows after a roll call at a rendezvous: the problems; or, without any, the rest.
+
+    hosts: by rank. head_addr: the address by which this node reaches node 0; on node 0, by which the others do.
+    """
+
+    problems: list[str]
+    attempt: str = ""
+    hosts: tuple[str, ...] = ()
+    head_addr: str = ""
 
 
 def listen(address: str, port: int, attempt: str, own: Report, hosts: Sequence[str], timeout_s: float) -> list[str]:
@@ -41,15 +59,83 @@ def listen(address: str, port: int, attempt: str, own: Report, hosts: Sequence[s
             f"the head address {address} is not an address of the first node {own.host}, which has: "
             + ", ".join(sorted(machine.own_addresses()))
         ]
-    reports, connections = {own.node_rank: own}, []
-    deadline = time.monotonic() + timeout_s
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    server = open_server(address, port, own.host, len(hosts))
+    if isinstance(server, str):
+        return [server]
+    called = _call(server, attempt, own, len(hosts), timeout_s)
+    problems = [*called.clashes, *compare(called.reports, hosts, timeout_s)]
+    called.tell({"problems": problems})
+    return problems
+
+
+def receive(
+    server: socket.socket,
+    attempt: str,
+    own: Report,
+    num_nodes: int,
+    timeout_s: float,
+    is_here: Callable[[str], bool],
+) -> Met:
+    """On node 0 of a rendezvous, where nobody knows the others: waits for them, and tells them the attempt's name.
+
+    is_here: whether a node's mark is in this node's run directory.
+    """
+    called = _call(server, MEETING, own, num_nodes, timeout_s)
+    hosts = tuple(called.reports[rank].host if rank in called.reports else "" for rank in range(num_nodes))
+    names = [host or "a node that is not known" for host in hosts]
+    problems = called.clashes or compare(called.reports, names, timeout_s)
+    deadline = time.monotonic() + MARK_S
+    for rank, report in called.reports.items():
+        while rank and not problems and not is_here(report.mark):  # a shared disk shows new files after a while
+            if time.monotonic() > deadline:
+                problems.append(f"{report.host}: its run directory is another one than {own.host}'s; all must share it")
+            time.sleep(0.2)
+    called.tell({"problems": problems, "attempt": attempt, "hosts": hosts})
+    return Met(problems, attempt, hosts, called.own_address)
+
+
+def join(head: str, port: int, own: Report, timeout_s: float) -> Met:
+    """On the other nodes of a rendezvous. head: name or address of node 0; a name may come to be known later."""
+    return _report(head, port, MEETING, own, timeout_s)
+
+
+def open_server(address: str, port: int, host: str, num_nodes: int) -> socket.socket | str:
+    """A listening socket on this machine; empty address: on all of its own. Or what is wrong with that."""
+    any_kind = not address and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if ":" in address or any_kind else socket.AF_INET
     try:
-        server = socket.create_server((address, port), family=family, backlog=len(hosts))
+        return socket.create_server((address, port), family=family, backlog=num_nodes, dualstack_ipv6=any_kind)
     except OSError as error:
-        return [f"port {port} on {address} ({own.host}) cannot be used: {error.strerror}; choose one with --port"]
+        where = f" on {address}" if address else ""
+        return f"port {port}{where} ({host}) cannot be used: {error.strerror}; choose one with --port"
+
+
+@dataclass
+class _Called:
+    """Who has reported. clashes: nodes that cannot both be there."""
+
+    reports: dict[int, Report]
+    connections: list[socket.socket] = field(default_factory=list)
+    clashes: list[str] = field(default_factory=list)
+    own_address: str = ""
+
+    def tell(self, answer: Mapping[str, Any]) -> None:
+        for connection in self.connections:
+            try:
+                connection.sendall(json.dumps(answer).encode() + b"\n")
+                # The other side closes first, so that this port does not linger in TIME_WAIT on the head node.
+                connection.recv(1)
+            except OSError:
+                pass
+            connection.close()
+
+
+def _call(server: socket.socket, attempt: str, own: Report, num_nodes: int, timeout_s: float) -> _Called:
+    """Waits until all nodes have reported, two of them clash, or the time is over."""
+    called = _Called({own.node_rank: own})
+    deadline = time.monotonic() + timeout_s
     with server:
-        while len(reports) < len(hosts) and (left := deadline - time.monotonic()) > 0:
+        while len(called.reports) < num_nodes and not called.clashes and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
             try:
                 connection, _ = server.accept()
@@ -60,28 +146,36 @@ def listen(address: str, port: int, attempt: str, own: Report, hosts: Sequence[s
                 received = _read_line(connection)
                 if received.pop("attempt") != attempt:
                     raise ValueError("another attempt")
-                report = Report(**received)
-                if not 0 < report.node_rank < len(hosts) or report.node_rank in reports:
-                    raise ValueError("no such node, or twice the same")
+                report = _checked(Report(**received))
+                rank, before = report.node_rank, called.reports.get(report.node_rank)
+                if not 0 < rank < num_nodes:
+                    called.clashes.append(f"{report.host} says that it is node {rank}, but there are {num_nodes} nodes")
+                elif before is not None and before.host != report.host:
+                    called.clashes.append(f"{before.host} and {report.host} both say that they are node {rank}")
             except (OSError, ValueError, TypeError, KeyError, AttributeError):
                 connection.close()  # another program, or a process of an earlier attempt
                 continue
-            reports[report.node_rank] = report
-            connections.append(connection)
-    problems = compare(reports, hosts, timeout_s)
-    for connection in connections:
-        try:
-            connection.sendall(json.dumps({"problems": problems}).encode() + b"\n")
-            # The other side closes first, so that this port does not linger in TIME_WAIT on the head node.
-            connection.recv(1)
-        except OSError:
-            pass
-        connection.close()
-    return problems
+            called.reports.setdefault(rank, report)
+            called.connections.append(connection)
+            called.own_address = connection.getsockname()[0].removeprefix("::ffff:").partition("%")[0]
+    return called
+
+
+def _checked(report: Report) -> Report:
+    """Anybody can connect: raises ValueError where a value is not of its kind."""
+    kinds: dict[str, Any] = {"host": str, "versions": dict, "problems": list, "clock": (int, float), "mark": str}
+    right = all(isinstance(getattr(report, name), kind) for name, kind in kinds.items())
+    if not right or not all(isinstance(problem, str) for problem in report.problems):
+        raise ValueError("not a report")
+    return report
 
 
 def answer(address: str, port: int, attempt: str, own: Report, timeout_s: float) -> list[str]:
     """On the other nodes: reports to node 0 and returns the problems it sends. Tries until `timeout_s` have passed."""
+    return _report(address, port, attempt, own, timeout_s).problems
+
+
+def _report(address: str, port: int, attempt: str, own: Report, timeout_s: float) -> Met:
     deadline, last = time.monotonic() + timeout_s, "not tried"
     message = json.dumps({"attempt": attempt, **own.__dict__}).encode() + b"\n"
     while (left := deadline - time.monotonic()) > 0:
@@ -90,14 +184,21 @@ def answer(address: str, port: int, attempt: str, own: Report, timeout_s: float)
                 connection.sendall(message)
                 # Node 0 answers when all nodes have reported or its own time is over.
                 connection.settimeout(timeout_s + CONNECT_TIMEOUT_S)
-                return [str(problem) for problem in _read_line(connection)["problems"]]
-        except (OSError, ValueError, KeyError) as error:
+                received = _read_line(connection)
+                return Met(
+                    [str(problem) for problem in received["problems"]],
+                    str(received.get("attempt", "")),
+                    tuple(map(str, received.get("hosts", ()))),
+                    connection.getpeername()[0].partition("%")[0],
+                )
+        except (OSError, ValueError, KeyError, TypeError) as error:
             last = str(error)
             time.sleep(0.2)
-    return [
+    problem = (
         f"{own.host} cannot reach the head node at {address}:{port} after {timeout_s:.0f} s ({last}); "
         "is there a firewall between the nodes, or is it the wrong interface? Choose another with --head-addr"
-    ]
+    )
+    return Met([problem])
 
 
 def compare(reports: Mapping[int, Report], hosts: Sequence[str], timeout_s: float) -> list[str]:

@@ -82,12 +82,12 @@ def logs(args: argparse.Namespace) -> Exit:
     files, starts = RunDir(run_dir), outcome.recorded(run_dir, "start")
     if args.rank is not None:
         attempt = starts[-1]["attempt"] if starts else ""
-        path = files.rank_log(checked("attempt", attempt), args.rank)
-        if not path.is_file():
+        own = files.rank_log(checked("attempt", attempt), args.rank)
+        if not own.is_file():
             raise LaunchError(
-                f"{path}: not there; the newest attempt has {len(list(path.parent.glob('*.log')))} such files"
+                f"{own}: not there; the newest attempt has {len(list(own.parent.glob('*.log')))} such files"
             )
-        become_tail(args, path)
+        become_tail(args, own)
     job_logs = [Path(entry.get("log") or "") for entry in starts[-1:]]
     written = sorted(files.logs.glob("*.out"), key=lambda path: path.stat().st_mtime, reverse=True)
     candidates = [*job_logs, *written, files.log]
@@ -168,4 +168,6 @@ def started_with(run_dir: Path) -> tuple[list[str], str]:
         refuse_foreign(files.attempts, files.attempts.stat())
         return [one_line("argument", word) for word in submitted[-1]["again"]], submitted[-1]["workdir"]
     assert plan is not None
+    if plan.backend == "rendezvous":
+        raise LaunchError(f"{run_dir}: continue it with {local.continue_line(plan)}")
     return list(plan.resume_argv), plan.workdir

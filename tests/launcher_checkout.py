@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,21 +64,23 @@ class Checkout:
             timeout=timeout_s,
         )
 
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        log = (self.root / "launcher.log").open("w")
-        with log:
+    def start(
+        self, *words: str, env: Mapping[str, str] = {}, log: str = "launcher.log", enter: Sequence[str] = ()
+    ) -> subprocess.Popen[str]:
+        """enter: the command that leads to another node."""
+        with (self.root / log).open("w") as file:
             return subprocess.Popen(
-                [sys.executable, "-m", "launcher", *words],
+                [*enter, sys.executable, "-m", "launcher", *words],
                 cwd=self.root,
-                env=self.env,
-                stdout=log,
-                stderr=log,
+                env={**self.env, **env},
+                stdout=file,
+                stderr=file,
                 text=True,
                 preexec_fn=die_with_this_process(),
             )
 
-    def log(self) -> str:
-        return (self.root / "launcher.log").read_text()
+    def log(self, name: str = "launcher.log") -> str:
+        return (self.root / name).read_text()
 
     def ranks(self, run_dir: Path | None = None) -> list[dict[str, Any]]:
         """What each worker saw, over all attempts."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher import machine
 from tests.launcher_checkout import Checkout, make_checkout, wait_for, write_fake_ssh
 
 pytestmark = pytest.mark.distributed
@@ -56,6 +57,40 @@ def test_a_host_that_cannot_be_reached_ends_the_others(checkout: Checkout) -> No
     assert done.returncode == 4
     assert "Connection refused" in done.stderr
     assert not checkout.ranks() if (checkout.run_dir / "ranks").exists() else True
+
+
+def test_nodes_that_another_scheduler_started_are_one_training(checkout: Checkout) -> None:
+    """Here Kubeflow's variables on one node, the command line on the other; a request to either reaches both."""
+    checkout.behave(steps=100_000, every=100_000)
+    kubeflow = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(machine.free_port("127.0.0.1", os.getpid()))}
+    words = ("node", CONFIG, "--device=cpu", "--nproc=1", "--preflight-s=60")
+    head = checkout.start(*words, env=kubeflow | {"RANK": "0", "WORLD_SIZE": "2", "PBS_JOBID": "12.pbs"})
+    wait_for(lambda: "waiting for 1 more" in checkout.log() or head.poll() is not None, 60, "the head node")
+    at = f"--rendezvous=127.0.0.1:{kubeflow['MASTER_PORT']}"
+    same = checkout.launch(*words, "seed=1", at, "--node-rank=1", "--nodes=2")
+    assert same.returncode == 3
+    assert "has configuration" in same.stderr
+    assert head.wait(60) == 3
+    assert "(node 1) has configuration" in checkout.log()
+
+    head = checkout.start(*words, env=kubeflow | {"RANK": "0", "WORLD_SIZE": "2", "PBS_JOBID": "12.pbs"})
+    other = checkout.start(*words, at, "--node-rank=1", "--nodes=2", log="other.log")
+    wait_for(lambda: len(checkout.ranks()) == 2 and checkout.status().get("state") == "running", 90, "two workers")
+    assert "read node rank 0 (RANK=0), number of nodes 2 (WORLD_SIZE=2, which can only count nodes)" in checkout.log()
+    other.terminate()
+    assert (head.wait(60), other.wait(60)) == (75, 75), checkout.log()
+    assert checkout.status()["state"] == "preempted"
+    assert not checkout.pids_alive()
+    refused, trained = checkout.records("end")
+    assert (refused["reason"], trained["state"]) == ("preflight", "preempted")
+    assert trained["attempt"].startswith("node_12_pbs.1-")
+    folder = checkout.run_dir / "logs" / trained["attempt"]
+    assert [path.name for path in sorted(folder.iterdir())] == ["rank_00000.log", "rank_00001.log"]
+    assert "continue with: on each node the command" in checkout.log()
+    resumed = checkout.launch("resume", "runs/fake")
+    assert resumed.returncode == 2
+    assert "on each node the command" in resumed.stderr
+    assert not list(checkout.run_dir.glob(".node-*"))
 
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/bin:/usr/local/sbin")

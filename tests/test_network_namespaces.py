@@ -155,3 +155,36 @@ def test_a_link_that_is_down_at_the_start_is_named_in_seconds(lab: Lab, tmp_path
     assert "no word from node2" in done.stderr or "node2 cannot reach the head node" in done.stderr
     assert "Traceback" not in done.stderr
     assert not lab.processes()
+
+
+def test_nodes_of_another_scheduler_meet_at_a_rendezvous(lab: Lab, tmp_path: Path) -> None:
+    """Node 0 knows itself as localhost, as in a PyTorchJob; the other one finds its rank in a list of PBS."""
+    checkout = make_real_checkout(tmp_path / "checkout")
+    run_dir = checkout.root / "runs" / "met"
+    (checkout.root / "nodefile").write_text("node1\nnode1\nnode2\nnode2\n")
+    settings = ("name=met", "train.max_steps=3", "evaluation.knn_every_epochs=null", "monitor.image_pairs=0")
+    words = ("node", "configs/smoke.yaml", *settings, "--device=cpu", "--nproc=1")
+    kubeflow = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29511", "RANK": "0", "WORLD_SIZE": "2"}
+    pbs = {"PBS_NODEFILE": str(checkout.root / "nodefile")}
+    head = checkout.start(*words, env=kubeflow, enter=lab.enter("node1"))
+    other = checkout.start(*words, "--rendezvous=10.77.0.11:29511", env=pbs, enter=lab.enter("node2"), log="other.log")
+    assert (head.wait(180), other.wait(30)) == (0, 0), checkout.log() + checkout.log("other.log")
+    assert "read node rank 1 (node2 in PBS_NODEFILE=" in checkout.log("other.log")
+    for log in (checkout.log(), checkout.log("other.log")):
+        assert "starting 2 nodes x 1 process on cpu; head node1 at 10.77.0.11:29511 over eth0" in log
+    assert logged_steps(run_dir)[-1] == 3
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "finished"
+
+    lab.cut_link()
+    alone = ("--rendezvous=10.77.0.11:29511", "--preflight-s=2")
+    waits = checkout.start(*words, *alone, env=pbs, enter=lab.enter("node1"))
+    cut = checkout.start(*words, *alone, env=pbs, enter=lab.enter("node2"), log="other.log")
+    assert (waits.wait(60), cut.wait(60)) == (3, 3)
+    assert "no word from a node that is not known (node 1) within 2 s" in checkout.log()
+    assert "node2 cannot reach the head node at 10.77.0.11:29511" in checkout.log("other.log")
+    # Two nodes that both believe to be the first one.
+    wrong = checkout.start(*words, *alone, "--node-rank=0", env=pbs, enter=lab.enter("node2"))
+    assert wrong.wait(60) == 3
+    assert "node2 is node 0, but the rendezvous 10.77.0.11 is 10.77.0.11, which is not an address" in checkout.log()
+    assert "Traceback" not in checkout.log() + checkout.log("other.log")
+    assert not lab.processes()

@@ -44,6 +44,9 @@ class Variables:
 
 _ONLY_WITH_IT = "counts only with the refused setting above"
 
+STARTED = ("SLURM_STEP_NUM_TASKS", "FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE")
+"""How many processes a starter of tasks has started that tells them neither rank nor meeting place by torch's names."""
+
 TABLE: tuple[Variables, ...] = (
     # Which processes there are, and where.
     Variables(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_*", "ROLE_*",
@@ -54,11 +57,14 @@ TABLE: tuple[Variables, ...] = (
     Variables(("TORCHELASTIC_*", "PET_*"), "used", "torchrun's: its own options, the number of this restart"),
     Variables(("PMI_*", "PMIX_*", "OMPI_*", "MV2_*", "MPI_LOCAL*"), "used",
               "the same from mpirun, on CPUs, where MASTER_ADDR is set", config=("mpirun_config",)),
+    Variables(STARTED, "used",
+              "how many tasks srun, flux or jsrun has started: refused where nothing says where they meet"),
     Variables(("ACCELERATE_USE_CPU",), "used", "train on the CPU although there are GPUs: a yes or no",
               config=("use_cpu", "compute_environment", "distributed_type")),
     Variables(("ACCELERATE_TORCH_DEVICE",), "refused",
               "one device for all processes: choose with CUDA_VISIBLE_DEVICES, or ACCELERATE_USE_CPU=true"),
-    Variables(("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"), "used",
+    Variables(("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
+               "HIP_VISIBLE_DEVICES"), "used",
               "only these GPUs are seen", config=("gpu_ids",)),
     Variables(("FORK_LAUNCHED", "ACCELERATE_NUM_PROCESSES", "ACCELERATE_DEBUG_RDV_FILE"), "used",
               "accelerate's notebook launcher has started this process"),
@@ -211,13 +217,13 @@ def _wrong_ranks(environ: Mapping[str, str]) -> Iterator[str]:
     needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in environ]
     if "WORLD_SIZE" not in environ and "MASTER_ADDR" not in environ:
-        for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
-            if environ.get(name, "0") not in ("0", "1"):
-                yield (
-                    f"the environment variable {name}={environ[name]} says that mpirun or srun started so many "
-                    "processes, but not where they meet: start them with `accelerate launch`, torchrun or `python -m "
-                    "launcher`, or unset it to train with one"
-                )
+        counts = (*STARTED, "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PET_NNODES")
+        if found := [f"{name}={environ[name]}" for name in counts if environ.get(name, "0") not in ("0", "1", "1:1")]:
+            yield (
+                f"the environment says that mpirun, srun or the like started several processes ({', '.join(found)}), "
+                "but not where they meet, and each would train alone: start one task on each node with `python -m "
+                "launcher node CONFIG`, or all with `accelerate launch` or torchrun. To train with one, unset it"
+            )
         tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
         if tasks not in ("0", "1") and "SIMCLR_ATTEMPT" not in environ:  # our launcher runs one task on each node
             yield (
