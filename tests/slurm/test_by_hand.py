@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from tests.launcher_checkout import Checkout, clean_environment, wait_for
+from tests.launcher_checkout import Checkout, clean_environment, is_running, wait_for
 from tests.slurm.mini_slurm import MiniSlurm
+from tests.slurm.test_step_requests import pretend
 from tests.slurm.test_train_script import LONG, end
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
@@ -52,14 +53,13 @@ class Terminal:
 
 
 @contextmanager
-def training_by_hand(cluster: MiniSlurm, checkout: Checkout, *words: str) -> Iterator[Terminal]:
-    cluster.env["SIMCLR_PYTHON"] = sys.executable
+def training_by_hand(cluster: MiniSlurm, checkout: Checkout, python: Path) -> Iterator[Terminal]:
+    cluster.env["SIMCLR_PYTHON"] = str(python)
     checkout.behave(**LONG)
     options = ("--nodes=2", "--ntasks-per-node=1", "--exclusive")
     terminal = Terminal(
         "salloc",
         *options,
-        *words,
         "bash",
         "slurm/train.sh",
         "fake.yaml",
@@ -68,7 +68,6 @@ def training_by_hand(cluster: MiniSlurm, checkout: Checkout, *words: str) -> Ite
         env=cluster.env,
     )
     try:
-        wait_for(lambda: terminal.shown() is None or checkout.status().get("state") == "running", 60, "the training")
         yield terminal
     finally:
         terminal.process.kill()
@@ -76,7 +75,8 @@ def training_by_hand(cluster: MiniSlurm, checkout: Checkout, *words: str) -> Ite
 
 
 def test_ctrl_c_saves_and_ends_the_step_and_a_second_start_is_refused(cluster: MiniSlurm, checkout: Checkout) -> None:
-    with training_by_hand(cluster, checkout) as terminal:
+    with training_by_hand(cluster, checkout, Path(sys.executable)) as terminal:
+        wait_for(lambda: terminal.shown() and checkout.status().get("state") == "running", 60, "the training")
         job = checkout.records("start")[0]["job"]
         # In another terminal of the same job; also for another run, which would share the GPUs.
         inside = {**cluster.env, "SLURM_JOB_ID": job}
@@ -98,26 +98,23 @@ def test_ctrl_c_saves_and_ends_the_step_and_a_second_start_is_refused(cluster: M
 
 
 def test_a_second_ctrl_c_kills(cluster: MiniSlurm, checkout: Checkout) -> None:
-    with training_by_hand(cluster, checkout) as terminal:
-        checkout.behave(**LONG, import_s=60)
-        workers = checkout.pids_alive()
-        for pid in workers:
-            os.kill(pid, 19)  # SIGSTOP: they do not answer the first one
+    with training_by_hand(cluster, checkout, pretend(checkout, 'echo "pid $$"; exec sleep 1000')) as terminal:
+        wait_for(lambda: terminal.shown().count("pid ") == 2, 60, "both nodes")
         terminal.ctrl_c()
-        wait_for(lambda: "Ctrl-C kills at once" in terminal.shown(), 20, "an answer")
-        time.sleep(0.3)
+        wait_for(lambda: "saving, then stopping; Ctrl-C kills at once" in terminal.shown(), 20, "an answer")
         terminal.ctrl_c()
-        assert terminal.wait() == 4, terminal.shown()
-    assert not checkout.pids_alive()
-    assert checkout.records("end")
+        assert terminal.wait() == 75, terminal.shown()
+    pids = [int(pid) for pid in re.findall(r"pid (\d+)", terminal.shown())]
+    assert not any(map(is_running, pids))
+    assert checkout.records("end")[0]["action"] == "leave"
 
 
 def test_a_task_of_srun_can_start_it_too(cluster: MiniSlurm, checkout: Checkout) -> None:
-    cluster.env["SIMCLR_PYTHON"] = sys.executable
+    cluster.env["SIMCLR_PYTHON"] = str(pretend(checkout, "exit 0"))
     words = ("bash", "slurm/train.sh", "fake.yaml", "--nproc=1")
     done = cluster.run("srun", "--nodes=1", "--ntasks=1", "--exclusive", *words, cwd=checkout.root)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(checkout.ranks()) == 1
+    assert "ended without a status (exit code 0)" in done.stderr
+    assert (checkout.run_dir / "n1").read_text() == " cpus=4 tasks=1\n", done.stderr
 
 
 # -- wrong places -----------------------------------------------------------------------------------------------------
