@@ -30,12 +30,12 @@ from simclr_dist.run.layout import RunDir
 def run(args: argparse.Namespace) -> Exit:
     """One attempt, from its plan to what follows."""
     with local.Requests(*STOP_SIGNALS) as requests:
-        job = allocation.this_job(os.environ)
+        job = this_job()
         not_ours = allocation.why_not_ours(job, os.environ)
         forget_other_jobs()
         plan = plan_attempt(args, job)
         run_dir = Path(plan.run_dir)
-        refuse_if_in_use(plan, job)
+        slurm.refuse_if_live(run_dir, own=plan.job)
         prepare_run_dir(run_dir)
         with local.only_launcher(run_dir):
             if stopped_while_waiting(plan):
@@ -48,6 +48,17 @@ def run(args: argparse.Namespace) -> Exit:
             said = step.SrunMessages()
             code = step.run(plan, job, requests)
             return conclude(plan, code, not_ours, said=str(said), stop_requested=requests.stop)
+
+
+def this_job() -> Job:
+    """The job of this shell. LaunchError where its nodes train already."""
+    job = allocation.this_job(os.environ)
+    if live := scontrol.live_step(job.id, step.NAME):
+        raise LaunchError(
+            f"job {job.name} already trains, in step {live}: end it first (Ctrl-C where it was started, or "
+            f"`scancel {live}`)"
+        )
+    return job
 
 
 def forget_other_jobs() -> None:
@@ -106,16 +117,6 @@ def device_and_procs(args: argparse.Namespace, job: Job) -> tuple[Device, int]:
 def first_port(job: Job) -> int:
     array, _, task = job.name.partition("_")
     return int(array) * 10 + int(task or 0) * 10 + job.restarts
-
-
-def refuse_if_in_use(plan: LaunchPlan, job: Job) -> None:
-    """Raises LaunchError if this job's nodes train already, or another job trains this run."""
-    if live := scontrol.live_step(job.id, step.NAME):
-        raise LaunchError(
-            f"job {job.name} already trains, in step {live}: end it first (Ctrl-C where it was started, or "
-            f"`scancel {live}`)"
-        )
-    slurm.refuse_if_live(Path(plan.run_dir), own=plan.job)
 
 
 def stopped_while_waiting(plan: LaunchPlan) -> bool:
@@ -207,10 +208,10 @@ def conclude(
 
 def plan_here(args: argparse.Namespace) -> Exit:
     """Writes the launch plan and prints the run directory, or nothing if there is nothing to do."""
-    job = allocation.this_job(os.environ)
+    job = this_job()
     forget_other_jobs()
     plan = plan_attempt(args, job)
-    refuse_if_in_use(plan, job)
+    slurm.refuse_if_live(Path(plan.run_dir), own=plan.job)
     if not stopped_while_waiting(plan):
         begin(plan, job, "")
         print(plan.run_dir)

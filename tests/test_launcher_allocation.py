@@ -53,7 +53,7 @@ def test_a_job_is_what_the_controller_says() -> None:
         (ALIKE, "TresPerJob=gres:gpu:4", 2, 8),
         (ALIKE, "TresPerTask=gres:gpu:1", 1, 8),
         (ALIKE, "TresPerNode=gres:nvme:1", 4, 8),
-        (" Nodes=n1 CPU_IDs=0-7 Mem=0 GRES=gpu:h:2(IDX:0-1)  Nodes=n2 CPU_IDs=0-1,4-5 Mem=0 GRES=gpu:2(IDX:0,3)", "", 2, 4),
+        (" Nodes=n1 CPU_IDs=0-7 Mem=0 GRES=gpu:h:2(IDX:0-1) Nodes=n2 CPU_IDs=0-1,4 Mem=0 GRES=gpu:2(IDX:0,3)", "", 2, 3),  # noqa: E501
         (" Nodes=n[1-2] CPU_IDs=0 Mem=0 GRES=gpu:1g.5gb:2(CNT:2),gpu:2g.10gb:1(CNT:1)", "", 3, 1),
         (" Nodes=n[1-2] CPU_IDs=0-7 Mem=0 GRES=", "", 0, 8),
         (" Nodes=n[1-2] CPU_IDs=0-7 Mem=0 GRES=shard:4(0/4)", "", 0, 8),

@@ -76,8 +76,10 @@ def why_not() -> str | None:
 
 
 class MiniSlurm:
-    def __init__(self, num_nodes: int = 2, cpus: int = 4, gpus: int = 0, extra: str = "") -> None:
-        self.num_nodes, self.cpus, self.gpus, self.extra = num_nodes, cpus, gpus, extra
+    def __init__(self, num_nodes: int = 2, cpus: int | Sequence[int] = 4, gpus: int = 0, extra: str = "") -> None:
+        """cpus: of all nodes, or of each. gpus: of each node, of a type called `fast`."""
+        self.num_nodes, self.gpus, self.extra = num_nodes, gpus, extra
+        self.cpus = [cpus] * num_nodes if isinstance(cpus, int) else list(cpus)
         # Not pytest's tmp_path: the path of munge's socket may have 107 characters at most.
         self.root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.env = clean_environment() | {"SLURM_CONF": str(config_file(self.root))}
@@ -115,12 +117,14 @@ class MiniSlurm:
         gres = ""
         if self.gpus:
             devices = ["/dev/zero", "/dev/null", "/dev/full", "/dev/random"][: self.gpus]
-            (self.root / "gres.conf").write_text(f"NodeName=n[1-{self.num_nodes}] Name=gpu File={','.join(devices)}\n")
+            (self.root / "gres.conf").write_text(
+                f"NodeName=n[1-{self.num_nodes}] Name=gpu Type=fast File={','.join(devices)}\n"
+            )
             lines.append("GresTypes=gpu\n")
-            gres = f" Gres=gpu:{self.gpus}"
+            gres = f" Gres=gpu:fast:{self.gpus}"
         for i in self.node_numbers():
             lines.append(
-                f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i]} CPUs={self.cpus} "
+                f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i]} CPUs={self.cpus[i - 1]} "
                 f"RealMemory=1000{gres} State=UNKNOWN\n"
             )
         lines += [f"PartitionName=main Nodes=n[1-{self.num_nodes}] Default=YES MaxTime=INFINITE State=UP\n", self.extra]
