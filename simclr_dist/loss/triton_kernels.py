@@ -34,7 +34,7 @@ from simclr_dist.loss.batch import GlobalBatch
 from simclr_dist.parallel import distributed
 
 WEIGHT_SCALE = tl.constexpr(16384.0)  # weights are at most 2; float16 ends at 65504
-MOST_CHUNKS = 32
+MOST_CHUNKS = 132
 # Before, each product of a sum of products has its own tensor memory on the B200, together more than there is.
 ACCUMULATES_IN_PLACE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
@@ -76,7 +76,7 @@ def num_chunks(row_blocks: int, column_blocks: int, multiprocessors: int) -> int
     """
     candidates = range(1, min(column_blocks, MOST_CHUNKS) + 1)
     rounds = {chunks: math.ceil(row_blocks * chunks / multiprocessors) / chunks for chunks in candidates}
-    return next(chunks for chunks in candidates if rounds[chunks] <= 1.02 * min(rounds.values()))
+    return next(chunks for chunks in candidates if rounds[chunks] <= 1.05 * min(rounds.values()))
 
 
 class Kernels:
