@@ -198,8 +198,8 @@ def test_what_the_kernels_cannot_do_is_tiled_for_a_reason(
 
 
 def test_rows_that_were_rounded_are_part_of_what_is_said() -> None:
-    assert str(Choice("triton", torch.bfloat16)) == "triton, bfloat16 rows"
+    assert str(Choice("triton", torch.bfloat16)) == "triton on bfloat16 rows"
     assert str(Choice("tiled", reason="no driver")) == "tiled instead of triton: no driver"
     loss = NTXentLoss(row_dtype=torch.float16)
     loss(torch.randn(8, 4))
-    assert str(loss.choice) == "tiled, float16 rows"
+    assert str(loss.choice) == "tiled on float16 rows"
