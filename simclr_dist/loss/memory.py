@@ -5,7 +5,7 @@ from __future__ import annotations
 from simclr_dist.loss.tiled import tile_bytes
 
 PLAIN_MATRICES = 6  # N x N at once, masks among them
-NUMBERS_PER_ROW = 6
+NUMBERS_PER_ROW = 8
 KERNEL_PARTS = 2  # of float16, for a float32 row
 
 
@@ -18,7 +18,7 @@ def workspace_bytes(
     implementation: str = "auto",
     gather_dtype: str = "float32",
 ) -> int:
-    """Of one of `world_size` ranks with z float32 [num_rows, width]: O(N K), two tiles or the kernels' rows, a few numbers for each row.
+    """Of one of `world_size` ranks with z float32 [num_rows, width]: O(N K), tiles or kernels, a few numbers a row.
 
     gather_dtype: what the rows are rounded to and sent as.
     """
