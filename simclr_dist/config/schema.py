@@ -75,6 +75,9 @@ class LossConfig(Section):
     temperature: Positive = 0.1
     implementation: Literal["auto", "plain", "tiled", "triton"] = Field("auto", description="See docs/loss.md.")
     gather_dtype: Literal["float32", "bfloat16"] = Field("float32", description="What z travels as between ranks.")
+    row_dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="What unit rows are rounded to; 16 bits: faster on GPUs, less exact (docs/loss.md)."
+    )
 
 
 class OptimConfig(Section):

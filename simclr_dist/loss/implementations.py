@@ -29,9 +29,13 @@ class Choice:
     row_dtype: torch.dtype = torch.float32
     reason: str = ""
 
+    @property
+    def name(self) -> str:
+        """For example "triton on bfloat16 rows"."""
+        return self.code if self.row_dtype.itemsize >= 4 else f"{self.code} on {str(self.row_dtype)[6:]} rows"
+
     def __str__(self) -> str:
-        rows = "" if self.row_dtype.itemsize >= 4 else f", {str(self.row_dtype).removeprefix('torch.')} rows"
-        return f"{self.code}{rows}" + (f" instead of triton: {self.reason}" if self.reason else "")
+        return self.name + (f" instead of triton: {self.reason}" if self.reason else "")
 
 
 class Exponentials(Protocol):

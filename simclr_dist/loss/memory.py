@@ -5,7 +5,8 @@ from __future__ import annotations
 from simclr_dist.loss.tiled import tile_bytes
 
 PLAIN_MATRICES = 6  # N x N at once, masks among them
-NUMBERS_PER_ROW = 6
+NUMBERS_PER_ROW = 8
+KERNEL_PARTS = 2  # of float16, for a float32 row
 
 
 def workspace_bytes(
@@ -17,13 +18,17 @@ def workspace_bytes(
     implementation: str = "auto",
     gather_dtype: str = "float32",
 ) -> int:
-    """Of one of `world_size` ranks with z float32 [num_rows, width]: O(N K), two tiles, a few numbers for each row."""
+    """Of one of `world_size` ranks with z float32 [num_rows, width]: O(N K), tiles or kernels, a few numbers a row.
+
+    gather_dtype: what the rows are rounded to and sent as.
+    """
     n, N, K = num_rows, num_rows * world_size, width
     if implementation == "plain":
         return PLAIN_MATRICES * 4 * N * N + 3 * N * K * 4
     gathered = 4 * N * K if world_size > 1 else 0
-    if world_size > 1 and gather_dtype == "bfloat16":
+    if world_size > 1 and gather_dtype != "float32":
         gathered += 2 * (N + n) * K
-    tiles = tile_bytes(n, device_type) if device_type == "cpu" or implementation == "tiled" else 0
+    by_tiles = device_type == "cpu" or implementation == "tiled"
+    tiles = tile_bytes(n, device_type) if by_tiles else 2 * KERNEL_PARTS * N * K + 4 * n * K
     # Unit rows, and two products of all rows with their positives while the value is computed.
     return (n + 2 * N) * K * 4 + gathered + tiles + NUMBERS_PER_ROW * 4 * N

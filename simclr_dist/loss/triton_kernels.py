@@ -34,7 +34,9 @@ from simclr_dist.loss.batch import GlobalBatch
 from simclr_dist.parallel import distributed
 
 WEIGHT_SCALE = tl.constexpr(16384.0)  # weights are at most 2; float16 ends at 65504
-MOST_CHUNKS = 32
+MOST_CHUNKS = 132
+# Before, each product of a sum of products has its own tensor memory on the B200, together more than there is.
+ACCUMULATES_IN_PLACE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,20 @@ class Tile:
 
 
 def choose_tile(K: int, parts: int, capability: int) -> Tile:
-    """The largest tile whose program keeps its numbers in registers (tests/test_loss_compiled.py).
+    """The largest tile whose programs keep their numbers in registers (tests/test_loss_compiled.py).
 
     K: padded. capability: the device's, major. A program may have 227 KiB of shared memory on Hopper (9) and on the
     B200 (10), 163 on the A100, 99 on other cards.
     """
     wide = K > 128
-    if capability in (9, 10):
+    if capability == 9 or (capability == 10 and ACCUMULATES_IN_PLACE):
         if parts == 1:
-            return Tile(128, 64 if wide else 128, warps=8, stages=3)
+            return Tile(128, 64 if wide or capability == 10 else 128, warps=8, stages=3)
         return Tile(128, 32 if wide else 64, warps=8, stages=2)
-    if parts == 1:
-        return Tile(64, 64 if wide else 128, warps=8, stages=2)
-    return Tile(32 if wide else 64, 32 if wide else 64, warps=8, stages=2)
+    # Fewer than 64 rows keep a program off the B200's tensor memory.
+    rows = 32 if capability == 10 or (wide and parts == 2) else 64
+    columns = 64 if not wide or parts == 1 else 16 if capability == 10 else 32
+    return Tile(rows, columns, warps=8, stages=2)
 
 
 def num_chunks(row_blocks: int, column_blocks: int, multiprocessors: int) -> int:
@@ -73,7 +76,7 @@ def num_chunks(row_blocks: int, column_blocks: int, multiprocessors: int) -> int
     """
     candidates = range(1, min(column_blocks, MOST_CHUNKS) + 1)
     rounds = {chunks: math.ceil(row_blocks * chunks / multiprocessors) / chunks for chunks in candidates}
-    return next(chunks for chunks in candidates if rounds[chunks] <= 1.02 * min(rounds.values()))
+    return next(chunks for chunks in candidates if rounds[chunks] <= 1.05 * min(rounds.values()))
 
 
 class Kernels:

@@ -54,7 +54,7 @@ def measure_step(
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(network, optim)
     make_views = Augment(augment, 0, S)
-    nt_xent = NTXentLoss(loss.temperature, loss.implementation)
+    nt_xent = NTXentLoss(loss.temperature, loss.implementation, row_dtype=getattr(torch, loss.row_dtype))
     ids = torch.arange(images)
     batch = Batch(torch.randint(0, 256, (2, images, S, S, 3), dtype=torch.uint8).to(device), ids.to(device), ids, 0)
 

@@ -73,7 +73,7 @@ def device_memory(
             world_size=world_size,
             device_type=device_type,
             implementation=loss.implementation,
-            gather_dtype=loss.gather_dtype,
+            gather_dtype=loss.gather_dtype if loss.row_dtype == "float32" else loss.row_dtype,
         ),
     )
 

@@ -39,7 +39,7 @@ def collectives(*, model: ModelConfig, loss: LossConfig, train: TrainConfig, wor
     network = shape_of_model(model)
     B = train.global_batch_size // world_size
     n, N, K = 2 * B, 2 * B * world_size, model.head_out_dim
-    width = 2 if loss.gather_dtype == "bfloat16" else 4
+    width = 4 if loss.gather_dtype == loss.row_dtype == "float32" else 2
     found = [
         Collective("loss: agreement", "all_gather", HEADER_BYTES),
         Collective("loss: sample ids", "all_gather", 4 * B),

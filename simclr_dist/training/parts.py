@@ -150,11 +150,7 @@ def build(config: Config) -> Parts:
         steps_per_epoch * config.train.global_batch_size,
         config.train.epochs,
     )
-    nt_xent = NTXentLoss(
-        config.loss.temperature,
-        config.loss.implementation,
-        gather_dtype=getattr(torch, config.loss.gather_dtype),
-    )
+    nt_xent, implementations["loss"] = _build_loss(config, world, device)
     probe = None if probe_classes is None else OnlineProbe(simclr.feature_dim, probe_classes, device)
     state = run_on_all_ranks(lambda: restore(checkpoint, config, loader, network, optimizer, probe), device)
     guard.state = state
@@ -257,6 +253,22 @@ def _build_augment(config: Config, device: torch.device, warn: Callable[[str], N
         warn=warn,
     )
     return augment, {"augment": augment.implementation}
+
+
+def _build_loss(config: Config, world: World, device: torch.device) -> tuple[NTXentLoss, str]:
+    """The loss, and what computes it on all ranks."""
+    loss = config.loss
+    nt_xent = NTXentLoss(
+        loss.temperature,
+        loss.implementation,
+        gather_dtype=getattr(torch, loss.gather_dtype),
+        row_dtype=getattr(torch, loss.row_dtype),
+    )
+    rows = 2 * config.train.global_batch_size // world.size
+    choice = nt_xent.settle(device, num_rows=rows, width=config.model.head_out_dim)
+    if choice.reason:
+        _warn_on(world)(f"loss.implementation: {choice}")
+    return nt_xent, choice.name
 
 
 def _place(network: nn.Module, config: Config, device: torch.device) -> nn.Module:

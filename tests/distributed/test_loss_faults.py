@@ -1,14 +1,19 @@
-"""A fault on one rank is an error in the same words on every rank, nobody waits, and the next batch works."""
+"""A fault on one rank is an error in the same words on every rank, nobody waits, and the next batch works.
+
+Both where the host reads the headers first, and where it queues the loss first, under the terms of the last time, as
+on a GPU.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from simclr_dist.loss import NTXentLoss, nt_xent
+from simclr_dist.loss import NTXentLoss, SupConLoss, agreement, nt_xent, tiled
 from tests.distributed.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -65,19 +70,89 @@ FAULTS: dict[str, tuple[Callable[[int], Tensor], str]] = {
 }
 
 
-def messages(rank: int, world_size: int) -> dict[str, str]:
+def messages(rank: int, world_size: int, ahead: bool) -> dict[str, str]:
     found = {}
-    for name, (call, _) in FAULTS.items():
-        try:
-            call(rank)
-            found[name] = "no error"
-        except ValueError as error:
-            found[name] = f"{type(error).__name__}: {error}"
-        assert NTXentLoss()(torch.eye(8, 4)).isfinite(), f"after {name}"
+    with mock.patch.object(agreement, "_host_runs_ahead", return_value=ahead):
+        for name, (call, _) in FAULTS.items():
+            try:
+                call(rank)
+                found[name] = "no error"
+            except ValueError as error:
+                found[name] = f"{type(error).__name__}: {error}"
+            assert NTXentLoss()(torch.eye(8, 4)).isfinite(), f"after {name}"
     return found
 
 
-def test_a_fault_on_any_rank_is_told_on_every_rank() -> None:
-    for rank, found in enumerate(run_ranks(3, messages)):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_fault_on_any_rank_is_told_on_every_rank(ahead: bool) -> None:
+    for rank, found in enumerate(run_ranks(3, messages, ahead)):
         for name, (_, words) in FAULTS.items():
             assert words in found[name], f"{name}, rank {rank}: {found[name]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def losses_of_changing_batches(rank: int, world_size: int, ahead: bool) -> tuple[list[float], list[list[str]]]:
+    """Values, and what happened in which order in each step."""
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.tensor([0, 2**40, 5, 5])
+    steps = [
+        lambda z: nt_xent(z, 0.2),
+        lambda z: nt_xent(z, 0.1),  # a temperature may change from step to step
+        lambda z: nt_xent(z[:6], 0.1),  # a shape may, on all ranks at once
+        lambda z: nt_xent(z, 0.1, ids + rank),
+        lambda z: nt_xent(z, 0.1, ids % 7 + rank),  # now small numbers on every rank
+        lambda z: SupConLoss()(z, [0, 1, 1, rank]),
+        lambda z: nt_xent(z, 0.1, ids % 7 + rank),
+        lambda z: nt_xent(z, 0.01),  # in float64
+    ]
+    happened: list[str] = []
+
+    def told(what: str, function: Callable) -> Callable:
+        def call(*args: object) -> object:
+            happened.append(what)
+            return function(*args)
+
+        return call
+
+    def copy_to_host(x: Tensor) -> Callable[[], Tensor]:
+        return told("wait", lambda: x)
+
+    values, orders = [], []
+    with (
+        mock.patch.object(agreement, "_host_runs_ahead", return_value=ahead),
+        mock.patch.object(agreement, "copy_to_host", copy_to_host),
+        mock.patch.object(tiled.Tiles, "sums", told("sums", tiled.Tiles.sums)),
+        mock.patch.object(tiled.Tiles, "gradient_rows", told("gradient", tiled.Tiles.gradient_rows)),
+    ):
+        for step in steps:
+            z = torch.randn(8, 4, generator=generator).requires_grad_()
+            value = step(z)
+            value.backward()
+            assert z.grad is not None
+            values += [float(value.detach()), float(z.grad.norm())]
+            orders.append(happened.copy())
+            happened.clear()
+    return values, orders
+
+
+LOSS = ["sums", "gradient"]
+
+
+def test_the_host_waits_once_a_step_and_after_the_loss_was_queued() -> None:
+    _, orders = losses_of_changing_batches(0, 1, False)
+    assert orders == [[*LOSS, "wait"]] * 8
+
+    expected = [values for values, _ in run_ranks(3, losses_of_changing_batches, False)]
+    for rank, (values, orders) in enumerate(run_ranks(3, losses_of_changing_batches, True)):
+        assert values == expected[rank]
+        # What no rank could foresee is computed again. A rank that has other rows takes part without a gradient.
+        assert orders[0] == ["wait", *LOSS]
+        assert orders[1] == [*LOSS, "wait"]
+        for order in orders[2:4]:
+            assert order == ["sums", "wait", *LOSS]
+        assert orders[4] == [*LOSS, "wait", *LOSS]  # ids as int64, then as int32
+        assert orders[5] == ["wait", *LOSS]
+        assert orders[6] == [*LOSS, "wait"]
+        assert orders[7][-3:] == ["wait", *LOSS]
