@@ -119,7 +119,7 @@ def test_the_norm_of_the_gradient_is_read_a_step_late(tmp_path: Path) -> None:
     """The stop policy knows of it when it has long arrived; the skip policy must know before the optimiser moves."""
     with rehearsal(settings(tmp_path, "train.on_non_finite=skip")) as it:
         places = names(it.fit().waits)
-    assert places == [("loss", "loss/batch.py"), ("rest", "parallel/host_copy.py")]
+    assert places == [("loss", "loss/agreement.py"), ("rest", "training/non_finite.py")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
