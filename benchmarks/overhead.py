@@ -51,7 +51,7 @@ class BareLoop:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         torch.manual_seed(config.seed)
-        model = convert_to_global_batch_norm(build_model(config.model).to(device), device)
+        model = convert_to_global_batch_norm(build_model(config.model).to(device))
         self.optimizer = build_optimizer(model, config.optim)
         self.model = (
             DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)

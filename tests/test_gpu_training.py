@@ -161,7 +161,7 @@ def _norm_and_gradients(norm: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def _on_rank(rank: int, world_size: int, device: str, x: Tensor) -> list[Tensor]:
-    norm = convert_to_global_batch_norm(nn.BatchNorm2d(x.shape[1]).to(device), torch.device(device))
+    norm = convert_to_global_batch_norm(nn.BatchNorm2d(x.shape[1]).to(device))
     own = x.chunk(world_size)[rank].to(device).to(memory_format=torch.channels_last)
     return _norm_and_gradients(norm, own)
 

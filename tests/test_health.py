@@ -202,7 +202,7 @@ def examined(rank: int, world_size: int) -> Findings:
     generator = torch.Generator().manual_seed(3)
     for p in network.parameters():
         p.data = torch.randn(p.shape, generator=generator).double()
-    network = convert_to_global_batch_norm(network, torch.device("cpu"))  # type: ignore[assignment]
+    network = convert_to_global_batch_norm(network)  # type: ignore[assignment]
     views = torch.randn(2, 32, 5, generator=generator).double()
     B = 32 // world_size
     own = views[:, rank * B : (rank + 1) * B].flatten(0, 1)

@@ -147,7 +147,7 @@ def step_traffic(rank: int, world_size: int, config: Config) -> list[tuple[str, 
     cpu = torch.device("cpu")
     model: Any = build_model(config.model)
     if config.model.batch_norm == "global":
-        model = convert_to_global_batch_norm(model, cpu)
+        model = convert_to_global_batch_norm(model)
     buffers = config.model.batch_norm == "per_device"
     model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=buffers, gradient_as_bucket_view=True)
     B = config.train.global_batch_size // world_size

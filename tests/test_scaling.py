@@ -79,7 +79,7 @@ def sent_in_a_step(rank: int, W: int) -> float:
     ids = torch.arange(B) + rank * B
     batch = Batch(torch.randint(0, 256, (2, B, S, S, 3), dtype=torch.uint8), ids, ids, 0)
     augment, nt_xent = Augment(config.augment, config.seed, S), NTXentLoss(config.loss.temperature)
-    network = convert_to_global_batch_norm(build_model(config.model), CPU)
+    network = convert_to_global_batch_norm(build_model(config.model))
     model = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
     requests = Requests(Path("nowhere"), CPU)
 

@@ -18,6 +18,7 @@ from simclr_dist.config import Precision
 from simclr_dist.errors import DataError
 from simclr_dist.network.precision import autocast
 from simclr_dist.parallel import distributed
+from simclr_dist.parallel.host_copy import on_host
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 
 ImageBatch = tuple[Tensor, Tensor, Tensor]  # images uint8 [b, H, W, 3], labels int64 [b], sample ids int64 [b]
@@ -102,13 +103,16 @@ def _extract(
     normalize: Normalize,
 ) -> Features | None:
     """None where there are no images."""
-    h_parts, label_parts, id_parts = [], [], []
-    with frozen(encoder), torch.no_grad(), autocast(device, precision):
+    label_parts, id_parts = [], []
+
+    def encoded() -> Iterator[Tensor]:
         for images, labels, sample_ids in batches:
-            h = encoder(normalize(images.to(device, non_blocking=True)))
-            h_parts.append(h.float().cpu())
+            yield encoder(normalize(images.to(device, non_blocking=True))).float()
             label_parts.append(labels.cpu())
             id_parts.append(sample_ids.cpu())
+
+    with frozen(encoder), torch.no_grad(), autocast(device, precision):
+        h_parts = list(on_host(encoded()))
     if not h_parts:
         return None
     features = Features(_joined(h_parts), torch.cat(label_parts), torch.cat(id_parts))

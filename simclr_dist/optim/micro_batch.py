@@ -63,8 +63,9 @@ def backward_in_micro_batches(
         return z.unflatten(0, (num_views, -1))
 
     random_states, z_parts = [], []
-    with torch.no_grad(), _running_statistics_move_once(model):
+    with torch.no_grad(), _running_statistics_move_once(model) as begin_pass:
         for micro_batch in micro_batches:
+            begin_pass()
             random_states.append(_random_state(views.device))
             z_parts.append(project(micro_batch))
     torch.clear_autocast_cache()  # its copies of the weights were made without a graph
@@ -102,23 +103,29 @@ def _tracking(model: nn.Module) -> list[BatchNorm]:
 
 
 @contextmanager
-def _running_statistics_move_once(model: nn.Module) -> Iterator[None]:
+def _running_statistics_move_once(model: nn.Module) -> Iterator[Callable[[], None]]:
     """However many forward passes are made inside, running statistics move by one step, to the passes' mean.
 
-    A cumulative average (momentum None, counted from 0) collects that mean.
+    Call what it yields before each pass. The k-th pass moves them by 1/k: a mean, whose step the host need not read.
     """
     before = []
     for norm in _tracking(model):
         before.append((norm, norm.momentum, [buffer.clone() for buffer in norm.buffers(recurse=False)]))
-        norm.momentum = None
-        norm.reset_running_stats()
+    passes = 0
+
+    def begin_pass() -> None:
+        nonlocal passes
+        passes += 1
+        for norm, _, _ in before:
+            norm.momentum = 1 / passes
+
     try:
-        yield
+        yield begin_pass
     finally:
         for norm, momentum, (mean, var, count) in before:
             norm.momentum = momentum
             count += 1
-            step = 1 / float(count) if momentum is None else momentum
+            step = (1 / count).to(mean.dtype) if momentum is None else momentum
             for buffer, moved in zip(norm.buffers(recurse=False), (mean, var, count), strict=True):
                 buffer.copy_(moved if moved is count else moved.lerp_(buffer, step))
 

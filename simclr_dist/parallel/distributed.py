@@ -10,10 +10,13 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from simclr_dist.parallel.host_copy import copy_to_host
 
 MOST_BYTES_OF_A_TEXT = 1024
 
@@ -95,11 +98,17 @@ def all_reduce_max_(x: Tensor) -> Tensor:
     return x
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """For numbers that must not hold up the device's work."""
+    return torch.cuda.Stream(device)
+
+
 def agree_on_max(value: int, device: torch.device) -> Callable[[], int]:
     """Starts finding the largest `value` of all ranks; call the result to wait for it.
 
-    On CUDA that waits only for work queued before this call: a host that calls it at the start of a step and waits at
-    the end can be a step ahead of its device.
+    Nothing of this device's own work waits, nor is waited for: on CUDA the numbers travel on a stream of their own. So
+    a host that calls this at the start of a step and waits at the end can be a step ahead of its device.
     """
     if world_size() == 1:
         return lambda: value
@@ -113,17 +122,11 @@ def agree_on_max(value: int, device: torch.device) -> Callable[[], int]:
             return int(x)
 
         return wait
-    on_device = x.pin_memory().to(device, non_blocking=True)
-    dist.all_reduce(on_device, op=dist.ReduceOp.MAX)  # queued; the host does not wait
-    answer = torch.empty_like(x, pin_memory=True).copy_(on_device, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(device))
-
-    def wait_for_event() -> int:
-        arrived.synchronize()
-        return int(answer)
-
-    return wait_for_event
+    with torch.cuda.stream(_side_stream(device)):
+        on_device = x.pin_memory().to(device, non_blocking=True)
+        dist.all_reduce(on_device, op=dist.ReduceOp.MAX)  # queued; the host does not wait
+        answer = copy_to_host(on_device)
+    return lambda: int(answer())
 
 
 def first_failing_rank(failed: bool, device: torch.device | str) -> int | None:

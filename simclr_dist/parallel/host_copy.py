@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -27,3 +27,19 @@ def copy_to_host(x: Tensor) -> Callable[[], Tensor]:
         return on_host
 
     return wait
+
+
+def on_host(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Each of them, in ordinary memory of the host. The device may compute the next one meanwhile."""
+    before: Callable[[], Tensor] | None = None
+    for x in tensors:
+        arriving = copy_to_host(x)
+        if before is not None:
+            yield _unlocked(before())
+        before = arriving
+    if before is not None:
+        yield _unlocked(before())
+
+
+def _unlocked(x: Tensor) -> Tensor:
+    return x.clone() if x.is_pinned() else x

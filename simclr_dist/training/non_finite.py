@@ -20,6 +20,7 @@ from simclr_dist.config import TrainConfig
 from simclr_dist.data import Batch
 from simclr_dist.errors import NonFiniteAbortError
 from simclr_dist.loss import NonFiniteError
+from simclr_dist.parallel.host_copy import copy_to_host
 from simclr_dist.run.layout import RunDir
 from simclr_dist.training.step import StepResult
 
@@ -57,19 +58,19 @@ class NonFinitePolicy:
         wider = {"fp32": "", "fp16": "bf16 or fp32"}.get(settings.precision, "fp32")
         self._precision_as_cause = f"too few bits (try train.precision={wider}), " if wider else ""
         self._max_skipped = settings.max_skipped_steps
-        # To skip, the norm must be known before the optimiser moves. To stop, it may be read one step late, without
-        # waiting for the device: a state with NaN is never saved.
+        # To skip, the norm must be known before the optimiser moves. To stop, it may be read one step late, when it has
+        # long arrived on the host: a state with NaN is never saved.
         self._at_once = self._skips or device.type == "cpu"
-        self._unchecked: tuple[Tensor, StepFacts] | None = None
+        self._unchecked: tuple[Callable[[], Tensor], StepFacts] | None = None
         self.skipped_in_a_row = 0
 
     def check_gradient(self, norm: Tensor, facts: StepFacts) -> None:
         """norm []: of the averaged gradient, before the optimiser's step. Raises NonFiniteGradientError, on CUDA under
         `stop` one step late.
         """
-        checked = (norm, facts) if self._at_once else self._unchecked
-        self._unchecked = (norm, facts)
-        if checked is not None and not math.isfinite(float(checked[0])):
+        new = copy_to_host(norm), facts
+        checked, self._unchecked = (new if self._at_once else self._unchecked), new
+        if checked is not None and not math.isfinite(float(checked[0]())):
             raise NonFiniteGradientError("the gradient is NaN or infinite, though the loss is not", checked[1])
 
     def run(self, train_step: Callable[[Batch], StepResult], batch: Batch, facts: StepFacts) -> StepResult:

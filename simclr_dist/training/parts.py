@@ -275,7 +275,7 @@ def _place(network: nn.Module, config: Config, device: torch.device) -> nn.Modul
     network.to(device)
     if config.train.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return convert_to_global_batch_norm(network, device) if config.model.batch_norm == "global" else network
+    return convert_to_global_batch_norm(network) if config.model.batch_norm == "global" else network
 
 
 def _wrap(network: nn.Module, accelerator: Accelerator, *, compiled: bool) -> nn.Module:

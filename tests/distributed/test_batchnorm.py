@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm
 
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
+from tests.distributed import gpu_batch_norm
 from tests.distributed.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -19,46 +22,125 @@ def _input(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 100  # a mean far from 0 tests stability
 
 
-def _module(channels: int, dims: int) -> nn.Module:
-    norm = (nn.BatchNorm1d if dims == 2 else nn.BatchNorm2d)(channels).double()
-    with torch.no_grad():
-        norm.weight.copy_(torch.linspace(0.5, 2, channels))
-        norm.bias.copy_(torch.linspace(-1, 1, channels))
+def _module(channels: int, dims: int, **settings: Any) -> nn.Module:
+    norm = (nn.BatchNorm2d if dims == 4 else nn.BatchNorm1d)(channels, **settings).double()
+    if norm.affine:
+        with torch.no_grad():
+            norm.weight.copy_(torch.linspace(0.5, 2, channels))
+            norm.bias.copy_(torch.linspace(-1, 1, channels))
     return norm
 
 
-def _run(norm: nn.Module, x: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-    x = x.clone().requires_grad_()
-    y = norm(x)
-    (y * weights).sum().backward()
-    return y.detach(), x.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var
+def _weights(shape: tuple[int, ...]) -> Tensor:
+    return torch.cos(torch.arange(_input(shape).numel(), dtype=torch.float64)).view(shape)
 
 
-def _on_rank(rank: int, world_size: int, shape: tuple[int, ...]) -> list[Tensor]:
-    norm = convert_to_global_batch_norm(nn.Sequential(_module(shape[1], len(shape))), torch.device("cpu"))[0]
-    x, weights = _input(shape), torch.cos(torch.arange(_input(shape).numel(), dtype=torch.float64)).view(shape)
-    part = slice(rank * shape[0] // world_size, (rank + 1) * shape[0] // world_size)
-    return [t.detach() for t in _run(norm, x[part], weights[part])]
+def _run(norm: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Two steps, so that running statistics have moved twice."""
+    for _ in range(2):
+        norm.zero_grad()
+        x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        y = norm(x)
+        (y * weights).sum().backward()
+    found = {"y": y, "dx": x.grad} | {f"d{name}": p.grad for name, p in norm.named_parameters()}
+    return {name: t.detach() for name, t in (found | dict(norm.named_buffers())).items() if t is not None}
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("shape", [(12, 5), (6, 4, 3, 5)])
-def test_several_ranks_equal_one_process(world_size: int, shape: tuple[int, ...]) -> None:
-    weights = torch.cos(torch.arange(_input(shape).numel(), dtype=torch.float64)).view(shape)
-    y, dx, dweight, dbias, mean, var = _run(_module(shape[1], len(shape)), _input(shape), weights)
-    ranks = run_ranks(world_size, _on_rank, shape)
-    tolerance = {"rtol": 1e-10, "atol": 1e-10}
-    torch.testing.assert_close(torch.cat([r[0] for r in ranks]), y, **tolerance)
-    torch.testing.assert_close(torch.cat([r[1] for r in ranks]), dx, **tolerance)
-    torch.testing.assert_close(sum(r[2] for r in ranks), dweight, **tolerance)
-    torch.testing.assert_close(sum(r[3] for r in ranks), dbias, **tolerance)
-    for r in ranks:
-        torch.testing.assert_close(r[4], mean, **tolerance)
-        torch.testing.assert_close(r[5], var, **tolerance)
+class Case(NamedTuple):
+    shape: tuple[int, ...] = (12, 4, 3, 5)
+    kernels: str = "any device"
+    """Of "any device", "gpu": ours for CUDA, or "torch": SyncBatchNorm, which needs dy in the layout of x."""
+    settings: tuple[tuple[str, Any], ...] = ()
+    channels_last: bool = False
+
+
+def _on_rank(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, Tensor]]:
+    for kernel in gpu_batch_norm.ALL:
+        setattr(torch, kernel.__name__, kernel)
+    found = []
+    for case in cases:
+        plain = nn.Sequential(_module(case.shape[1], len(case.shape), **dict(case.settings)))
+        norm = convert_to_global_batch_norm(plain)[0]
+        if case.kernels == "gpu":
+            norm._on_any_device = norm._on_gpu
+        if case.kernels == "torch":
+            norm = _TorchsOwn(plain[0])
+        n = case.shape[0]
+        part = slice(rank * n // world_size, (rank + 1) * n // world_size)
+        x, weights = _input(case.shape)[part], _weights(case.shape)[part]
+        if case.channels_last:
+            x = x.to(memory_format=torch.channels_last)
+            weights = weights.to(memory_format=torch.channels_last) if case.kernels == "torch" else weights
+        found.append(_run(norm, x, weights))
+    return found
+
+
+class _TorchsOwn(nn.Module):
+    """nn.SyncBatchNorm without its check for CUDA."""
+
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__()
+        for name, parameter in plain.named_parameters():
+            self.register_parameter(name, parameter)
+        for name, buffer in plain.named_buffers():
+            self.register_buffer(name, buffer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_batches_tracked.add_(1)
+        statistics = self.running_mean, self.running_var, 1e-5, 0.1
+        group = torch.distributed.group.WORLD
+        return SyncBatchNorm.apply(x, self.weight, self.bias, *statistics, group, group.size())
+
+
+CASES = [
+    Case(shape, kernels, channels_last=channels_last)
+    for kernels in ("any device", "gpu")
+    for shape, channels_last in (((12, 5), False), ((6, 4, 3, 5), False), ((8, 4, 3, 5), True), ((6, 3, 7), False))
+]
+CASES += [
+    Case(kernels=kernels, settings=settings)
+    for kernels in ("any device", "gpu")
+    for settings in (
+        (("momentum", None),),
+        (("affine", False),),
+        (("track_running_stats", False),),
+        (("momentum", 1), ("eps", 0.1)),
+    )
+]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_several_ranks_equal_one_process(world_size: int) -> None:
+    """Also where the ranks have unequally many rows, in any layout, and for every setting of BatchNorm."""
+    ranks = run_ranks(world_size, _on_rank, CASES)
+    for i, case in enumerate(CASES):
+        found = [rank[i] for rank in ranks]
+        whole = _module(case.shape[1], len(case.shape), **dict(case.settings))
+        expected = _run(whole, _input(case.shape), _weights(case.shape))
+        assert found[0].keys() == expected.keys(), case
+        for name, value in expected.items():
+            of_ranks = [rank[name] for rank in found]
+            joined = {"y": torch.cat, "dx": torch.cat, "dweight": sum, "dbias": sum}.get(name)
+            for one in [joined(of_ranks)] if joined else of_ranks:
+                assert torch.allclose(one, value, rtol=1e-9, atol=1e-9), (case, name)
+
+
+def test_on_a_gpu_it_is_torchs_sync_batch_norm() -> None:
+    """With the same kernels: values, gradients, running statistics and layouts."""
+    cases = [Case(shape, kernels, channels_last=last) for kernels in ("gpu", "torch") for shape, last in _LAYOUTS]
+    for rank in run_ranks(2, _on_rank, cases):
+        for ours, theirs in zip(rank[: len(_LAYOUTS)], rank[len(_LAYOUTS) :], strict=True):
+            assert ours.keys() == theirs.keys()
+            for name, value in theirs.items():
+                torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
+                assert ours[name].stride() == value.stride(), name
+
+
+_LAYOUTS = (((8, 4, 3, 5), False), ((8, 4, 3, 5), True), ((8, 5), False))
 
 
 def test_names_and_evaluation_are_torchs_own() -> None:
     plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     before = copy.deepcopy(plain.state_dict())
-    converted = convert_to_global_batch_norm(plain, torch.device("cpu"))
+    converted = convert_to_global_batch_norm(plain)
     assert list(converted.state_dict()) == list(before)

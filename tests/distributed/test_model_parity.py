@@ -41,7 +41,7 @@ def _gradients(model: torch.nn.Module, views: Tensor, implementation: str) -> tu
 
 
 def _on_rank(rank: int, world_size: int, implementation: str) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
-    model = convert_to_global_batch_norm(_model(), torch.device("cpu"))
+    model = convert_to_global_batch_norm(_model())
     part = slice(rank * G // world_size, (rank + 1) * G // world_size)
     loss, gradients = _gradients(DistributedDataParallel(model), _views()[:, part], implementation)
     return loss, gradients, {name: b for name, b in model.named_buffers() if "running" in name}
