@@ -50,9 +50,8 @@ def show_started(args: argparse.Namespace) -> int:
 def show_slurm(args: argparse.Namespace) -> int:
     from launcher import show, slurm
 
-    plan = slurm.shown_plan(args)
-    command = slurm.submit_command(args, plan.files, slurm.num_checked_points(args))
-    show.print_shown(show.as_dict(plan, [command]), args.json)
+    submission = slurm.prepare(args)
+    show.print_shown(show.as_dict(slurm.shown_plan(submission), [submission.command]), args.json)
     return Exit.OK
 
 
@@ -144,10 +143,10 @@ def plain(error: Exception) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(sys.argv[1:] if argv is None else argv)
-    if args.command in TRAINING and not getattr(args, "dry_run", False):
-        make_output_safe()  # the training dies with this process, and this process must not die of a word
     try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        if args.command in TRAINING and not getattr(args, "dry_run", False):
+            make_output_safe()  # the training dies with this process, and this process must not die of a word
         return int(COMMANDS[args.command](args))
     except LaunchError as error:
         print(f"launcher: {plain(error)}", file=sys.stderr)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import difflib
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+from launcher.errors import LaunchError
 from launcher.launch_plan import STOP_SIGNALS, one_line
 from simclr_dist import __version__
 from simclr_dist.argument_types import Parser, non_negative_int, positive_float, positive_int
@@ -46,11 +50,12 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"launcher of simclr-dist {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for backend, text in BACKENDS.items():
-        add_backend(commands.add_parser(backend, help=text, description=text), backend)
+        # An abbreviation of ours may be another option of sbatch: --gpus is not --gpus-per-node.
+        add_backend(commands.add_parser(backend, help=text, description=text, allow_abbrev=False), backend)
     show = commands.add_parser("show", help="print what a launch would do, and start nothing")
     show_backends = show.add_subparsers(dest="command", required=True, metavar="BACKEND")
     for backend, text in BACKENDS.items():
-        command = show_backends.add_parser(backend, help=text)
+        command = show_backends.add_parser(backend, help=text, allow_abbrev=False)
         add_backend(command, backend)
         command.set_defaults(dry_run=True)
 
@@ -78,6 +83,9 @@ def parser() -> argparse.ArgumentParser:
                 "--rank", type=non_negative_int, help="what this rank of the newest attempt has printed"
             )
         if name == "resume":
+            command.add_argument(
+                "--new-code", action="store_true", help="with code and configuration of now instead of the kept ones"
+            )
             command.add_argument("--dry-run", action="store_true", help="print what would be done")
 
     text = "write a folder to work in: configurations, SLURM scripts, the next commands"
@@ -101,7 +109,9 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, description=text)
         add_training_options(command, max_failures=3)
         add_signal_lead(command)
+        add_job_options(command)
         command.add_argument("--sweep")
+        command.add_argument("--submitted", action="append", default=[])
         command.set_defaults(dry_run=False)
     finish = commands.add_parser("finish", description="For scripts of release 0.1: decide what follows.")
     finish.add_argument("--run-dir", type=Path, required=True)
@@ -133,12 +143,68 @@ def add_backend(command: argparse.ArgumentParser, backend: str) -> None:
         command.add_argument("--ssh-cmd", default="ssh", help="for example 'ssh -p 2222' (default: %(default)s)")
     if backend == "slurm":
         for name in SBATCH_OPTIONS:
-            command.add_argument(f"--{name}", type=positive_int if name == "nodes" else str, help="as for sbatch")
+            kind, text = (node_counts, "as for sbatch: N or MIN-MAX") if name == "nodes" else (str, "as for sbatch")
+            command.add_argument(f"--{name}", type=kind, help=text)
         command.add_argument(
             "--sbatch-arg", action="append", default=[], metavar="--OPTION=VALUE", help="may be repeated"
         )
         add_signal_lead(command)
         command.add_argument("--script", help="instead of slurm/train.sh")
+        command.add_argument(
+            "--no-snapshot", action="store_true", help="the job reads code and CONFIG when it starts, as they are then"
+        )
+        add_job_options(command)
+
+
+def add_job_options(command: argparse.ArgumentParser) -> None:
+    """What `launcher slurm` passes on to the job."""
+    add_surroundings(command)
+    command.add_argument("--code", help=argparse.SUPPRESS)  # a folder in RUN/code
+    command.add_argument(
+        "--shared", action="store_true", help="not whole nodes: --gpus-per-node, --cpus-per-task and --mem of them"
+    )
+
+
+def add_surroundings(command: argparse.ArgumentParser) -> None:
+    """What a node has around Python."""
+    for option, kind, metavar, text in (
+        ("--setup", "setup_commands", "LINE", "shell text that each node runs before Python; may be repeated"),
+        ("--setup-file", "setup_file", "FILE", "with such lines"),
+        ("--kept-setup", "kept_setup", "JSON", argparse.SUPPRESS),
+    ):  # all add to one list, in the order of the command line
+        command.add_argument(
+            option, dest="setup", action="extend", default=[], type=in_node_script(kind), metavar=metavar, help=text
+        )
+    command.add_argument(
+        "--container",
+        type=in_node_script("container"),
+        metavar="IMAGE",
+        help="FILE.sif, apptainer:FILE or pyxis:IMAGE: Python runs inside",
+    )
+    command.add_argument(
+        "--bind",
+        action="append",
+        default=[],
+        type=in_node_script("bind"),
+        metavar="FOLDER[:INSIDE]",
+        help="for the container",
+    )
+    command.add_argument(
+        "--node-python", "--container-python", help="interpreter on the nodes (default: this one; container: python3)"
+    )
+
+
+def node_counts(text: str) -> str:
+    """N or MIN-MAX, as sbatch takes it."""
+    low, _, high = text.partition("-")
+    if not 1 <= int(low) <= int(high or low):
+        raise argparse.ArgumentTypeError(f"expected N or MIN-MAX, at least 1, not {text}")
+    return text
+
+
+def in_node_script(name: str) -> Callable[[str], Any]:
+    """A type of arguments whose module --help should not load."""
+    return lambda text: getattr(import_module("launcher.node_script"), name)(text)
 
 
 def add_signal_lead(command: argparse.ArgumentParser) -> None:
@@ -177,6 +243,7 @@ def add_node_options(command: argparse.ArgumentParser) -> None:
 
 def add_check_options(command: argparse.ArgumentParser) -> None:
     add_node_options(command)
+    add_surroundings(command)
     command.add_argument("--runs-dir", default="runs", help="where runs are kept, on a disk that all nodes share")
 
 
@@ -193,11 +260,59 @@ def as_words(args: argparse.Namespace, *names: str) -> list[str]:
     return words
 
 
+SHORT = {
+    "-N": "--nodes",
+    "-t": "--time",
+    "-p": "--partition",
+    "-A": "--account",
+    "-q": "--qos",
+    "-c": "--cpus-per-task",
+    "-C": "--constraint",
+    "-x": "--exclude",
+    "-G": "--gpus",
+    "-w": "--nodelist",
+    "-a": "--array",
+    "-n": "--ntasks",
+    "-d": "--dependency",
+}
+"""What sbatch's short options are called in full."""
+NOT_BY_HAND = {
+    "--array": "use --sweep",
+    "--export": "use --env NAME=VALUE",
+    "--ntasks": "there is one task on each node, which starts its processes itself: use --nproc",
+    "--ntasks-per-node": "there is one task on each node, which starts its processes itself: use --nproc",
+    "--output": "logs go to the run directory",
+    "--signal": "use --stop-signal and --signal-lead-s",
+    "--wrap": "the script is slurm/train.sh",
+}
+"""Options of sbatch that the launcher decides, and what to write instead."""
+
+
+def sbatch_hint(word: str, argv: Sequence[str]) -> str:
+    """What to type instead of an option that `launcher slurm` does not know."""
+    name, equals, value = word.partition("=")
+    if not name.startswith("--"):  # -N2, -N 2
+        name, equals, value = SHORT.get(word[:2], f"--{word[1:2]}"), word[2:], word[2:]
+    at = argv.index(word)
+    if not equals and at + 1 < len(argv) and not argv[at + 1].startswith("-") and argv[at + 1].count("=") == 0:
+        equals, value = "=", argv[at + 1]
+    meant = f"{name}={value}" if equals else name
+    if name in NOT_BY_HAND:
+        return f"{word}: {NOT_BY_HAND[name]}"
+    if name.removeprefix("--") in SBATCH_OPTIONS:
+        return f"{word}: write {meant}"
+    return f"{word}: if it is meant for sbatch, write --sbatch-arg={meant}"
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     top = parser()
     # argparse reads positional arguments only where they first appear: settings after an option are left over.
     args, left = top.parse_known_args(argv)
     unknown = [word for word in left if word.startswith("-") or "=" not in word]
+    if unknown and hasattr(args, "sbatch_arg") and unknown[0].startswith("-"):
+        own = [f"--{name.replace('_', '-')}" for name in vars(args)]
+        if not difflib.get_close_matches(unknown[0].partition("=")[0], own, cutoff=0.85):
+            raise LaunchError(sbatch_hint(unknown[0], argv))
     if unknown or (left and not hasattr(args, "overrides")):
         top.error(f"unrecognized arguments: {' '.join(unknown or left)}")
     if left:

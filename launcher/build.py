@@ -8,8 +8,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from launcher import gpus, local
+from launcher import gpus, local, node_script
 from launcher.errors import Exit, LaunchError
 from launcher.launch_plan import TRAINER, Device, LaunchPlan, checked_env, new_attempt, passed_on
 from simclr_dist.config import Config, load_config
@@ -28,8 +29,15 @@ def training(args: argparse.Namespace, world_size: int | None) -> tuple[Config, 
             f"{args.config}: not a plain file, and every process must read it; save the configuration as a file"
         )
     check_environment(passed_on(os.environ) | checked_env(args.env))
-    config = load_config(args.config, args.overrides, world_size=world_size)
-    return config, ("-m", TRAINER, os.path.abspath(args.config), *args.overrides)
+    # Data may be elsewhere in a container; then only the job can look.
+    elsewhere = any(spec.partition(":")[0] != spec.partition(":")[2] for spec in getattr(args, "bind", ()))
+    config = load_config(args.config, args.overrides, world_size=world_size, check_data=not elsewhere)
+    return config, command(args)
+
+
+def command(args: argparse.Namespace) -> tuple[str, ...]:
+    """Of each process, after the interpreter."""
+    return ("-m", TRAINER, os.path.abspath(args.config), *args.overrides)
 
 
 def check_before_the_queue(args: argparse.Namespace) -> None:
@@ -40,8 +48,8 @@ def check_before_the_queue(args: argparse.Namespace) -> None:
     print(
         "launcher: checking the training before it is submitted, which takes some seconds", file=sys.stderr, flush=True
     )
-    command = [sys.executable, "-m", PREFLIGHT, args.config, *args.overrides]
-    done = subprocess.run(command, capture_output=True, text=True, env=local.importable_launcher(), check=False)
+    line = [sys.executable, "-m", PREFLIGHT, args.config, *args.overrides]
+    done = subprocess.run(line, capture_output=True, text=True, env=local.importable_launcher(), check=False)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     # Whose the run directory is, and what fits there, may change until the job starts.
     problems = [row["problem"] for row in found if "problem" in row and row["what"] != "checkpoints"]
@@ -105,4 +113,20 @@ def common(args: argparse.Namespace, config: Config, command: tuple[str, ...]) -
         "requeue": not args.no_requeue,
         "save_budget_s": args.save_budget_s,
         "preflight_s": args.preflight_s,
+        **(in_job(args, config, os.path.abspath(config.run_dir)) if hasattr(args, "container") else {}),
+    }
+
+
+def in_job(args: argparse.Namespace, config: Config | None, run_dir: str) -> dict[str, Any]:
+    """What SLURM's nodes have around Python, as fields of a launch plan."""
+    code = getattr(args, "code", None)
+    return {
+        "code": code or "",
+        "setup": tuple(args.setup),
+        "container": args.container or "",
+        "binds": node_script.binds(config, filter(None, (os.getcwd(), run_dir, code)), args.bind)
+        if args.container
+        else (),
+        "node_python": args.node_python or "",
+        "shared": getattr(args, "shared", False),
     }

@@ -182,6 +182,7 @@ def deep_plan(args: argparse.Namespace, job: Job | None = None) -> LaunchPlan:
         env=checked_env(args.env),
         max_failures=0,
         preflight_s=args.preflight_s,
+        **(build.in_job(args, None, str(run_dir)) if job else {}),
     )
     prepare_run_dir(run_dir)
     return plan
@@ -219,6 +220,7 @@ def deep_slurm(args: argparse.Namespace) -> Exit:
     command = ["salloc", *as_words(args, "nodes", "partition"), "--ntasks-per-node=1", "--exclusive", "--mem=0"]
     command += ["--time=10", "bash", slurm.script_path("check_nodes.sh")]
     command += as_words(args, "preflight-s", "device", "runs-dir", "nproc", "port", "head-addr", "ifname", "env")
+    command += slurm.surroundings(args)
     env = step.environment(os.environ) | {"SIMCLR_PYTHON": str(Path(sys.executable).absolute())}
     try:
         return Exit.OK if subprocess.run(command, env=env, check=False).returncode == 0 else Exit.PREFLIGHT
@@ -230,7 +232,7 @@ def report(run_dir: Path) -> Exit:
     """Prints how far the processes of each node came. Removes the folder if there was no problem."""
     plan = read_launch_plan(RunDir(run_dir).launch_plan)
     procs, status = plan.procs_per_node, read_status(run_dir)
-    problems = status.message.split("; ") if status and status.reason in ("preflight", "unfit") else []
+    problems = status.message.split("; ") if status and status.state == "failed" else []
     for rank, host in enumerate(plan.hosts):
         ranks = [_stage(run_dir, r) for r in range(rank * procs, (rank + 1) * procs)]
         stages = ", ".join(dict.fromkeys(r["stage"] for r in ranks))

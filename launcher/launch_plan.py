@@ -34,7 +34,8 @@ PATTERNS = {
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 # Variables by which the launcher and torch talk to their processes: set from outside they would break the rendezvous.
 _RESERVED = re.compile(
-    r"SIMCLR_(EXPECTED_WORLD_SIZE|ATTEMPT|STOP_SIGNAL|CHECKED|OUTPUT)|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK"
+    r"SIMCLR_(EXPECTED_WORLD_SIZE|ATTEMPT|STOP_SIGNAL|CHECKED|OUTPUT|NODE_SCRIPT)"
+    r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK"
     r"|MASTER_(ADDR|PORT)|PET_.*|TORCHELASTIC_.*|ACCELERATE_.*|PMIX?_.*|OMPI_.*|MV2_.*"
     r"|SLURM_STEP_NUM_TASKS|FLUX_JOB_SIZE|JSM_NAMESPACE_SIZE"
 )
@@ -52,6 +53,14 @@ def one_line(what: str, value: str) -> str:
     if not value or not value.isprintable():
         raise LaunchError(f"{what} {value!r} cannot be used: it is empty or has control characters")
     return value
+
+
+def shell_text(command: str) -> str:
+    """`command`, if it is text: a set-up line may have several lines, but no terminal escapes."""
+    for line in command.split("\n"):
+        if not line.replace("\t", " ").isprintable():
+            raise LaunchError(f"set-up line {line!r} cannot be used: it has control characters")
+    return command
 
 
 def looks_secret(name: str) -> bool:
@@ -128,20 +137,34 @@ class LaunchPlan:
     preflight_s: float = 60.0
     """How long node 0 waits for the others to report."""
     rendezvous_s: float = 120.0
+    code: str = ""
+    """The folder of the program that was kept for the job (snapshot.py); empty: the one that is installed."""
+    setup: tuple[str, ...] = ()
+    """Shell commands that each node runs before Python."""
+    container: str = ""
+    """apptainer:FILE or pyxis:IMAGE"""
+    binds: tuple[str, ...] = ()
+    """FOLDER:INSIDE of the container"""
+    node_python: str = ""
+    """The interpreter on the nodes; empty: `python`, in a container python3."""
+    shared: bool = False
+    """Whether the nodes may run other jobs, too."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "env", dict(self.env or {}))
-        for name in ("command", "resume_argv", "hosts"):
+        for name in ("command", "resume_argv", "hosts", "setup", "binds"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         checked("attempt", self.attempt)
         for host in self.hosts:
             checked("host", host)
-        for name in ("run_dir", "workdir", "python"):
+        for name in ("run_dir", "workdir", "python", *(["code"] if self.code else [])):
             path = one_line(name, getattr(self, name))
             if not Path(path).is_absolute():
                 raise LaunchError(f"launch plan: {name} {path!r} is not an absolute path")
-        for word in (*self.command, *self.resume_argv):
+        for word in (*self.command, *self.resume_argv, *self.binds, self.container or "-", self.node_python or "-"):
             one_line("argument", word)
+        for command in self.setup:
+            shell_text(command)
         if self.head_addr:
             checked("address", self.head_addr)
         if self.ifname:
@@ -156,6 +179,11 @@ class LaunchPlan:
     @property
     def world_size(self) -> int:
         return self.num_nodes * self.procs_per_node
+
+    @property
+    def python_on_nodes(self) -> str:
+        """A path or a name; the same that started the launcher, unless another was chosen."""
+        return self.node_python or ("python3" if self.container else self.python)
 
     @property
     def files(self) -> RunDir:

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from launcher import build, gpus, local, machine, outcome, processes, rollcall, schedulers
+from launcher import build, gpus, local, machine, node_script, outcome, processes, rollcall, schedulers, snapshot
 from launcher.errors import Exit, LaunchError
 from launcher.launch_plan import (
     TRAINER,
@@ -50,6 +50,12 @@ ACCELERATE_CONFIG = Path(__file__).with_name("accelerate.yaml")
 def run_node(plan_path: Path, node_rank: int | None) -> None:
     """Does not return: this process becomes the agent that starts and watches the node's workers."""
     plan = read_launch_plan(plan_path)
+    if (plan.setup or plan.container) and os.environ.get(node_script.RAN) != plan.attempt:
+        raise LaunchError(
+            "this batch script is of an earlier version and runs neither set-up lines nor a container: "
+            "take the present slurm/train.sh, and make your changes there again"
+        )
+    snapshot.enter(plan.code, sys.argv[1:])
     # The agent would die of the stop signal: it has no handler while it imports torch. An ignored signal stays ignored
     # across exec and fork, until the workers install their handler.
     signal.signal(getattr(signal, f"SIG{plan.stop_signal}"), signal.SIG_IGN)
@@ -360,6 +366,8 @@ def checking(accelerate: list[str], plan: LaunchPlan, rank: int) -> list[str]:
 def agent_env(plan: LaunchPlan, ifname: str, num_cpus: int, inherited: Mapping[str, str]) -> dict[str, str]:
     """The environment of the agent and its workers. The user's variables win, except for reserved ones."""
     env = passed_on(inherited)
+    if plan.code:
+        env = snapshot.importing(plan.code, env)
     env.setdefault("OMP_NUM_THREADS", str(max(1, num_cpus // plan.procs_per_node)))
     env.setdefault("PYTHONUNBUFFERED", "1")
     # The name of one interface: gloo accepts no exclusion list.

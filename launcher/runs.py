@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from launcher import local, outcome, scontrol
+from launcher import local, outcome, scontrol, snapshot
 from launcher.errors import Exit, LaunchError
 from launcher.launch_plan import checked, one_line, read_launch_plan, refuse_foreign
 from simclr_dist.run.layout import RunDir, newest_step
@@ -36,6 +36,12 @@ def slurm_job(run_dir: Path) -> str | None:
     return str(jobs[-1]["job"])
 
 
+def code_of(run_dir: Path) -> str | None:
+    """The kept code that the newest attempt runs with, or the newest job will."""
+    entries = outcome.recorded(run_dir, "submit", "start")
+    return str(entries[-1]["code"]) if entries and entries[-1].get("code") else None
+
+
 def status(args: argparse.Namespace) -> Exit:
     from rich.console import Console
     from rich.table import Table
@@ -56,6 +62,8 @@ def status(args: argparse.Namespace) -> Exit:
     if job:
         in_queue = scontrol.query(["squeue", "--noheader", f"--jobs={job}", "--format=%T %r"])
         console.print(Text(f"SLURM job   {job}: {(in_queue or '').strip() or 'no longer in the queue'}"))
+    if code := code_of(run_dir):
+        console.print(Text(f"code        {snapshot.describe(code)}"), soft_wrap=True)
     for request in (RunDir(run_dir).stop, RunDir(run_dir).save):
         if request.exists():
             console.print(f"requested   {request.name}")
@@ -147,15 +155,22 @@ def cancel(args: argparse.Namespace) -> Exit:
 
 
 def resume(args: argparse.Namespace, main: Callable[[Sequence[str]], int]) -> int:
-    """Repeats the command that started the run, in the directory where it was given."""
+    """Repeats the command that started the run, in the directory where it was given, with the code that was kept."""
     run_dir = run_dir_of(args)
     words, workdir = started_with(run_dir)
+    code = next((word.partition("=")[2] for word in words if word.startswith("--code=")), "")
+    if code and args.new_code:
+        words, code = snapshot.without(code, words), ""
     if any(word.startswith("resume=") for word in words):
         words.append("resume=auto")
+    words += ["--dry-run"] if args.dry_run else []
     if not args.dry_run:
         RunDir(run_dir).stop.unlink(missing_ok=True)
     os.chdir(workdir)
-    return main([*words, *(["--dry-run"] if args.dry_run else [])])
+    if code:
+        print(f"launcher: goes on with {snapshot.describe(code)}; --new-code takes that of now", file=sys.stderr)
+        snapshot.enter(code, words)
+    return main(words)
 
 
 def started_with(run_dir: Path) -> tuple[list[str], str]:

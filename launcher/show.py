@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from typing import Any
 
 from launcher import machine
 from launcher.launch_plan import LaunchPlan, masked
 from launcher.node import agent_argv, agent_env
+from launcher.node_script import step_words
 
 
 def as_dict(plan: LaunchPlan, start: list[list[str]]) -> dict[str, Any]:
@@ -16,11 +18,13 @@ def as_dict(plan: LaunchPlan, start: list[list[str]]) -> dict[str, Any]:
     ifname = plan.ifname or "INTERFACE"
     files = [str(plan.files.launch_plan), str(plan.files.attempts)]
     files += [f"{plan.files.logs}/"] if plan.backend == "slurm" else []
+    files += [f"{plan.code}/"] if plan.code else []
     return {
         "plan": plan.as_json(),
         "start": start,
+        **({"step": step_words(plan)} if plan.backend == "slurm" else {}),
         "files": files,
-        "agents": [agent_argv(plan, rank) for rank in range(plan.num_nodes)],
+        "agents": [agent_argv(replace(plan, python=plan.python_on_nodes), rank) for rank in range(plan.num_nodes)],
         "environment": masked(agent_env(plan, ifname, machine.num_cpus(), {})),
     }
 
@@ -38,6 +42,7 @@ def as_text(shown: dict[str, Any]) -> str:
         f"port:          {plan['port'] or 'a free one, chosen at the start'}",
         f"stop signal:   {plan['stop_signal']}",
         f"failures:      {plan['max_failures']} in a row are forgiven while each makes progress",
+        *around_python(plan),
         "",
         "files:",
         *(f"  {name}" for name in shown["files"]),
@@ -52,6 +57,19 @@ def as_text(shown: dict[str, Any]) -> str:
     lines += ["", "environment set for the workers:"]
     lines += [f"  {name}={value}" for name, value in shown["environment"].items()]
     return "\n".join(lines)
+
+
+def around_python(plan: dict[str, Any]) -> list[str]:
+    """What a node has besides the interpreter, where there is something."""
+    found = [
+        ("code", plan["code"]),
+        ("nodes", "shared with other jobs" if plan["shared"] else ""),
+        *(("set-up line", line) for line in plan["setup"]),
+        ("container", plan["container"]),
+        *(("bound there", folder) for folder in plan["binds"]),
+        ("interpreter", plan["node_python"]),
+    ]
+    return [f"{f'{what}:':15}{value}" for what, value in found if value]
 
 
 def print_shown(shown: dict[str, Any], as_json: bool) -> None:

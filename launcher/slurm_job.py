@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher import allocation, build, gpus, local, machine, outcome, scontrol, slurm, step, sweep
+from launcher import allocation, build, gpus, local, machine, outcome, scontrol, slurm, snapshot, step, sweep
 from launcher.allocation import Job
 from launcher.errors import Exit, LaunchError
 from launcher.launch_plan import (
@@ -29,6 +29,7 @@ from simclr_dist.run.layout import RunDir
 
 def run(args: argparse.Namespace) -> Exit:
     """One attempt, from its plan to what follows."""
+    snapshot.enter(args.code or "", args.argv)
     with local.Requests(*STOP_SIGNALS) as requests:
         job = this_job()
         not_ours = allocation.why_not_ours(job, os.environ)
@@ -84,7 +85,8 @@ def plan_attempt(args: argparse.Namespace, job: Job) -> LaunchPlan:
     values["python"] = shutil.which(os.environ.get("SIMCLR_PYTHON", "")) or values["python"]  # may be a wrapper
     # A task of an array is continued as a single run.
     queue = [f"--{key}={value}" for key in ("partition", "account") if (value := getattr(job, key))]
-    values["resume_argv"] = ("slurm", f"--nodes={len(job.hosts)}", *queue, *slurm.job_arguments(args))
+    asked = [word for word in args.submitted if not word.startswith("--nodes=")] or queue
+    values["resume_argv"] = ("slurm", f"--nodes={len(job.hosts)}", *asked, *slurm.job_arguments(args))
     return LaunchPlan(
         backend="slurm",
         attempt=new_attempt(job.name, job.restarts),
@@ -130,7 +132,7 @@ def stopped_while_waiting(plan: LaunchPlan) -> bool:
 
 def begin(plan: LaunchPlan, job: Job, not_ours: str) -> None:
     whose = {"shared_job": True} if not_ours else {}
-    local.begin(plan, job=plan.job, hosts=plan.hosts, log=job.log, **whose)
+    local.begin(plan, job=plan.job, hosts=plan.hosts, log=job.log, code=plan.code or None, **whose)
 
 
 def head_address(hosts: Sequence[str]) -> str:
@@ -208,6 +210,7 @@ def conclude(
 
 def plan_here(args: argparse.Namespace) -> Exit:
     """Writes the launch plan and prints the run directory, or nothing if there is nothing to do."""
+    snapshot.enter(args.code or "", args.argv)
     job = this_job()
     forget_other_jobs()
     plan = plan_attempt(args, job)

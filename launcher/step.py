@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Mapping
 
-from launcher import processes
+from launcher import gpus, node_script, processes
 from launcher.allocation import Job
 from launcher.launch_plan import LaunchPlan
 from launcher.local import POLL_S, Requests
@@ -59,21 +59,16 @@ def srun_command(plan: LaunchPlan, job: Job) -> list[str]:
         "wait": 0,  # nodes may end at different times
     }
     words = [f"--{name}={value}" for name, value in options.items() if value not in (None, "")]
+    rocm = plan.container != "" and plan.device == "cuda" and gpus.here().kind == "AMD"
     # overlap: in a shell of `srun --pty` that shell's step holds everything.
-    return ["srun", *words, "--overlap", "--label", *node_words(plan)]
+    return ["srun", *words, "--overlap", "--label", *node_script.step_words(plan, rocm)]
 
 
 def gres(job: Job) -> str:
     """The generic resources of each node that the step asks for; empty where it should get what it gets."""
-    gpus = job.gpus_per_node(nproc=1)
+    num_gpus = job.gpus_per_node(nproc=1)
     others = set.intersection(*(set(share.other_gres) for share in job.shares.values())) if job.shares else set()
-    return ",".join([f"gpu:{gpus}", *sorted(others)]) if gpus else ""
-
-
-def node_words(plan: LaunchPlan) -> list[str]:
-    # The stop signal may come before Python runs.
-    start = ["/bin/sh", "-c", 'trap "" USR1 USR2; exec "$@"', "sh"]
-    return [*start, plan.python, "-m", "launcher", "node", "--plan", str(plan.path)]
+    return ",".join([f"gpu:{num_gpus}", *sorted(others)]) if num_gpus else ""
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:

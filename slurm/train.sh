@@ -23,6 +23,12 @@
 PYTHON="${SIMCLR_PYTHON:-}"        # EDIT: or export SIMCLR_PYTHON; else .venv here, else python3
 [ -n "$PYTHON" ] || { [ -x .venv/bin/python ] && PYTHON="$PWD/.venv/bin/python"; } || PYTHON=python3
 export SIMCLR_PYTHON="$PYTHON"     # the nodes use it, too
+# The code that `launcher slurm` kept for this job is imported, if it is this user's.
+for WORD; do
+  case "$WORD" in --code=*)
+    [ ! -O "${WORD#*=}" ] || export PYTHONPATH="${WORD#*=}${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 ;;
+  esac
+done
 
 "$PYTHON" -c "import launcher" 2> /dev/null || {
   echo "slurm/train.sh: $PYTHON has no launcher in $PWD: submit from the repository's root, or export SIMCLR_PYTHON" >&2

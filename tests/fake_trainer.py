@@ -33,7 +33,7 @@ def main() -> None:
     run_dir = Path(values.get("runs_dir", "runs")) / values["name"]
     assert int(os.environ["SIMCLR_EXPECTED_WORLD_SIZE"]) == WORLD_SIZE
     (run_dir / "ranks").mkdir(parents=True, exist_ok=True)
-    seen = {"pid": os.getpid(), "argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}
+    seen = {"pid": os.getpid(), "argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd(), "file": __file__}
     write_record(run_dir / "ranks" / f"{ATTEMPT}-{RANK}.json", seen)
     files = RunDir(run_dir)
     step = max(map(step_of, files.list_checkpoints()), default=0)

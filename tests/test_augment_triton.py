@@ -93,7 +93,8 @@ def check(preset, side, B, *, block=1024, tiles=((32, 32), (8, 128)), kernel_siz
 
 yes = np.ones(24, bool)
 # every order of the jitter, with all that can follow it
-every = {"order": _ORDERS, "jitter": yes, "hue": np.linspace(-0.5, 0.5, 24), "blur": yes, "solarize": np.arange(24) % 2 > 0}
+halves = np.arange(24) % 2 > 0
+every = {"order": _ORDERS, "jitter": yes, "hue": np.linspace(-0.5, 0.5, 24), "blur": yes, "solarize": halves}
 check("simclr_imagenet", 12, 12, tiles=((16, 64), (16, 64)), kernel_size=5, **every)
 images, parameters, found = check("asymmetric", 32, 3)
 check("simclr_cifar", 33, 1)  # two blocks of pixels, the second hardly filled

@@ -13,6 +13,7 @@ runs/NAME/
     export/ finetune/ recipe/    results
     plan.json                the launch plan; attempts.jsonl and logs/: what came of it (launcher)
     logs/ATTEMPT/            rank_00007.log and so on: what each rank has printed (run/output.py)
+    code/                    program and configuration as they were when a job was submitted (launcher/snapshot.py)
     heartbeat/               rank_00003.json and so on: where each rank stands (run/heartbeat.py)
     STOP, SAVE, STOP_REQUEST.*   requests to a running training (run/stop_requests.py)
 """
@@ -144,6 +145,16 @@ class RunDir:
     def rank_failure(self, attempt: str, rank: int) -> Path:
         """How a rank ended that was the first to fail on its node."""
         return self.logs_of(attempt) / f"rank_{rank:05d}.failed.json"
+
+    @property
+    def code(self) -> Path:
+        """A folder for each program that a job of this run was submitted with, named by its content."""
+        return self.path / "code"
+
+    @staticmethod
+    def record_of_code(code: Path) -> Path:
+        """Which commit a folder of `code` is."""
+        return code / "snapshot.json"
 
     @property
     def heartbeats(self) -> Path:

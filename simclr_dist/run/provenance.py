@@ -12,7 +12,7 @@ from pathlib import Path
 
 from simclr_dist.atomic import replace_text
 from simclr_dist.parallel.environment import found_in
-from simclr_dist.run.layout import RunDir, append_record, read_records
+from simclr_dist.run.layout import RunDir, append_record, read_record, read_records
 from simclr_dist.run.status import attempt_name
 
 
@@ -52,8 +52,14 @@ def drew_from_generator(run_dir: Path) -> bool:
 
 
 def git_id() -> str | None:
-    """The commit of the code, with `-dirty` if files have changed; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit of the code, with `-dirty` if files have changed; None outside a checkout.
+
+    Code that was kept for a job says itself which commit it is: git would name that of the folder around it.
+    """
+    package = Path(__file__).parents[1]
+    if (kept := read_record(RunDir.record_of_code(package.parent))) is not None:
+        return str(kept["git"]) if kept.get("git") else None
+    command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -86,12 +86,12 @@ def test_a_deep_check_from_the_login_node_names_the_bad_node(cluster: MiniSlurm,
     python = checkout.root / "python"
     python.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME" = n2 ] && exec sleep 1000\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    script = checkout.root / "slurm" / "check_nodes.sh"
-    script.write_text(script.read_text().replace('NODE_PYTHON="$PYTHON"', f'NODE_PYTHON="{python}"'))
     words = ("check", "slurm", "--deep", "--nproc=1", "--preflight-s=3", "--runs-dir=else where")
+    words = (*words, f"--node-python={python}", "--setup=echo set up")
     done = checkout.launch(*words, env=cluster.env)
     assert done.returncode == 3, done.stdout + done.stderr
     assert "no word from n2 (node 1)" in done.stdout
+    assert done.stdout.count(": set up\n") == 2
     assert list((checkout.root / "else where" / ".check").iterdir())
 
 
