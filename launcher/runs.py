@@ -99,10 +99,10 @@ def logs(args: argparse.Namespace) -> Exit:
     job_logs = [Path(entry.get("log") or "") for entry in starts[-1:]]
     written = sorted(files.logs.glob("*.out"), key=lambda path: path.stat().st_mtime, reverse=True)
     candidates = [*job_logs, *written, files.log]
-    path = next((path for path in candidates if path.is_file()), None)
-    if path is None:
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
         raise LaunchError(f"{run_dir}: no log yet")
-    become_tail(args, path)
+    become_tail(args, found)
 
 
 def become_tail(args: argparse.Namespace, path: Path) -> NoReturn:
