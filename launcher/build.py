@@ -45,6 +45,9 @@ def check_before_the_queue(args: argparse.Namespace) -> None:
 
     Raises ConfigError. What cannot be looked at on this machine is said; the job will look at it.
     """
+    if args.container or args.node_python:
+        print("launcher: the nodes have another Python; the job will check the training there", file=sys.stderr)
+        return
     print(
         "launcher: checking the training before it is submitted, which takes some seconds", file=sys.stderr, flush=True
     )

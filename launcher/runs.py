@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -24,7 +25,9 @@ from simclr_dist.run.status import read_status
 def run_dir_of(args: argparse.Namespace) -> Path:
     files = RunDir(Path(os.path.abspath(args.run_dir)))
     if not files.attempts.exists() and not files.status.exists():
-        raise LaunchError(f"{files.path}: no run there (neither {files.attempts.name} nor {files.status.name})")
+        inside = next((path for path in files.path.glob("*") if RunDir(path).status.exists()), None)
+        hint = f"; for the runs in it: simclr-dist runs list {shlex.quote(args.run_dir)}" if inside else ""
+        raise LaunchError(f"{files.path}: no run there (neither {files.attempts.name} nor {files.status.name}){hint}")
     return files.path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import replace
 from typing import Any
 
 from launcher import machine
@@ -24,7 +23,7 @@ def as_dict(plan: LaunchPlan, start: list[list[str]]) -> dict[str, Any]:
         "start": start,
         **({"step": step_words(plan)} if plan.backend == "slurm" else {}),
         "files": files,
-        "agents": [agent_argv(replace(plan, python=plan.python_on_nodes), rank) for rank in range(plan.num_nodes)],
+        "agents": [[plan.python_on_nodes, *agent_argv(plan, rank)[1:]] for rank in range(plan.num_nodes)],
         "environment": masked(agent_env(plan, ifname, machine.num_cpus(), {})),
     }
 

@@ -63,6 +63,7 @@ def prepare(args: argparse.Namespace) -> Submission:
     if args.code:  # a run that is resumed
         args = snapshot.use(args, Path(args.code))
     refuse_half_nodes(args)
+    refuse_missing_pyxis(args)
     config = checked_config(args)
     num_points = num_checked_points(args)
     files = RunDir(Path(os.path.abspath(config.run_dir)))
@@ -88,6 +89,15 @@ def refuse_half_nodes(args: argparse.Namespace) -> None:
         raise LaunchError(
             f"--shared: say what the job gets of each node: {' '.join(f'--{name}=…' for name in wanted)}"
             + (" (or --device=cpu)" if "gpus-per-node" in wanted else "")
+        )
+
+
+def refuse_missing_pyxis(args: argparse.Namespace) -> None:
+    options = scontrol.query(["srun", "--help"]) if (args.container or "").startswith("pyxis:") else None
+    if options is not None and "--container-image" not in options:
+        raise LaunchError(
+            f"--container {args.container}: srun has no --container-image here, so Pyxis is not installed; "
+            "for Apptainer: --container FILE.sif"
         )
 
 
@@ -149,22 +159,20 @@ def job_arguments(args: argparse.Namespace) -> list[str]:
 
 
 def surroundings(args: argparse.Namespace) -> list[str]:
-    """Set-up lines and container, as options; the lines in one word each of which may not be a line."""
+    """Set-up lines and container, as options. The lines are one word without line ends."""
     kept = [f"--kept-setup={json.dumps(args.setup)}"] if args.setup else []
     return [*as_words(args, "container", "bind", "node-python"), *kept]
 
 
 def passed_on(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of sbatch, which is also that of the job."""
+    left_out = SCRATCH if "SLURM_JOB_ID" in environ else ()
     env = {
         name: value
         for name, value in environ.items()
-        if PASSED_ON.fullmatch(name)
-        and not looks_secret(name)
-        and not is_reserved(name)
-        and not why_not_passed_on(name)
-        and not (name in SCRATCH and "SLURM_JOB_ID" in environ)
+        if PASSED_ON.fullmatch(name) and not (looks_secret(name) or is_reserved(name) or name in left_out)
     }
+    env = {name: value for name, value in env.items() if not why_not_passed_on(name)}
     return env | {"SIMCLR_PYTHON": str(Path(sys.executable).absolute())}
 
 

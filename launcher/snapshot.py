@@ -245,7 +245,8 @@ def describe(code: str) -> str:
 
 
 def remove_unused(run: RunDir, used: Collection[str]) -> None:
-    """Removes what was kept for jobs that never started."""
+    """Removes what was kept for jobs that never started. used: paths; a run may have been moved since."""
+    names = {Path(code).name for code in used}
     for path in run.code.glob("[0-9a-f]*"):
-        if str(path) not in used:
+        if path.name not in names:
             shutil.rmtree(path, ignore_errors=True)

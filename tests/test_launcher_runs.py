@@ -291,6 +291,9 @@ def test_a_folder_without_a_run_is_named(checkout: Checkout, command: str) -> No
     done = checkout.launch(command, "runs/nothing")
     assert done.returncode == 2
     assert f"{checkout.root}/runs/nothing: no run there" in done.stderr
+    (checkout.root / "runs" / "one").mkdir(parents=True)
+    (checkout.root / "runs" / "one" / "status.json").write_text("{}")
+    assert "for the runs in it: simclr-dist runs list runs" in checkout.launch(command, "runs").stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from launcher import __main__ as cli
-from launcher import build, slurm
+from launcher import build, slurm, sweep
+from launcher.arguments import parse
 from launcher.errors import LaunchError
 from launcher.launch_plan import checked_env, masked
 from simclr_dist.errors import ConfigError
@@ -222,9 +223,157 @@ def test_environment_values_are_kept_whole_and_secrets_masked() -> None:
     assert masked({"WANDB_API_KEY": "s3cret", "A": "b"}) == {"A": "b", "WANDB_API_KEY": "***"}
 
 
-def test_jobs_get_no_tokens_from_the_login_shell() -> None:
-    shell = {"PATH": "/bin", "HF_TOKEN": "x", "AWS_SECRET_ACCESS_KEY": "x", "NCCL_DEBUG": "INFO", "SLURM_JOB_ID": "7"}
-    assert slurm.passed_on(shell).keys() == {"PATH", "NCCL_DEBUG", "SIMCLR_PYTHON"}
+def test_jobs_get_no_tokens_from_the_login_shell_and_nothing_of_a_job_around_it() -> None:
+    shell = {"PATH": "/bin", "HF_TOKEN": "x", "AWS_SECRET_ACCESS_KEY": "x", "NCCL_DEBUG": "INFO", "TMPDIR": "/tmp/x"}
+    defaults = {
+        "SBATCH_ACCOUNT": "mine",
+        "SBATCH_PARTITION": "gpu",
+        "SBATCH_TIMELIMIT": "60",
+        "APPTAINER_BIND": "/data",
+    }
+    assert slurm.passed_on({**shell, **defaults}).keys() == {
+        *("PATH", "NCCL_DEBUG", "TMPDIR", "SIMCLR_PYTHON"),
+        *defaults,
+    }
+    around = dict.fromkeys(("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_ARRAY_TASK_ID", "SLURM_CPUS_PER_TASK"), "1")
+    around |= dict.fromkeys(("SBATCH_MEM_BIND", "SBATCH_CPU_BIND_TYPE", "SBATCH_EXPORT", "SBATCH_ARRAY_INX"), "1")
+    around |= {"SIMCLR_ATTEMPT": "7.0-abcdef", "SIMCLR_EXPECTED_WORLD_SIZE": "8", "CUDA_VISIBLE_DEVICES": "0"}
+    inside = slurm.passed_on({**shell, **defaults, **around})
+    assert inside.keys() == {"PATH", "NCCL_DEBUG", "SIMCLR_PYTHON", *defaults}
+
+
+@pytest.mark.parametrize(
+    ("words", "typed"),
+    [
+        (["--gres=gpu:2"], "write --sbatch-arg=--gres=gpu:2"),
+        (["--gres", "gpu:2"], "write --sbatch-arg=--gres=gpu:2"),
+        (["--gpus=8"], "write --sbatch-arg=--gpus=8"),
+        (["--gpus", "8"], "write --sbatch-arg=--gpus=8"),
+        (["--mem-per-cpu=2G"], "write --sbatch-arg=--mem-per-cpu=2G"),
+        (["--mail-type", "ALL"], "write --sbatch-arg=--mail-type=ALL"),
+        (["--hold"], "write --sbatch-arg=--hold"),
+        (["-N", "2"], "write --nodes=2"),
+        (["-N2"], "write --nodes=2"),
+        (["-pgpu"], "write --partition=gpu"),
+        (["-G4"], "write --sbatch-arg=--gpus=4"),
+        (["--array=0-3"], "use --sweep"),
+        (["--ntasks", "8"], "use --nproc"),
+        (["--max-failure=2"], "did you mean --max-failures?"),
+        (["--nodes=3-2"], "expected N or MIN-MAX"),
+        (["--nodes=0"], "expected N or MIN-MAX"),
+        (["--shared"], "--cpus-per-task=… --mem=… --gpus-per-node=… (or --device=cpu)"),
+        (["--shared", "--cpus-per-task=2", "--sbatch-arg=--gres=gpu:1"], "of each node: --mem=…"),
+        (["--container=pytorch"], "write apptainer:FILE.sif"),
+        (["--setup=if true"], "bash does not understand it"),
+        (["--setup-file=none"], "--setup-file none: cannot be read"),
+    ],
+)
+def test_an_option_of_sbatch_is_answered_with_what_to_type(
+    inside: Checkout, capsys: pytest.CaptureFixture[str], words: list[str], typed: str
+) -> None:
+    for line in (["slurm", CONFIG, *words], ["show", "slurm", *words, CONFIG]):
+        try:
+            code = cli.main(line)
+        except SystemExit as left:  # argparse
+            code = int(str(left.code))
+        shown = capsys.readouterr()
+        assert (code, shown.out) == (2, "")
+        assert typed in shown.err
+
+
+@pytest.mark.parametrize(
+    ("words", "procs"),
+    [
+        ([], None),
+        (["--gpus-per-node=4"], 4),
+        (["--gpus-per-node=a100:4"], 4),
+        (["--gpus-per-node=a100:3,v100:1"], 4),
+        (["--sbatch-arg=--gres=gpu:2"], 2),
+        (["--sbatch-arg=--gres=nvme:1,gpu:a100:2"], 2),
+        (["--sbatch-arg=--gres=gpu"], 1),
+        (["--sbatch-arg=--gres=nvme:1"], None),
+        (["--sbatch-arg=--gpus-per-task=4"], 4),
+        (["--sbatch-arg=--gpus=8"], 4),
+        (["--sbatch-arg=--gpus=a100:8"], 4),
+        (["--sbatch-arg=--gpus=7"], None),
+        (["--gpus-per-node=4", "--nproc=2"], 2),
+        (["--device=cpu"], 1),
+    ],
+)
+def test_processes_are_known_before_the_queue_where_the_command_line_says_them(
+    words: list[str], procs: int | None
+) -> None:
+    assert slurm.planned_procs(parse(["slurm", CONFIG, "--nodes=2", *words])) == procs
+
+
+def test_every_number_of_nodes_that_the_job_may_get_must_divide_the_batch(
+    inside: Checkout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = shown_json(capsys, "slurm", CONFIG, "--nodes=1-2", "--nproc=2")
+    assert (shown["plan"]["num_nodes"], "--nodes=1-2" in shown["start"][0]) == (2, True)
+    assert cli.main(["show", "slurm", CONFIG, "--nodes=2-4", "--nproc=1", "--device=cpu"]) == 2
+    assert "8 does not divide over 3 processes" in capsys.readouterr().err
+
+
+def test_a_job_that_shares_its_nodes_has_a_script_without_exclusive(
+    inside: Checkout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = inside.root / "slurm" / "train.sh"
+    assert b"\n#SBATCH --exclusive" in script.read_bytes()
+    args = parse(["slurm", CONFIG, "--shared", "--cpus-per-task=2", "--mem=1G", "--device=cpu", "--no-snapshot"])
+    changed = slurm.script_for(args, script)
+    assert changed is not None
+    assert [line for line in script.read_bytes().splitlines() if line not in changed.splitlines()] == [
+        next(line for line in script.read_bytes().splitlines() if line.startswith(b"#SBATCH --exclusive"))
+    ]
+    submission = slurm.prepare(args)
+    assert submission.kept is not None
+    assert list(submission.kept.files) == ["slurm/train.sh"]
+    assert f"{submission.kept.path}/slurm/train.sh" in submission.command
+    assert not any(word.startswith("--code") for word in submission.command)
+
+
+def test_a_task_of_an_array_remembers_how_it_was_submitted(inside: Checkout) -> None:
+    (inside.root / "sweep.yaml").write_text("list: [{seed: 1}]")
+    words = (
+        "--sweep=sweep.yaml",
+        "--time=1-0",
+        "--gpus-per-node=2",
+        "--sbatch-arg=--nice=5",
+        "--setup=a 'b'",
+        "--nodes=1",
+    )
+    submission = slurm.prepare(parse(["slurm", CONFIG, *words]))
+    at = next(at for at, word in enumerate(submission.command) if word.endswith("train.sh"))
+    code = submission.args.code
+    job = parse(["job", *submission.command[at + 1 :]])
+    assert job.submitted == ["--nodes=1", "--time=1-0", "--gpus-per-node=2", "--sbatch-arg=--nice=5"]
+    assert (job.setup, job.code, job.sweep) == (["a 'b'"], code, f"{code}/sweep/sweep.yaml")
+    again = parse(
+        ["slurm", *job.submitted, *slurm.job_arguments(sweep.at_point(args_at(job, inside), [["seed=1"]], 0))]
+    )
+    assert (again.time, again.gpus_per_node, again.sbatch_arg, again.setup) == ("1-0", "2", ["--nice=5"], ["a 'b'"])
+    assert (again.sweep, again.overrides) == (None, ["seed=1", "name=fake-000"])
+
+
+def args_at(job: argparse.Namespace, checkout: Checkout) -> argparse.Namespace:
+    """Nothing has been written: with the configuration that would have been kept."""
+    return argparse.Namespace(**{**vars(job), "config": str(checkout.root / CONFIG)})
+
+
+def test_pyxis_is_missed_before_the_queue_and_its_interpreter_is_shown(
+    inside: Checkout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    srun = inside.root / "srun"
+    monkeypatch.setenv("PATH", str(inside.root), prepend=os.pathsep)
+    for options, code in (("--nodes", 2), ("--container-image=", 0)):
+        srun.write_text(f"#!/bin/sh\necho ' {options}'\n")
+        srun.chmod(0o755)
+        found = cli.main(["show", "slurm", CONFIG, "--container=pyxis:nvidia/pytorch", "--device=cpu"])
+        shown = capsys.readouterr()
+        assert (found, "Pyxis is not installed" in shown.err) == (code, code == 2), shown.err
+    assert "container:     pyxis:nvidia/pytorch" in shown.out
+    assert "\n    python3 -m accelerate" in shown.out
 
 
 @pytest.mark.parametrize(
@@ -247,7 +396,7 @@ def test_a_job_is_checked_before_it_waits(
     (tmp_path / "preflight_here.py").write_text(script)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(build, "PREFLIGHT", "preflight_here")
-    args = argparse.Namespace(config="fake.yaml", overrides=[])
+    args = argparse.Namespace(config="fake.yaml", overrides=[], container=None, node_python=None)
     with pytest.raises(ConfigError, match=problem) if problem else nullcontext():
         build.check_before_the_queue(args)
     assert said in capsys.readouterr().err
