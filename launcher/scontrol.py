@@ -52,11 +52,9 @@ def _of_node(host: str, key: str) -> str:
 
 
 def live_step(job: str, name: str) -> str:
-    """The id of a step of the job (its plain number) that has this name; empty if there is none."""
+    """The id of a step of the job that has this name; empty if there is none. job: in an array ARRAY_TASK."""
     steps = query(["squeue", "--steps", "--noheader", f"--jobs={job}", "--format=%i %j"]) or ""
-    return next(
-        (step for step, _, called in (line.partition(" ") for line in steps.splitlines()) if called == name), ""
-    )
+    return next((line.split()[0] for line in steps.splitlines() if re.fullmatch(rf"{job}\.\S+ +{name} *", line)), "")
 
 
 def parse_time_limit(text: str) -> float | None:

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> Exit:
 def this_job() -> Job:
     """The job of this shell. LaunchError where its nodes train already."""
     job = allocation.this_job(os.environ)
-    if live := scontrol.live_step(job.id, step.NAME):
+    if live := scontrol.live_step(job.name, step.NAME):
         raise LaunchError(
             f"job {job.name} already trains, in step {live}: end it first (Ctrl-C where it was started, or "
             f"`scancel {live}`)"
@@ -82,7 +82,7 @@ def plan_attempt(args: argparse.Namespace, job: Job) -> LaunchPlan:
     head_addr = args.head_addr or head_address(job.hosts)
     values = build.common(args, config, local.continuing(command, job.restarts))
     values["port"] = args.port or machine.free_port(head_addr, first_port(job))
-    values["python"] = shutil.which(os.environ.get("SIMCLR_PYTHON", "")) or values["python"]  # may be a wrapper
+    values["python"] = node_python()
     # A task of an array is continued as a single run.
     queue = [f"--{key}={value}" for key in ("partition", "account") if (value := getattr(job, key))]
     asked = [word for word in args.submitted if not word.startswith("--nodes=")] or queue
@@ -114,6 +114,11 @@ def device_and_procs(args: argparse.Namespace, job: Job) -> tuple[Device, int]:
             f"use --nproc {allocated}, or ask for more. {gpus.OR_ON_THE_CPU}"
         )
     return "cuda", args.nproc or allocated
+
+
+def node_python() -> str:
+    """The script's interpreter, which may be a wrapper around this process's."""
+    return shutil.which(os.environ.get("SIMCLR_PYTHON", "")) or str(Path(sys.executable).absolute())
 
 
 def first_port(job: Job) -> int:

@@ -109,6 +109,24 @@ def test_a_second_ctrl_c_kills(cluster: MiniSlurm, checkout: Checkout) -> None:
     assert checkout.records("end")[0]["action"] == "leave"
 
 
+def test_cancel_ends_the_training_and_not_the_job_around_it(cluster: MiniSlurm, checkout: Checkout) -> None:
+    python = pretend(checkout, 'echo "pid $$"; exec sleep 1000')
+    cluster.env["SIMCLR_PYTHON"] = str(python)
+    (checkout.root / "tunnel.sh").write_text(
+        "#!/bin/bash\nbash slurm/train.sh fake.yaml name=kept\necho code $?\nsleep 1000\n"
+    )
+    job = cluster.submit("--nodes=1", "--output=tunnel.out", "tunnel.sh", cwd=checkout.root)
+    log, run_dir = checkout.root / "tunnel.out", checkout.root / "runs" / "kept"
+    wait_for(lambda: log.exists() and "pid " in log.read_text(), 60, "the training")
+    done = checkout.launch("cancel", str(run_dir), env=cluster.env)
+    assert done.returncode == 0, done.stderr
+    wait_for(lambda: "code 75" in log.read_text(), 30, "the training's end")
+    assert cluster.state(job) == "RUNNING"
+    # That job goes on; the run is free for another one.
+    again = checkout.launch("slurm", "fake.yaml", "name=kept", "--nodes=1", "--sbatch-arg=--hold", env=cluster.env)
+    assert again.returncode == 0, again.stderr
+
+
 def test_a_task_of_srun_can_start_it_too(cluster: MiniSlurm, checkout: Checkout) -> None:
     cluster.env["SIMCLR_PYTHON"] = str(pretend(checkout, "exit 0"))
     words = ("bash", "slurm/train.sh", "fake.yaml", "--nproc=1")

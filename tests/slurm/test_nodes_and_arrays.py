@@ -42,6 +42,10 @@ def test_wrong_settings_are_refused_before_the_queue(cluster: MiniSlurm, checkou
     assert done.returncode == 2
     assert "8 does not divide over 6 processes" in done.stderr
     assert "did you mean `width`?" in done.stderr
+    for option in ("--time=00:02:00", "--sbatch-arg=--time=2"):
+        done = checkout.launch("slurm", "fake.yaml", "--nodes=1", option, env=cluster.env)
+        assert done.returncode == 2
+        assert "the time limit of 120 s leaves no time to train where SLURM asks to save 180 s before it" in done.stderr
     assert not cluster.run("squeue", "--noheader").stdout.strip()
 
 

@@ -109,6 +109,25 @@ def test_allocated_gpus_that_no_node_can_use_end_the_job_at_once(gpu_cluster: Mi
     assert not checkout.ranks()
 
 
+RELEASED_SCRIPT = """\
+#!/bin/bash
+RUN_DIR="$("$SIMCLR_PYTHON" -m launcher plan "$@")" || exit $?
+srun --kill-on-bad-exit=1 --ntasks-per-node=1 "$SIMCLR_PYTHON" -m launcher node --plan "$RUN_DIR/plan.json" &
+wait $!
+exec "$SIMCLR_PYTHON" -m launcher finish --run-dir "$RUN_DIR" --rc $?
+"""
+
+
+def test_a_copy_of_the_released_script_still_trains_and_requeues_its_job(
+    gpu_cluster: MiniSlurm, checkout: Checkout
+) -> None:
+    gpu_cluster.env["SIMCLR_PYTHON"] = str(pretend(checkout))
+    (checkout.root / "mine.sh").write_text(RELEASED_SCRIPT)
+    job = gpu_cluster.submit("--nodes=2", "--exclusive", "mine.sh", "fake.yaml", cwd=checkout.root)
+    gpu_cluster.wait(lambda: gpu_cluster.job(job)["Restarts"] == "1", 60, "its requeue", lambda: log_of(checkout, job))
+    assert (checkout.run_dir / "n2").read_text().endswith("tasks=2\n")
+
+
 def test_a_step_that_srun_cannot_start_is_said_and_not_tried_again(gpu_cluster: MiniSlurm, checkout: Checkout) -> None:
     gpu_cluster.env["SIMCLR_PYTHON"] = sys.executable
     refuses = checkout.root / "bin" / "srun"
