@@ -266,7 +266,7 @@ def _rank_and_world_size(
         yield f"{both} may count nodes, or processes ({procs} on each node)"
         return
     if nodes is None:
-        claims.add(NODES, int(size), f"WORLD_SIZE={size}, which can only count nodes")
+        claims.add(NODES, int(size), f"WORLD_SIZE={size}, read as nodes")
         nodes = int(size)
     if RANK not in claims.found and rank.isdecimal() and int(size) == nodes:
         claims.add(RANK, int(rank), f"RANK={rank}")
