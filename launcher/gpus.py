@@ -123,14 +123,12 @@ def examine(view: View) -> Gpus:
     # A machine may have both: an AMD processor's graphics beside an NVIDIA card. torch can use one kind.
     built = view.torch_build[1] if view.torch_build else None
     present = next((each for each in found if BUILT_FOR[each.kind] == built), found[0])
-    if present.broken:
-        return Gpus(0, f"{present}: {present.broken}", f"{present}, but {present.broken}", present.kind)
     gpus = _visible(present, view.environ)
-    if view.torch_build and gpus.usable and BUILT_FOR[present.kind] != built:
-        text = (
-            f"{present}, but torch {view.torch_build[0]} is built for {built}: "
-            f"install a torch for {BUILT_FOR[present.kind]}"
-        )
+    but = [present.broken] if present.broken else []
+    if view.torch_build and BUILT_FOR[present.kind] != built:
+        but.append(f"torch {view.torch_build[0]} is built for {built}: install a torch for {BUILT_FOR[present.kind]}")
+    if but and gpus.usable:
+        text = f"{present}, but {'; and '.join(but)}"
         return Gpus(0, text, text, present.kind)
     return gpus
 
@@ -197,19 +195,22 @@ def _amd(view: View) -> _Present | None:
             num_integrated += 1  # a processor's own graphics; an MI300A has CPU cores, too, but is no such thing
             continue
         gpus.append(_Gpu(f"GPU-{values['unique_id']:016x}" if values.get("unique_id") else ""))
-    kfd = view.root / "dev/kfd"
+    kfd, seen_by = view.root / "dev/kfd", "/sys/class/kfd"
+    if not gpus and not num_integrated:
+        for argv in (("amd-smi", "list"), ("rocm-smi", "--showid")):
+            code, listing = view.run(argv)
+            numbers = set(re.findall(r"^GPU(?:: |\[)(\d+)", listing, re.MULTILINE)) if code == 0 else set()
+            if numbers:
+                gpus, seen_by = [_Gpu()] * len(numbers), " ".join(argv)
+                break
     if gpus:
         rights = "" if os.access(kfd, os.R_OK | os.W_OK) else (
             "/dev/kfd is missing here" if not kfd.exists() else
             "this user may not open /dev/kfd: ask to be in the groups `render` and `video`"
         )  # fmt: skip
-        return _Present("AMD", gpus, "/sys/class/kfd", rights)
+        return _Present("AMD", gpus, seen_by, rights)
     if num_integrated or not kfd.exists():
         return None
-    for argv, pattern in ((("amd-smi", "list"), r"^GPU: (\d+)"), (("rocm-smi", "--showid"), r"^GPU\[(\d+)\]")):
-        code, listing = view.run(argv)
-        if code == 0 and (numbers := set(re.findall(pattern, listing, re.MULTILINE))):
-            return _Present("AMD", [_Gpu()] * len(numbers), " ".join(argv))
     return _Present("AMD", [_Gpu()], "/dev/kfd", "neither /sys/class/kfd, amd-smi nor rocm-smi says how many")
 
 

@@ -110,7 +110,11 @@ def plan_for(args: argparse.Namespace) -> LaunchPlan:
         )
     if args.nproc is None and slots:
         args = argparse.Namespace(**{**vars(args), "nproc": slots[0]})
-    device, procs = build.device_and_procs(args) if args.device == "auto" else (args.device, args.nproc or 1)
+    try:
+        device, procs = build.device_and_procs(args) if args.device == "auto" else (args.device, args.nproc or 1)
+    except LaunchError as error:
+        whose = f"{args.hostfile}, {slots[0]} processes on each host: " if slots else ""
+        raise LaunchError(f"{whose}{error}", error.exit_code) from None
     config, command = build.training(args, len(hosts) * procs)
     return LaunchPlan(
         backend="hosts",

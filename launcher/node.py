@@ -136,6 +136,8 @@ def run_at_rendezvous(args: argparse.Namespace) -> Exit:
         "run directory": plan.run_dir,
         "configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12],
     }
+    # Until there are workers that can save. The first process of a container has no handler that would end it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if place.node_rank:
         return _run_with_head(plan, place, facts)
     with local.only_launcher(run_dir):
@@ -198,8 +200,10 @@ def head_to_listen_at(head: str, host: str) -> str:
         address, why = "", f"cannot be resolved here: {error.strerror}"
     else:
         why = f"is {address}, which is not an address of this node"
+    if machine.is_loopback(address):
+        return ""
     if address in own:
-        return "" if machine.is_loopback(address) else address
+        return address
     if "KUBERNETES_SERVICE_HOST" in os.environ:
         return ""
     raise LaunchError(

@@ -8,6 +8,7 @@ start. So a wrong address or a missing node is named within seconds, where a ren
 from __future__ import annotations
 
 import json
+import select
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -82,8 +83,7 @@ def receive(
     """
     called = _call(server, MEETING, own, num_nodes, timeout_s)
     hosts = tuple(called.reports[rank].host if rank in called.reports else "" for rank in range(num_nodes))
-    names = [host or "a node that is not known" for host in hosts]
-    problems = called.clashes or compare(called.reports, names, timeout_s)
+    problems = called.clashes or compare(called.reports, hosts, timeout_s)
     deadline = time.monotonic() + MARK_S
     for rank, report in called.reports.items():
         while rank and not problems and not is_here(report.mark):  # a shared disk shows new files after a while
@@ -115,12 +115,27 @@ class _Called:
     """Who has reported. clashes: nodes that cannot both be there."""
 
     reports: dict[int, Report]
-    connections: list[socket.socket] = field(default_factory=list)
+    connections: dict[int, socket.socket] = field(default_factory=dict)
     clashes: list[str] = field(default_factory=list)
+    clashing: list[socket.socket] = field(default_factory=list)
     own_address: str = ""
 
+    def add(self, report: Report, connection: socket.socket, num_nodes: int) -> None:
+        rank = report.node_rank
+        if not 0 < rank < num_nodes:
+            self.clashes.append(f"{report.host} says that it is node {rank}, but there are {num_nodes} nodes")
+            self.clashing.append(connection)
+        elif rank in self.connections and _is_open(self.connections[rank]):
+            self.clashes.append(f"{self.reports[rank].host} and {report.host} both say that they are node {rank}")
+            self.clashing.append(connection)
+        else:
+            if rank in self.connections:  # it was lost, and the node comes again
+                self.connections[rank].close()
+            self.reports[rank], self.connections[rank] = report, connection
+            self.own_address = connection.getsockname()[0].removeprefix("::ffff:").partition("%")[0]
+
     def tell(self, answer: Mapping[str, Any]) -> None:
-        for connection in self.connections:
+        for connection in (*self.connections.values(), *self.clashing):
             try:
                 connection.sendall(json.dumps(answer).encode() + b"\n")
                 # The other side closes first, so that this port does not linger in TIME_WAIT on the head node.
@@ -146,19 +161,19 @@ def _call(server: socket.socket, attempt: str, own: Report, num_nodes: int, time
                 received = _read_line(connection)
                 if received.pop("attempt") != attempt:
                     raise ValueError("another attempt")
-                report = _checked(Report(**received))
-                rank, before = report.node_rank, called.reports.get(report.node_rank)
-                if not 0 < rank < num_nodes:
-                    called.clashes.append(f"{report.host} says that it is node {rank}, but there are {num_nodes} nodes")
-                elif before is not None and before.host != report.host:
-                    called.clashes.append(f"{before.host} and {report.host} both say that they are node {rank}")
+                called.add(_checked(Report(**received)), connection, num_nodes)
             except (OSError, ValueError, TypeError, KeyError, AttributeError):
                 connection.close()  # another program, or a process of an earlier attempt
-                continue
-            called.reports.setdefault(rank, report)
-            called.connections.append(connection)
-            called.own_address = connection.getsockname()[0].removeprefix("::ffff:").partition("%")[0]
     return called
+
+
+def _is_open(connection: socket.socket) -> bool:
+    if not select.select([connection], [], [], 0)[0]:
+        return True  # nothing to read, not even an end
+    try:
+        return connection.recv(1, socket.MSG_PEEK) != b""
+    except OSError:
+        return False
 
 
 def _checked(report: Report) -> Report:
@@ -207,7 +222,11 @@ def compare(reports: Mapping[int, Report], hosts: Sequence[str], timeout_s: floa
     everywhere = set.intersection(*(set(report.problems) for report in came)) if len(came) == len(hosts) else set()
     problems = [f"{EVERY_NODE}{problem}" for problem in reports[0].problems if problem in everywhere]
     problems += [f"{report.host}: {each}" for report in came for each in report.problems if each not in everywhere]
-    missing = [f"{hosts[rank]} (node {rank})" for rank in range(len(hosts)) if rank not in reports]
+    missing = [
+        f"{hosts[rank]} (node {rank})" if hosts[rank] else f"node {rank}"
+        for rank in range(len(hosts))
+        if rank not in reports
+    ]
     if missing:
         problems.append(
             f"no word from {', '.join(missing)} within {timeout_s:.0f} s; {len(reports)} of {len(hosts)} nodes came. "

@@ -259,20 +259,19 @@ def _rank_and_world_size(
 ) -> Iterator[str]:
     """RANK and WORLD_SIZE count nodes or processes. Here they are believed where they can only be nodes."""
     rank, size = environ.get("RANK", ""), environ.get("WORLD_SIZE", "")
-    if not size.isdecimal() or not rank.isdecimal():
+    if not size.isdecimal():
         return
-    both = f"RANK={rank}, WORLD_SIZE={size}"
-    if nodes is not None:
-        if RANK in claims.found or int(size) != nodes:
-            yield f"not used: {both}"
-        else:
-            claims.add(RANK, int(rank), f"RANK={rank}")
-    elif procs > 1 and int(size) % procs == 0:
+    both = f"RANK={rank}, WORLD_SIZE={size}" if rank else f"WORLD_SIZE={size}"
+    if nodes is None and procs > 1 and int(size) % procs == 0:
         yield f"{both} may count nodes, or processes ({procs} on each node)"
-    else:
-        claims.add(NODES, int(size), f"WORLD_SIZE={size}, which can only count nodes")
-        if RANK not in claims.found:
-            claims.add(RANK, int(rank), f"RANK={rank}")
+        return
+    if nodes is None:
+        claims.add(NODES, int(size), f"WORLD_SIZE={size}, read as nodes")
+        nodes = int(size)
+    if RANK not in claims.found and rank.isdecimal() and int(size) == nodes:
+        claims.add(RANK, int(rank), f"RANK={rank}")
+    elif f"WORLD_SIZE={size}" not in claims.sources(NODES):
+        yield f"not used: {both}"
 
 
 def _port_of(job: str) -> int:

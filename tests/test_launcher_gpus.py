@@ -38,6 +38,7 @@ def machine(
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     if torch is not None:
+        root.mkdir(exist_ok=True)
         (root / "version.py").write_text(torch)
 
     def run(argv: tuple[str, ...]) -> tuple[int, str]:
@@ -172,6 +173,8 @@ def test_amd_is_found_by_its_programs_and_named_where_it_cannot_be_counted(tmp_p
     kfd = {"dev/kfd": ""}
     assert machine(tmp_path, programs={"rocm-smi": showid}, files=kfd).usable == 2
     assert machine(tmp_path, programs={"amd-smi": "GPU: 0\n    BDF: 0000:01:00.0\n\nGPU: 1\n"}, files=kfd).usable == 2
+    found = machine(tmp_path / "no kfd", programs={"rocm-smi": showid}, torch=CUDA)
+    assert "2 AMD GPUs (rocm-smi --showid), but /dev/kfd is missing here; and torch 2.15.0+cu132" in found.problem
     assert "neither /sys/class/kfd, amd-smi nor rocm-smi" in machine(tmp_path, files=kfd).problem
     closed = {name: text for name, text in FOUR_AMD.items() if name != "dev/kfd"}
     assert "/dev/kfd is missing here" in machine(tmp_path / "closed", files=closed).problem

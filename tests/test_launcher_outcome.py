@@ -16,7 +16,7 @@ from launcher.launch_plan import LaunchPlan
 from launcher.outcome import Ended, Evidence, decide
 from launcher.scontrol import parse_job_state
 from simclr_dist.errors import Reason
-from simclr_dist.run.layout import newest_step
+from simclr_dist.run.layout import RunDir, newest_step, write_record
 from simclr_dist.run.status import Status, read_status, write_status
 
 FINISHED, STOPPED, PREEMPTED, RUNNING = (Status(state) for state in ("finished", "stopped", "preempted", "running"))
@@ -232,3 +232,43 @@ def test_status_survives_the_way_to_disk(tmp_path: Path) -> None:
     assert replace(found, time="") == Status("failed", "preflight", 3, "7.0-aaaaaa", "n2 is gone")
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+
+
+def test_the_rank_that_failed_first_has_the_last_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its node may not be the first, others fail because of it, and what it printed is not trusted."""
+    files, attempt = RunDir(tmp_path), "7.0-abcdef"
+    plan = LaunchPlan(
+        backend="slurm",
+        attempt=attempt,
+        run_dir=str(tmp_path),
+        workdir="/",
+        python="/python",
+        command=(),
+        resume_argv=(),
+        device="cpu",
+        num_nodes=2,
+        procs_per_node=2,
+    )
+    files.logs_of(attempt).mkdir(parents=True)
+    for rank, seconds in ((0, 7.5), (3, 7.0)):
+        write_record(files.rank_failure(attempt, rank), {"rank": rank, "how": f"rank {rank} ended", "time": seconds})
+    files.rank_failure(attempt, 1).write_text('{"rank": "1", "time": 0}')
+    files.rank_log(attempt, 3).write_bytes(
+        b"first\n" + b"\n".join(b"line %d" % i for i in range(30)) + b"\n\x1b[2J\xff\n"
+    )
+    local.print_last_words(plan)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"launcher: rank 3 ended; {files.rank_log(attempt, 3)} ends with:"
+    assert lines[1] == "  | line 11"
+    assert lines[-1] == "  | \\x1b[2J\ufffd"
+
+
+def test_the_logs_of_old_attempts_go(tmp_path: Path) -> None:
+    attempts = [f"7.{restart}-abcdef" for restart in range(12)]
+    for attempt in (*attempts, "kept"):
+        RunDir(tmp_path).logs_of(attempt).mkdir(parents=True)
+    outcome.record(tmp_path, "start", "../kept")
+    for attempt in attempts:
+        outcome.record(tmp_path, "start", attempt)
+    local.remove_old_logs(tmp_path)
+    assert sorted(path.name for path in RunDir(tmp_path).logs.iterdir()) == sorted([*attempts[-10:], "kept"])

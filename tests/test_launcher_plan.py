@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -215,6 +216,57 @@ def test_roll_call_ignores_reports_of_another_attempt(plan: LaunchPlan) -> None:
     stranger = replace(plan, attempt="7.9-abcdef")
     threading.Thread(target=_call_all, args=(stranger, [_report(1)], 1)).start()
     assert "no word from n2" in _call_all(plan, [_report(0)], 1.5)[0][0]
+
+
+def _meet(reports: list[rollcall.Report], here: str = "mark", timeout_s: float = 20) -> list[rollcall.Met]:
+    """What each node hears at a rendezvous; the first one is node 0, which sees marks called `here` only."""
+    server = rollcall.open_server("", 0, "n1", 3)
+    assert not isinstance(server, str)
+    port, met = server.getsockname()[1], [rollcall.Met([])] * len(reports)
+
+    def call(i: int) -> None:
+        if i:
+            time.sleep(0.05 * i)
+            met[i] = rollcall.join("localhost", port, reports[i], timeout_s)
+        else:
+            met[i] = rollcall.receive(server, "7.0-abcdef", reports[i], 3, timeout_s, here.__eq__)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(reports))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return met
+
+
+def test_nodes_that_do_not_know_each_other_get_a_name_for_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *others = (_report(rank, mark="mark") for rank in range(3))
+    met = _meet([first, *others])
+    assert {(each.attempt, each.hosts, *each.problems) for each in met} == {("7.0-abcdef", ("n1", "n2", "n3"))}
+    assert all(machine.is_loopback(each.head_addr) for each in met)
+    monkeypatch.setattr(rollcall, "MARK_S", 0.0)
+    met = _meet([first, others[0], _report(2, mark="elsewhere")])
+    assert {tuple(each.problems) for each in met} == {
+        ("n3: its run directory is another one than n1's; all must share it",)
+    }
+    assert "no word from node 2 within 1 s" in _meet([first, others[0]], timeout_s=1)[1].problems[0]
+
+
+def test_two_nodes_with_one_rank_are_named_at_once_and_one_that_comes_again_is_not_two() -> None:
+    first, second = (_report(rank, mark="mark") for rank in range(2))
+    for third, problem in (
+        (replace(second, host="n3"), "n2 and n3 both say that they are node 1"),
+        (second, "n2 and n2 both say that they are node 1"),
+        (replace(second, host="n4", node_rank=7), "n4 says that it is node 7, but there are 3 nodes"),
+    ):
+        assert [each.problems for each in _meet([first, second, third])] == [[problem]] * 3
+    called = rollcall._Called({0: first})
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for _ in range(2):
+            with socket.create_connection(server.getsockname()):
+                called.add(second, server.accept()[0], 3)
+    called.tell({})
+    assert not called.clashes
 
 
 def test_a_head_address_of_another_machine_is_noticed_at_once() -> None:

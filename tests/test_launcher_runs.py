@@ -76,7 +76,7 @@ def test_nodes_that_another_scheduler_started_are_one_training(checkout: Checkou
     head = checkout.start(*words, env=kubeflow | {"RANK": "0", "WORLD_SIZE": "2", "PBS_JOBID": "12.pbs"})
     other = checkout.start(*words, at, "--node-rank=1", "--nodes=2", log="other.log")
     wait_for(lambda: len(checkout.ranks()) == 2 and checkout.status().get("state") == "running", 90, "two workers")
-    assert "read node rank 0 (RANK=0), number of nodes 2 (WORLD_SIZE=2, which can only count nodes)" in checkout.log()
+    assert "read node rank 0 (RANK=0), number of nodes 2 (WORLD_SIZE=2, read as nodes)" in checkout.log()
     other.terminate()
     assert (head.wait(60), other.wait(60)) == (75, 75), checkout.log()
     assert checkout.status()["state"] == "preempted"

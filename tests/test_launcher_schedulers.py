@@ -38,6 +38,7 @@ def place(environ: dict[str, str], name: str = "n2.site", procs: int = 4, **give
         ({"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_RDZV_ENDPOINT": "h:29500"}, {}, (0, 2, "h", 29500)),
         (KUBEFLOW | {"NODE_RANK": "1", "NNODES": "2"}, {}, (1, 2, "job-master-0", 23456)),
         (KUBEFLOW | {"RANK": "1", "WORLD_SIZE": "4"}, {"num_nodes": 4}, (1, 4, "job-master-0", 23456)),
+        (KUBEFLOW | {"NODE_RANK": "1", "WORLD_SIZE": "2"}, {}, (1, 2, "job-master-0", 23456)),
         # lists of hosts
         ({"PBS_NODEFILE": "/pbs", "PBS_JOBID": "12.server"}, AT, (1, 3, "10.0.0.1", 29400)),
         ({"PBS_NODEFILE": "/pbs", "MASTER_PORT": "29500"}, {}, (1, 3, "n1.site", 29500)),
@@ -67,6 +68,7 @@ def test_a_place_is_read_from_what_schedulers_set(
         ({}, {}, "the node rank: give --node-rank R; the number of nodes: give --nodes N; the head node: give"),
         ({"JOB_COMPLETION_INDEX": "1"}, AT, "the number of nodes: give --nodes N"),
         (KUBEFLOW | {"RANK": "1", "WORLD_SIZE": "8"}, {}, "RANK=1, WORLD_SIZE=8 may count nodes, or processes (4 on"),
+        (KUBEFLOW | {"NODE_RANK": "1", "WORLD_SIZE": "8"}, {}, "WORLD_SIZE=8 may count nodes, or processes (4 on each"),
         (PET | {"NODE_RANK": "0"}, {}, "is not certain: 1 (PET_NODE_RANK=1); 0 (NODE_RANK=0). Say it: --node-rank"),
         (PET | {"MASTER_ADDR": "other"}, {}, "the head node is not certain"),
         ({"JOB_COMPLETION_INDEX": "4"}, {**AT, "num_nodes": 4}, "node rank 4 of 4 nodes"),

@@ -154,6 +154,10 @@ def test_a_killed_rank_ends_the_job_and_a_crash_loop_stops(cluster: MiniSlurm, c
     assert cluster.job(job)["Restarts"] == "1"
     assert "2 attempts in a row made no progress" in log_of(checkout, job)
     assert "-m launcher resume" in log_of(checkout, job)
+    for attempt in (entry["attempt"] for entry in checkout.records("start")):
+        own = checkout.run_dir / "logs" / attempt / "rank_00000.log"
+        assert own.read_text() == "rank 0: kill as told\n"
+        assert f"launcher: rank 0 ended by signal 9; {own} ends with:\n  | rank 0: kill as told" in log_of(checkout, job)
     assert not checkout.pids_alive()
 
 
