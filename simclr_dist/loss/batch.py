@@ -142,14 +142,13 @@ class _UnitRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, lengths: Tensor, sent_dtype: torch.dtype) -> Tensor:
         scale = torch.where(lengths > SHORTEST_ROW, 1 / lengths, 0)
         unit = x * scale
-        unit = unit.to(sent_dtype).to(unit.dtype)
-        ctx.save_for_backward(unit, scale)
-        ctx.dtype = x.dtype
-        return unit
+        ctx.save_for_backward(x, scale)
+        return unit.to(sent_dtype).to(unit.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        unit, scale = ctx.saved_tensors
+        x, scale = ctx.saved_tensors
+        unit = x * scale  # as it was before it was rounded: the gradient stays at right angles to x
         along = (unit * grad).sum(1, keepdim=True)
-        return torch.addcmul(grad, unit, along, value=-1).mul_(scale).to(ctx.dtype), None, None
+        return torch.addcmul(grad, unit, along, value=-1).mul_(scale).to(x.dtype), None, None
