@@ -67,6 +67,12 @@ def test_a_training_step_is_six_forwards_and_peaks_are_those_of_the_device() -> 
     assert peak_flops("NVIDIA H100 PCIe", "fp16") == 756e12
     assert peak_flops("NVIDIA A100-SXM4-40GB", "bf16") == 312e12
     assert peak_flops("NVIDIA A10", "bf16") == 125e12
+    assert peak_flops("NVIDIA A10G", "bf16") == 70e12
+    assert peak_flops("NVIDIA GH200 480GB", "bf16") == peak_flops("NVIDIA H200", "bf16") == 989.4e12
+    assert peak_flops("NVIDIA GB200", "bf16") == 2500e12
+    assert peak_flops("NVIDIA B200", "bf16") == 2250e12
+    assert peak_flops("NVIDIA L40", "bf16") == 181e12
+    assert peak_flops("Tesla T4", "fp16") == 65e12
     assert peak_flops("NVIDIA L40S", "bf16") == 362e12
     assert peak_flops("NVIDIA H100 80GB HBM3", "fp32") is None
     assert peak_flops("CPU", "bf16") is None

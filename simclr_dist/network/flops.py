@@ -10,20 +10,30 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 VIEWS = 2
-# Dense bf16 and fp16, TFLOP/s, from NVIDIA's data sheets (without sparsity). The first name that matches is used.
+# Dense bf16 and fp16 with float32 sums, TFLOP/s, from NVIDIA's data sheets (without sparsity). The first name that is a
+# whole word of the device's is used.
 PEAK_TFLOPS_16_BIT = {
+    "GB200": 2500.0,
     "B200": 2250.0,
+    "GH200": 989.4,
     "H200": 989.4,
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
     "H100": 989.4,
+    "H800": 989.4,
+    "H20": 148.0,
     "A100": 312.0,
+    "A800": 312.0,
+    "A30": 165.0,
+    "A40": 149.7,
     "L40S": 362.0,
+    "L40": 181.0,
     "L4": 121.0,
+    "A10G": 70.0,
     "A10": 125.0,
     "V100": 125.0,
+    "T4": 65.0,
 }
-
 
 def forward_flops(model: nn.Module, image_size: int) -> int | None:
     """Floating-point operations for one image, forward; a multiply-add counts as two. None: not known.
