@@ -48,6 +48,7 @@ def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ma
         overrides = (*SMALL, f"name={name}", f"runs_dir={tmp_path}", *overrides)
         trainer = Trainer(load_config(REPOSITORY / "configs" / "smoke.yaml", overrides))
         assert trainer.parts.device.type == device
+        assert trainer.parts.implementations["augment"] == {"cpu": "numba", "cuda": "triton"}[device]
         return trainer
 
     yield make

@@ -10,6 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from simclr_dist.config import load_config
+from simclr_dist.run.layout import read_records
 from tests.training import STEPS, Training
 
 
@@ -34,6 +35,14 @@ def test_run_leaves_everything_behind(undisturbed: Training) -> None:
     )
     assert events.Tags()["images"] == ["data/augmented_pairs"]
     assert [e.step for e in events.Scalars("train/loss")] == [64 * step for step in range(1, STEPS + 1)]
+
+
+def test_run_says_which_programs_computed_it(undisturbed: Training) -> None:
+    """Here the compiled one: a fall-back would stand in both places."""
+    [start] = read_records(undisturbed.run_dir / "environment.jsonl")
+    assert start["implementations"]["augment"] == "numba"
+    [row] = [line for line in undisturbed.output[0].splitlines() if "computed by" in line]
+    assert "augment: numba" in row
 
 
 def test_learning_lowers_the_loss(images: Path, tmp_path: Path) -> None:

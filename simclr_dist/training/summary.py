@@ -31,7 +31,7 @@ def show_start(config: Config, parts: Parts) -> None:
         rows = start_rows(config, parts.world, parts.device, parts.loader, parts.network, parts.forward_flops)
         if parts.precision_reason:
             rows["device"] += f" ({parts.precision_reason})"
-        rows["computed by"] = ", ".join(f"{name}: {part}" for part, name in parts.implementations.items())
+        rows["computed by"] = ", ".join(f"{part}: {name}" for part, name in parts.implementations.items())
         if random_layers := parts.random_layers.summary():
             rows["random layers"] = random_layers
         parts.monitor.show(Summary("start", f"{config.name}: {start} of {parts.last_step}", rows))
