@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import simclr_dist
 from launcher.arguments import parse
 from launcher.errors import Exit, LaunchError
 from simclr_dist.errors import ConfigError
@@ -91,9 +94,25 @@ def run_node(args: argparse.Namespace) -> int:
 
 
 def run_init(args: argparse.Namespace) -> int:
-    from launcher import init
+    """A folder to work in for those who installed the package and have no checkout.
 
-    return init.run(args)
+    launcher/starter/ holds links to the repository's configs/ and slurm/; in a wheel it holds the files themselves.
+    """
+    folder: Path = args.dir
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise LaunchError(f"{folder}: exists and is not an empty folder; choose another name, nothing was written")
+    starter, schema = Path(__file__).with_name("starter"), "config.schema.json"
+    for source in sorted([*starter.glob("configs/**/*.yaml"), *starter.glob("slurm/*.sh")]):
+        copy = folder / source.relative_to(starter)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(source.read_text(encoding="utf-8").replace(f"../simclr_dist/{schema}", f"../{schema}"), "utf-8")
+        copy.chmod(source.stat().st_mode & 0o777 | 0o600)
+    shutil.copyfile(Path(simclr_dist.__file__).parent / schema, folder / schema)
+    text = (starter / "README.md").read_text(encoding="utf-8")
+    text = text.format(name=folder.resolve().name, version=simclr_dist.__version__, schema=schema)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    print(f"{folder}: configurations, SLURM scripts, and README.md with the next commands")
+    return Exit.OK
 
 
 def run_job(args: argparse.Namespace) -> int:

@@ -140,10 +140,19 @@ def test_the_launcher_works_from_a_starter_project(scripts: Path, project: Path)
     plan = json.loads(shown.stdout)["plan"]
     assert plan["procs_per_node"] == 2
     assert plan["run_dir"] == str(project / "runs" / "smoke")
-    shown = run(scripts / "simclr-launch", "show", "slurm", "configs/smoke.yaml", "--nodes=2", "--json", cwd=project)
+    shown = run(
+        scripts / "simclr-launch",
+        "show",
+        "slurm",
+        "configs/smoke.yaml",
+        "--nodes=2",
+        "--no-snapshot",
+        "--json",
+        cwd=project,
+    )
     assert str(project / "slurm" / "train.sh") in json.loads(shown.stdout)["start"][0]
     config = project / "configs" / "smoke.yaml"
-    shown = run(scripts / "simclr-launch", "show", "slurm", config, "--nodes=2", "--json", cwd=scripts)
+    shown = run(scripts / "simclr-launch", "show", "slurm", config, "--nodes=2", "--no-snapshot", "--json", cwd=scripts)
     packaged = [word for word in json.loads(shown.stdout)["start"][0] if word.endswith("/slurm/train.sh")]
     assert [Path(word).is_file() for word in packaged] == [True]
 
