@@ -6,9 +6,11 @@
     python -m benchmarks.loss --rows --ranks --micro-batches 1 2 4 8
 
 Contenders take turns, A B C A B C, so that a noisy machine slows all alike; times are medians, forward and backward
-together, as ratios to ours. Memory is the peak above the inputs in a process of its own. The floors are the bare
-products of one N x N x K problem in our tiles: three of them and two exp2 for any loss that computes all similarities
-(forward, and again with the gradient), two and one for one that uses their symmetry. Peers are not dependencies:
+together, as ratios to ours. On a GPU a time is a tenth of a window of ten steps between
+two events, which the host queues without waiting. Every row of ours names the code that computed it. Memory is the peak
+above the inputs in a process of its own. The floors are the bare products of one N x N x K problem in our tiles, in the
+dtype of --dtype: three of them and two exp2 for any loss that computes all similarities (forward, and again with the
+gradient), two and one for one that uses their symmetry. Peers are not dependencies:
 `pip install lightly pytorch-metric-learning`; those that are absent are named. The result is a table and
 benchmarks/results/loss_<date>.json.
 """
@@ -48,9 +50,14 @@ Loss = Callable[[Tensor], Any]  # of z [N, K] with a gradient
 # Contenders: each builds a function that takes z and runs forward and backward
 
 
-def ours(implementation: str) -> Loss:
-    loss = NTXentLoss(TEMPERATURE, implementation)  # type: ignore[arg-type]
-    return lambda z: loss(z).backward()
+class Ours:
+    """Forward and backward, and what computed them."""
+
+    def __init__(self, implementation: str, row_dtype: torch.dtype = torch.float32) -> None:
+        self.loss = NTXentLoss(TEMPERATURE, implementation, row_dtype=row_dtype)  # type: ignore[arg-type]
+
+    def __call__(self, z: Tensor) -> None:
+        self.loss(z).backward()
 
 
 def plain_full_logits(z: Tensor) -> None:
@@ -101,7 +108,10 @@ def floor(symmetric: bool) -> Loss:
 
 # name -> (how to build it, the largest number of rows: with more it needs over 16 GiB)
 ONE_PROCESS: dict[str, tuple[Callable[[], Loss], int]] = {
-    "ours": (lambda: ours("auto"), 1 << 20),
+    "ours": (lambda: Ours("auto"), 1 << 20),
+    "ours, float16 rows": (lambda: Ours("auto", torch.float16), 1 << 20),
+    "ours, bfloat16 rows": (lambda: Ours("auto", torch.bfloat16), 1 << 20),
+    "ours, tiled": (lambda: Ours("tiled"), 1 << 17),
     "floor, 3 products": (lambda: floor(symmetric=False), 1 << 17),
     "floor, 2 products": (lambda: floor(symmetric=True), 1 << 17),
     "plain full logits": (lambda: plain_full_logits, 1 << 15),
@@ -129,22 +139,18 @@ class FullColumns(Tiles):
         return distributed.all_gather(sums)
 
 
-def ours_with_full_columns() -> Loss:
-    loss = NTXentLoss(TEMPERATURE, "tiled")
-
-    def run(z: Tensor) -> None:
+class OursWithFullColumns(Ours):
+    def __call__(self, z: Tensor) -> None:
         implementations.Tiles = FullColumns  # type: ignore[misc]
         try:
-            loss(z).backward()
+            super().__call__(z)
         finally:
             implementations.Tiles = Tiles  # type: ignore[misc]
 
-    return run
-
 
 SEVERAL_RANKS: dict[str, Callable[[], Loss]] = {
-    "ours": lambda: ours("auto"),
-    "ours, full columns": ours_with_full_columns,
+    "ours": lambda: Ours("auto"),
+    "ours, full columns": lambda: OursWithFullColumns("tiled"),
     "lightly": lambda: lightly(gather=True),
 }
 
@@ -164,36 +170,54 @@ def build(contenders: dict[str, Callable[[], Loss]], absent: set[str]) -> dict[s
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+STEPS_OF_A_WINDOW = 10
 
 
 def interleaved_times(losses: dict[str, Loss], z: Tensor, repetitions: int, clock: str) -> dict[str, list[float]]:
-    """Seconds of every repetition; the order rotates."""
-    now = CLOCKS[clock]
+    """Seconds of a step in every repetition; the order rotates."""
+    step_s = on_gpu if z.is_cuda else by_clock(CLOCKS[clock])
     times: dict[str, list[float]] = {name: [] for name in losses}
     names = list(losses)
     for repetition in range(-1, repetitions):  # the first only warms up
         for name in names[repetition % len(names) :] + names[: repetition % len(names)]:
-            z.grad = None
-            synchronise(z.device)
-            distributed.barrier()
-            start = now()
-            losses[name](z)
-            synchronise(z.device)
-            distributed.barrier()
+            seconds = step_s(losses[name], z)
             if repetition >= 0:
-                times[name].append(now() - start)
+                times[name].append(seconds)
     return times
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def by_clock(now: Callable[[], float]) -> Callable[[Loss, Tensor], float]:
+    """Times one step, between two barriers of all ranks."""
+
+    def step_s(loss: Loss, z: Tensor) -> float:
+        z.grad = None
+        distributed.barrier()
+        start = now()
+        loss(z)
+        distributed.barrier()
+        return now() - start
+
+    return step_s
 
 
-def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+def on_gpu(loss: Loss, z: Tensor) -> float:
+    """The mean of a window of steps between two events: the device's time, if the host keeps ahead of it."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(z.device)
+    begin.record()
+    for _ in range(STEPS_OF_A_WINDOW):
+        z.grad = None
+        loss(z)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / STEPS_OF_A_WINDOW
+
+
+def summary(losses: dict[str, Loss], times: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
     reference, best = statistics.median(times["ours"]), min(times["ours"])
     return {
         name: {
+            "implementation": str(loss.loss.choice) if isinstance(loss := losses[name], Ours) else None,
             "median_ms": 1e3 * statistics.median(t),
             "best_ms": 1e3 * min(t),
             "ratio_of_medians": statistics.median(t) / reference,
@@ -265,7 +289,7 @@ def rank_main(rank: int, world_size: int, store: str, rows: int, repetitions: in
     losses = build(SEVERAL_RANKS, absent)
     times = interleaved_times(losses, random_rows(rows // world_size, "cpu", "float32"), repetitions, clock)
     if rank == 0:
-        results.put((summary(times), absent))
+        results.put((summary(losses, times), absent))
     torch.distributed.destroy_process_group()
 
 
@@ -330,7 +354,7 @@ def main() -> None:
     )
     parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # every row of ours says what computed it, and why
     torch.set_num_threads(args.threads)
     device_name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     lines: list[str] = []
@@ -355,9 +379,8 @@ def main() -> None:
     )
     for rows in args.rows:
         losses = build({n: make for n, (make, most) in ONE_PROCESS.items() if rows <= most}, absent)
-        found = summary(
-            interleaved_times(losses, random_rows(rows, args.device, args.dtype), args.repetitions, args.clock)
-        )
+        z = random_rows(rows, args.device, args.dtype)
+        found = summary(losses, interleaved_times(losses, z, args.repetitions, args.clock))
         for name in losses:
             found[name]["peak_mib"] = in_own_process(peak_mib, name, rows, args.device, args.dtype, args.threads)
         say(table(f"N = {rows}, one process", found))
@@ -390,11 +413,12 @@ def main() -> None:
     print(f"written: {path}")
 
 
-def table(title: str, found: dict[str, dict[str, float]]) -> str:
+def table(title: str, found: dict[str, dict[str, Any]]) -> str:
     lines = [f"{title}: ours {found['ours']['median_ms']:.1f} ms ({found['ours']['best_ms']:.1f})"]
     for name, row in found.items():
         memory = f"{row['peak_mib']:10.1f} MiB" if "peak_mib" in row else ""
-        lines.append(f"    {name:32} {row['ratio_of_medians']:7.2f} ({row['ratio_of_bests']:.2f}){memory}")
+        code = f"   {row['implementation']}" if row["implementation"] else ""
+        lines.append(f"    {name:32} {row['ratio_of_medians']:7.2f} ({row['ratio_of_bests']:.2f}){memory}{code}")
     return "\n".join([*lines, ""])
 
 
