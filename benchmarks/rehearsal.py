@@ -1,7 +1,7 @@
 """A training step on a GPU that is not there: which work it launches, and where the host waits for it.
 
-    python -m benchmarks.rehearsal                       what docs/gpu.md predicts from, counted
-    python -m benchmarks.rehearsal CONFIG key=value …    of a configuration of your own
+    python -m benchmarks.rehearsal                what docs/gpu.md predicts from, counted
+    python -m benchmarks.rehearsal step-vit-s16   of one row of benchmarks/step.py
 
 Tensors are torch's fake ones: they have a device (`cuda:0`), a shape and a dtype, but no values and no memory, and no
 driver is needed. The trainer is built by its own code and takes its own steps. A `Trace` stands between it and torch,
@@ -15,17 +15,20 @@ walks through the graph instead: it calls the same nodes.
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass, field, replace
+from io import StringIO
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
@@ -36,6 +39,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from benchmarks.step import ROWS, bare_encoder, configuration
 from simclr_dist.config import Config
 from simclr_dist.data import Batch
 from simclr_dist.parallel import distributed
@@ -122,8 +126,6 @@ class Trace(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.phase = "rest"
-        self.assumed: dict[type, float] = {float: 1.0, int: 0, bool: True}
-        """Values that are read from the device, by their kind."""
         self.records: list[Launch | Wait] = []
         self.streams = [_Stream(self, "compute")]
         self.launched: Counter[str] = Counter()  # by stream
@@ -247,12 +249,11 @@ class Trace(TorchDispatchMode):
         return self._numbers(x)
 
     def _numbers(self, x: Tensor) -> Any:
-        """What was sent there from the host; else what is assumed."""
+        """What was sent there from the host; else 1.0, 0 or False."""
         value = self._values.get(x)
         with _disable_current_modes():
-            if value is None:
-                kind = float if x.dtype.is_floating_point else bool if x.dtype == torch.bool else int
-                value = torch.full(x.shape, self.assumed[kind])
+            if value is None:  # False ends a loop that draws again until all numbers fit
+                value = torch.full(x.shape, 1.0 if x.dtype.is_floating_point else 0, dtype=x.dtype)
             return value.tolist()
 
     def _keep(self, args: tuple, out: Any) -> Any:
@@ -346,6 +347,7 @@ def pretended_gpu() -> Iterator[Trace]:
         (Tensor, "backward", backward),
         (Tensor, "__deepcopy__", lambda x, memo: memo.setdefault(id(x), x.detach().clone())),
         (nn.Module, "_apply", _apply),
+        (F, "scaled_dot_product_attention", _attention(F.scaled_dot_product_attention)),
     ]
     with ExitStack() as stack:
         for owner, name, replacement in replacements:
@@ -382,6 +384,19 @@ def _pretend_triton(trace: Trace, stack: ExitStack) -> None:
         trace.launch(kernel.__name__, bytes=sum(t.nbytes for t in tensors))
 
     stack.enter_context(mock.patch.object(JITFunction, "run", run))
+
+
+def _attention(ordinary: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel that torch would choose on a GPU, where it can."""
+
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if attn_mask is None and q.is_cuda and q.dtype.itemsize == 2:
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, *args, **kwargs)[0]
+        return ordinary(q, k, v, attn_mask, *args, **kwargs)
+
+    return attention
 
 
 def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -469,7 +484,7 @@ class Rehearsal:
         self.trace = trace
         self.config = config
         self.trainer = trainer = Trainer(config)
-        parts = trainer.parts
+        parts = trainer.parts = replace(trainer.parts, steps_per_epoch=1000)  # what ends an epoch is no part of a step
         trainer.augment = trace.phased("augment", trainer.augment)
         trainer.nt_xent = _Loss(trace, trainer.nt_xent)
         parts.model.forward = trace.phased("forward", parts.model.forward)  # type: ignore[method-assign]
@@ -540,3 +555,81 @@ def rehearsal(config: Config) -> Iterator[Rehearsal]:
         for kind, state in zip((PartialState, AcceleratorState, GradientState), states, strict=True):
             kind._shared_state.clear()
             kind._shared_state.update(state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is predicted from that
+
+
+PHASES = ("augment", "forward", "loss", "backward", "optimizer", "rest")
+BYTES_PER_S, FLOPS = 3.0e12, 0.7 * 790e12
+"""What an H100 reaches at best in long copies, and in large convolutions and products of 16 bits."""
+FROM_BOUND = (1.4, 1.6)
+"""Assumed: measured times of networks like these over their bounds."""
+
+
+@dataclass(frozen=True)
+class Count:
+    kernels: int
+    gigabytes: float
+    teraflop: float
+    bound_ms: float
+    """Each launch takes the time of its bytes or of its operations, whichever is longer."""
+
+    @classmethod
+    def of(cls, launches: Sequence[Launch]) -> Count:
+        return cls(
+            sum(launch.kernels for launch in launches),
+            sum(launch.bytes for launch in launches) / 1e9,
+            sum(launch.flops for launch in launches) / 1e12,
+            1e3 * sum(max(launch.bytes / BYTES_PER_S, launch.flops / FLOPS) for launch in launches),
+        )
+
+    def cells(self) -> str:
+        return f"{self.kernels} | {self.gigabytes:.1f} | {self.teraflop:.2f} | {self.bound_ms:.1f}"
+
+
+def count_row(name: str) -> dict[str, Count]:
+    """Of a step of this row of benchmarks/step.py: its phases, the whole, and the bare encoder."""
+    row = ROWS[name]
+    with tempfile.TemporaryDirectory() as runs, redirect_stdout(StringIO()):
+        config = configuration(row, runs)
+        monitor = config.monitor.model_copy(update={"image_pairs": 0, "log_every_steps": 1000})
+        config = config.model_copy(update={"monitor": monitor})
+        with rehearsal(config) as it:
+            trace = it.fit()
+            counts = {phase: Count.of(trace.launches(phase)) for phase in PHASES}
+            counts["step"] = Count.of(trace.launches())
+            trace.records.clear()
+            shape = 2, row.batch_size, row.image_size, row.image_size, 3
+            views = torch.empty(shape, device=DEVICE).permute(0, 1, 4, 2, 3).flatten(0, 1)
+            bare_encoder(config, views, it.trainer.parts.network.get_submodule("encoder"))()
+            counts["bare encoder"] = Count.of(trace.launches())
+    return counts
+
+
+def table(name: str) -> str:
+    """Of Markdown, as it stands in docs/gpu.md."""
+    counts = count_row(name)
+    low, high = (factor * counts["step"].bound_ms for factor in FROM_BOUND)
+    slow, fast = (1e3 * ROWS[name].batch_size / ms for ms in (high, low))
+    share = counts["bare encoder"].bound_ms / counts["step"].bound_ms
+    lines = [
+        f"`{name}` (counted) | launches | GB | TFLOP | bound, ms",
+        "---|---:|---:|---:|---:",
+        *(f"{phase} | {count.cells()}" for phase, count in counts.items()),
+    ]
+    predicted = (
+        f"Predicted on an H100: {low:.0f} to {high:.0f} ms a step, {slow:,.0f} to {fast:,.0f} images/s; "
+        f"the bare encoder is {share:.0%} of it."
+    )
+    return "\n".join(f"| {line} |" if i != 1 else f"|{line}|" for i, line in enumerate(lines)) + f"\n\n{predicted}\n"
+
+
+def main() -> None:
+    for name in sys.argv[1:] or ROWS:
+        print(table(name))
+
+
+if __name__ == "__main__":
+    main()

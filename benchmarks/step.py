@@ -1,15 +1,15 @@
 """Where the time of a training step goes, compared with its lower bound: the bare encoder's forward and backward.
 
-    python -m benchmarks.step --device cuda                                  ResNet-18, 512 CIFAR images
-    python -m benchmarks.step --device cuda --encoder resnet50 --stem imagenet --image-size 224 --batch-size 256
+    python -m benchmarks.step --device cuda                      step-resnet18: 512 CIFAR images
+    python -m benchmarks.step --device cuda --row step-vit-s16   the row that others have published
     python -m benchmarks.step --device cpu --encoder resnet_small --batch-size 32 --precision fp32 --window 2
 
 The step is the trainer's own. Times are of windows of ten steps between two marks, because a training never waits for
-the device between two steps: a wait there would show launches that a training hides. Windows of whole steps, of the bare
-encoder and of steps with a mark after each part take turns, so that a busy machine slows all alike. Figures are medians
-of the windows: by CUDA events on a GPU, by the host's clock elsewhere. Data wait is the share of a run with the real
-loader. The rate is the floating-point operations of the bare encoder over the time of the whole step, and as a share of
-what a large matrix product reaches here.
+the device between two steps: a wait there would show launches that a training hides. Windows of whole steps, of the
+bare encoder and of steps with a mark after each part take turns, so that a busy machine slows all alike. Figures are
+medians of the windows: by CUDA events on a GPU, by the host's clock elsewhere. Data wait is the share of a run with the
+real loader. The rate is the floating-point operations of the bare encoder over the time of the whole step, and as a
+share of what a large matrix product reaches here.
 """
 
 from __future__ import annotations
@@ -22,18 +22,65 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import VisionTransformer
 
-from simclr_dist.config import Config, Precision
+from simclr_dist.config import Config, ModelConfig, Precision
 from simclr_dist.data import Batch
+from simclr_dist.network.encoders import register, remove_class_layer
 from simclr_dist.network.precision import assumed_precision, autocast, autocast_dtype
 from simclr_dist.network.simclr import build_encoder
 from simclr_dist.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured, and what benchmarks/rehearsal.py predicts."""
+
+    encoder: str
+    stem: str
+    image_size: int
+    batch_size: int
+    optimizer: str = "lars"
+
+
+ROWS = {
+    "step-resnet18": Row("resnet18", "cifar", 32, 512),
+    "step-resnet50": Row("resnet50", "imagenet", 224, 256),
+    "step-vit-s16": Row("vit_s_16", "imagenet", 224, 256, "adamw"),  # as stable-pretraining has published it
+}
+
+
+def vit_s_16(config: ModelConfig) -> tuple[nn.Module, int]:
+    """ViT-S/16 (Touvron et al. 2021, arXiv:2012.12877) of torchvision's parts; torchvision itself begins with ViT-B."""
+    network = VisionTransformer(
+        image_size=config.image_size or 224, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536
+    )
+    return network, remove_class_layer(network)
+
+
+def configuration(row: Row, runs_dir: str, **train: Any) -> Config:
+    if row.encoder == "vit_s_16":
+        with suppress(ValueError):  # registered before
+            register("vit_s_16", vit_s_16)
+    return Config.model_validate(
+        {
+            "name": "step",
+            "runs_dir": runs_dir,
+            "data": {"train": "synthetic", "image_size": row.image_size},
+            "augment": {"preset": f"simclr_{row.stem}"},
+            "model": {"encoder": row.encoder, "stem": row.stem},
+            "optim": {"optimizer": row.optimizer},
+            "train": {"global_batch_size": row.batch_size, "epochs": 100, "precision": "bf16", **train},
+        }
+    )
 
 
 class Stopwatch:
@@ -92,9 +139,9 @@ def window_in_parts_ms(trainer: Trainer, batches: Iterator[Batch], window: int) 
     return {name: ms / window for name, ms in watch.laps_ms().items()}
 
 
-def bare_encoder(config: Config, views: Tensor) -> Callable[[], None]:
-    """Forward and backward of the encoder alone, on views that are already on the device."""
-    encoder: nn.Module = build_encoder(config.model)[0].to(views.device)
+def bare_encoder(config: Config, views: Tensor, encoder: nn.Module | None = None) -> Callable[[], None]:
+    """Forward and backward of the encoder alone, on views that are already on the device. encoder: None: a new one."""
+    encoder = encoder or build_encoder(config.model)[0].to(views.device)
     if config.train.channels_last:
         encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.train.compile:
@@ -203,12 +250,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", default="synthetic", help="a .beton file; synthetic images need no decoding")
-    parser.add_argument("--encoder", default="resnet18")
-    parser.add_argument("--stem", choices=["cifar", "imagenet"], default="cifar")
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--row", choices=list(ROWS), default="step-resnet18", help="the following, where not given:")
+    for field in fields(Row):
+        kind = int if field.type == "int" else str
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind)
     parser.add_argument("--preset", default=None, help="of the augmentation; default: by --stem")
-    parser.add_argument("--optimizer", choices=["lars", "sgd", "adamw"], default="lars")
     parser.add_argument("--precision", choices=get_args(Precision), default="bf16")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
@@ -219,28 +265,19 @@ def main() -> None:
     if args.device == "cpu":
         torch.cuda.is_available = lambda: False  # the trainer uses a GPU if there is one
     warnings.simplefilter("ignore")
+    given = {field.name: value for field in fields(Row) if (value := getattr(args, field.name)) is not None}
+    row = replace(ROWS[args.row], **given)
     with tempfile.TemporaryDirectory() as runs:
-        config = Config.model_validate(
-            {
-                "name": "step",
-                "runs_dir": runs,
-                "data": {"train": args.data, "image_size": args.image_size},
-                "augment": {"preset": args.preset or f"simclr_{args.stem}"},
-                "model": {"encoder": args.encoder, "stem": args.stem},
-                "optim": {"optimizer": args.optimizer},
-                "train": {
-                    "global_batch_size": args.batch_size,
-                    "epochs": 100,
-                    "precision": args.precision,
-                    "compile": args.compile,
-                    "channels_last": args.channels_last,
-                },
-            }
+        config = configuration(
+            row, runs, precision=args.precision, compile=args.compile, channels_last=args.channels_last
         )
+        data = config.data.model_copy(update={"train": args.data})
+        augment = config.augment.model_copy(update={"preset": args.preset or config.augment.preset})
+        config = config.model_copy(update={"data": data, "augment": augment})
         found = measure(config, args.windows, args.window)
     print(table(found))
     if args.out:
-        settings = {name: str(value) for name, value in vars(args).items()}
+        settings = {name: str(value) for name, value in (vars(args) | asdict(row)).items()}
         args.out.write_text(json.dumps({"settings": settings, **found}, indent=1) + "\n")
 
 
