@@ -20,7 +20,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from io import StringIO
 from typing import Any
@@ -341,6 +341,7 @@ def pretended_gpu() -> Iterator[Trace]:
         (torch.cuda, "Stream", lambda *_, **__: _Stream(trace, f"stream {id(object())}")),
         (torch.cuda, "current_stream", lambda *_: trace.streams[-1]),
         (torch.cuda, "stream", lambda stream: _on_stream(trace, stream)),
+        (torch.cuda, "device", lambda _: nullcontext()),
         (sys.modules["torch.optim.optimizer"], "_foreach_supported_types", [Tensor, nn.Parameter, FakeTensor]),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (FakeTensor, "tolist", trace.tolist),

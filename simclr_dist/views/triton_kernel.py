@@ -40,11 +40,19 @@ _TO_UNIT = tl.constexpr(1 / 255)
 
 
 def augment_views(images: Tensor, out: Tensor, parameters: Parameters, kernel_size: int) -> None:
-    """uint8 images [n, S, S, 3] to normalised out [n, S, S, 3], both on the GPU; kernel_size: of the blur, odd."""
-    n, S = images.shape[:2]
+    """uint8 images [n, S, S, 3] to normalised out [n, S, S, 3], both on one GPU; kernel_size: of the blur, odd."""
     table = torch.from_numpy(parameters.table().astype("float32"))
-    if images.is_cuda:  # from page-locked memory the copy does not make the host wait
-        table = table.pin_memory().to(images.device, non_blocking=True)
+    if not images.is_cuda:  # in triton's interpreter
+        launch(images, out, table, kernel_size)
+        return
+    with torch.cuda.device(images.device):  # triton launches on the current one
+        # From page-locked memory the copy does not make the host wait.
+        launch(images, out, table.pin_memory().to(images.device, non_blocking=True), kernel_size)
+
+
+def launch(images: Tensor, out: Tensor, table: Tensor, kernel_size: int) -> None:
+    """`augment_views` with the table of parameters, float32 [n, NUM_COLUMNS], on the device already."""
+    n, S = images.shape[:2]
     images, blocks, reach = images.contiguous(), triton.cdiv(S * S, _BLOCK), kernel_size // 2
     sums = torch.empty(n, blocks, device=images.device)
     shape: dict[str, Any] = {"SIDE": S, "BLOCK": _BLOCK, **OPTIONS}
