@@ -49,7 +49,9 @@ def _syntax_error(command: str) -> str:
     """What bash says; empty for a complete command. An unfinished here-document is only a warning to it."""
     if command.endswith("\\"):
         return "the last line ends with a backslash"
-    done = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True, check=False)
+    # Nothing else may be said: a missing locale would be.
+    env = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+    done = subprocess.run(["bash", "-n", "-c", command], env=env, capture_output=True, text=True, check=False)
     return done.stderr.partition("\n")[0]
 
 
@@ -140,6 +142,7 @@ simclr_setup_failed() {
   simclr_failed "$what$simclr_line" "$what$simclr_json"
 }
 trap 'simclr_setup_failed $?' EXIT
+trap 'trap - EXIT; exit 143' TERM  # ended from outside: no line has failed
 """
 QUIET = "trap '' USR1 USR2; set +eu +o pipefail"  # a stop signal may come before Python runs; hooks use unset variables
 RAN = "SIMCLR_NODE_SCRIPT"
@@ -172,7 +175,7 @@ def script(plan: LaunchPlan, rocm: bool = False) -> str:
             f"eval {quote(command)} < /dev/null",
             f"simclr_code=$?; {QUIET}; [ $simclr_code = 0 ] || simclr_setup_failed $simclr_code",
         ]
-    lines += ["trap - EXIT", there, f"export {RAN}={plan.attempt}"]
+    lines += ["trap - EXIT TERM", there, f"export {RAN}={plan.attempt}"]
     if plan.code:
         lines += [
             _unless(f"[ -O {quote(plan.code)} ]", f"{plan.code}: the code of this run is gone, or is not yours"),

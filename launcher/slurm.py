@@ -67,9 +67,11 @@ def prepare(args: argparse.Namespace) -> Submission:
     config = checked_config(args)
     num_points = num_checked_points(args)
     files = RunDir(Path(os.path.abspath(config.run_dir)))
-    script = Path(one_line("--script", args.script or script_path("train.sh", args.code)))
+    script = Path(one_line("--script", args.script or script_path("train.sh")))
     kept = None
-    if not args.code:
+    if args.code:
+        script = Path(args.code) / "slurm" / script.name
+    else:
         changed = script_for(args, script)
         named = {"slurm": (script, changed)}
         if not args.no_snapshot:
@@ -142,9 +144,9 @@ def submission_words(args: argparse.Namespace) -> list[str]:
     return as_words(args, *SBATCH_OPTIONS, "sbatch-arg", "script", "no-snapshot")
 
 
-def script_path(name: str, code: str | None = None) -> str:
-    """The script that was kept in `code`; else that in ./slurm, which the user may have edited; else the package's."""
-    own = Path(code or Path.cwd()) / "slurm" / name
+def script_path(name: str) -> str:
+    """The script in ./slurm, which the user may have edited; otherwise the package's."""
+    own = Path.cwd() / "slurm" / name
     return str(own if own.is_file() else PACKAGED / name)
 
 

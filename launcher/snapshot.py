@@ -2,7 +2,7 @@
 
     simclr_dist/ launcher/   and the modules of the working directory that they import
     config/ sweep/ slurm/    the files that the command line named
-    snapshot.json            the commit, where it was copied from, and when
+    snapshot.json            the commit, when it was kept, and where the configuration was
 
 DIGEST is that of names, contents and execute permissions. The interpreter and its packages are not copied.
 """
@@ -185,7 +185,7 @@ def use(args: argparse.Namespace, code: Path) -> argparse.Namespace:
 
 
 def without(code: str, words: Sequence[str]) -> list[str]:
-    """A command line that `use` made, with the files that it named at first."""
+    """A command line that `use` made, with the files that it named at first: for code and files of now."""
     kept = read_record(RunDir.record_of_code(Path(code))) or {}
     first = {
         f"{option}{code}/{folder}/{Path(path).name}": f"{option}{path}"

@@ -100,6 +100,12 @@ def test_a_set_up_line_that_fails_is_named_with_its_exit_code_and_is_permanent(
     assert last.endswith(status.message)
 
 
+def test_a_job_that_is_ended_in_a_set_up_line_has_no_line_that_failed(plan: LaunchPlan) -> None:
+    done = run(replace(plan, setup=("bash -c 'kill $$; exec sleep 30' & kill $$; wait",)))
+    assert (done.returncode, done.stderr) == (143, "")
+    assert read_status(Path(plan.run_dir)) is None
+
+
 def test_a_missing_interpreter_is_named(plan: LaunchPlan) -> None:
     done = run(replace(plan, node_python="no-such-python"))
     assert done.returncode == 2
@@ -220,7 +226,8 @@ def test_a_set_up_line_that_bash_does_not_understand_is_refused_before_the_queue
         node_script.setup_commands(text)
 
 
-def test_a_set_up_file_is_a_list_of_commands(tmp_path: Path) -> None:
+def test_a_set_up_file_is_a_list_of_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LC_ALL", "no_such.UTF-8")  # of which bash warns
     text = "# modules\n\nmodule load \\\n  cuda\nif true; then\n\n  # here\n  echo a\nfi\ncat <<EOF\n b\nEOF\n"
     (tmp_path / "setup.sh").write_text(text)
     commands = node_script.setup_file(str(tmp_path / "setup.sh"))
