@@ -52,7 +52,7 @@ def run(plan: LaunchPlan, **environ: str) -> subprocess.CompletedProcess[str]:
     words = node_script.step_words(plan)
     assert words[:2] == ["bash", "-c"]
     env = {**os.environ, "SLURMD_NODENAME": "n1", "SHELLOPTS": "errexit:nounset:pipefail", **environ}
-    return subprocess.run(words, env=env, text=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=30)
+    return subprocess.run(words, env=env, text=True, capture_output=True, input="typed", timeout=30)
 
 
 def started(done: subprocess.CompletedProcess[str]) -> tuple[list[str], dict[str, str]]:
@@ -66,7 +66,7 @@ def test_set_up_lines_change_the_shell_in_which_python_starts(plan: LaunchPlan) 
     hook = node_script.setup_commands(
         'export FOUND="$NO_SUCH_VARIABLE-x"\nfalse || true\nset -eu\nhook() {\n  A=1\n}\n'
     )
-    lines = (*hook, "read -r nothing || cd /", f"export ODD={shlex.quote(ODD)}", "trap - USR1", "hook; export A")
+    lines = (*hook, "! read -r typed && cd /", f"export ODD={shlex.quote(ODD)}", "trap - USR1", "hook; export A")
     argv, environ = started(run(replace(plan, setup=lines)))
     assert argv == ["-m", "launcher", "node", "--plan", f"{plan.run_dir}/plan.json"]
     assert (environ["FOUND"], environ["A"], environ["ODD"], environ["PWD"]) == ("-x", "1", ODD, plan.workdir)
