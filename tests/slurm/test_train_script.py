@@ -157,7 +157,8 @@ def test_a_killed_rank_ends_the_job_and_a_crash_loop_stops(cluster: MiniSlurm, c
     for attempt in (entry["attempt"] for entry in checkout.records("start")):
         own = checkout.run_dir / "logs" / attempt / "rank_00000.log"
         assert own.read_text() == "rank 0: kill as told\n"
-        assert f"launcher: rank 0 ended by signal 9; {own} ends with:\n  | rank 0: kill as told" in log_of(checkout, job)
+        log = log_of(checkout, job)
+        assert f"launcher: rank 0 ended by signal 9; {own} ends with:\n  | rank 0: kill as told" in log
     assert not checkout.pids_alive()
 
 
