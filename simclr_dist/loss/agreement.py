@@ -260,9 +260,11 @@ def _own_header(
     else:
         num_ids = ids.shape[0] if ids.device == z.device else _ON_ANOTHER_DEVICE
     tau = float(temperature.detach() if isinstance(temperature, Tensor) else temperature) if is_a_number else math.nan
+    rows, width = (*z.shape, 0, 0)[:2]
     header = Header(
-        z.ndim,
-        *(*z.shape, 0, 0)[:2],
+        ndim=z.ndim,
+        rows=rows,
+        width=width,
         dtype=DTYPES.index(z.dtype) if z.dtype in DTYPES else -1,
         num_views=settings.num_views,
         num_ids=num_ids,
