@@ -23,7 +23,7 @@ def describe(found: dict[str, Any]) -> str:
             f"{found['images_per_s']:,.0f} images/s, {found['floor_share']:.1%} of the bare encoder, augment "
             f"{found['augment_share']:.1%}, data wait {found['data_wait_share']:.2%}, "
             f"{found['share_of_matrix_product']:.1%} of a matrix product; "
-            + ", ".join(f"{name} by {part}" for part, name in found["computed_by"].items())
+            + ", ".join(f"{name}: {part}" for part, name in found["computed_by"].items())
         )
     if "knn" in found:
         seconds, knn = found.get("seconds_an_epoch"), list(found["knn"].values())
