@@ -621,8 +621,8 @@ def table(name: str) -> str:
         *(f"{phase} | {count.cells()}" for phase, count in counts.items()),
     ]
     predicted = (
-        f"Predicted on an H100: {low:.0f} to {high:.0f} ms a step, {slow:,.0f} to {fast:,.0f} images/s; "
-        f"the bare encoder is {share:.0%} of it."
+        f"**Predicted** on an H100: {low:.0f} to {high:.0f} ms a step, "
+        f"{round(slow, -2):,.0f} to {round(fast, -2):,.0f} images/s; the bare encoder is {share:.0%} of it."
     )
     return "\n".join(f"| {line} |" if i != 1 else f"|{line}|" for i, line in enumerate(lines)) + f"\n\n{predicted}\n"
 

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.rehearsal import DEVICE, Launch, Rehearsal, Wait, pretended_gpu, rehearsal
+from benchmarks.rehearsal import DEVICE, Launch, Rehearsal, Wait, pretended_gpu, rehearsal, table
+from benchmarks.step import ROWS
 from simclr_dist.checkpoint.files import Checkpoint, Snapshot, load_state, take_snapshot
 from simclr_dist.config import Config, ModelConfig, load_config
 from simclr_dist.evaluation import features
@@ -120,6 +121,14 @@ def test_the_norm_of_the_gradient_is_read_a_step_late(tmp_path: Path) -> None:
     with rehearsal(settings(tmp_path, "train.on_non_finite=skip")) as it:
         places = names(it.fit().waits)
     assert places == [("loss", "loss/agreement.py"), ("rest", "training/non_finite.py")]
+
+
+@pytest.mark.parametrize(
+    "row", [name if name == "step-resnet18" else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
+)
+def test_the_page_predicts_from_what_is_counted_today(row: str) -> None:
+    page, counted = (REPOSITORY / "docs" / "gpu.md").read_text(), table(row)
+    assert counted in page, f"docs/gpu.md: `python -m benchmarks.rehearsal {row}` now counts\n{counted}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
