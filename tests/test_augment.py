@@ -136,6 +136,14 @@ def test_whole_preset_is_torchvisions_for_the_same_parameters(preset: str, way: 
     torch.testing.assert_close(augment(images).flatten(0, 1), expected, atol=1e-4, rtol=0)
 
 
+def test_parameters_of_another_augmentation_are_applied_as_they_are(way: str) -> None:
+    images, of_cifar = batch(6), Augment(AugmentConfig(preset="simclr_cifar", implementation=way), 3, SIDE)
+    p = draw_parameters(resolve_augmentation(AugmentConfig(blur_p=1.0)), 3, 0, images.sample_ids.numpy())
+    views = images.views.flatten(0, 1)
+    expected = torch.stack([by_torchvision(v, p, i, blur_kernel_size(SIDE)) for i, v in enumerate(views)])
+    torch.testing.assert_close(of_cifar.apply_parameters(views, p), expected, atol=1e-4, rtol=0)
+
+
 def test_a_view_does_not_depend_on_its_company(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     augment = Augment(AugmentConfig(preset="asymmetric", implementation=way), 0, SIDE)
     together = augment(batch(20)).clone()

@@ -64,9 +64,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 from simclr_dist.views import implementations, torch_operations, triton_kernel
-from simclr_dist.views.augment import blur_kernel_size
 from simclr_dist.views.parameters import _ORDERS, draw_parameters
-from simclr_dist.views.presets import resolve_augmentation
+from simclr_dist.views.presets import blur_kernel_size, resolve_augmentation
 from simclr_dist.config import AugmentConfig
 
 
@@ -106,7 +105,7 @@ triton_kernel._BLOCK, triton_kernel._COLUMN_TILE, triton_kernel._ROW_TILE = 1024
 half = replace(parameters, **{name: value[3:5] for name, value in vars(parameters).items()})
 assert torch.equal(views(triton_kernel, images[3:5], half, 3), found[3:5])  # a view does not depend on its company
 
-assert implementations.disagreement(triton_kernel.augment_views, torch.device("cpu"), 8, 1) is None
+assert implementations.disagreement(triton_kernel.augment_views, torch.device("cpu"), 8) is None
 print("agree")
 """
 
@@ -255,7 +254,7 @@ def test_the_kernels_need_few_registers_and_no_stack_from_ampere_to_blackwell() 
 def test_auto_on_a_cpu_is_numba_without_a_word() -> None:
     pytest.importorskip("numba")
     assert implementations.best(CPU) == "numba"
-    assert implementations.obstacle("numba", CPU, 32, 1) is None
+    assert implementations.obstacle("numba", CPU, 32) is None
     assert implementations.best(CUDA) == "triton"
 
 
@@ -263,7 +262,7 @@ def test_kernels_that_cannot_run_give_way_to_torchs_operations_with_a_warning() 
     """A device that is not there stands for a driver or compiler that fails."""
     missing = torch.device("cuda", 99)
     with pytest.warns(UserWarning, match=r"uses implementation 'torch' instead of 'triton': \w+: "):
-        assert implementations.choose("auto", missing, 32, 1) is torch_operations.augment_views
+        assert implementations.choose("auto", missing, 32) is torch_operations.augment_views
     images = torch.zeros(2, 1, 8, 8, 3, dtype=torch.uint8)
     batch = Batch(images, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 0)
     with pytest.warns(UserWarning, match="instead of 'triton': it is for cuda, the images are on cpu"):
@@ -274,7 +273,7 @@ def test_kernels_that_cannot_run_give_way_to_torchs_operations_with_a_warning() 
 def test_without_numba_a_cpu_says_that_it_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "simclr_dist.views.cpu_kernel", None)  # importing it fails
     with pytest.warns(UserWarning, match="'torch' instead of 'numba': ModuleNotFoundError"):
-        assert implementations.choose("auto", CPU, 33, 3) is torch_operations.augment_views
+        assert implementations.choose("auto", CPU, 33) is torch_operations.augment_views
 
 
 def test_kernels_that_compute_something_else_are_not_used() -> None:
@@ -287,9 +286,9 @@ def test_kernels_that_compute_something_else_are_not_used() -> None:
         torch_operations.augment_views(images, whole, *arguments)
         out[::2] = whole[::2]
 
-    assert implementations.disagreement(torch_operations.augment_views, CPU, 20, 3) is None
-    assert implementations.disagreement(a_little_brighter, CPU, 20, 3) == "its views are off by 1.0e-03"
-    assert implementations.disagreement(half_done, CPU, 20, 3) == "its views are off by nan"
+    assert implementations.disagreement(torch_operations.augment_views, CPU, 20) is None
+    assert implementations.disagreement(a_little_brighter, CPU, 20) == "its views are off by 1.0e-03"
+    assert implementations.disagreement(half_done, CPU, 20) == "its views are off by nan"
 
 
 def settle(wanted: str, obstacle: Callable[[str], str | None]) -> tuple[str, list[str]]:

@@ -248,7 +248,7 @@ def _build_augment(config: Config, device: torch.device, warn: Callable[[str], N
         config.augment.implementation,
         best=views.best(device),
         fallback=views.FALLBACK,
-        obstacle=lambda name: views.obstacle(name, device, augment.image_size, augment.kernel_size),
+        obstacle=lambda name: views.obstacle(name, device, config.data.image_size),
         device=device,
         warn=warn,
     )

@@ -20,7 +20,7 @@ from simclr_dist.data.decode.ffcv_import import unavailable
 from simclr_dist.data.decode.recycled_memory import RecycledMemory
 from simclr_dist.views import implementations
 from simclr_dist.views.parameters import Parameters, draw_parameters
-from simclr_dist.views.presets import resolve_augmentation
+from simclr_dist.views.presets import blur_kernel_size, resolve_augmentation
 from simclr_dist.views.torch_operations import MEAN, STD, normalize
 
 __all__ = ["MEAN", "STD", "Augment", "Parameters", "blur_kernel_size", "draw_parameters", "normalize", "warmup"]
@@ -38,7 +38,6 @@ class Augment(nn.Module):
         self.augmentation = resolve_augmentation(config)
         self.seed = seed
         self.image_size = image_size
-        self.kernel_size = blur_kernel_size(image_size) if max(self.augmentation.blur_p) > 0 else 1
         self.implementation = implementation or config.implementation
         self._memory = RecycledMemory()
 
@@ -51,16 +50,13 @@ class Augment(nn.Module):
     def apply_parameters(self, images: Tensor, parameters: Parameters) -> Tensor:
         """Views uint8 [n, S, S, 3] to float32 [n, 3, S, S], with the given parameters."""
         device = images.device
-        augment_views = implementations.choose(self.implementation, device, self.image_size, self.kernel_size)
+        augment_views = implementations.choose(self.implementation, device, self.image_size)
         shape = tuple(images.shape)
         out = self._memory.empty(shape, torch.float32) if device.type == "cpu" else torch.empty(shape, device=device)
-        augment_views(images, out, parameters, self.kernel_size)
+        # As far as possible not by what was drawn: every step does the same on a GPU.
+        blurs = max(self.augmentation.blur_p) > 0 or parameters.blur.any()
+        augment_views(images, out, parameters, blur_kernel_size(self.image_size) if blurs else 1)
         return out.permute(0, 3, 1, 2)
-
-
-def blur_kernel_size(image_size: int) -> int:
-    """A tenth of the side, made odd (SimCLR, appendix A)."""
-    return image_size // 10 // 2 * 2 + 1
 
 
 def warmup() -> None:
@@ -68,6 +64,6 @@ def warmup() -> None:
 
     Run it once per node before many processes start.
     """
-    implementations.obstacle("numba", torch.device("cpu"), 1, 1)
+    implementations.obstacle("numba", torch.device("cpu"), image_size=1)
     if unavailable() is None:
         from simclr_dist.data.decode import kernel  # noqa: F401 - importing is compiling

@@ -55,3 +55,8 @@ def resolve_augmentation(config: AugmentConfig) -> Augmentation:
         if value is not None:
             changes[name] = (value, value) if name in ("blur_p", "solarize_p") else value
     return replace(augmentation, **changes)
+
+
+def blur_kernel_size(image_size: int) -> int:
+    """A tenth of the side, made odd (SimCLR, appendix A)."""
+    return image_size // 10 // 2 * 2 + 1
