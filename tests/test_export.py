@@ -45,7 +45,7 @@ def save_run(folder: Path, *, encoder: str, stem: str = "imagenet", image_size: 
     return save_checkpoint(config, model), model.eval()
 
 
-@pytest.mark.parametrize("encoder", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("encoder", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_torchvision_loads_it_strictly(tmp_path: Path, encoder: str) -> None:
     run, model = save_run(tmp_path, encoder=encoder)
     result = export(run, tmp_path / "encoder.pt", format="torchvision")
@@ -69,7 +69,7 @@ def test_torchvision_loads_it_strictly(tmp_path: Path, encoder: str) -> None:
         ("resnet18", "cifar", "safetensors"),
         ("resnet_small", "imagenet", "safetensors"),
         ("convnext_tiny", "imagenet", "torchvision"),
-        ("vit_b_32", "imagenet", "torchvision"),
+        pytest.param("vit_b_32", "imagenet", "torchvision", marks=pytest.mark.slow),  # 88 million parameters
         ("timm/test_vit", "imagenet", "safetensors"),
     ],
 )
@@ -156,7 +156,12 @@ def test_self_check_refuses_nan_and_other_widths() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # those of onnxscript are its own
 @pytest.mark.parametrize(
-    ("encoder", "stem"), [("resnet_small", "imagenet"), ("resnet18", "cifar"), ("timm/test_vit", "imagenet")]
+    ("encoder", "stem"),
+    [
+        ("resnet_small", "imagenet"),
+        pytest.param("resnet18", "cifar", marks=pytest.mark.slow),
+        ("timm/test_vit", "imagenet"),
+    ],
 )
 def test_onnx_runs_with_any_number_of_images(tmp_path: Path, encoder: str, stem: str) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):

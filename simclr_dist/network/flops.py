@@ -35,6 +35,7 @@ PEAK_TFLOPS_16_BIT = {
     "T4": 65.0,
 }
 
+
 def forward_flops(model: nn.Module, image_size: int) -> int | None:
     """Floating-point operations for one image, forward; a multiply-add counts as two. None: not known.
 
