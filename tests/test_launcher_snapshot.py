@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import snapshot
+from launcher import outcome, slurm, snapshot
 from launcher.errors import LaunchError
 from simclr_dist.run.layout import RunDir
 from tests.launcher_checkout import Checkout, make_checkout
@@ -102,6 +102,18 @@ def test_the_same_content_is_kept_once_and_any_other_apart(checkout: Checkout) -
     assert sorted(first.parent.iterdir()) == sorted((first, second, third))  # nothing half-written
     snapshot.remove_unused(RunDir(checkout.root / "run"), {str(second)})
     assert list(first.parent.iterdir()) == [second]
+
+
+def test_what_an_attempt_or_a_task_of_an_array_may_run_with_stays(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for number, points in enumerate((None, 3, None, None)):
+        outcome.record(tmp_path, "submit", f"{number}.0-000000", job=str(number), code=f"/old/{number}", points=points)
+    outcome.record(tmp_path, "start", "2.0-abcdef", code="/old/2")
+    assert slurm.used_code(run) == {"/old/1", "/old/2", "/old/3"}  # 0 never started, 3 is the newest
+    for number in range(4):
+        (run.code / f"{number}").mkdir(parents=True)
+    snapshot.remove_unused(run, slurm.used_code(run))
+    assert sorted(path.name for path in run.code.iterdir()) == ["1", "2", "3"]
 
 
 def test_kept_code_that_was_changed_or_is_not_ours_is_refused(checkout: Checkout) -> None:

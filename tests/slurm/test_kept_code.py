@@ -91,13 +91,6 @@ def test_a_job_goes_on_with_the_code_and_the_lines_it_was_submitted_with(
     assert str(code) not in new.stdout
     assert f"--code={checkout.run_dir}/code/" in new.stdout
     assert "set-up line:   conda activate mine" in new.stdout
-    # Code that never started goes when the next is kept; what an attempt ran with stays.
-    for seed in (1, 2):
-        waiting = submit(cluster, checkout, f"seed={seed}", "--sbatch-arg=--hold")
-        cluster.run("scancel", waiting, check=True)
-        edited.write_text(edited.read_text() + "#\n")
-    assert len(list((checkout.run_dir / "code").iterdir())) == 2
-    assert code.is_dir()
 
 
 def test_a_set_up_line_that_fails_ends_the_job_for_good_and_is_named(cluster: MiniSlurm, checkout: Checkout) -> None:
