@@ -75,7 +75,7 @@ REQUESTS: tuple[tuple[str, int, int, dict[str, str]], ...] = (
 
 # Thirteen jobs take some 30 s, whatever they ask for: SLURM runs them one after the other.
 def test_the_step_gets_what_was_asked_for(gpu_cluster: MiniSlurm, checkout: Checkout) -> None:
-    pretend(checkout)
+    pretend(checkout, "exit 0")  # with another code the other node would be ended before it writes
     jobs = []
     for number, (options, _, _, env) in enumerate(REQUESTS):
         words = ("--no-requeue", "fake.yaml", f"name=r{number}", "resume=none", "train.global_batch_size=24")
@@ -121,7 +121,7 @@ exec "$SIMCLR_PYTHON" -m launcher finish --run-dir "$RUN_DIR" --rc $?
 def test_a_copy_of_the_released_script_still_trains_and_requeues_its_job(
     gpu_cluster: MiniSlurm, checkout: Checkout
 ) -> None:
-    gpu_cluster.env["SIMCLR_PYTHON"] = str(pretend(checkout))
+    gpu_cluster.env["SIMCLR_PYTHON"] = str(pretend(checkout, "exit 0"))
     (checkout.root / "mine.sh").write_text(RELEASED_SCRIPT)
     job = gpu_cluster.submit("--nodes=2", "--exclusive", "mine.sh", "fake.yaml", cwd=checkout.root)
     gpu_cluster.wait(lambda: gpu_cluster.job(job)["Restarts"] == "1", 60, "its requeue", lambda: log_of(checkout, job))
