@@ -5,6 +5,8 @@
                                                                       ▼
                                                       accelerate launch … -m simclr_dist.train CONFIG key=value …
 
+Nodes that another scheduler has started make the same plan each, compare it, and become one training: `node CONFIG`.
+
 The launcher never imports torch, so that it answers at once on a login node. A training started by hand with
 `accelerate launch -m simclr_dist.train` needs nothing from here.
 """

@@ -108,11 +108,12 @@ def run_attempt(
                 agent.kill()
         if requests.stop and not asked:
             asked = True
-            plan.files.stop_request(plan.attempt).touch()
             # The signal goes to the workers only, not to processes they started. Workers that still import torch
             # ignore it; they find the file later.
             if plan.backend in ("local", "rendezvous"):
                 processes.send(processes.descendants(agents[0].pid, recursive=False), stop_signal)
+            # After the signal, which would kill a worker that has found the file and is on its way out.
+            plan.files.stop_request(plan.attempt).touch()
             print("launcher: saving, then stopping; Ctrl-C kills at once", file=sys.stderr, flush=True)
         if requests.kill:
             processes.send(processes.descendants(os.getpid()), signal.SIGKILL)

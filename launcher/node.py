@@ -227,7 +227,7 @@ def _run_with_head(plan: LaunchPlan, place: schedulers.Place, facts: Mapping[str
     plan = replace(plan, attempt=met.attempt, hosts=met.hosts, head_addr=met.head_addr, command=command)
     rc = _run_agent(plan, place.node_rank)
     deadline = time.monotonic() + STATUS_S
-    while not rc and time.monotonic() < deadline:  # the head node's last word comes by a shared disk
+    while not rc and time.monotonic() < deadline:  # what rank 0 says at last comes by a shared disk
         status = read_status(Path(plan.run_dir))
         if status is not None and status.attempt == plan.attempt and status.state != "running":
             return Exit.PREEMPTED if status.state == "preempted" else Exit.OK

@@ -107,6 +107,17 @@ def test_rank_0_keeps_its_terminal(tmp_path: Path) -> None:
     assert log_of(tmp_path, 1) == "False False\nerror\n"
 
 
+def test_a_late_request_to_stop_kills_no_worker_on_its_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIMCLR_STOP_SIGNAL", "USR1")
+    code = """
+signal.signal(signal.SIGUSR1, lambda number, frame: None)
+class Late:  # what is left at the end of the interpreter
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1): kill(pid, number)
+sys.modules["late"] = Late()
+"""
+    assert worker(tmp_path, code).wait(60) == 0
+
+
 def test_without_an_agent_that_records_all_is_as_it_was(tmp_path: Path) -> None:
     done = worker(tmp_path, "print('plain')", stdout=subprocess.PIPE)
     assert done.communicate(timeout=60)[0] == b"plain\n"

@@ -14,6 +14,7 @@ import runpy
 import secrets
 import select
 import selectors
+import signal
 import socket
 import struct
 import sys
@@ -170,7 +171,12 @@ def hand_over() -> None:
 def main(argv: list[str]) -> None:
     hand_over()
     sys.argv = argv
-    runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    finally:
+        # A request to stop that comes now is late. Python gives up its handlers on the way out: it would kill.
+        if name := os.environ.get("SIMCLR_STOP_SIGNAL"):
+            signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_IGN)
 
 
 if __name__ == "__main__":
