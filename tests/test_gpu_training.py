@@ -49,6 +49,7 @@ def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ma
         trainer = Trainer(load_config(REPOSITORY / "configs" / "smoke.yaml", overrides))
         assert trainer.parts.device.type == device
         assert trainer.parts.implementations["augment"] == {"cpu": "numba", "cuda": "triton"}[device]
+        assert trainer.parts.implementations["loss"] == {"cpu": "tiled", "cuda": "triton"}[device]
         return trainer
 
     yield make

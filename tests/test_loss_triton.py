@@ -14,10 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from simclr_dist.config import load_config
 from simclr_dist.loss import NTXentLoss, implementations, nt_xent
 from simclr_dist.loss.batch import GlobalBatch
 from simclr_dist.loss.implementations import Choice, choose
 from simclr_dist.loss.tiled import Tiles
+from simclr_dist.parallel.distributed import World
+from simclr_dist.training import parts
+from tests.conftest import REPOSITORY
 from tests.distributed.spawn import run_ranks
 from tests.interpreter import use_interpreter
 
@@ -34,34 +38,34 @@ def unit_rows(n: int, K: int, row_dtype: torch.dtype = torch.float32, seed: int 
 # ---------------------------------------------------------------------------------------------------------------------
 # The arithmetic
 
-# B, V, K, whether there are duplicates, row dtype: less than a block and more, padded widths and whole ones, the width
-# whose blocks are the smallest; B = 1, V = 2 with one process is one key for all rows
+# B, V, K, whether there are duplicates, row dtype, what is hidden: less than a block and more, padded widths and whole
+# ones, the width whose blocks are the smallest; one image, which is one key for all rows
 BATCHES = [
-    (1, 2, 3, False, torch.float32),
-    (5, 3, 16, True, torch.float32),
-    (33, 2, 24, True, torch.bfloat16),
-    (24, 2, 200, False, torch.float32),
+    (1, 2, 3, False, torch.float32, "image"),
+    (5, 3, 16, True, torch.float32, "image"),
+    (5, 3, 16, True, torch.float32, "self"),
+    (33, 2, 24, True, torch.bfloat16, "image"),
+    (24, 2, 200, False, torch.float32, "image"),
 ]
 
 
 def errors_in_the_interpreter(rank: int, world_size: int) -> list[tuple[float, float]]:
-    """Of the sums and of the gradient, for each batch and for what it hides: against float64 on the same rows."""
+    """Of the sums and of the gradient, for each batch: against float64 on the same rows."""
     use_interpreter()
     from simclr_dist.loss.triton_kernels import Kernels
 
     found = []
-    for B, V, K, duplicates, row_dtype in BATCHES:
+    for B, V, K, duplicates, row_dtype, hide in BATCHES:
         z = unit_rows(V * B, K, row_dtype)
         ids = torch.arange(B) // (2 if duplicates else 1) + 2**40
-        for hide in ("image", "self"):
-            kernels = Kernels(GlobalBatch(z, lambda z=z: z, ids, 0.2, V, row_dtype=row_dtype), hide)
-            keys = ids.repeat(V) if hide == "image" else torch.arange(V * B)
-            e = (z.double() @ z.double().T / 0.2).exp() * (keys[:, None] != keys)
-            sums = kernels.sums()
-            a = 1 / e.sum(1).clamp(min=1e-30) * (e.sum(1) > 0)
-            gradient = kernels.gradient_rows(a.float())
-            expected = (e * (a[:, None] + a)) @ z.double()
-            found.append((_error(sums, e.sum(1)), _error(gradient, expected)))
+        kernels = Kernels(GlobalBatch(z, lambda z=z: z, ids, 0.2, V, row_dtype=row_dtype), hide)
+        keys = ids.repeat(V) if hide == "image" else torch.arange(V * B)
+        e = (z.double() @ z.double().T / 0.2).exp() * (keys[:, None] != keys)
+        sums = kernels.sums()
+        a = 1 / e.sum(1).clamp(min=1e-30) * (e.sum(1) > 0)
+        gradient = kernels.gradient_rows(a.float())
+        expected = (e * (a[:, None] + a)) @ z.double()
+        found.append((_error(sums, e.sum(1)), _error(gradient, expected)))
     return found
 
 
@@ -71,8 +75,8 @@ def _error(x: Tensor, y: Tensor) -> float:
 
 def test_kernels_are_as_exact_as_float32_in_the_interpreter() -> None:
     [found] = run_ranks(1, errors_in_the_interpreter, timeout_s=120)
-    for errors, case in zip(found, [(batch, hide) for batch in BATCHES for hide in ("image", "self")], strict=True):
-        assert max(errors) < 1e-6, case
+    for errors, batch in zip(found, BATCHES, strict=True):
+        assert max(errors) < 1e-6, batch
 
 
 def counted_products(rank: int, world_size: int, parts: int) -> dict[str, int]:
@@ -203,3 +207,14 @@ def test_rows_that_were_rounded_are_part_of_what_is_said() -> None:
     loss = NTXentLoss(row_dtype=torch.float16)
     loss(torch.randn(8, 4))
     assert str(loss.choice) == "tiled on float16 rows"
+
+
+def test_a_training_that_asks_for_what_is_not_there_says_what_it_uses(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["loss.implementation=triton", "loss.row_dtype=bfloat16"]
+    config = load_config(REPOSITORY / "configs" / "smoke.yaml", overrides)
+    nt_xent, name = parts._build_loss(config, World(), CPU)
+    assert name == "tiled on bfloat16 rows"
+    why = "tiled on bfloat16 rows instead of triton: the kernels are for CUDA, z is on cpu"
+    assert capsys.readouterr().err == f"warning: loss.implementation: {why}\n"
+    nt_xent(torch.randn(8, 4))  # which says nothing more
+    assert str(nt_xent.choice) == why

@@ -40,9 +40,10 @@ def test_run_leaves_everything_behind(undisturbed: Training) -> None:
 def test_run_says_which_programs_computed_it(undisturbed: Training) -> None:
     """Here the compiled one: a fall-back would stand in both places."""
     [start] = read_records(undisturbed.run_dir / "environment.jsonl")
-    assert start["implementations"]["augment"] == "numba"
+    assert start["implementations"] == {"augment": "numba", "loss": "tiled"}
     [row] = [line for line in undisturbed.output[0].splitlines() if "computed by" in line]
     assert "augment: numba" in row
+    assert "loss: tiled" in row
 
 
 def test_learning_lowers_the_loss(images: Path, tmp_path: Path) -> None:
