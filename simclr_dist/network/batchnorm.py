@@ -47,8 +47,10 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training or distributed.world_size() == 1:
             return super().forward(input)
         self._check_input_dim(input)
-        C = self.num_features
-        weight, bias = (self.weight, self.bias) if self.affine else (input.new_ones(C), input.new_zeros(C))
+        weight, bias = self.weight, self.bias
+        if not self.affine:
+            dtype = torch.promote_types(input.dtype, torch.float32)
+            weight, bias = input.new_ones(self.num_features, dtype=dtype), input.new_zeros(self.num_features, dtype=dtype)
         return (self._on_gpu if input.is_cuda else self._on_any_device)(input, weight, bias)
 
     def _on_any_device(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -65,13 +67,23 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         means, invstds, counts = gathered.split([len(mean), len(mean), 1], dim=1)
         step = self._step()
         # The kernel that joins the ranks' moments also moves running statistics, by a step that the host knows.
-        moves = isinstance(step, float)
-        running = (self.running_mean, self.running_var) if moves else mean.new_zeros(2, len(mean))
+        moved_mean, moved_var = self.running_mean, self.running_var
+        if not isinstance(step, float):
+            moved_mean, moved_var = mean.new_zeros(2, len(mean)).unbind()
         mean, invstd = torch.batch_norm_gather_stats_with_counts(
-            x.detach(), means, invstds, *running, step if moves else 1.0, self.eps, counts.reshape(-1)
+            x.detach(),
+            means,
+            invstds,
+            moved_mean,
+            moved_var,
+            step if isinstance(step, float) else 1.0,
+            self.eps,
+            counts.reshape(-1),
         )
         if isinstance(step, Tensor):
-            self._move_running_statistics(*running, step)
+            assert moved_mean is not None
+            assert moved_var is not None
+            self._move_running_statistics(moved_mean, moved_var, step)
         counts = counts.reshape(-1).to(torch.int32)
         return _NormaliseOnGpu.apply(x, weight, bias, mean, invstd, counts, self.eps)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -175,7 +187,7 @@ class _NormaliseOnGpu(torch.autograd.Function):
             dy, x, mean, invstd, weight, True, True, True
         )
         sums = distributed.all_reduce_sum_(torch.stack([sum_dy, sum_dy_xmu]))
-        dx = torch.batch_norm_backward_elemt(dy, x, mean, invstd, weight.to(mean.dtype), *sums, counts)
+        dx = torch.batch_norm_backward_elemt(dy, x, mean, invstd, weight.to(mean.dtype), sums[0], sums[1], counts)
         return dx, dweight, dbias, None, None, None, None
 
 
