@@ -146,6 +146,15 @@ class MiniSlurm:
         states = self.run("sinfo", "--noheader", "-N", "-p", "main", "-o", "%T").stdout.split()
         return states == ["idle"] * self.num_nodes
 
+    def no_steps(self) -> bool:
+        """Whether all daemons of steps have ended. On a node that returns, that of a lost step still ends its tasks,
+        and those of a new step that has the same number."""
+        names = []
+        for pid in processes_of(self.root):
+            with contextlib.suppress(OSError):
+                names.append(Path(f"/proc/{pid}/comm").read_text().strip())
+        return "slurmstepd" not in names
+
     def _daemon(self, name: str, *argv: str) -> None:
         executable = program(argv[0])
         assert executable

@@ -168,6 +168,7 @@ def test_a_lost_node_brings_the_job_back(own_cluster: MiniSlurm, checkout: Check
     finish_soon(checkout)
     cluster.start_node(2)
     cluster.wait(cluster.all_idle, 60, "both nodes' return")
+    cluster.wait(cluster.no_steps, 60, "the end of the lost step")
     cluster.release(job)
     assert end(cluster, checkout, job, 90) == "COMPLETED", log_of(checkout, job)
     assert len(checkout.records("start")) == 2
