@@ -47,10 +47,9 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training or distributed.world_size() == 1:
             return super().forward(input)
         self._check_input_dim(input)
-        weight, bias = self.weight, self.bias
-        if not self.affine:
-            dtype = torch.promote_types(input.dtype, torch.float32)
-            weight, bias = input.new_ones(self.num_features, dtype=dtype), input.new_zeros(self.num_features, dtype=dtype)
+        C, dtype = self.num_features, torch.promote_types(input.dtype, torch.float32)
+        weight: Tensor = self.weight if self.affine else input.new_ones(C, dtype=dtype)
+        bias: Tensor = self.bias if self.affine else input.new_zeros(C, dtype=dtype)
         return (self._on_gpu if input.is_cuda else self._on_any_device)(input, weight, bias)
 
     def _on_any_device(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
