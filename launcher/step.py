@@ -95,11 +95,13 @@ def run(plan: LaunchPlan, job: Job, requests: Requests) -> int:
         time.sleep(POLL_S)
         if requests.stop and not asked:
             asked = True
-            plan.files.stop_request(plan.job).touch()
-            # Workers that still import torch ignore the signal, and find the file later. srun gives it to this step
-            # only; scancel would give it to all steps of the job. Before there are tasks, srun would die of it.
+            # srun gives the signal to this step only; scancel would give it to all steps of the job. Before there are
+            # tasks, srun would die of it.
             if plan.files.started(plan.attempt).exists():
                 srun.send_signal(getattr(signal, f"SIG{plan.stop_signal}"))
+            # Workers that still import torch ignore the signal, and find the file. It comes second, because a worker
+            # that has found it may be about to end, without its handler.
+            plan.files.stop_request(plan.job).touch()
             again = "" if job.has_batch_script else "; Ctrl-C kills at once"
             print(f"launcher: saving, then stopping{again}", file=sys.stderr, flush=True)
         if requests.kill and not killed:
