@@ -133,7 +133,7 @@ def begin(plan: LaunchPlan, **values: object) -> None:
     """Writes the launch plan and the record of the attempt's start; removes stop requests to earlier attempts."""
     run_dir = Path(plan.run_dir)
     prepare_run_dir(run_dir)
-    for left in (*RunDir(run_dir).stop_requests(), *run_dir.glob(".started.*")):
+    for left in (*RunDir(run_dir).stop_requests(), *run_dir.glob(RunDir(run_dir).started("*").name)):
         left.unlink(missing_ok=True)
     remove_old_logs(run_dir)
     write_launch_plan(plan)
