@@ -31,7 +31,15 @@ PATTERNS = {
     "interface": r"[A-Za-z0-9][A-Za-z0-9._@-]{0,31}",
     "environment variable": r"[A-Za-z_][A-Za-z0-9_]{0,127}",
 }
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+# Words of a variable's name. PAT and the like only as a whole word: PATH and AUTHOR are no secrets.
+_SECRET_NAME = re.compile(
+    r"TOKEN|KEY|SECRET|PASSW|PASSPHRASE|CREDENTIAL|WEBHOOK|(?<![A-Z0-9])(O?AUTH|PAT|PASS|DSN|JWT|COOKIE)(?![A-Z0-9])",
+    re.IGNORECASE,
+)
+# A URL with a user or a password in it, and what some services call their tokens.
+_SECRET_VALUE = re.compile(
+    r"(?<=://)[^/?#\s'\"]+(?=@)|\b(gh[pousr]_|github_pat_|glpat-|hf_|sk-|xox[abprs]-|AKIA)[\w-]{16,}|\bBearer\s+\S+"
+)
 # Variables by which the launcher and torch talk to their processes: set from outside they would break the rendezvous.
 _RESERVED = re.compile(
     r"SIMCLR_(EXPECTED_WORLD_SIZE|ATTEMPT|STOP_SIGNAL|CHECKED|OUTPUT|NODE_SCRIPT)"
@@ -60,11 +68,19 @@ def shell_text(command: str) -> str:
     for line in command.split("\n"):
         if not line.replace("\t", " ").isprintable():
             raise LaunchError(f"set-up line {line!r} cannot be used: it has control characters")
+    for name, value in re.findall(r"(?<!\w)([A-Za-z_]\w*)=([^\s;&|]+)", command):
+        # What the line reads from elsewhere when it runs stands in no file.
+        if re.search(r"[$`]", value) is None and looks_secret(name, value):
+            raise LaunchError(
+                f"set-up line: {name} looks like a secret, and set-up lines are shown to all users of the cluster; "
+                f"keep it in a file that only you can read: {name}=$(cat FILE)"
+            )
     return command
 
 
-def looks_secret(name: str) -> bool:
-    return _SECRET.search(name) is not None
+def looks_secret(name: str, value: str = "") -> bool:
+    """Whether a variable of this name, or with this value, should stand in no file and on no screen."""
+    return bool(_SECRET_NAME.search(name) or _SECRET_VALUE.search(value))
 
 
 def is_reserved(name: str) -> bool:
@@ -86,7 +102,7 @@ def checked_env(settings: list[str]) -> dict[str, str]:
             raise LaunchError(f"--env {setting}: expected NAME=value")
         if is_reserved(name):
             raise LaunchError(f"--env {name}: the launcher sets this variable itself")
-        if looks_secret(name):
+        if looks_secret(name, value):
             raise LaunchError(
                 f"--env {name}: looks like a secret, and launch plans are written to disk; "
                 "keep it in a file that only you can read"
@@ -96,8 +112,8 @@ def checked_env(settings: list[str]) -> dict[str, str]:
 
 
 def masked(env: Mapping[str, str]) -> dict[str, str]:
-    """For display: the values of names that look like secrets are hidden."""
-    return {name: "***" if looks_secret(name) else value for name, value in sorted(env.items())}
+    """For display: what looks like a secret is hidden."""
+    return {name: "***" if looks_secret(name) else _SECRET_VALUE.sub("***", env[name]) for name in sorted(env)}
 
 
 # resume_argv has this key in plan.json, so that all versions of the launcher read each other's files.

@@ -172,7 +172,7 @@ def passed_on(environ: Mapping[str, str]) -> dict[str, str]:
     env = {
         name: value
         for name, value in environ.items()
-        if PASSED_ON.fullmatch(name) and not (looks_secret(name) or is_reserved(name) or name in left_out)
+        if PASSED_ON.fullmatch(name) and not (looks_secret(name, value) or is_reserved(name) or name in left_out)
     }
     env = {name: value for name, value in env.items() if not why_not_passed_on(name)}
     return env | {"SIMCLR_PYTHON": str(Path(sys.executable).absolute())}

@@ -20,7 +20,7 @@ from launcher import __main__ as cli
 from launcher import build, slurm, sweep
 from launcher.arguments import parse
 from launcher.errors import LaunchError
-from launcher.launch_plan import checked_env, masked
+from launcher.launch_plan import checked_env, masked, shell_text
 from simclr_dist.errors import ConfigError
 from tests.launcher_checkout import Checkout, make_checkout
 
@@ -211,7 +211,11 @@ def test_sbatch_options_that_would_break_the_job_are_refused(checkout: Checkout,
 
 @pytest.mark.parametrize(
     "setting",
-    ["RANK=0", "MASTER_ADDR=x", "PET_NNODES=3", "SIMCLR_ATTEMPT=x", "HF_TOKEN=x", "A B=c", "NOVALUE", "=x", "A=b\nc"],
+    [
+        *("RANK=0", "MASTER_ADDR=x", "PET_NNODES=3", "SIMCLR_ATTEMPT=x", "A B=c", "NOVALUE", "=x", "A=b\nc"),
+        *("HF_TOKEN=x", "GITHUB_PAT=x", "PROXY_AUTH=x", "SLACK_WEBHOOK_URL=x", "SENTRY_DSN=x", "GOOGLE_CREDENTIALS=x"),
+        *("HTTPS_PROXY=http://me:pw@proxy:3128", "DATABASE_URL=postgres://me@db/x", f"MINE=hf_{'a' * 30}"),
+    ],
 )
 def test_environment_that_would_break_or_leak_is_refused(setting: str) -> None:
     with pytest.raises(LaunchError):
@@ -221,6 +225,19 @@ def test_environment_that_would_break_or_leak_is_refused(setting: str) -> None:
 def test_environment_values_are_kept_whole_and_secrets_masked() -> None:
     assert checked_env(["A=b,c d='e'=f", "B="]) == {"A": "b,c d='e'=f", "B": ""}
     assert masked({"WANDB_API_KEY": "s3cret", "A": "b"}) == {"A": "b", "WANDB_API_KEY": "***"}
+    assert masked({"PROXY": "http://me:pw@proxy:3128"}) == {"PROXY": "http://***@proxy:3128"}
+    plain = {"PATH": "/a@b:/c", "AUTHOR": "me", "PATTERN": "x", "URL": "https://host/a@b", "SEED": "3", "COMPASS": "n"}
+    assert masked(plain) == checked_env([f"{name}={value}" for name, value in plain.items()]) == plain
+
+
+@pytest.mark.parametrize(
+    "line", ["export WANDB_API_KEY=abc", "export A=1 HTTP_PROXY=http://u:p@h", "git_pat='x' conda x"]
+)
+def test_secrets_in_set_up_lines_are_refused(line: str) -> None:
+    """They stand on sbatch's command line, which everybody can read."""
+    with pytest.raises(LaunchError, match="looks like a secret"):
+        shell_text(line)
+    assert shell_text("export WANDB_API_KEY=$(cat ~/.key) KEY_DIR='$HOME/keys' A=b")
 
 
 def test_jobs_get_no_tokens_from_the_login_shell_and_nothing_of_a_job_around_it() -> None:
