@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -18,6 +19,7 @@ from simclr_dist.errors import ExportError
 from simclr_dist.export import formats
 from simclr_dist.export.export import check_same_outputs, export
 from simclr_dist.network.simclr import SimCLR, build_model
+from simclr_dist.streams import printable
 from simclr_dist.views.augment import MEAN
 from tests.test_evaluate import save_checkpoint
 
@@ -111,6 +113,23 @@ def test_card_shows_licence_data_and_accuracy(tmp_path: Path) -> None:
     assert "| kNN top-1 | 48.32 % |" in card
     assert "f00d" in card
     assert "global_batch_size: 8" in card
+
+
+@pytest.mark.parametrize(
+    "license", ["mit\nmalicious: yes", "no", "a: b", "---", "x | y <b>", "\x1b[31mred", "[1]", "# c"]
+)
+def test_names_stay_names_on_the_card(tmp_path: Path, license: str) -> None:
+    run, _ = save_run(tmp_path, encoder="resnet_small")
+    accuracy = {"knn on a|b\n| x | <script>": 0.5}
+    card = export(run, tmp_path / 'o"`ut', format="safetensors", license=license, accuracy=accuracy).card.read_text()
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front).keys() == {"license", "library_name", "tags"}
+    assert yaml.safe_load(front)["license"] == printable(license)
+    assert card.isprintable() or all(c == "\n" or c.isprintable() for c in card)
+    assert "<script>" not in text
+    assert "<b>" not in text
+    rows = [line for line in text.splitlines() if line.startswith(("| Licence", "| knn"))]
+    assert [row.count("|") for row in rows] == [3, 3]
 
 
 def test_an_encoder_unknown_to_torchvision_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
 from collections.abc import Mapping
+
+import yaml
 
 from simclr_dist import __version__
 from simclr_dist.checkpoint.files import Checkpoint
@@ -15,6 +20,7 @@ from simclr_dist.network.encoders import (
     torchvision_network,
     torchvision_options,
 )
+from simclr_dist.streams import printable
 from simclr_dist.views.augment import MEAN, STD
 
 
@@ -27,7 +33,7 @@ def instructions(
             "import numpy as np",
             "import onnxruntime",
             "",
-            f'session = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])',
+            f'session = onnxruntime.InferenceSession({json.dumps(file)}, providers=["CPUExecutionProvider"])',
             f"images = np.zeros((1, 3, {image_size}, {image_size}), np.float32)  # normalised as above",
             '(h,) = session.run(["h"], {"images": images})',
         ]
@@ -36,7 +42,7 @@ def instructions(
         lines = [
             "from simclr_dist.export import load_encoder",
             "",
-            f'encoder, feature_dim = load_encoder("{file}")',
+            f"encoder, feature_dim = load_encoder({json.dumps(file)})",
         ]
         notes = []
         if config.encoder in torchvision_names():
@@ -55,7 +61,7 @@ def instructions(
         lines += ["model.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)"]
         lines += ["model.maxpool = torch.nn.Identity()"]
         notes += [f"The stem is CIFAR's: a plain {config.encoder} takes the weights only after these two changes."]
-    lines += [f'model.load_state_dict(torch.load("{file}", weights_only=True), strict=True)']
+    lines += [f"model.load_state_dict(torch.load({json.dumps(file)}, weights_only=True), strict=True)"]
     lines += [
         f"{place} = torch.nn.Identity()  # h [n, {feature_dim}]; or a torch.nn.Linear({feature_dim}, ...) to train"
     ]
@@ -73,26 +79,26 @@ def render_card(
     """The model card: Markdown with the front matter that model hubs read."""
     config = checkpoint.config
     epochs = f"{config.train.epochs} epochs planned, {checkpoint.step} steps and {checkpoint.samples_seen} samples seen"
-    figures = "\n".join(f"| {name} | {100 * value:.2f} % |" for name, value in accuracy.items())
+    figures = "\n".join(f"| {_cell(name)} | {100 * value:.2f} % |" for name, value in accuracy.items())
     table = f"| Evaluation | Result |\n|---|---|\n{figures}" if figures else "Not measured before the export."
     return f"""---
-license: {license}
+license: {_yaml_text(license)}
 library_name: simclr_dist
 tags: [simclr, self-supervised, image-feature-extraction]
 ---
 
-# {config.name}
+# {_cell(config.name)}
 
 An image encoder trained without labels by SimCLR (Chen et al. 2020).
 
 | | |
 |---|---|
-| Encoder | {config.model.encoder}, {config.model.stem} stem, h of width {feature_dim} |
-| Trained on | {config.data.train} (fingerprint {checkpoint.fingerprint}) |
+| Encoder | {_cell(config.model.encoder)}, {config.model.stem} stem, h of width {feature_dim} |
+| Trained on | {_cell(config.data.train)} (fingerprint {checkpoint.fingerprint}) |
 | Training | {epochs}; global batch {config.train.global_batch_size}, temperature {config.loss.temperature:g} |
 | Input | RGB, {config.data.image_size} px, scaled to 0..1, then (x - mean) / std |
 | Mean, std | {", ".join(map(str, MEAN))}; {", ".join(map(str, STD))} |
-| Licence | {license} |
+| Licence | {_cell(license)} |
 | Written by | simclr_dist {__version__} from {checkpoint.path.name} |
 
 ## Accuracy
@@ -101,14 +107,28 @@ An image encoder trained without labels by SimCLR (Chen et al. 2020).
 
 ## Loading
 
-```python
-{load_with}
-```
+{_fenced("python", load_with)}
 
 {"".join(f"{note}{chr(10)}" for note in notes)}
 ## Configuration
 
-```yaml
-{render_config(config).rstrip()}
-```
+{_fenced("yaml", render_config(config).rstrip())}
 """
+
+
+def _cell(text: str) -> str:
+    """Text from outside within Markdown: it begins no row, no column and no tag."""
+    return html.escape(printable(text), quote=False).replace("|", "&#124;")
+
+
+def _yaml_text(text: str) -> str:
+    """Text from outside as one YAML value; as it is where YAML takes it for text."""
+    is_plain = re.fullmatch(r"[A-Za-z][A-Za-z0-9.-]*", text) and isinstance(yaml.safe_load(text), str)
+    return text if is_plain else json.dumps(printable(text))
+
+
+def _fenced(language: str, text: str) -> str:
+    """A block of code that nothing in it can end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
