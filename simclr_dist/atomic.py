@@ -16,15 +16,21 @@ _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.
 def replaces(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to. It becomes `path` when the block ends, and vanishes when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A random name, made here and nowhere else: process numbers are the same in two containers or on two hosts.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666))
+    temporary = new_file_beside(path)
     try:
         yield temporary
         flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def new_file_beside(path: Path) -> Path:
+    """An empty hidden file that nobody else has, with the permissions of an ordinary one. Raises OSError."""
+    # A random name: process numbers are the same in two containers or on two hosts.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666))
+    return temporary
 
 
 def replace_text(path: Path, text: str) -> None:

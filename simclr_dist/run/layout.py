@@ -24,11 +24,12 @@ import errno
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from simclr_dist.atomic import new_file_beside
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def newest_step(run_dir: Path) -> int:
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Replaces a file by one JSON object, as a whole. It is not flushed to disk. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # several hosts may write at once
+    temporary = new_file_beside(path)
     try:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
