@@ -313,6 +313,17 @@ class TestArchives:
         )
         assert left_out(source) == {"an archive, which is not unpacked (.tar.gz)": ("n3.tar.gz",)}
 
+    def test_archives_inside_archives_have_a_limit(self, tmp_path: Path) -> None:
+        path = write_tar(tmp_path / "0.tar", {"a/0.png": PNG, "b/0.png": PNG})
+        for depth in range(1, 9):
+            path = write_tar(tmp_path / f"{depth}.tar", {f"in{depth}.tar": path.read_bytes()})
+        assert len(open_source(path).labels) == 2
+        for depth in range(9, 60):
+            path = write_tar(tmp_path / "more.tar", {"in.tar": path.read_bytes()})
+            if depth in (9, 59):
+                with pytest.raises(DataError, match="more than 8 archives lie one inside the other; unpack"):
+                    open_source(path)
+
     def test_an_archive_inside_that_is_cut_off_is_refused_by_name(self, tmp_path: Path) -> None:
         inner = write_tar(tmp_path / "inner", {"0.png": PNG, "1.png": PNG}).read_bytes()
         for size in (0, 512, 1024, 1536, len(PNG) + 600, 3072):

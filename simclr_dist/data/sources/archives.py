@@ -16,6 +16,7 @@ from simclr_dist.data.sources.listing import Found, Listing, Parts, is_tool_fold
 from simclr_dist.errors import DataError
 
 _MOST_LINKS = 40  # that are followed one after the other, as in Linux
+_MOST_NESTED = 8  # archives, one inside the other
 _BLOCK = 512
 
 
@@ -68,13 +69,20 @@ def _decompressed(path: Path) -> Any:
     return keep
 
 
-def _list(file: IO[bytes], start: int, end: int, parts: Parts, plain: str, listing: Listing) -> None:
-    """Adds what an archive at the bytes from start to end holds, with `parts` before its names."""
+def _list(
+    file: IO[bytes], start: int, end: int, parts: Parts, plain: str, listing: Listing, num_around: int = 0
+) -> None:
+    """Adds what an archive at the bytes from start to end holds, with `parts` before its names.
+
+    num_around: archives that it lies in.
+    """
     files: dict[Parts, tuple[int, int]] = {}  # offset and size
     links: dict[Parts, Parts] = {}
     folders: set[Parts] = set()
     left_out: list[tuple[str, Parts]] = []
     place = "/".join((listing.origin, *parts))
+    if num_around > _MOST_NESTED:
+        raise DataError(f"{place}: more than {_MOST_NESTED} archives lie one inside the other; unpack the outer ones")
     try:
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -110,7 +118,7 @@ def _list(file: IO[bytes], start: int, end: int, parts: Parts, plain: str, listi
             inner = (*parts, *name[:-1], name[-1][: -len(".tar")])
             listing.folders.append(inner)
             listing.notes.append(("archive inside the archive, read as a folder", (*parts, *name)))
-            _list(file, offset, offset + size, inner, plain, listing)
+            _list(file, offset, offset + size, inner, plain, listing, num_around + 1)
         else:
             full = (*parts, *name)
             listing.files.append(Found(full, listing.prefix + "/".join(full), plain, offset, size))
