@@ -142,7 +142,9 @@ def test_a_job_submitted_from_inside_other_jobs_is_only_itself(cluster: MiniSlur
         "export SIMCLR_ATTEMPT=7.3-abcdef SLURM_RESTART_COUNT=2 SLURM_CPUS_PER_TASK=1\n"
         f"srun --ntasks=1 {python} name=inner$SLURM_ARRAY_TASK_ID 2>&1\n"
     )
-    options = ("--array=0-1", "--cpus-per-task=1", "--mem-per-cpu=10", "--output=outer-%a.log", "--requeue")
+    # Not in a partition whose jobs those in `high` may push aside.
+    options = ("--array=0-1", "--partition=high", "--cpus-per-task=1", "--mem-per-cpu=10")
+    options += ("--output=outer-%a.log", "--requeue")
     outer = cluster.submit(*options, f"--wrap={script}", cwd=checkout.root)
     for index in range(2):
         assert end(cluster, checkout, f"{outer}_{index}") == "COMPLETED"
