@@ -131,14 +131,14 @@ def test_rows_of_16_bits_cost_what_is_documented_and_no_more(
     assert abs(float(value.detach()) - float(exact)) <= of_value * float(exact)
     assert distance(z.grad, exact_gradient) <= of_gradient
 
-    # On the rounded rows themselves, all that is left is float32's own error.
+    # On the rounded rows themselves, all that is left is float32's own error, of logits that are up to 10.
     reference = torch.nn.functional.normalize(x, dim=1).to(row_dtype).double()
     s = (reference @ reference.T / 0.1).masked_fill(ids.repeat(2)[:, None] == ids.repeat(2), -torch.inf)
     positive = (reference * reference.roll(150, dims=0)).sum(1) / 0.1
     expected = F.softplus(s.logsumexp(1) - positive).mean()
     assert abs(float(value.detach()) - float(expected)) <= 2e-6 * max(
         1.0, float(expected)
-    )  # of the logits, which are up to 10
+    )
 
 
 @pytest.mark.parametrize("implementation", ["tiled", "triton"])
