@@ -136,9 +136,7 @@ def test_rows_of_16_bits_cost_what_is_documented_and_no_more(
     s = (reference @ reference.T / 0.1).masked_fill(ids.repeat(2)[:, None] == ids.repeat(2), -torch.inf)
     positive = (reference * reference.roll(150, dims=0)).sum(1) / 0.1
     expected = F.softplus(s.logsumexp(1) - positive).mean()
-    assert abs(float(value.detach()) - float(expected)) <= 2e-6 * max(
-        1.0, float(expected)
-    )
+    assert abs(float(value.detach()) - float(expected)) <= 2e-6 * max(1.0, float(expected))
 
 
 @pytest.mark.parametrize("implementation", ["tiled", "triton"])
