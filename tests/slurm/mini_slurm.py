@@ -179,19 +179,16 @@ class MiniSlurm:
 
     def lose_node(self, number: int) -> None:
         """The node is gone with everything on it, as when its power fails."""
-        mark, tasks, parents = f"SLURMD_NODENAME=n{number}".encode(), [], set()
         self.kill_node(number)
+        mark, log = f"SLURMD_NODENAME=n{number}".encode(), str(self.root / "log" / f"slurmd-n{number}.log")
+        daemons, tasks = [], []
         for pid in processes_of(self.root):
-            try:
-                if mark not in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                    continue
-                parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-                tasks.append(pid)
-                if "slurmstepd" in Path(f"/proc/{parent}/cmdline").read_text():
-                    parents.add(parent)
-            except OSError:
-                continue
-        for pid in [*parents, *tasks]:  # the step's daemons first: they would report their tasks' end
+            with contextlib.suppress(OSError):
+                if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    tasks.append(pid)
+                elif log in {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()}:
+                    daemons.append(pid)
+        for pid in [*daemons, *tasks]:  # the steps' daemons first: they would report their tasks' end
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 

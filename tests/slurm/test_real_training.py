@@ -46,14 +46,14 @@ def wait_for_steps(checkout: Checkout, name: str, job: str, steps: int) -> None:
 
 
 def release_until_the_end(cluster: MiniSlurm, checkout: Checkout, job: str) -> None:
-    """After its return the lost node was seen to end a task of the next attempt once more; the job then comes back."""
+    """After its return the lost node's daemon was seen to end tasks of the next attempts; the job then comes back."""
 
     def over() -> bool:
         if cluster.state(job) == "PENDING":
             cluster.release(job)
         return cluster.state(job) in ("COMPLETED", "FAILED", "CANCELLED")
 
-    cluster.wait(over, 200, f"the end of job {job}", lambda: log_of(checkout, job))
+    cluster.wait(over, 400, f"the end of job {job}", lambda: log_of(checkout, job))
 
 
 def weights_of(run_dir: Path) -> dict[str, str]:
