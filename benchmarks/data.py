@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from report import commit, cpu_name  # type: ignore[import-not-found]
+
 BATCH = 64
 CONTESTANTS = ("ours", "ffcv", "torchvision", "lightly")
 TASKS = {
@@ -292,21 +294,6 @@ def report(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> Non
     table = "\n".join(lines) + "\n"
     (options.out / f"data_{stamp}.md").write_text(table)
     print(table)
-
-
-def commit() -> str:
-    here = Path(__file__).parent
-    asked = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
-    return asked.stdout.strip() or "unknown"
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def versions(python: str) -> dict[str, str]:

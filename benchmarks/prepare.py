@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from data import commit, cpu_name, stage, versions  # type: ignore[import-not-found]
+from data import stage, versions  # type: ignore[import-not-found]
+from report import commit, cpu_name  # type: ignore[import-not-found]
 
 CONTESTANTS = ("ours", "ffcv")
 

@@ -9,15 +9,18 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def circumstances(arguments: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:
     """When, at which commit, on what. To be asked before measuring, because the load of the machine is in it."""
+    import torch  # not above: contestants of data.py have interpreters of their own
+
     on_gpu = device is not None and device.type == "cuda"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -190,8 +190,8 @@ def _wait_for_others(plan: LaunchPlan, place: schedulers.Place, facts: Mapping[s
 def head_to_listen_at(head: str, host: str) -> str:
     """The address of this machine that `head` names; empty, which is all of them, where that cannot be told.
 
-    A Service of Kubernetes has an address that no machine has; `localhost`, or a host's own name in /etc/hosts, has one
-    that no other machine reaches. Raises LaunchError for the address of another machine.
+    A Service of Kubernetes has an address that no machine has; `localhost`, which Kubeflow tells its first node, or a
+    host's own name in /etc/hosts, has one that no other machine reaches. LaunchError for another machine's address.
     """
     own = machine.own_addresses()
     try:
@@ -201,7 +201,8 @@ def head_to_listen_at(head: str, host: str) -> str:
     else:
         why = f"is {address}, which is not an address of this node"
     if machine.is_loopback(address):
-        return ""
+        # Asked for by number, all nodes are on this machine; no other one may connect.
+        return address if head == address else ""
     if address in own:
         return address
     if "KUBERNETES_SERVICE_HOST" in os.environ:

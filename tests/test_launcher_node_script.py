@@ -207,16 +207,16 @@ def test_containers_are_told_apart_by_name(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_container_sees_what_links_lead_to(tmp_path: Path) -> None:
-    for name in ("data", "work", "disk/runs"):
+    for name in ("data", "own", "disk/runs"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "data" / "train.beton").touch()
-    (tmp_path / "work" / "train.beton").symlink_to(tmp_path / "data" / "train.beton")
-    (tmp_path / "work" / "runs").symlink_to(tmp_path / "disk" / "runs")
+    (tmp_path / "own" / "train.beton").symlink_to(tmp_path / "data" / "train.beton")
+    (tmp_path / "own" / "runs").symlink_to(tmp_path / "disk" / "runs")
     values: dict[str, Any] = {"name": "x", "model": {"encoder": "resnet_small"}}
-    values |= {"data": {"train": f"{tmp_path}/work/train.beton", "image_size": 32}}
+    values |= {"data": {"train": f"{tmp_path}/own/train.beton", "image_size": 32}}
     config = load_config(values, {"train": {"global_batch_size": 8, "epochs": 20}})
-    found = node_script.binds(config, [f"{tmp_path}/work", f"{tmp_path}/work/runs/x"], ["/a:/b"])
-    folders = [f"{tmp_path}/{name}" for name in ("data", "disk/runs/x", "work")]
+    found = node_script.binds(config, [f"{tmp_path}/own", f"{tmp_path}/own/runs/x"], ["/a:/b"])
+    folders = [f"{tmp_path}/{name}" for name in ("data", "disk/runs/x", "own")]
     assert found == (*(f"{folder}:{folder}" for folder in folders), "/a:/b")
 
 

@@ -363,3 +363,10 @@ def test_exit_codes_are_explained_where_people_look() -> None:
     for text in (EPILOG, page[page.index("Exit codes") :]):
         for code in Exit:
             assert re.search(rf"(: |· |^){code.value} [a-z]", text, re.MULTILINE), f"{code!r} is not explained"
+
+
+@pytest.mark.parametrize(
+    ("head", "at"), [("127.0.0.1", "127.0.0.1"), ("127.1.2.3", "127.1.2.3"), ("::1", "::1"), ("localhost", "")]
+)
+def test_a_rendezvous_at_a_loopback_address_is_open_to_this_machine_alone(head: str, at: str) -> None:
+    assert node.head_to_listen_at(head, "n1") == at
