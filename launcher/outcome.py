@@ -151,15 +151,15 @@ def decide(evidence: Evidence, *, max_failures: int, requeue: bool) -> Decision:
     cut_short = evidence.stop_requested and status is None  # before any process could answer
     if state == "preempted" or evidence.job == "time_limit" or cut_short:
         what = "time limit" if evidence.job == "time_limit" else "preempted"
+        again = Decision("requeue", Exit.PREEMPTED, f"{what} at step {evidence.end_step}")
+        if evidence.job == "none":  # a person asked; nothing here starts it again by itself
+            return replace(again, action="leave")
         if idle > max(1, max_failures):
             return Decision(
                 "fail",
                 Exit.GAVE_UP,
                 f"{what}; {idle} attempts in a row trained one step at most (is the time limit too short?)",
             )
-        again = Decision("requeue", Exit.PREEMPTED, f"{what} at step {evidence.end_step}")
-        if evidence.job == "none":
-            return replace(again, action="leave")
     else:
         failures = 1 + _num_last(evidence.earlier, lambda ended: ended.failed)
         what = (reason or "crash") if state == "failed" else f"ended without a status (exit code {evidence.rc})"

@@ -58,6 +58,7 @@ def test_a_time_limit_too_short_for_any_progress_ends_the_requeueing() -> None:
     idle = Ended(failed=False, progressed=False)
     assert action(PREEMPTED, "running", (10, 10), earlier=(idle,)) == ("requeue", Exit.OK)
     assert action(PREEMPTED, "running", (10, 10), earlier=(idle, idle, idle)) == ("fail", Exit.GAVE_UP)
+    assert action(PREEMPTED, "none", (10, 10), earlier=(idle, idle, idle)) == ("leave", Exit.PREEMPTED)  # by hand
 
 
 @pytest.mark.parametrize("status", [failed("crash"), failed("hang"), RUNNING, None])
