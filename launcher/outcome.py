@@ -97,7 +97,7 @@ class Evidence:
     never_started: str = ""
     """Why the scheduler started nothing of this attempt, in its own words; empty where something ran."""
     stop_requested: bool = False
-    """Whether this attempt was asked to save and stop."""
+    """Whether this attempt was asked to save and stop, or ended by its scheduler."""
     not_ours: str = ""
     """Why the job must not be requeued; empty where it is there for this training alone."""
 

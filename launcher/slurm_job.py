@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> Exit:
             begin(plan, job, not_ours)
             said = step.SrunMessages()
             code = step.run(plan, job, requests)
-            return conclude(plan, code, not_ours, said=str(said), stop_requested=requests.stop)
+            asked = requests.stop or said.cancelled
+            return conclude(plan, code, not_ours, said=str(said), stop_requested=asked)
 
 
 def this_job() -> Job:

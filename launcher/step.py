@@ -120,8 +120,21 @@ class SrunMessages:
     def __str__(self) -> str:
         if self._start is None:
             return "its message stands above"
+        return "; ".join(self._lines()[:3]) or "it said nothing"
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether SLURM ended the step for another's sake: `scancel JOB.STEP`, or a lost node that is back and ends what
+        has the number of its old step. A task that fails has the rest cancelled, too, and its exit code is named."""
+        lines = self._lines()
+        return any(re.search(r"\*\*\* STEP \S+ ON \S+ CANCELLED", line) for line in lines) and not any(
+            "exit code" in line for line in lines
+        )
+
+    def _lines(self) -> list[str]:
+        if self._start is None:
+            return []
         with open(f"/proc/self/fd/{sys.stderr.fileno()}", encoding="utf-8", errors="replace") as file:
             file.seek(self._start)
             lines = [line.strip() for line in file]
-        said = [line for line in lines if re.match(r"(\d+: )?(srun|slurmstepd\S*): (error|fatal)", line)]
-        return "; ".join(said[:3]) or "it said nothing"
+        return [line for line in lines if re.match(r"(\d+: )?(srun|slurmstepd\S*): (error|fatal)", line)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -189,3 +190,29 @@ def test_a_limit_within_the_signals_lead_and_a_save_is_a_problem() -> None:
     assert "240 s leaves no time" in time_limit_problem(240, lead_s=180, save_budget_s=60)
     assert not time_limit_problem(241, lead_s=180, save_budget_s=60)
     assert not time_limit_problem(None, lead_s=180, save_budget_s=60)
+
+
+GONE = "slurmstepd-n1: error: *** STEP 310.0 ON n1 CANCELLED AT 2026-11-26T03:35:36 ***"
+
+
+@pytest.mark.parametrize(
+    ("messages", "cancelled"),
+    [
+        ([f"0: {GONE}", "srun: error: n1: task 0: Terminated", "srun: Force Terminated StepId=310.0"], True),
+        ([GONE.replace(" ***", " DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***")], True),
+        (["srun: error: n2: task 1: Exited with exit code 2", GONE], False),  # the step's own fault
+        (["srun: error: Unable to create step for job 310: More processors requested than permitted"], False),
+        ([GONE.replace("STEP 310.0", "JOB 310").replace(" ***", " DUE TO JOB REQUEUE ***")], False),
+        ([f"0: a picture is named {GONE}"], False),
+    ],
+)
+def test_a_step_that_slurm_cancelled_is_not_one_that_it_could_not_start(
+    messages: list[str], cancelled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(tmp_path / "job.log", "w") as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        print("srun: error: of an earlier attempt", GONE, sep="\n", file=log, flush=True)
+        said = step.SrunMessages()
+        print(*messages, sep="\n", file=log, flush=True)
+        assert said.cancelled == cancelled
+        assert "earlier" not in str(said)
