@@ -124,8 +124,8 @@ class SrunMessages:
 
     @property
     def cancelled(self) -> bool:
-        """Whether SLURM ended the step for another's sake: `scancel JOB.STEP`, or a lost node that is back and ends what
-        has the number of its old step. A task that fails has the rest cancelled, too, and its exit code is named."""
+        """Whether SLURM ended the step for another's sake: `scancel JOB.STEP`, or a node that is back and ends what has
+        the number of its old step. A task that fails has the rest cancelled, too, and its exit code is named."""
         lines = self._lines()
         return any(re.search(r"\*\*\* STEP \S+ ON \S+ CANCELLED", line) for line in lines) and not any(
             "exit code" in line for line in lines

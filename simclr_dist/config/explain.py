@@ -98,7 +98,7 @@ def explain(detail: typing.Any, origins: dict[KeyPath, str], path: Path, kind_of
     message = detail["msg"][0].lower() + detail["msg"][1:]
     if isinstance(value, str) and _SCIENTIFIC.match(value):
         mantissa, exponent = re.split("[eE]", value)
-        return f"{prefix}YAML reads {value} as text, not as a number; write {mantissa}.0e{exponent} or {float(value):g}"
+        return f"{prefix}YAML reads {value} as text, not as a number; write {mantissa}.0e{exponent}"
     if isinstance(value, (dict, list)):
         return f"{prefix}{message}, found {kind_of(value)}"
     return f"{prefix}{message}, found {json.dumps(value, default=str)}"

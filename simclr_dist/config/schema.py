@@ -64,6 +64,9 @@ class ModelConfig(Section):
     image_size: Count | None = Field(None, description="Side that a ViT is built for; null: data.image_size.")
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="`cifar`: 3x3 convolution, no pooling (B.9).")
     width: Count = Field(32, description="Channels of `resnet_small`'s first stage.")
+    first_layer: Literal["random", "whitened"] = Field(
+        "random", description="`whitened`: the first convolution begins with filters from data.train's own patches."
+    )
     head_layers: Literal[2, 3] = Field(2, description="2: SimCLR v1; 3: SimCLR v2.")
     head_hidden_dim: Count | None = Field(None, description="null: as wide as h.")
     head_out_dim: Count = Field(128, description="K, the width of z.")

@@ -18,7 +18,7 @@ from torch import nn
 
 from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.checkpoint.pretrained import load_pretrained
-from simclr_dist.config import DataConfig, ModelConfig, Precision
+from simclr_dist.config import DataConfig, Precision
 from simclr_dist.data.classes import draw_by_class
 from simclr_dist.data.loading.labelled_images import LabelledImages, open_labelled, require_labels
 from simclr_dist.data.loading.open_images import DatasetInfo
@@ -30,8 +30,9 @@ from simclr_dist.evaluation.labels import relabelled
 from simclr_dist.evaluation.linear import linear_probe
 from simclr_dist.evaluation.readable_images import ReadableImages
 from simclr_dist.evaluation.score_record import name_of, score_record
+from simclr_dist.evaluation.untrained import untrained_encoder
 from simclr_dist.network.precision import assumed_precision
-from simclr_dist.network.simclr import SimCLR, build_model
+from simclr_dist.network.simclr import SimCLR
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 from simclr_dist.run.layout import RunDir, append_record, read_records
@@ -168,8 +169,9 @@ def evaluate(
     scores = []
     if baselines:
         train_pixels, test_pixels = run_on_all_ranks(lambda: _pixels(images, config.data), device, catch=Exception)
+        untrained = run_on_all_ranks(lambda: untrained_encoder(config.model, config.data, config.seed), device)
         scores.append(score("raw pixels", train_pixels, relabelled(test_pixels, images.classes)))
-        scores.append(score("untrained encoder", *features(_untrained(config.model, config.seed))))
+        scores.append(score("untrained encoder", *features(untrained)))
     trained = features(model.encoder)
     scores.append(score("trained encoder", *trained))
     record = score_record(
@@ -221,12 +223,6 @@ def _pixels(images: LabelledImages, data: DataConfig) -> list[Features]:
         pixel_features(ReadableImages.of(source, data, 512)(np.arange(info.num_samples)), normalize=normalize)
         for source, info in ((images.train, images.train_info), (images.test, images.test_info))
     ]
-
-
-def _untrained(model: ModelConfig, seed: int) -> nn.Module:
-    """The encoder with the initial values of the run."""
-    torch.manual_seed(seed)
-    return build_model(model).encoder
 
 
 def known_accuracy(checkpoint: Checkpoint) -> Mapping[str, float]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from simclr_dist.config import ModelConfig
 from simclr_dist.network.encoders import build_encoder
+from simclr_dist.network.first_layer import first_convolution
 from simclr_dist.network.keyed_dropout import Draws
 
 
@@ -41,8 +42,10 @@ class SimCLR(nn.Module):
 
 
 def build_model(config: ModelConfig) -> SimCLR:
-    """The freshly initialised network that `config` names. Raises ConfigError for an unknown encoder."""
+    """The freshly initialised network that `config` names. Raises ConfigError for an encoder that cannot be had."""
     encoder, feature_dim = build_encoder(config)
+    if config.first_layer == "whitened":
+        first_convolution(encoder, config.encoder)
     head = build_projection_head(
         feature_dim,
         config.head_hidden_dim or feature_dim,

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from simclr_dist.data.loading.evaluation_labels import EvaluationImages, evaluat
 from simclr_dist.data.loading.view_loader import build_loader
 from simclr_dist.errors import ConfigError
 from simclr_dist.evaluation.online_probe import OnlineProbe
+from simclr_dist.evaluation.untrained import set_first_layer
 from simclr_dist.health.check import HealthCheck
 from simclr_dist.loss import NTXentLoss
 from simclr_dist.monitor.monitor import Monitor, open_monitor
@@ -140,6 +142,9 @@ def build(config: Config) -> Parts:
 
     simclr = run_on_all_ranks(lambda: build_model(config.model), device)
     freeze(simclr, unused)
+    if checkpoint is None:  # the other ranks get the main process's values when the network is wrapped
+        begin = partial(set_first_layer, simclr.encoder, config.model, config.data, config.seed)
+        run_on_all_ranks(begin if world.is_main else lambda: None, device)
     flops = forward_flops(simclr, config.data.image_size) if world.is_main else None
     random_layers = key_draws(simclr, config.data.image_size)
     network = _place(simclr, config, device)

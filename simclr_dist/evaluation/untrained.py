@@ -1,0 +1,49 @@
+"""The encoder before training: with the values from which a run begins."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from simclr_dist.config import DataConfig, ModelConfig
+from simclr_dist.data.classes import draw_by_class
+from simclr_dist.data.loading.load_images import load_images
+from simclr_dist.data.loading.open_images import describe
+from simclr_dist.errors import DataError
+from simclr_dist.network.first_layer import NUM_IMAGES, first_convolution, whiten
+from simclr_dist.network.simclr import build_model
+from simclr_dist.views.augment import STD
+
+
+def untrained_encoder(model: ModelConfig, data: DataConfig, seed: int) -> nn.Module:
+    """Raises ConfigError or DataError."""
+    torch.manual_seed(seed)
+    encoder = build_model(model).encoder
+    set_first_layer(encoder, model, data, seed)
+    return encoder
+
+
+def set_first_layer(encoder: nn.Module, model: ModelConfig, data: DataConfig, seed: int) -> None:
+    """What `model.first_layer` asks for, from images of data.train as the evaluations crop them.
+
+    The seed draws which. Raises ConfigError where the encoder has no such layer, DataError where no image can be read.
+    """
+    if model.first_layer == "random":
+        return
+    convolution = first_convolution(encoder, model.encoder)
+    num_images = describe(data.train).num_samples
+    ids = draw_by_class(np.zeros(num_images, np.int64), NUM_IMAGES, seed)
+    parts = load_images(
+        data.train,
+        data.image_size,
+        batch_size=512,
+        ids=ids,
+        num_threads=data.num_threads,
+        loader=data.loader,
+        unreadable={},
+    )
+    images = [images for images, _, _ in parts]
+    if not sum(len(part) for part in images):
+        raise DataError(f"model.first_layer: whitened looks at {len(ids)} images of {data.train}: none can be read")
+    whiten(convolution, torch.cat(images), STD)
