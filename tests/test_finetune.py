@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from simclr_dist.few_labels.classifier import Classifier, accuracy, load_classif
 from simclr_dist.few_labels.distill import distil, distillation_loss
 from simclr_dist.few_labels.finetune import Training, default_epochs, fine_tune, linear_protocol
 from simclr_dist.few_labels.random_crops import RandomCrops
-from simclr_dist.few_labels.subsets import Subset, draw_subset, load_subset, save_subset
+from simclr_dist.few_labels.subsets import Subset, draw_subset, load_subset, save_subset, shortfall
 from simclr_dist.few_labels.train import Settings, distill_classifier
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.views.augment import normalize
@@ -84,6 +87,56 @@ def test_a_tiny_share_keeps_one_image_a_class_and_the_whole_share_every_label() 
     assert draw_subset(info, 1.0, seed=0).ids == tuple(range(43))
 
 
+def digest_of(subset: Subset) -> str:
+    return hashlib.sha256(subset.id_array.tobytes()).hexdigest()[:16]
+
+
+def test_a_seed_draws_what_it_drew_in_release_0_1() -> None:
+    generator = np.random.default_rng(0)
+    info = info_with(generator.integers(-1, 7, 3000).tolist(), 7)
+    drawn = {(share, seed): digest_of(draw_subset(info, share, seed)) for share, seed in ((0.01, 0), (0.37, 2**40))}
+    assert drawn == {(0.01, 0): "7334a6553f0e02f5", (0.37, 2**40): "76d1f218926b570e"}
+    geometric = info_with(np.minimum(generator.geometric(0.3, 3000) - 1, 8).tolist(), 9)
+    subset = draw_subset(geometric, 0.2, 5)
+    assert (len(subset.ids), digest_of(subset)) == (603, "ca7346304c0f3297")
+
+
+def test_a_draw_takes_one_pass_however_many_classes_there_are() -> None:
+    labels = CountsPasses(np.arange(20_000) % 5_000)
+    draw_subset(replace(info_with([0], 5_000), num_samples=20_000, labels=labels), 0.5, seed=0)
+    assert CountsPasses.comparisons < 10
+
+
+class CountsPasses(np.ndarray):
+    """An array that counts how often it is compared as a whole."""
+
+    comparisons = 0
+
+    def __new__(cls, values: np.ndarray) -> CountsPasses:
+        return values.view(cls)
+
+    def __eq__(self, other: object) -> Any:
+        CountsPasses.comparisons += 1
+        return super().__eq__(other)
+
+
+@pytest.mark.parametrize(
+    ("labels", "share", "said"),
+    [
+        ([0] * 90 + [1] * 3 + [2] * 7, 0.3, r"0.3 of 100 labels are 30; drawn are 20, because 2 class\(es\) have fewer "
+         r"than 10 images: class1, class2"),
+        ([0, 1, 2] * 100, 0.001, "0.001 of 300 labels are 0; drawn are 3, one of each class"),
+        ([0] * 97 + [1, 2, -1], 0.5, r"0.5 of 99 labels are 50; drawn are 18, because 2 class\(es\)"),
+        ([0, 1, 2] * 100, 0.07, ""),
+        ([0, 1, 2] * 100, 1.0, ""),
+    ],
+)  # fmt: skip
+def test_a_draw_that_is_not_the_share_asked_for_says_so(labels: list[int], share: float, said: str) -> None:
+    info = info_with(labels, 3)
+    sentence = shortfall(draw_subset(info, share, seed=0), info)
+    assert re.match(said, sentence) if said else sentence == ""
+
+
 def test_an_empty_class_is_named() -> None:
     with pytest.raises(DataError, match=r"1 class\(es\) have no image to choose from: class1"):
         draw_subset(info_with([0, 0, 2], 3), 0.5, seed=0)
@@ -109,6 +162,44 @@ def test_a_subset_file_is_read_back_or_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="names samples that the dataset does not have"):
         load_subset(path, info)
     path.write_text("{")
+    with pytest.raises(DataError, match="is no subset file"):
+        load_subset(path, info)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"ids": [0, 1, 1, 2]}, "sample 1 is named more than once"),
+        ({"ids": [0, 1, 4, 5, 9]}, r"2 of its 5 samples have no label \(first: 4\)"),
+        ({"ids": [0, 1.5, 2]}, "ids must be a list of whole numbers"),
+        ({"ids": [0, True, 2]}, "ids must be a list of whole numbers"),
+        ({"ids": "012"}, "ids must be a list of whole numbers"),
+        ({"ids": {"0": 1}}, "ids must be a list of whole numbers"),
+        ({"ids": [0, 1, 2, 10**30]}, "names samples that the dataset does not have"),
+        ({"ids": [-1, 1, 2]}, "names samples that the dataset does not have"),
+        ({"ids": []}, "names samples that the dataset does not have"),
+        ({"share": float("nan")}, "share must be above 0 and at most 1, .*; found nan"),
+        ({"share": float("inf")}, "found inf"),
+        ({"share": 0}, "found 0"),
+        ({"share": 7}, "found 7"),
+        ({"share": "0.1"}, "found '0.1'"),
+        ({"seed": 1.5}, "seed a whole number; found .*1.5"),
+        ({"seed": None}, "seed a whole number; found .*None"),
+    ],
+)
+def test_a_subset_file_that_cannot_be_meant_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    info = info_with([0, 1, 2, 0, -1, -1, 1, 2, 0, 1], 3)
+    path = tmp_path / "subset.json"
+    path.write_text(json.dumps({"ids": [0, 1, 2], "fingerprint": "c0ffee", "share": 0.5, "seed": 0, **change}))
+    with pytest.raises(DataError, match=said):
+        load_subset(path, info)
+
+
+def test_a_subset_file_written_by_hand_may_be_in_any_order_and_must_not_be_deep(tmp_path: Path) -> None:
+    info, path = info_with([0, 1, 2, 0, 1, 2], 3), tmp_path / "subset.json"
+    path.write_text(json.dumps({"ids": [5, 0, 1], "fingerprint": "f00d", "share": 1, "seed": 0}))
+    assert load_subset(path, info) == Subset((0, 1, 5), "f00d", 1.0, 0)
+    path.write_text("[" * 100_000)
     with pytest.raises(DataError, match="is no subset file"):
         load_subset(path, info)
 

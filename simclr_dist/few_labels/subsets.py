@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +34,7 @@ def draw_subset(info: DatasetInfo, share: float, seed: int) -> Subset:
     """The same number of images of each class, `share` of all labelled ones together (at least one a class).
 
     As in SimCLR's 1 % and 10 % of ImageNet (Chen et al. 2020, section 4.3). A class with fewer images gives all it
-    has. Unlabelled images are left out; share 1 takes every labelled image. Raises DataError for an empty class.
+    has (`shortfall` tells). Unlabelled images are left out; share 1 takes every labelled image. Raises DataError for an empty class.
     """
     if not 0 < share <= 1:
         raise DataError(f"the share of labels must be above 0 and at most 1, not {share:g}")
@@ -47,8 +49,24 @@ def draw_subset(info: DatasetInfo, share: float, seed: int) -> Subset:
         return Subset(tuple(labelled.tolist()), info.content_fingerprint, share, seed)
     per_class = max(1, round(share * len(labelled) / len(counts)))
     order = np.random.Generator(np.random.Philox(seed)).permutation(labelled)
-    chosen = [order[info.labels[order] == label][:per_class] for label in range(len(counts))]
-    return Subset(tuple(np.sort(np.concatenate(chosen)).tolist()), info.content_fingerprint, share, seed)
+    by_class = order[np.argsort(info.labels[order], kind="stable")]  # class after class, each as it was shuffled
+    place = np.arange(len(by_class)) - np.repeat(np.cumsum(counts) - counts, counts)  # of each in its class
+    return Subset(tuple(np.sort(by_class[place < per_class]).tolist()), info.content_fingerprint, share, seed)
+
+
+def shortfall(subset: Subset, info: DatasetInfo) -> str:
+    """A sentence where a draw could not be the share that was asked for; empty where it is, up to rounding by class."""
+    labels, C = info.labels[info.labels >= 0], len(info.class_names)
+    asked, drawn = subset.share * len(labels), len(subset.ids)
+    if abs(asked - drawn) <= C / 2:
+        return ""
+    sentence = f"{subset.share:g} of {len(labels):,} labels are {asked:,.0f}; drawn are {drawn:,}"
+    per_class = round(asked / C)
+    if per_class < 1:
+        return f"{sentence}, one of each class"
+    small = np.flatnonzero(np.bincount(labels, minlength=C) < per_class)
+    named = ", ".join(info.class_names[label] for label in small[:5]) + (", …" if len(small) > 5 else "")
+    return f"{sentence}, because {len(small)} class(es) have fewer than {per_class:,} images: {named}"
 
 
 def save_subset(path: Path, subset: Subset) -> None:
@@ -59,14 +77,8 @@ def save_subset(path: Path, subset: Subset) -> None:
 def load_subset(path: Path, info: DatasetInfo) -> Subset:
     """The subset written to `path`. Raises DataError when it is damaged or was drawn from another dataset."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        subset = Subset(
-            tuple(int(i) for i in values["ids"]),
-            str(values["fingerprint"]),
-            float(values["share"]),
-            int(values["seed"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        subset = _parsed(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: is no subset file: {error!r}") from None
     if not info.is_called(subset.fingerprint):
         raise DataError(
@@ -75,8 +87,27 @@ def load_subset(path: Path, info: DatasetInfo) -> Subset:
         )
     if not subset.ids or min(subset.ids) < 0 or max(subset.ids) >= info.num_samples:
         raise DataError(f"{path}: names samples that the dataset does not have (it has {info.num_samples})")
-    missing = set(range(len(info.class_names))) - set(info.labels[subset.id_array].tolist())
-    if missing:
-        names = ", ".join(info.class_names[label] for label in sorted(missing)[:10])
+    labels = info.labels[subset.id_array]
+    if (unlabelled := subset.id_array[labels < 0]).size:
+        raise DataError(
+            f"{path}: {unlabelled.size:,} of its {len(subset.ids):,} samples have no label (first: {unlabelled[0]}); "
+            "name labelled ones only"
+        )
+    missing = np.flatnonzero(np.bincount(labels, minlength=len(info.class_names)) == 0)
+    if missing.size:
+        names = ", ".join(info.class_names[label] for label in missing[:10])
         raise DataError(f"{path}: has no image of the class(es) {names}")
     return subset
+
+
+def _parsed(values: Any) -> Subset:
+    """Raises KeyError, TypeError or ValueError for what `save_subset` cannot have written."""
+    ids, share, seed = values["ids"], values["share"], values["seed"]
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise ValueError("ids must be a list of whole numbers")
+    if len(set(ids)) < len(ids):
+        twice = next(i for i, count in Counter(ids).items() if count > 1)
+        raise ValueError(f"sample {twice} is named more than once")
+    if type(seed) is not int or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1, and seed a whole number; found {share!r}, {seed!r}")
+    return Subset(tuple(sorted(ids)), str(values["fingerprint"]), float(share), seed)
