@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simclr_dist.atomic import flush, replace_text
+from simclr_dist.bounded_json import read_json
 from simclr_dist.config import Config
 from simclr_dist.errors import CheckpointError
 from simclr_dist.optim.build import parameter_order
@@ -261,7 +262,7 @@ def check_names(path: Path, what: str, saved: dict[str, Tensor], wanted: dict[st
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; the directory is no complete checkpoint") from None
     except (OSError, ValueError) as error:

@@ -10,8 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.atomic import replace_text
+from simclr_dist.bounded_json import read_json
 from simclr_dist.data.loading.open_images import DatasetInfo
 from simclr_dist.errors import DataError
+
+LONGEST_SUBSET = 256 << 20  # bytes: a number for each image
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,14 @@ def save_subset(path: Path, subset: Subset) -> None:
 def load_subset(path: Path, info: DatasetInfo) -> Subset:
     """The subset written to `path`. Raises DataError when it is damaged or was drawn from another dataset."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, most_bytes=LONGEST_SUBSET)
         subset = Subset(
             tuple(int(i) for i in values["ids"]),
             str(values["fingerprint"]),
             float(values["share"]),
             int(values["seed"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, OverflowError, KeyError, TypeError) as error:
         raise DataError(f"{path}: is no subset file: {error!r}") from None
     if not info.is_called(subset.fingerprint):
         raise DataError(
