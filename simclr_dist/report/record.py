@@ -70,7 +70,7 @@ def read_run(path: Path) -> RunRecord:
 
 def _settings(run: RunDir) -> dict[Any, Any]:
     """What the newest checkpoint was trained with; without one, what the run was started with."""
-    for checkpoint in run.list_checkpoints()[-1:]:
+    for checkpoint in reversed(run.list_checkpoints()):  # a training beside may remove one, damage another
         settings = (read_record(RunDir.state_of(checkpoint)) or {}).get("config")
         if isinstance(settings, dict):
             return settings
