@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.errors import LaunchError
+from simclr_dist.bounded_json import MOST_BYTES, parse_json
 from simclr_dist.run.layout import RunDir
 
 Backend = Literal["local", "slurm", "hosts", "rendezvous"]
@@ -281,7 +282,7 @@ def read_launch_plan(path: Path) -> LaunchPlan:
     with os.fdopen(descriptor, encoding="utf-8") as file:
         refuse_foreign(path, os.fstat(file.fileno()))
         try:
-            values = json.load(file)
+            values = parse_json(file.read(MOST_BYTES + 1))
             names = {_FILE_KEYS.get(field.name, field.name): field.name for field in fields(LaunchPlan)}
             if unknown := values.keys() - names.keys():
                 raise ValueError(f"unknown entries {sorted(unknown)}")

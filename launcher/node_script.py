@@ -19,6 +19,7 @@ from pathlib import Path
 
 from launcher.errors import LaunchError
 from launcher.launch_plan import LaunchPlan, one_line, shell_text
+from simclr_dist.bounded_json import parse_json
 from simclr_dist.config import Config
 from simclr_dist.run.layout import newest_step
 from simclr_dist.run.status import Status
@@ -64,7 +65,7 @@ def setup_file(path: str) -> list[str]:
 
 def kept_setup(text: str) -> list[str]:
     """From a JSON list, in which they fit into one word."""
-    return [shell_text(str(command)) for command in json.loads(text)]
+    return [shell_text(str(command)) for command in parse_json(text)]
 
 
 def container(spec: str) -> str:

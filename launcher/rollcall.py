@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher import machine
+from simclr_dist.bounded_json import parse_json
 
 CONNECT_TIMEOUT_S = 5.0
 CLOCK_SKEW_S = 30.0
@@ -251,7 +252,7 @@ def _read_line(connection: socket.socket) -> dict[str, Any]:
         if not part or len(data) > LONGEST_LINE:
             raise ValueError("the connection was closed")
         data += part
-    value = json.loads(data)
+    value = parse_json(data)
     if not isinstance(value, dict):
         raise ValueError("not a report")
     return value

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -28,19 +29,21 @@ from launcher import build, machine, processes
 from launcher.arguments import as_words
 from launcher.errors import Exit, LaunchError
 from simclr_dist.config import load_config
+from simclr_dist.config.bounded_yaml import read_yaml
 from simclr_dist.run.layout import RunDir, read_records
 from simclr_dist.run.status import read_status
 
+MOST_RUNS = 10_000
 EXAMPLE = "for example `grid: {optim.base_lr: [0.3, 0.6]}`, or `list: [{optim.base_lr: 0.3}, {optim.base_lr: 0.6}]`"
 
 
 def read_points(path: Path) -> list[list[str]]:
     """The `key=value` settings of each run."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except OSError as error:
         raise LaunchError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise LaunchError(f"{path}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(values, dict) or len(values) != 1 or not values.keys() <= {"grid", "list"}:
         raise LaunchError(f"{path}: expected one key, `grid` or `list`; {EXAMPLE}")
@@ -52,13 +55,15 @@ def read_points(path: Path) -> list[list[str]]:
         grid = values["grid"]
         if not isinstance(grid, dict) or not grid or not all(isinstance(v, list) and v for v in grid.values()):
             raise LaunchError(f"{path}: each key of `grid` needs a list of values; {EXAMPLE}")
+        if (num_runs := math.prod(map(len, grid.values()))) > MOST_RUNS:
+            raise LaunchError(f"{path}: the grid means {num_runs:,} runs; at most {MOST_RUNS:,} are made of one file")
         points = [dict(zip(grid, chosen, strict=True)) for chosen in itertools.product(*grid.values())]
     return [[f"{key}={_as_setting(value)}" for key, value in point.items()] for point in points]
 
 
 def _as_setting(value: Any) -> str:
     # JSON is also YAML, except that in YAML a float with an exponent needs a decimal point.
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value, default=str)  # dates
     if isinstance(value, float) and "e" in text and "." not in text:
         text = text.replace("e", ".0e")
     return text

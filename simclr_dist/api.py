@@ -195,7 +195,7 @@ class Run:
 
         checkpoint = find_checkpoint(self.path, _say)
         return export(
-            checkpoint.path,
+            checkpoint,
             out or RunDir(self.path).export / f"encoder{SUFFIXES[format]}",
             format=format,
             license=license,

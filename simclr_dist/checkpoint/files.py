@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simclr_dist.atomic import flush, replace_text
+from simclr_dist.bounded_json import read_json
 from simclr_dist.config import Config
 from simclr_dist.errors import CheckpointError
 from simclr_dist.optim.build import parameter_order
@@ -171,7 +172,21 @@ def _seal(temporary: Path, attempt: str, step: int) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in directory `path`, every byte checked against its manifest. Raises CheckpointError."""
+    """The checkpoint in directory `path`, every byte checked against its manifest.
+
+    Raises CheckpointError, whatever is wrong with it: damage has as many kinds as there are bytes.
+    """
+    try:
+        return _read_checkpoint(path)
+    except (CheckpointError, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename or path}: has gone; was it removed by a training meanwhile?") from None
+    except Exception as error:
+        raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _read_checkpoint(path: Path) -> Checkpoint:
     manifest = _read_json(path / "MANIFEST.json")
     files = manifest.get("files")
     if manifest.get("format") != FORMAT or not isinstance(files, dict) or set(files) - {PROBE} != set(FILES):
@@ -185,16 +200,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{file}: {size} bytes, but {expected.get('size')} were written")
         if _sha256(file) != expected.get("sha256"):
             raise CheckpointError(f"{file}: content has changed since it was written (sha256 differs)")
-    facts = read_facts(path)
-    try:
-        return replace(
-            facts,
-            model_state=load_file(path / "model.safetensors"),
-            optimizer_state=load_file(path / "optimizer.safetensors"),
-            probe_state=load_file(path / PROBE) if PROBE in files else {},
-        )
-    except (ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: written by another version of simclr_dist: {error}") from None
+    return replace(
+        read_facts(path),
+        model_state=load_file(path / "model.safetensors"),
+        optimizer_state=load_file(path / "optimizer.safetensors"),
+        probe_state=load_file(path / PROBE) if PROBE in files else {},
+    )
 
 
 def read_facts(path: Path) -> Checkpoint:
@@ -211,7 +222,7 @@ def read_facts(path: Path) -> Checkpoint:
             optimizer_state={},
             grad_scaler={str(k): float(v) for k, v in state["grad_scaler"].items()},
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise CheckpointError(f"{path}: written by another version of simclr_dist: {error}") from None
 
 
@@ -261,7 +272,7 @@ def check_names(path: Path, what: str, saved: dict[str, Tensor], wanted: dict[st
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; the directory is no complete checkpoint") from None
     except (OSError, ValueError) as error:

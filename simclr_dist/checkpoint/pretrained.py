@@ -10,7 +10,9 @@ from simclr_dist.checkpoint.lineage import find_checkpoint
 from simclr_dist.network.simclr import SimCLR, build_model
 
 
-def load_pretrained(path: str | Path, warn: Callable[[str], None] = lambda _: None) -> tuple[SimCLR, Checkpoint]:
+def load_pretrained(
+    path: str | Path | Checkpoint, warn: Callable[[str], None] = lambda _: None
+) -> tuple[SimCLR, Checkpoint]:
     """The trained network of a run or checkpoint, on the CPU, in eval mode. Raises CheckpointError."""
     checkpoint = find_checkpoint(path, warn)
     model = build_model(checkpoint.config.model)

@@ -42,7 +42,7 @@ def _run(args: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(args.source, say)
     out = args.out or RunDir.of_checkpoint(checkpoint.path).export / f"encoder{SUFFIXES[args.format]}"
     exported = export(
-        checkpoint.path,
+        checkpoint,
         out,
         format=args.format,
         license=args.license,

@@ -123,7 +123,7 @@ def _run_finetune(args: argparse.Namespace) -> int:
     out = args.out or RunDir.of_checkpoint(checkpoint.path).finetune / name
     with _divergence_is_a_config_error():
         result = finetune_checkpoint(
-            checkpoint.path,
+            checkpoint,
             out,
             settings,
             share=args.labels,

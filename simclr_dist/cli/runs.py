@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from simclr_dist.cli.arguments import Commands, add_command
@@ -106,12 +108,20 @@ def _checkpoints(run: RunDir) -> Iterator[Sequence[str]]:
             notes.append("milestone")
         if best is not None and path == best[0]:
             notes.append(f"best kNN, {percent(best[1])}")
-        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+        try:
+            saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+        except FileNotFoundError:  # removed by the training since it was listed
+            continue
         yield printable(path.name), saved, _size(path), printable(", ".join(notes))
 
 
 def _size(folder: Path) -> str:
-    size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
+    """Of what is there: a training may remove files meanwhile."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                size += os.lstat(os.path.join(place, name)).st_size
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 

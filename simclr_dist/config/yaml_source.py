@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from simclr_dist.config.bounded_yaml import BoundedLoader, read_text
 from simclr_dist.config.explain import KeyPath, cross_checks, explain, kind_of
 from simclr_dist.config.schema import Config, Section
 from simclr_dist.errors import ConfigError
@@ -26,7 +27,7 @@ from simclr_dist.errors import ConfigError
 _S = TypeVar("_S", bound=Section)
 
 
-class _Yaml(yaml.SafeLoader):
+class _Yaml(BoundedLoader):
     """YAML without YAML 1.1's surprises: `no` and `on` are text, 0123 and 12:30 are not numbers."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - the base class declares it so
@@ -46,7 +47,6 @@ PATHS: tuple[KeyPath, ...] = (
     *(("runs_dir",), ("resume",)),
 )
 """Settings in which `~` and environment variables are expanded."""
-MAX_VALUES = 10_000  # aliases of aliases can stand for billions
 _PLAIN_TAGS = ("map", "seq", "str", "bool", "int", "float", "null")
 
 
@@ -56,19 +56,14 @@ class _Reader:
 
     origins: dict[KeyPath, str]
     problems: list[str]
-    _num_values: int = 0
 
     def read_file(self, path: Path) -> dict[str, Any]:
         try:
-            text = path.read_text(encoding="utf-8")
+            node = yaml.compose(read_text(path), Loader=_Yaml)
         except FileNotFoundError:
             raise ConfigError([f"{path}: no such file"]) from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError([f"{path}: cannot be read: {error}"]) from None
-        try:
-            node = yaml.compose(text, Loader=_Yaml)
-        except RecursionError:
-            raise ConfigError([f"{path}: nested too deeply to be a configuration"]) from None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""
@@ -87,7 +82,7 @@ class _Reader:
             return None
         try:
             node = yaml.compose(raw, Loader=_Yaml)
-        except (yaml.YAMLError, RecursionError) as error:
+        except yaml.YAMLError as error:
             self.problems.append(f"{origin}: the value is not valid YAML: {getattr(error, 'problem', error)}")
             return None
         path = tuple(key.split("."))
@@ -107,16 +102,7 @@ class _Reader:
                 found.append((path, list(plain) if isinstance(plain, tuple) else plain))
         return found
 
-    def _value(
-        self, node: yaml.Node, path: KeyPath, place: typing.Callable[[yaml.Node], str], inside: tuple[int, ...] = ()
-    ) -> Any:
-        """inside: the nodes around this one, by id."""
-        self._num_values += 1
-        if id(node) in inside or self._num_values > MAX_VALUES:
-            what = "an alias of itself" if id(node) in inside else f"more than {MAX_VALUES:,} values, by its aliases"
-            problem = f"{place(node)}: {'.'.join(path)}: the file holds {what}"
-            raise ConfigError([*self.problems, problem])
-        inside = (*inside, id(node))
+    def _value(self, node: yaml.Node, path: KeyPath, place: typing.Callable[[yaml.Node], str]) -> Any:
         if node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
             self.problems.append(f"{place(node)}: {'.'.join(path)}: the tag {node.tag} is not allowed")
             return None
@@ -133,21 +119,19 @@ class _Reader:
                     )
                     continue
                 self.origins[here] = place(key_node)
-                values[key] = self._value(value_node, here, place, inside)
+                values[key] = self._value(value_node, here, place)
             for value_node in merged:
-                values = self._merged(value_node, path, place, inside) | values
+                values = self._merged(value_node, path, place) | values
             return values
         if isinstance(node, yaml.SequenceNode):
-            return [self._value(child, (*path, str(i)), place, inside) for i, child in enumerate(node.value)]
+            return [self._value(child, (*path, str(i)), place) for i, child in enumerate(node.value)]
         try:
             return _Yaml("").construct_object(node)
         except (yaml.YAMLError, ValueError, KeyError):  # a tag such as !!bool on a value that is none
             self.problems.append(f"{place(node)}: {'.'.join(path)}: {node.value!r} does not fit its tag {node.tag}")
             return None
 
-    def _merged(
-        self, node: yaml.Node, path: KeyPath, place: typing.Callable[[yaml.Node], str], inside: tuple[int, ...]
-    ) -> dict[str, Any]:
+    def _merged(self, node: yaml.Node, path: KeyPath, place: typing.Callable[[yaml.Node], str]) -> dict[str, Any]:
         """The keys that `<<: *other` or `<<: [*one, *other]` brings; of two sections the first one's count."""
         sections = node.value if isinstance(node, yaml.SequenceNode) else [node]
         values: dict[str, Any] = {}
@@ -158,7 +142,7 @@ class _Reader:
                 )
                 continue
             before = dict(self.origins)
-            values = self._value(section, path, place, inside) | values
+            values = self._value(section, path, place) | values
             self.origins |= before  # a key of the section itself keeps its place
         return values
 

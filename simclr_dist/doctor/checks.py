@@ -147,9 +147,9 @@ def examine_torch(probe: dict[str, Any]) -> Iterator[Finding]:
 
 def examine_accelerate_config(path: Path) -> Iterator[Finding]:
     """What of a file made by `accelerate config` a training refuses or ignores."""
-    import yaml
+    from simclr_dist.config.bounded_yaml import read_yaml
 
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = read_yaml(path)
     for entry in found_in_accelerate_config(values if isinstance(values, dict) else {}):
         if entry.counts:
             level, advice = treated(entry)

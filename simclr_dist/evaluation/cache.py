@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from simclr_dist.bounded_json import read_json
 from simclr_dist.errors import DataError
 from simclr_dist.evaluation.features import Features
 
@@ -37,7 +38,7 @@ def read_features(folder: Path, key: str) -> Features | None:
         return None
     advice = f"the feature cache is damaged; remove {entry} and run again"
     try:
-        expected = json.loads((entry / "MANIFEST.json").read_text())["files"]
+        expected = read_json(entry / "MANIFEST.json")["files"]
         for name in _ARRAYS:
             if _hash(entry / f"{name}.npy") != expected[name]:
                 raise DataError(f"{entry / name}.npy: its content has changed since it was written: {advice}")

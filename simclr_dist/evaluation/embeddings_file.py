@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.atomic import replaces
+from simclr_dist.bounded_json import parse_json
 from simclr_dist.errors import DataError
 
 _TEXTS = ("checkpoint", "encoder_digest", "source", "data_fingerprint")
+_EXPANSION = 100  # of what somebody has compressed; `embed` itself does not
 _ARRAYS = ("h", "labels", "names", "class_names")
 
 
@@ -71,6 +73,9 @@ def load_embeddings(path: Path) -> Embeddings:
 
 def _read_npz(path: Path) -> Embeddings:
     # Opened here, because np.load leaves a damaged archive open.
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        if any(entry.file_size > _EXPANSION * (entry.compress_size + 4096) for entry in archive.infolist()):
+            raise ValueError(f"an array in it expands to more than {_EXPANSION} times its size")
     with path.open("rb") as file, np.load(file, allow_pickle=False) as entries:
         arrays = {name: entries[name] for name in (*_ARRAYS, *_TEXTS)}
     names, class_names = (tuple(arrays[name].astype(str).tolist()) for name in ("names", "class_names"))
@@ -94,7 +99,7 @@ def _write_parquet(path: Path, embeddings: Embeddings) -> None:
 def _read_parquet(path: Path) -> Embeddings:
     _, parquet = _pyarrow()
     table = parquet.read_table(path)
-    about = json.loads((table.schema.metadata or {})[b"simclr_dist"])
+    about = parse_json((table.schema.metadata or {})[b"simclr_dist"])
     h = table["h"].combine_chunks()
     return Embeddings(
         h.flatten().to_numpy().reshape(len(h), -1),

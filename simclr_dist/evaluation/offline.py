@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from simclr_dist.checkpoint.files import Checkpoint
+from simclr_dist.checkpoint.lineage import same_on_all_ranks
 from simclr_dist.checkpoint.pretrained import load_pretrained
 from simclr_dist.config import DataConfig, Precision
 from simclr_dist.data.classes import draw_by_class
@@ -90,7 +91,7 @@ def features_of(
 
 
 def evaluate(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     *,
     method: Literal["knn", "linear"],
     train: str | None = None,
@@ -115,7 +116,8 @@ def evaluate(
     Returns the scores and the record that was appended to the run's evaluations.jsonl. Raises CheckpointError,
     ConfigError, DataError.
     """
-    model, checkpoint, images = run_on_all_ranks(lambda: _open(source, train, test, say), device)
+    found = same_on_all_ranks(source, device, say)
+    model, checkpoint, images = run_on_all_ranks(lambda: _open(found, train, test, say), device)
     config = checkpoint.config
     if images.classes.sentence:
         say(images.classes.sentence)
@@ -194,7 +196,7 @@ def evaluate(
 
 
 def _open(
-    source: str | Path, train: str | None, test: str | None, say: Say
+    source: str | Path | Checkpoint, train: str | None, test: str | None, say: Say
 ) -> tuple[SimCLR, Checkpoint, LabelledImages]:
     model, checkpoint = load_pretrained(source, say)
     config = checkpoint.config

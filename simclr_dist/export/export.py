@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr_dist.atomic import replace_text, replaces
+from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.checkpoint.pretrained import load_pretrained
 from simclr_dist.errors import ExportError
 from simclr_dist.export.card import instructions, render_card
@@ -34,7 +35,7 @@ class Exported:
 
 
 def export(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     out: str | Path,
     *,
     format: Format = "torchvision",

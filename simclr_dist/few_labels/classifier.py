@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simclr_dist.atomic import replaces
+from simclr_dist.bounded_json import parse_json
 from simclr_dist.config import Precision, parse_config
 from simclr_dist.errors import CheckpointError
 from simclr_dist.evaluation.features import ImageBatch, Normalize, extract_features
@@ -109,7 +110,7 @@ def load_classifier(path: Path) -> SavedClassifier:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        class_names = tuple(json.loads(metadata["class_names"]))
+        class_names = tuple(parse_json(metadata["class_names"]))
         start: Start = "head" if metadata["start"] == "head" else "encoder"
         classifier = Classifier(build_model(parse_config(metadata["config"]).model), len(class_names), start)
         classifier.load_state_dict(load_file(path), strict=True)

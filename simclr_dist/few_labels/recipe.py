@@ -121,8 +121,9 @@ class Stage:
 
 def stages(recipe: Recipe, root: Path, checkpoint: Checkpoint | None, device: torch.device, say: Say) -> list[Stage]:
     """In the order in which they are done, with folders under `root`. Without a checkpoint they can only be listed."""
-    source = checkpoint.path if checkpoint else root.parent
-    pretrained = {"checkpoint": source.name, **(_identity(checkpoint) if checkpoint else {})}
+    source = checkpoint or root.parent  # read once: a training beside may remove its directory
+    name = checkpoint.path.name if checkpoint else root.parent.name
+    pretrained = {"checkpoint": name, **(_identity(checkpoint) if checkpoint else {})}
     linear = root / "linear"
     found = [Stage("linear probe", 1.0, linear, pretrained, partial(_probe, source, linear, device, say))]
     for share in recipe.labels:
@@ -157,7 +158,7 @@ def _identity(checkpoint: Checkpoint) -> dict[str, str]:
     return {"images": checkpoint.fingerprint, "weights": manifest["files"]["model.safetensors"]["sha256"][:16]}
 
 
-def _probe(source: Path, folder: Path, device: torch.device, say: Say) -> None:
+def _probe(source: Path | Checkpoint, folder: Path, device: torch.device, say: Say) -> None:
     (score,), _ = evaluate(source, method="linear", device=device, say=say)
     replace_text(folder / "result.json", json.dumps({"top1": score.top1, "top5": score.top5}) + "\n")
 

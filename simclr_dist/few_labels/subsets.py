@@ -12,8 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.atomic import replace_text
+from simclr_dist.bounded_json import read_json
 from simclr_dist.data.loading.open_images import DatasetInfo
 from simclr_dist.errors import DataError
+
+LONGEST_SUBSET = 256 << 20  # bytes: a number for each image
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ def draw_subset(info: DatasetInfo, share: float, seed: int) -> Subset:
     """The same number of images of each class, `share` of all labelled ones together (at least one a class).
 
     As in SimCLR's 1 % and 10 % of ImageNet (Chen et al. 2020, section 4.3). A class with fewer images gives all it
-    has (`shortfall` tells). Unlabelled images are left out; share 1 takes every labelled image. Raises DataError for an empty class.
+    has (`shortfall` tells). Unlabelled images are left out; share 1 takes every labelled image.
+    Raises DataError for an empty class.
     """
     if not 0 < share <= 1:
         raise DataError(f"the share of labels must be above 0 and at most 1, not {share:g}")
@@ -77,8 +81,8 @@ def save_subset(path: Path, subset: Subset) -> None:
 def load_subset(path: Path, info: DatasetInfo) -> Subset:
     """The subset written to `path`. Raises DataError when it is damaged or was drawn from another dataset."""
     try:
-        subset = _parsed(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        subset = _parsed(read_json(path, most_bytes=LONGEST_SUBSET))
+    except (OSError, ValueError, OverflowError, KeyError, TypeError) as error:
         raise DataError(f"{path}: is no subset file: {error!r}") from None
     if not info.is_called(subset.fingerprint):
         raise DataError(

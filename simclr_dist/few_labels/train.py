@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from simclr_dist.atomic import replace_text
+from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.checkpoint.pretrained import load_pretrained
 from simclr_dist.config import DataConfig, ModelConfig, Precision, PrecisionSetting, parse_config
 from simclr_dist.data.classes import match_classes
@@ -72,7 +73,7 @@ class Settings:
 
 
 def finetune_checkpoint(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     out: Path,
     settings: Settings,
     *,

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from simclr_dist.config import flatten
+from simclr_dist.config.bounded_yaml import read_yaml
 from simclr_dist.errors import ConfigError
 from simclr_dist.run import history
 from simclr_dist.run.layout import RunDir, read_record, read_records
@@ -69,17 +70,17 @@ def read_run(path: Path) -> RunRecord:
 
 def _settings(run: RunDir) -> dict[Any, Any]:
     """What the newest checkpoint was trained with; without one, what the run was started with."""
-    for checkpoint in run.list_checkpoints()[-1:]:
+    for checkpoint in reversed(run.list_checkpoints()):  # a training beside may remove one, damage another
         settings = (read_record(RunDir.state_of(checkpoint)) or {}).get("config")
         if isinstance(settings, dict):
             return settings
     try:
-        settings = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        settings = read_yaml(run.config)
     except OSError as error:
         raise ConfigError(
             [f"{run.path}: is no run's folder: {run.config.name} cannot be read ({error.strerror})"]
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError([f"{run.config}: is damaged: {error}"]) from None
     if not isinstance(settings, dict):
         raise ConfigError([f"{run.config}: holds no settings"])

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from simclr_dist.atomic import new_file_beside
+from simclr_dist.bounded_json import parse_json
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,6 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return None

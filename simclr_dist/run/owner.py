@@ -9,7 +9,6 @@ network), they find another owner in the file before they write again, and stop.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import secrets
@@ -19,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from simclr_dist.bounded_json import parse_json
 from simclr_dist.errors import OwnershipError
 from simclr_dist.run.layout import RunDir, write_record
 from simclr_dist.run.process import Process
@@ -147,7 +147,7 @@ def _read(file: Path) -> _Entry | None:
 
 def _parse(text: str) -> _Entry | None:
     try:
-        values = json.loads(text)
+        values = parse_json(text)
         return _Entry(
             str(values["session"]), str(values["attempt"]), str(values["since"]), Process(**values["process"])
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import simclr_dist
 from simclr_dist.atomic import replace_text
+from simclr_dist.bounded_json import read_json
 from simclr_dist.config import Config
 from simclr_dist.run.provenance import versions
 
@@ -47,7 +48,7 @@ def network_facts(config: Config) -> NetworkFacts:
 
 def _recall(config: Config) -> NetworkFacts | None:
     try:
-        kept = json.loads(_file(config).read_text(encoding="utf-8"))
+        kept = read_json(_file(config))
         return NetworkFacts(tuple(map(str, kept["unused"])), str(kept["remark"]), int(kept["checkpoint_bytes"]))
     except (OSError, RuntimeError, ValueError, KeyError, TypeError):
         return None

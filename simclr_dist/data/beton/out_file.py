@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from simclr_dist.atomic import flush, replace_text
-from simclr_dist.data.beton.reader import VERSION, sidecar_path
+from simclr_dist.bounded_json import read_json
+from simclr_dist.data.beton.reader import LONGEST_SIDECAR, VERSION, sidecar_path
 from simclr_dist.errors import DataError
 
 
@@ -54,7 +55,7 @@ def _check_sidecar(path: Path) -> None:
     if not os.path.lexists(path):
         return
     try:
-        ours = "num_samples" in json.loads(path.read_text(encoding="utf-8"))
+        ours = "num_samples" in read_json(path, most_bytes=LONGEST_SIDECAR)
     except (OSError, ValueError, TypeError):
         ours = False
     if not ours:

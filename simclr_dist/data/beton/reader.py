@@ -14,7 +14,6 @@ ffcv itself checks nothing: a truncated table gives wrong images, and an unfinis
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import warnings
 from dataclasses import dataclass
@@ -25,8 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simclr_dist.bounded_json import read_json
 from simclr_dist.data.account import Account
 from simclr_dist.data.beton.content import cached_records_digest, content_fingerprint, digest_from_arguments
+from simclr_dist.data.image_size import check_num_pixels
 from simclr_dist.errors import DataError
 
 VERSION = 2
@@ -44,6 +45,8 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 FLOAT_FIELD, INT_FIELD, IMAGE_FIELD = 0, 1, 2
 JPEG, RAW = 0, 1
+MOST_CLASSES = 1 << 24
+LONGEST_SIDECAR = 256 << 20  # it has a line for each image that was left out
 
 _BLOB = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 # type id: (metadata of a sample, whether it has data of its own)
@@ -214,12 +217,20 @@ def _checked(path: Path, fd: int) -> Beton:
         bad = int(np.argmin(valid))
         mode, width, height, _ = images[bad].tolist()
         raise refuse(f"damaged: sample {bad} is {width} x {height} pixels of mode {mode} in {record_bytes[bad]} bytes")
+    largest = int(pixels.argmax())
+    try:
+        check_num_pixels(int(images["width"][largest]), int(images["height"][largest]))
+    except DataError as error:
+        raise DataError(f"{path}: sample {largest}: {error}") from None
     digest = hashlib.blake2b(digest_size=16)
     for part in (header, descriptors, metadata, allocations):
         digest.update(part.tobytes())
     fingerprint = digest.hexdigest()
     sidecar = _read_sidecar(path, fingerprint)
     labels = _labels(metadata, type_ids, names, n)
+    if labels.max() >= MOST_CLASSES:
+        bad = int(labels.argmax())
+        raise refuse(f"damaged: sample {bad} has label {labels[bad]}; labels count the classes from 0")
     return Beton(
         path=path,
         fd=fd,
@@ -227,7 +238,7 @@ def _checked(path: Path, fd: int) -> Beton:
         images=images,
         labels=labels,
         record_bytes=record_bytes,
-        max_pixels=int(pixels.max()),
+        max_pixels=int(pixels[largest]),
         class_names=_class_names(sidecar, labels),
         fingerprint=fingerprint,
         written_digest=digest_from_arguments(descriptors["arguments"][type_ids.index(IMAGE_FIELD)]),
@@ -250,7 +261,7 @@ def _read_sidecar(path: Path, fingerprint: str) -> dict[str, Any]:
     """
     place = sidecar_path(path)
     try:
-        content = json.loads(place.read_text(encoding="utf-8"))
+        content = read_json(place, most_bytes=LONGEST_SIDECAR)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

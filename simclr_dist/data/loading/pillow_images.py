@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torchvision.transforms.functional import resized_crop
 
 from simclr_dist.data.beton.reader import RAW, open_beton
 from simclr_dist.data.loading.decode_pool import CropRule
-from simclr_dist.data.sources.decoding import Pixels, decode
+from simclr_dist.data.sources.decoding import Pixels, decode_jpeg
 from simclr_dist.data.sources.images import LabelledImages
 from simclr_dist.errors import DataError
 
@@ -85,6 +84,6 @@ class BetonSource:
         if mode == RAW:
             return np.frombuffer(content, np.uint8).reshape(height, width, 3)
         try:
-            return decode(io.BytesIO(content)).pixels
+            return decode_jpeg(content, height, width)
         except DataError as error:
             raise DataError(f"{self._beton.path}: sample {index}: {error}") from None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tarfile
 import tempfile
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +17,9 @@ from simclr_dist.errors import DataError
 
 _MOST_LINKS = 40  # that are followed one after the other, as in Linux
 _MOST_NESTED = 8  # archives, one inside the other
+_DEEPEST = 64  # folders in a name: each is listed itself
+_MOST_BY_LINKS = 1_000_000  # files that have another name by a link to their folder
+_MOST_EXPANDED, _EXPANSION = 1 << 30, 100  # bytes without compression; beyond them, times the compressed ones
 _BLOCK = 512
 
 
@@ -30,7 +33,8 @@ def list_archive(path: Path) -> Listing:
     listing.keep = _decompressed(path)
     plain = str(path) if listing.keep is None else listing.keep.name
     with open(plain, "rb") as file:
-        _list(file, 0, os.path.getsize(plain), (), plain, listing)
+        size = os.path.getsize(plain)
+        _list(_Archive(file, plain, (_MOST_NESTED + 1) * size), 0, size, (), listing)
     listing.files.sort(key=lambda found: found.parts)
     listing.folders.sort()
     return listing
@@ -57,10 +61,12 @@ def _decompressed(path: Path) -> Any:
     keep = tempfile.NamedTemporaryFile(prefix="simclr-", suffix=".tar")  # noqa: SIM115 - lives as long as the source
     try:
         with opener(path, "rb") as compressed:
-            shutil.copyfileobj(compressed, keep, 1 << 20)
+            _expand(path, compressed, keep)
         keep.flush()
     except Exception as error:
         keep.close()
+        if isinstance(error, DataError):
+            raise
         if isinstance(error, OSError) and error.errno is not None:  # no space left, for example
             raise DataError(f"{path}: cannot be decompressed to {keep.name}: {error.strerror}; set TMPDIR") from None
         if isinstance(error, OSError | EOFError | zlib.error) or type(error).__name__ == "LZMAError":
@@ -69,9 +75,28 @@ def _decompressed(path: Path) -> Any:
     return keep
 
 
-def _list(
-    file: IO[bytes], start: int, end: int, parts: Parts, plain: str, listing: Listing, num_around: int = 0
-) -> None:
+def _expand(path: Path, compressed: IO[bytes], to: IO[bytes]) -> None:
+    """Images hardly shrink any more: what expands a hundredfold is made to fill the disk."""
+    most = max(_MOST_EXPANDED, _EXPANSION * os.path.getsize(path))
+    while part := compressed.read(1 << 20):
+        if to.tell() + len(part) > most:
+            raise DataError(
+                f"{path}: expands to more than {most:,} bytes, {_EXPANSION} times its size; if that is right, "
+                "decompress it beforehand"
+            )
+        to.write(part)
+
+
+@dataclass
+class _Archive:
+    """left: bytes to read before archives inside it must have been read more than once, through links to them."""
+
+    file: IO[bytes]
+    path: str
+    left: int
+
+
+def _list(around: _Archive, start: int, end: int, parts: Parts, listing: Listing, num_around: int = 0) -> None:
     """Adds what an archive at the bytes from start to end holds, with `parts` before its names.
 
     num_around: archives that it lies in.
@@ -83,16 +108,25 @@ def _list(
     place = "/".join((listing.origin, *parts))
     if num_around > _MOST_NESTED:
         raise DataError(f"{place}: more than {_MOST_NESTED} archives lie one inside the other; unpack the outer ones")
+    file, plain = around.file, around.path
+    around.left -= end - start
+    if around.left < 0:
+        raise DataError(f"{place}: links name the same archives inside it again and again; unpack it")
     try:
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined] # else it keeps what it has read
+                if member.size < 0:  # the next member would be this one again
+                    raise tarfile.ReadError(f"{member.name} has a size of {member.size}")
                 sparse = member.sparse is not None  # type: ignore[attr-defined]
                 if not sparse and member.offset_data + member.size > end:
                     raise tarfile.ReadError(f"it ends within {member.name}")
                 name = _path_inside(member.name)
                 if not name:
+                    continue
+                if len(name) > _DEEPEST:
+                    left_out.append((f"more than {_DEEPEST} folders deep", name[:_DEEPEST]))
                     continue
                 if files.pop(name, None) is not None or links.pop(name, None) is not None:
                     left_out.append(("an earlier version of a file that the archive holds again", name))
@@ -107,10 +141,10 @@ def _list(
                 else:
                     files[name] = member.offset_data, member.size
             _check_end(file, archive.offset, start, end)
-    except (tarfile.TarError, EOFError, ValueError, LookupError, ArithmeticError) as error:
+    except (tarfile.TarError, EOFError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
         raise DataError(f"{place}: is not a complete tar archive: {error}") from None
     folders |= {name[:depth] for name in files for depth in range(1, len(name))}
-    left_out += _follow_links(files, links, folders)
+    left_out += _follow_links(files, links, folders, place)
     _leave_out_tool_folders(files, folders, left_out)
     for name, (offset, size) in files.items():
         if name[-1].lower().endswith(".tar") and not name[-1].startswith("."):
@@ -118,7 +152,7 @@ def _list(
             inner = (*parts, *name[:-1], name[-1][: -len(".tar")])
             listing.folders.append(inner)
             listing.notes.append(("archive inside the archive, read as a folder", (*parts, *name)))
-            _list(file, offset, offset + size, inner, plain, listing, num_around + 1)
+            _list(around, offset, offset + size, inner, listing, num_around + 1)
         else:
             full = (*parts, *name)
             listing.files.append(Found(full, listing.prefix + "/".join(full), plain, offset, size))
@@ -159,10 +193,11 @@ def _target(link: Parts, target: str) -> Parts:
 
 
 def _follow_links(
-    files: dict[Parts, tuple[int, int]], links: dict[Parts, Parts], folders: set[Parts]
+    files: dict[Parts, tuple[int, int]], links: dict[Parts, Parts], folders: set[Parts], place: str
 ) -> list[tuple[str, Parts]]:
     """Adds to files and folders what hard and symbolic links name; returns the links that lead nowhere."""
     left_out = []
+    most = len(files) + len(links) + _MOST_BY_LINKS
     to_folders: dict[Parts, Parts] = {}
     for name in links:
         target = _resolved(name, links)
@@ -182,6 +217,8 @@ def _follow_links(
             if below[: len(target)] != target:
                 break
             files[(*name, *below[len(target) :])] = files[below]
+        if len(files) > most:
+            raise DataError(f"{place}: its links to folders give more than {_MOST_BY_LINKS:,} files; unpack it")
     return left_out
 
 

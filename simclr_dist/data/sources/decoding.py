@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from simclr_dist.data.image_size import check_num_pixels
 from simclr_dist.data.sources import tiff, turbojpeg
 from simclr_dist.data.sources.jpeg_file import JpegFile, read_jpeg_file
-from simclr_dist.data.sources.sample_values import ASK, DARK_16_BIT, MAX_PIXELS, Decoding, on_white, to_rgb
+from simclr_dist.data.sources.listing import image_formats
+from simclr_dist.data.sources.sample_values import ASK, DARK_16_BIT, Decoding, on_white, to_rgb
 from simclr_dist.errors import DataError
 
 Pixels = NDArray[np.uint8]  # RGB [H, W, 3]
@@ -71,6 +73,23 @@ def decode(file: IO[bytes], decoding: Decoding = ASK) -> Decoded:
         raise DataError(f"cannot be decoded: {_reason(error, file)}") from None
 
 
+def decode_jpeg(content: bytes, height: int, width: int) -> Pixels:
+    """RGB uint8 [height, width, 3] of JPEG data that must be of this size, as a file around them declares.
+
+    Raises DataError, without the image's name.
+    """
+    file = BytesIO(content)
+    try:
+        with _without_pillows_limit(), Image.open(file, formats=["JPEG"]) as image:
+            found = image.size
+    except Exception as error:
+        raise DataError(f"cannot be decoded: {_reason(error, file)}") from None
+    if found != (width, height):
+        raise DataError(f"its JPEG data are {found[0]} x {found[1]} pixels where {width} x {height} are declared")
+    file.seek(0)
+    return decode(file).pixels
+
+
 def _decode_usual_jpeg(file: IO[bytes], decoding: Decoding) -> Decoded | None:
     """None for a file that Pillow has to look at: of another kind, with EXIF, unusual, or damaged."""
     is_jpeg = file.read(3) == b"\xff\xd8\xff"
@@ -78,15 +97,15 @@ def _decode_usual_jpeg(file: IO[bytes], decoding: Decoding) -> Decoded | None:
     jpeg = read_jpeg_file(file.read()) if is_jpeg and decoding.bands is None else None
     if jpeg is None or jpeg.has_metadata:
         return None
-    _check_size(jpeg.width, jpeg.height, decoding)
+    check_num_pixels(jpeg.width, jpeg.height, decoding.max_pixels)
     pixels = turbojpeg.decode_jpeg(jpeg.content, jpeg.width, jpeg.height)
     return Decoded(pixels, jpeg=jpeg) if isinstance(pixels, np.ndarray) else None
 
 
 def _decode_by_pillow(file: IO[bytes], decoding: Decoding, pages: list[tiff.Page]) -> Decoded:
     file.seek(0)
-    with Image.open(file) as image:
-        _check_size(image.width, image.height, decoding)
+    with Image.open(file, formats=image_formats()) as image:
+        check_num_pixels(image.width, image.height, decoding.max_pixels)
         found = _decode_jpeg(file, image, decoding)
         if isinstance(found, Decoded):
             return found
@@ -151,7 +170,7 @@ def _from_16_bits(file: IO[bytes], image: Image.Image, stored_as: str, decoding:
     if stored_as == "LA;16B":
         raise DataError("16-bit grey with transparency, nearly black: convert it to 16-bit grey, then say --range")
     file.seek(0)
-    with Image.open(file) as again:
+    with Image.open(file, formats=image_formats()) as again:
         # Read as if the other byte came first.
         again.tile = [(*tile[:3], stored_as.replace(";16B", ";16L")) for tile in again.tile]  # type: ignore[misc]
         lower = np.asarray(again)
@@ -163,10 +182,11 @@ def _decode_samples(file: IO[bytes], pages: list[tiff.Page], decoding: Decoding)
     """Of a TIFF whose samples Pillow does not give as they are."""
     page = pages[0]
     height, width, num_samples = page.shape
-    _check_size(width, height, decoding, num_samples)
+    bands = _pages_as_bands(pages, decoding)
+    check_num_pixels(width, height, decoding.max_pixels, num_bands=num_samples * len(bands))
     file.seek(0)
     content = file.read()
-    samples = np.concatenate([tiff.read_samples(content, page) for page in _pages_as_bands(pages, decoding)], axis=2)
+    samples = np.concatenate([tiff.read_samples(content, page) for page in bands], axis=2)
     photometric = page.get(tiff.PHOTOMETRIC, tiff.BLACK_IS_ZERO)
     unassociated = page.dtype in (np.uint8, np.uint16) and page.get(tiff.EXTRA_SAMPLES, 2) == 2
     alpha = page.alpha if unassociated else None
@@ -207,14 +227,6 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels)
-
-
-def _check_size(width: int, height: int, decoding: Decoding, num_bands: int = 1) -> None:
-    limit = MAX_PIXELS if decoding.max_pixels is None else decoding.max_pixels
-    needed = width * height * num_bands
-    if needed > limit:
-        bands = "" if num_bands == 1 else f" of {num_bands} bands"
-        raise DataError(f"{width} x {height} pixels{bands} are more than {limit}: say --max-pixels {needed}")
 
 
 class _Limit:

@@ -76,13 +76,16 @@ def is_tool_folder(name: str) -> bool:
 @cache
 def image_suffixes() -> frozenset[str]:
     """The suffixes of all formats that this Pillow opens."""
+    formats = {*image_formats(), "MPO"}  # which Pillow opens as JPEG
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+
+
+@cache
+def image_formats() -> tuple[str, ...]:
+    """The formats that are tried, whatever a file is called: Pillow runs Ghostscript for a page of EPS."""
     Image.preinit()  # first, so that common formats stay the first that Pillow tries
     Image.init()
-    return frozenset(
-        suffix
-        for suffix, format_name in Image.registered_extensions().items()
-        if format_name in {*Image.OPEN, "MPO"} - _NOT_IMAGES
-    )
+    return tuple(name for name in Image.ID if name in Image.OPEN and name not in _NOT_IMAGES)
 
 
 def choose_images(files: list[Found]) -> tuple[list[Found], list[tuple[str, Parts]], list[tuple[str, Parts]]]:

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,13 @@ def read_names(path: str) -> list[str]:
 def read_labels(path: str) -> dict[str, str]:
     """Labels by name, from a CSV file with the header `name,label`. Raises DataError."""
     rows = csv.reader(io.StringIO(_text(path), newline=""))
+    try:
+        return _labels_of(rows, path)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {rows.line_num}: cannot be read: {error}") from None
+
+
+def _labels_of(rows: Any, path: str) -> dict[str, str]:
     header = [column.strip().lower() for column in next(rows, [])]
     if header[:2] != ["name", "label"]:
         raise DataError(f"{path}: begins with `{','.join(header)}`; expected the header `name,label`")

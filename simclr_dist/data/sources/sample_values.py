@@ -15,7 +15,6 @@ from PIL import Image
 from simclr_dist.data.account import OnDamage
 from simclr_dist.errors import DataError
 
-MAX_PIXELS = 1 << 29  # 2 GiB in Pillow
 DARK_16_BIT = 1 << 14  # 16 bits of which the upper two are unused rather hold 8 to 14 bits than a dark image
 
 
@@ -25,7 +24,7 @@ class Decoding:
 
     value_range: the values that become 0 and 255, where they do not have 8 bits.
     bands: which bands, counted from 1, are red, green and blue.
-    max_pixels: larger images are refused; None is 2**29.
+    max_pixels: larger images are refused; None: the usual limit of `image_size`.
     on_damage: what `read` does with an image whose data are damaged and can be decoded all the same.
     """
 

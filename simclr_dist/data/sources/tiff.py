@@ -101,11 +101,12 @@ def pages(file: IO[bytes]) -> list[Page]:
     big = head[2:4] in (b"+\0", b"\0+")
     found: list[Page] = []
     seen: set[int] = set()
+    tables = _Tables(file)
     try:
         (offset,) = struct.unpack_from(f"{byte_order}{'Q' if big else 'I'}", head, 8 if big else 4)
         while offset and offset not in seen and len(seen) < _MOST_PAGES:
             seen.add(offset)
-            page, offset = _read_page(file, offset, byte_order, big)
+            page, offset = _read_page(tables, offset, byte_order, big)
             if not found or not page.get(SUBFILE_TYPE, 0) & _REDUCED_OR_MASK:
                 found.append(page)
     except (struct.error, OverflowError, ValueError):  # a table that is not there
@@ -113,31 +114,46 @@ def pages(file: IO[bytes]) -> list[Page]:
     return found
 
 
-def _read_page(file: IO[bytes], offset: int, byte_order: str, big: bool) -> tuple[Page, int]:
+class _Tables:
+    """The bytes of all tables of tags in a file. In a whole one they lie apart, so they are no more than its own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._left = file, file.seek(0, io.SEEK_END)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Raises ValueError for tables that lie one over the other: each could stand for the whole file again."""
+        self._file.seek(offset)
+        content = self._file.read(size)
+        self._left -= len(content)
+        if self._left < 0:
+            raise ValueError("tables of tags overlap")
+        return content
+
+
+def _read_page(file: _Tables, offset: int, byte_order: str, big: bool) -> tuple[Page, int]:
     """A page, and the offset of the next one."""
     entry, count_format, next_format = ("HHQ8s", "Q", "Q") if big else ("HHI4s", "H", "I")
-    file.seek(offset)
-    (count,) = _unpack(file, byte_order + count_format)
+    (count,) = _unpack(file, offset, byte_order + count_format)
     if count > _MOST_TAGS:
         raise struct.error("not a table of tags")
-    entries = [_unpack(file, byte_order + entry) for _ in range(count)]
-    (following,) = _unpack(file, byte_order + next_format)
+    offset += struct.calcsize(byte_order + count_format)
+    entries = file.read(offset, count * struct.calcsize(byte_order + entry))
+    (following,) = _unpack(file, offset + len(entries), byte_order + next_format)
     tags = {}
-    for tag, kind, length, value in entries:
+    for tag, kind, length, value in struct.iter_unpack(byte_order + entry, entries):
         if tag not in _OF_PIXELS or kind not in _INTEGER_TYPES or length == 0:
             continue
         dtype = np.dtype(byte_order + _INTEGER_TYPES[kind])
         size = length * dtype.itemsize
         if size > len(value):
-            file.seek(struct.unpack(f"{byte_order}{next_format}", value)[0])
-            value = file.read(size)
+            value = file.read(*struct.unpack(f"{byte_order}{next_format}", value), size)
         if len(value) >= size:
             tags[tag] = tuple(np.frombuffer(value, dtype, length).tolist())
     return Page(byte_order, tags), following
 
 
-def _unpack(file: IO[bytes], layout: str) -> tuple:
-    return struct.unpack(layout, file.read(struct.calcsize(layout)))
+def _unpack(file: _Tables, offset: int, layout: str) -> tuple:
+    return struct.unpack(layout, file.read(offset, struct.calcsize(layout)))
 
 
 def read_samples(content: bytes, page: Page) -> NDArray:
@@ -173,6 +189,8 @@ def _read_interleaved(content: bytes, page: Page, dtype: np.dtype) -> NDArray:
         if not (0 < tile <= _LARGEST_TILE and 0 < tile_height <= _LARGEST_TILE):
             raise ValueError(f"TIFF with tiles of {tile} x {tile_height} pixels")
     padded = -(-width // tile) * tile  # the last tile is stored whole
+    if padded * height > max(2 * width * height, 1 << 24):
+        raise ValueError(f"TIFF of {width} x {height} pixels with tiles of {tile}")
     tags = {tag: page.tags[tag] for tag in _STORAGE if tag in page.tags}
     tags |= {WIDTH: (padded * per_pixel,), BITS: (8,), PHOTOMETRIC: (BLACK_IS_ZERO,), SAMPLES: (1,)}
     if TILE_OFFSETS in page.tags:
