@@ -14,56 +14,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simclr_dist.loss import plain
-from simclr_dist.loss.agreement import Settings, check_types, over_all_ranks
+from simclr_dist.loss.agreement import check_types, over_all_ranks
 from simclr_dist.loss.batch import GlobalBatch
-from simclr_dist.loss.implementations import Choice, Implementation, exponentials
+from simclr_dist.loss.contrastive import ContrastiveLoss
+from simclr_dist.loss.implementations import exponentials
 from simclr_dist.loss.known_gradient import with_gradient
 
 
-class SupConLoss(nn.Module):
-    """Supervised contrastive loss over the global batch.
+class SupConLoss(ContrastiveLoss):
+    """Supervised contrastive loss over the global batch. Settings: see `ContrastiveLoss`.
 
     Call with z [V*B, K], not normalised, view after view, and labels [B], int64 or a list. A negative label means
-    "unknown": only the image's own views are then its positives, so that data may be labelled in part. Arguments,
-    value, gradient and errors as for NTXentLoss.
+    "unknown": only the image's own views are then its positives, so that data may be labelled in part. Value,
+    gradient and errors as for NTXentLoss.
     """
 
-    def __init__(
-        self,
-        temperature: float = 0.1,
-        implementation: Implementation = "auto",
-        gather_dtype: torch.dtype = torch.float32,
-        *,
-        num_views: int = 2,
-        row_dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.settings = Settings(num_views, implementation, gather_dtype, row_dtype)
-        self.choice: Choice | None = None
-        """The code that computed the last loss, and why."""
-
     def forward(self, z: Tensor, labels: Tensor | Sequence[int]) -> Tensor:
-        check_types(z, self.temperature)
+        temperature = self.temperature
+        check_types(z, temperature)
         if labels is None:
             raise TypeError("SupConLoss needs labels [B]; without labels use NTXentLoss")
+
+        def compute(batch: GlobalBatch) -> Tensor:
+            return _sup_con(batch, batch.temperature_of(temperature))
+
         with torch.autocast(z.device.type, enabled=False):
-            loss, self.choice = over_all_ranks("SupCon", _sup_con, z, self.temperature, labels, self.settings)
+            loss, choice = over_all_ranks("SupCon", compute, z, temperature, labels, self.settings)
+        self._note(choice)
         return loss
 
 
-def _sup_con(batch: GlobalBatch) -> Tensor:
+def _sup_con(batch: GlobalBatch, temperature: Tensor) -> Tensor:
     assert batch.ids is not None
     unknown = -1 - torch.arange(len(batch.ids), device=batch.z.device)
     classes = batch.per_row(torch.where(batch.ids < 0, unknown, batch.ids))
-    return plain.sup_con(batch, classes) if batch.code == "plain" else _symmetric(batch, classes)
+    if batch.code == "plain":
+        return plain.sup_con(batch, temperature, classes)
+    return _symmetric(batch, temperature, classes)
 
 
-def _symmetric(batch: GlobalBatch, classes: Tensor) -> Tensor:
-    needs_gradient = torch.is_grad_enabled() and batch.z.requires_grad
+def _symmetric(batch: GlobalBatch, temperature: Tensor, classes: Tensor) -> Tensor:
+    needs_gradient = torch.is_grad_enabled() and (batch.z.requires_grad or temperature.requires_grad)
     with torch.no_grad():
         e = exponentials(batch, "self")
         r = e.sums()
@@ -78,4 +72,5 @@ def _symmetric(batch: GlobalBatch, classes: Tensor) -> Tensor:
         gradient = e.gradient_rows(r.reciprocal())
         gradient -= 2 * others[batch.own] / num_positives[batch.own, None]
         gradient *= batch.grad_scale / (batch.num_all_rows * batch.temperature)
-    return with_gradient(loss, (batch.z, gradient))
+        temperature_gradient = batch.temperature_gradient(e.z, gradient)
+    return with_gradient(loss, (batch.z, gradient), (temperature, temperature_gradient))
