@@ -63,6 +63,11 @@ class ContrastiveLoss(nn.Module):
     def temperature(self) -> float | Tensor:
         return self.log_temperature.exp() if self.learn_temperature else self._temperature
 
+    @property
+    def temperature_now(self) -> float:
+        """As a number; the host waits for it."""
+        return float(torch.as_tensor(self.temperature).detach())
+
     @torch.no_grad()
     def limit_temperature(self) -> None:
         """Brings a learnt temperature back to the nearer limit; call it after every update."""
@@ -86,5 +91,4 @@ class ContrastiveLoss(nn.Module):
             self.choice = choice
 
     def extra_repr(self) -> str:
-        temperature = float(torch.as_tensor(self.temperature).detach())
-        return f"temperature={temperature:g}, implementation={self.settings.implementation}"
+        return f"temperature={self.temperature_now:g}, implementation={self.settings.implementation}"

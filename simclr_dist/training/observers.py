@@ -378,9 +378,7 @@ def build_observers(
         device,
         learning_rate=lambda: parts.optimizer.param_groups[0]["lr"],
         masked_duplicates=lambda: getattr(nt_xent, "masked_duplicates", 0),
-        temperature=(lambda: float(torch.as_tensor(parts.nt_xent.temperature).detach()))
-        if config.loss.learn_temperature
-        else None,
+        temperature=(lambda: parts.nt_xent.temperature_now) if config.loss.learn_temperature else None,
         flops=train_flops(parts.forward_flops, config.data.num_views) if parts.forward_flops else None,
         precision=precision,
     )
