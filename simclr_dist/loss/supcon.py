@@ -50,21 +50,24 @@ class SupConLoss(ContrastiveLoss):
 def _sup_con(batch: GlobalBatch, temperature: Tensor) -> Tensor:
     assert batch.ids is not None
     unknown = -1 - torch.arange(len(batch.ids), device=batch.z.device)
-    classes = batch.per_row(torch.where(batch.ids < 0, unknown, batch.ids))
+    labels = torch.where(batch.ids < 0, unknown, batch.ids)
+    ordered = labels.sort().values
+    # A class goes by the first of its places in this order: nothing that the host would have to wait for.
+    first, end = torch.searchsorted(ordered, labels), torch.searchsorted(ordered, labels, right=True)
+    classes = batch.per_row(first)
     if batch.code == "plain":
         return plain.sup_con(batch, temperature, classes)
-    return _symmetric(batch, temperature, classes)
+    return _symmetric(batch, temperature, classes, num_positives=batch.per_row((end - first) * batch.num_views - 1))
 
 
-def _symmetric(batch: GlobalBatch, temperature: Tensor, classes: Tensor) -> Tensor:
+def _symmetric(batch: GlobalBatch, temperature: Tensor, classes: Tensor, num_positives: Tensor) -> Tensor:
+    """classes [N], below G; num_positives [N]: how many other rows a row's class has."""
     needs_gradient = torch.is_grad_enabled() and (batch.z.requires_grad or temperature.requires_grad)
     with torch.no_grad():
         e = exponentials(batch, "self")
         r = e.sums()
-        _, index, size = classes.unique(return_inverse=True, return_counts=True)
-        class_sums = e.z.new_zeros(len(size), e.z.shape[1]).index_add_(0, index, e.all)
-        others = class_sums[index] - e.all
-        num_positives = (size[index] - 1).to(r.dtype)
+        others = _class_sums(e.all, classes, batch.num_images * batch.world_size)[classes] - e.all
+        num_positives = num_positives.to(r.dtype)
         s = (e.all * others).sum(1) / num_positives / batch.temperature
         loss = (r.log() - s).mean().to(batch.z.dtype)
         if not needs_gradient:
@@ -74,3 +77,11 @@ def _symmetric(batch: GlobalBatch, temperature: Tensor, classes: Tensor) -> Tens
         gradient *= batch.grad_scale / (batch.num_all_rows * batch.temperature)
         temperature_gradient = batch.temperature_gradient(e.z, gradient)
     return with_gradient(loss, (batch.z, gradient), (temperature, temperature_gradient))
+
+
+def _class_sums(rows: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+    """[C, K], added up in a fixed order: `index_add_` on a GPU, and `index_put_` on a CPU, would do it in any."""
+    sums = rows.new_zeros(num_classes, rows.shape[1])
+    if rows.is_cuda:
+        return sums.index_put_((classes,), rows, accumulate=True)
+    return sums.index_add_(0, classes, rows)
