@@ -87,11 +87,10 @@ def backward_in_micro_batches(
             is_last = i + 1 == len(micro_batches)
             with nullcontext() if is_last else no_sync():
                 z_part = project(micro_batch)
-                # DDP averages what has its turn in the last backward: the loss's own gradients are there already.
-                own = [p.view_as(p) for p in loss_parameters] if is_last else []
-                torch.autograd.backward(
-                    [z_part, *own], [gradients[i].to(z_part.dtype), *(torch.zeros_like(p) for p in own)]
-                )
+                if is_last:  # DDP now averages what the loss has left in its own parameters, too
+                    for p in loss_parameters:
+                        p.view_as(p).backward(torch.zeros_like(p))
+                z_part.backward(gradients[i].to(z_part.dtype))
     return loss.detach()
 
 
