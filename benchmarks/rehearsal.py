@@ -493,8 +493,8 @@ class Rehearsal:
         parts.optimizer.step = trace.phased("optimizer", parts.optimizer.step)
 
     def batch(self) -> Batch:
-        B, S = self.trainer.batch_size_per_device, self.config.data.image_size
-        views = torch.empty(2, B, S, S, 3, dtype=torch.uint8, device=DEVICE)
+        V, B, S = self.config.data.num_views, self.trainer.batch_size_per_device, self.config.data.image_size
+        views = torch.empty(V, B, S, S, 3, dtype=torch.uint8, device=DEVICE)
         labels = torch.empty(B, dtype=torch.int64, device=DEVICE)
         return Batch(views, torch.empty_like(labels), labels, 0, np.arange(B))
 

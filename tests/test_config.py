@@ -41,7 +41,10 @@ def problems(path: Path, *overrides: str, world_size: int | None = None) -> list
     return caught.value.problems
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+SHIPPED = [path for folder in ("", "variants") for path in (REPOSITORY / "configs" / folder).glob("*.yaml")]
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED), ids=lambda p: p.stem)
 def test_shipped_config_loads_and_is_named_after_its_file(path: Path) -> None:
     config = load_config(path, check_data=False, world_size=1)
     assert config.name == path.stem

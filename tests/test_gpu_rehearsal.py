@@ -59,6 +59,8 @@ def names(waits: list[Wait]) -> list[tuple[str, str]]:
         ("optim.optimizer=sgd",),
         ("optim.optimizer=adamw", "train.micro_batch_size=32"),
         ("optim.optimizer=lars", "train.channels_last=false", "train.precision=fp32"),
+        ("loss.kind=supcon", "data.num_views=3", "train.micro_batch_size=16"),
+        ("loss.kind=dcl", "data.num_views=4", "augment.preset=asymmetric"),
     ],
     ids=" ".join,
 )
@@ -83,6 +85,18 @@ def test_a_step_waits_once_and_no_later_launch_is_of_the_loss(tmp_path: Path, ov
     assert [launch.name for launch in resumed] == [launch.name for launch in before]
     assert not any("one by one" in launch.name for launch in [*launches, *resumed])
     assert sum(launch.kernels for launch in before) <= 40
+
+
+def test_a_learnt_temperature_is_read_before_the_loss_and_limited_without_a_wait(tmp_path: Path) -> None:
+    learnt = ("loss.learn_temperature=true", "data.num_views=3", "optim.optimizer=adamw")
+    with rehearsal(settings(tmp_path, *learnt)) as it:
+        assert names(it.fit().waits) == [("loss", "loss/agreement.py")] * 2
+        before = [launch.name for launch in it.trace.launches("optimizer")]
+        snapshot = snapshot_of(it)
+        resume(it, snapshot)
+        it.trace.records.clear()
+        it.trainer.train_step(it.batch())
+        assert [launch.name for launch in it.trace.launches("optimizer")] == before
 
 
 def snapshot_of(it: Rehearsal) -> Snapshot:

@@ -13,7 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from simclr_dist.config import LossConfig
 from simclr_dist.loss import NonFiniteError, NTXentLoss, SupConLoss, nt_xent, tiled
+from simclr_dist.loss.agreement import Settings
+from simclr_dist.loss.build import build_loss, choices
 
 IMPLEMENTATIONS = ["plain", "tiled", "tiled by 3"]
 
@@ -164,8 +167,8 @@ def test_gradcheck(implementation: str) -> None:
             lambda z, t, decoupled=decoupled: nt_xent(z, t, ids, decoupled=decoupled, implementation=implementation),
             (x, tau),
         )
-    sup_con = SupConLoss(0.3, implementation)  # type: ignore[arg-type]
-    assert torch.autograd.gradcheck(lambda z: sup_con(z, ids), (x,))
+    sup_con = SupConLoss(0.3, implementation, learn_temperature=True).double()  # type: ignore[arg-type]
+    assert torch.autograd.gradcheck(lambda z, log_tau: sup_con(z, ids), (x, sup_con.log_temperature))
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2, 3, 4], [1, 1, 0, 1, 0], [3, 3, 3, 3, 3], [-1, 2, -1, 2, -1]])
@@ -282,7 +285,48 @@ def test_learned_temperature_descends_like_its_logarithm() -> None:
     assert loss.log_temperature.grad is not None
     assert float(loss.log_temperature.grad) == pytest.approx(float(expected / tau), rel=1e-12)
     assert [name for name, _ in loss.named_parameters()] == ["log_temperature"]
+    supervised = SupConLoss(0.3, learn_temperature=True).double()
+    supervised(x, [-1] * 6).backward()  # without a label it is NT-Xent
+    assert float(supervised.log_temperature.grad) == pytest.approx(float(loss.log_temperature.grad), rel=1e-12)
     assert repr(NTXentLoss(0.3)) == "NTXentLoss(temperature=0.3, implementation=auto)"
+
+
+def test_a_learned_temperature_is_kept_between_its_limits_and_the_code_is_chosen_for_the_lowest() -> None:
+    loss = NTXentLoss(0.3, learn_temperature=True, temperature_min=0.01, temperature_max=0.5)
+    assert loss.settle(torch.device("cpu"), num_rows=8, width=4).code == "tiled in float64"
+    for log_temperature, expected in ((-9.0, 0.01), (math.log(0.2), 0.2), (3.0, 0.5)):
+        loss.log_temperature.data.fill_(log_temperature)
+        loss.limit_temperature()
+        assert loss.temperature_now == pytest.approx(expected)
+    fixed = NTXentLoss(5.0)
+    fixed.limit_temperature()
+    assert fixed.temperature == 5.0
+
+
+KINDS = ("nt_xent", "dcl", "supcon")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_views", [2, 4])
+def test_guessing_costs_the_logarithm_of_what_the_summary_says(kind: str, num_views: int) -> None:
+    """Where all rows are alike, nothing is known: the value of each kind of loss is ln of the rows it chooses among."""
+    config, G = LossConfig(kind=kind, temperature=0.3), 6  # type: ignore[arg-type]
+    z, labels = torch.full((num_views * G, 5), 0.4, dtype=torch.float64), torch.tensor([0, 0, 1, -1, 2, -1])
+    value = build_loss(config, num_views)(z, labels if kind == "supcon" else torch.arange(G))
+    assert float(value) == pytest.approx(math.log(choices(config, num_views, G)), rel=1e-12)
+
+
+def test_a_configured_loss_has_all_of_its_settings() -> None:
+    settings = {"temperature": 0.2, "learn_temperature": True, "temperature_min": 0.1, "temperature_max": 0.4}
+    for kind in KINDS:
+        config = LossConfig(kind=kind, implementation="tiled", gather_dtype="bfloat16", row_dtype="float16", **settings)
+        loss = build_loss(config, 3)
+        assert isinstance(loss, SupConLoss) == (kind == "supcon")
+        assert getattr(loss, "decoupled", False) == (kind == "dcl")
+        assert loss.settings == Settings(3, "tiled", torch.bfloat16, torch.float16)
+        loss.log_temperature.data.fill_(1.0)
+        loss.limit_temperature()
+        assert loss.temperature_now == pytest.approx(0.4)
 
 
 def test_without_gradients_only_the_value_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:

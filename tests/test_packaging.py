@@ -124,11 +124,13 @@ def test_python_m_build_makes_a_source_archive_that_builds_again(checkout: Path,
 
 
 def test_a_starter_project_holds_what_the_repository_does(project: Path) -> None:
-    for config in sorted((REPOSITORY / "configs").glob("*.yaml")):
-        assert load_config(project / "configs" / config.name, check_data=False) == load_config(config, check_data=False)
-        schema = re.search(r"\$schema=(\S+)", (project / "configs" / config.name).read_text())
+    configs = REPOSITORY / "configs"
+    for config in sorted([*configs.glob("*.yaml"), *configs.glob("variants/*.yaml")]):
+        copy = project / "configs" / config.relative_to(configs)
+        assert load_config(copy, check_data=False) == load_config(config, check_data=False)
+        schema = re.search(r"\$schema=(\S+)", copy.read_text())
         assert schema
-        assert (project / "configs" / schema[1]).is_file()
+        assert (copy.parent / schema[1]).is_file()
     for recipe in sorted((REPOSITORY / "configs" / "recipes").glob("*.yaml")):
         read_recipe(project / "configs" / "recipes" / recipe.name)
     for script in sorted((REPOSITORY / "slurm").glob("*.sh")):

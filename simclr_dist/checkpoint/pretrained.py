@@ -16,6 +16,7 @@ def load_pretrained(
     """The trained network of a run or checkpoint, on the CPU, in eval mode. Raises CheckpointError."""
     checkpoint = find_checkpoint(path, warn)
     model = build_model(checkpoint.config.model)
-    check_names(checkpoint.path, "model", checkpoint.model_state, model.state_dict())
-    model.load_state_dict(checkpoint.model_state)
+    state = {name: x for name, x in checkpoint.model_state.items() if not name.startswith("loss.")}
+    check_names(checkpoint.path, "model", state, model.state_dict())
+    model.load_state_dict(state)
     return model.eval(), checkpoint

@@ -84,6 +84,7 @@ def _run(args: argparse.Namespace) -> int:
             optim=config.optim,
             train=train,
             image_size=data.image_size,
+            num_views=data.num_views,
             images=images,
             device=torch.device("cuda" if here else "cpu"),
         )
@@ -130,7 +131,8 @@ def render(found: Forecast, bottleneck: str, step: MeasuredStep | None) -> Itera
     memory, speed = found.memory, found.speed
     yield (
         "devices",
-        f"{found.num_devices} x {found.device_type}, {found.batch_size_per_device} images each a step",
+        f"{found.num_devices} x {found.device_type}, {found.batch_size_per_device} images in {found.num_views} views "
+        "each a step",
     )
     yield "precision", found.precision
     yield "global batch", f"{found.global_batch_size:,}, peak learning rate {found.peak_learning_rate:.4g}"

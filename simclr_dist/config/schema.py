@@ -36,6 +36,9 @@ class DataConfig(Section):
         "auto", description="`auto`: by the kind of `train`; a .beton file needs ffcv."
     )
     image_size: Annotated[int, Field(ge=8, le=1024)] = Field(description="Side of a view in pixels.")
+    num_views: Annotated[int, Field(ge=2, le=64)] = Field(
+        2, description="V: random crops of an image, which is decoded once; each pair of them is a positive."
+    )
     order: Literal["random", "page_local"] = Field(
         "random", description="`page_local`: near places of the file together, for files larger than memory."
     )
@@ -52,8 +55,8 @@ class AugmentConfig(Section):
     jitter_strength: NonNegative | None = None
     jitter_p: Probability | None = None
     grayscale_p: Probability | None = None
-    blur_p: Probability | None = Field(None, description="Both views; `asymmetric` blurs 1.0 / 0.1.")
-    solarize_p: Probability | None = Field(None, description="Both views; `asymmetric` solarises 0.0 / 0.2.")
+    blur_p: Probability | None = Field(None, description="All views; `asymmetric` blurs 1.0 / 0.1, in turn.")
+    solarize_p: Probability | None = Field(None, description="All views; `asymmetric` solarises 0.0 / 0.2.")
     implementation: Literal["auto", "numba", "torch", "triton"] = Field(
         "auto", description="`auto`: triton on GPUs, numba on CPUs, where they work; else torch, with a warning."
     )
@@ -75,7 +78,13 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    temperature: Positive = 0.1
+    kind: Literal["nt_xent", "dcl", "supcon"] = Field(
+        "nt_xent", description="`dcl`: the positive is not in the denominator; `supcon`: data.train's labels decide."
+    )
+    temperature: Positive = Field(0.1, description="Where a learnt one begins.")
+    learn_temperature: bool = Field(False, description="Its logarithm is trained like a bias: no weight decay.")
+    temperature_min: Positive = Field(0.02, description="A learnt one goes no lower; CLIP's limit is 0.01.")
+    temperature_max: Positive = 1.0
     implementation: Literal["auto", "plain", "tiled", "triton"] = Field("auto", description="See docs/loss.md.")
     gather_dtype: Literal["float32", "bfloat16"] = Field("float32", description="What z travels as between ranks.")
     row_dtype: Literal["float32", "float16", "bfloat16"] = Field(
@@ -221,6 +230,12 @@ class Config(Section):
             )
         if self.evaluation.knn_every_epochs and not self.data.test:
             raise ValueError("evaluation.knn_every_epochs needs data.test: set it, or set knn_every_epochs to null")
+        loss = self.loss
+        if loss.learn_temperature and not loss.temperature_min <= loss.temperature <= loss.temperature_max:
+            raise ValueError(
+                f"loss.temperature ({loss.temperature:g}) must lie between loss.temperature_min "
+                f"({loss.temperature_min:g}) and loss.temperature_max ({loss.temperature_max:g}): a learnt one stays so"
+            )
         if self.optim.warmup_epochs >= self.train.epochs and self.optim.schedule == "cosine":
             raise ValueError(
                 f"optim.warmup_epochs ({self.optim.warmup_epochs:g}) must be shorter than "

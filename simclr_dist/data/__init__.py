@@ -1,4 +1,4 @@
-"""Images in, batches of two views out.
+"""Images in, batches of views out.
 
 Importing the package does not import torch: `simclr-dist prepare` and its worker processes start at once.
 """

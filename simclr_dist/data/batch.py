@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """Two cropped and flipped views of B images; colour comes later, on the device.
+    """V cropped and flipped views of B images; colour comes later, on the device.
 
-    views: uint8 [2, B, H, W, 3]; view 0 of all images, then view 1.
+    views: uint8 [V, B, H, W, 3]; view 0 of all images, then view 1, and so on.
     sample_ids: int64 [B], the images' numbers in their dataset.
-    labels: int64 [B], -1 where there is none; SimCLR does not use them.
+    labels: int64 [B], -1 where there is none; only SupCon uses them.
     epoch: with the seed and the ids it determines every random draw.
     """
 

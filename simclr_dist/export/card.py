@@ -89,13 +89,14 @@ tags: [simclr, self-supervised, image-feature-extraction]
 
 # {_cell(config.name)}
 
-An image encoder trained without labels by SimCLR (Chen et al. 2020).
+{_METHOD[config.loss.kind]}
 
 | | |
 |---|---|
 | Encoder | {_cell(config.model.encoder)}, {config.model.stem} stem, h of width {feature_dim} |
 | Trained on | {_cell(config.data.train)} (fingerprint {checkpoint.fingerprint}) |
-| Training | {epochs}; global batch {config.train.global_batch_size}, temperature {config.loss.temperature:g} |
+| Training | {epochs}; global batch {config.train.global_batch_size}, {config.data.num_views} views, \
+temperature {_temperature(checkpoint)} |
 | Input | RGB, {config.data.image_size} px, scaled to 0..1, then (x - mean) / std |
 | Mean, std | {", ".join(map(str, MEAN))}; {", ".join(map(str, STD))} |
 | Licence | {_cell(license)} |
@@ -114,6 +115,21 @@ An image encoder trained without labels by SimCLR (Chen et al. 2020).
 
 {_fenced("yaml", render_config(config).rstrip())}
 """
+
+
+_METHOD = {
+    "nt_xent": "An image encoder trained without labels by SimCLR (Chen et al. 2020).",
+    "dcl": "An image encoder trained without labels by SimCLR (Chen et al. 2020) with the decoupled loss (Yeh et al. "
+    "2022).",
+    "supcon": "An image encoder trained with labels by supervised contrastive learning (Khosla et al. 2020).",
+}
+
+
+def _temperature(checkpoint: Checkpoint) -> str:
+    learnt = checkpoint.model_state.get("loss.log_temperature")
+    if learnt is None:
+        return f"{checkpoint.config.loss.temperature:g}"
+    return f"{float(learnt.exp()):.4g}, learnt from {checkpoint.config.loss.temperature:g}"
 
 
 def _cell(text: str) -> str:

@@ -20,7 +20,8 @@ from simclr_dist.parallel import distributed
 from simclr_dist.parallel.distributed import World
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 
-MAX_IMAGES = 1024  # 2,047 negatives a row and a rank of up to 1,024; a millisecond on a GPU, and one eigenvalue problem
+MAX_IMAGES = 1024  # a rank of up to 1,024; a millisecond on a GPU, and one eigenvalue problem
+MAX_ROWS = 2048  # of z: all views of fewer images, where there are more than two
 PATIENCE = 3  # checks in a row before an alarm: a young network may look collapsed for a moment
 COLLAPSED_SPREAD = 0.1
 COLLAPSED_RANK = 2.0
@@ -61,10 +62,11 @@ class Recording:
 class HealthCheck:
     """every: steps between two checks; None: never. All ranks must call `record` and `examine` together."""
 
-    def __init__(self, every: int | None, model: nn.Module, world: World) -> None:
+    def __init__(self, every: int | None, model: nn.Module, world: World, *, num_views: int = 2) -> None:
         self._every = every
         self._model = model
         self._world = world
+        self._num_views = num_views
         self._norms = health.tracking_norms(model)
         self._collapse, self._starvation, self._divergence = Alarm(PATIENCE), Alarm(PATIENCE), Alarm(1)
 
@@ -96,7 +98,7 @@ class HealthCheck:
     def examine(
         self, recording: Recording, h: Tensor, z: Tensor, facts: RankFacts, *, grad_scale: float = 1.0
     ) -> Findings:
-        """After a recorded step. h [2B, D], z [2B, K], view after view; grad_scale: the GradScaler's factor.
+        """After a recorded step. h [V*B, D], z [V*B, K], view after view; grad_scale: the GradScaler's factor.
 
         What fails on one rank fails on all: the first raises its own exception, the others FailedElsewhereError.
         """
@@ -109,8 +111,10 @@ class HealthCheck:
             own = torch.tensor([[0.0, 0.0, facts.data_wait_share, facts.memory_peak_gib]], dtype=torch.float64)
             own = own.to(z.device)
             own[0, :2] = torch.stack([recording.local_norm, recording.averaged_norm])
-            h_sample = own_sample(h[None, : len(h) // 2], self._world)  # one view will do
-            return h_sample, own_sample(z.unflatten(0, (2, -1)), self._world), own
+            V = self._num_views
+            h_sample = own_sample(h[None, : len(h) // V], self._world)  # one view will do
+            z_sample = own_sample(z.unflatten(0, (V, -1)), self._world, max(MAX_ROWS // V, 2))
+            return h_sample, z_sample, own
 
         h_sample, z_sample, own = run_on_all_ranks(prepare, z.device, catch=Exception)
         h_sample = distributed.all_reduce_sum_(h_sample)[0]
@@ -125,7 +129,7 @@ class HealthCheck:
         return found
 
     def _check_space(self, h: Tensor, z: Tensor, found: Findings) -> None:
-        """h [M, D], z [2, M, K]."""
+        """h [M, D], z [V, M, K]."""
         near = health.similarities(z)
         h_spread, z_spread = health.spread(h), health.spread(z.flatten(0, 1))
         values = {

@@ -1,6 +1,6 @@
 """Numbers that tell whether contrastive learning goes well: pure functions of h, z, gradients and BatchNorm.
 
-Letters: M images, V = 2 views of each, K width of z, D width of h. z_i are unit rows, s_ij = z_i.z_j.
+Letters: M images, V views of each, K width of z, D width of h. z_i are unit rows, s_ij = z_i.z_j.
 
     alignment, uniformity    Wang & Isola 2020, arXiv:2005.10242, eq. 1 and 2 (alpha = 2, t = 2)
     rankme                   Garrido et al. 2023, arXiv:2210.02885, eq. 1; the effective rank of Roy & Vetterli 2007
@@ -27,27 +27,30 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 
 @dataclass(frozen=True)
 class Similarities:
-    """Cosines of all rows [V*M]: positives [V*M], each with the other view; negatives [V*M, V*M - 2], with the rest."""
+    """Cosines of all rows: positives [V*M, V-1], with the other views; negatives [V*M, V*(M-1)], with the rest."""
 
     positives: Tensor
     negatives: Tensor
 
 
 def similarities(z: Tensor) -> Similarities:
-    """z [2, M, K], not necessarily of length one, M >= 2."""
+    """z [V, M, K], not necessarily of length one, M >= 2."""
+    V, M, _ = z.shape
+    n = V * M
     rows = F.normalize(z.flatten(0, 1), dim=1)
     s = (rows @ rows.T).clamp_(-1, 1)  # rounding may leave the interval
-    n = len(rows)
-    image = torch.arange(n, device=z.device) % (n // 2)
-    return Similarities(s.diagonal(n // 2).repeat(2), s[image[:, None] != image].view(n, n - 2))
+    image = torch.arange(M, device=z.device).repeat(V)
+    same = image[:, None] == image
+    negatives = s[~same].view(n, n - V)
+    return Similarities(s[same.fill_diagonal_(False)].view(n, V - 1), negatives)
 
 
 def contrastive_accuracy(found: Similarities, k: int) -> Tensor:
-    """The share of rows whose positive is among their k most similar rows. A tie counts against the positive: where
-    everything is alike, nothing has been found.
+    """The share of positives that come before all but k - 1 of their row's negatives. A tie counts against the
+    positive: where everything is alike, nothing has been found.
     """
-    ahead = (found.negatives >= found.positives[:, None]).sum(1)
-    return (ahead < k).float().mean()
+    ahead = [(found.negatives >= positive[:, None]).sum(1) for positive in found.positives.T]
+    return (torch.stack(ahead) < k).float().mean()
 
 
 def alignment(found: Similarities) -> Tensor:

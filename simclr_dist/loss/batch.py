@@ -77,6 +77,18 @@ class GlobalBatch:
         assert self.ids is not None
         return self.ids.sort().values
 
+    def temperature_of(self, temperature: float | Tensor) -> Tensor:
+        """[], in the dtype of the rows: what a gradient of the temperature goes to."""
+        # Filled in on the device: a copy would make the host wait.
+        return temperature.to(self.z) if isinstance(temperature, Tensor) else self.z.new_full((), temperature)
+
+    def temperature_gradient(self, z: Tensor, gradient: Tensor) -> Tensor:
+        """[]: this rank's part of dL/dtemperature, from its rows z and dL/dz [n, K].
+
+        As L depends on z_i.z_j / temperature only, it is -1 / (2 temperature) sum_i z_i.dL/dz_i.
+        """
+        return torch.dot(z.flatten(), gradient.flatten()) / (-2 * self.temperature)
+
     def per_row(self, per_image: Tensor) -> Tensor:
         """[G] -> [N], contiguous: the value of each image, for each of its rows."""
         by_rank = per_image.view(self.world_size, 1, self.num_images)

@@ -17,10 +17,12 @@ def workspace_bytes(
     device_type: str,
     implementation: str = "auto",
     gather_dtype: str = "float32",
+    supervised: bool = False,
 ) -> int:
     """Of one of `world_size` ranks with z float32 [num_rows, width]: O(N K), tiles or kernels, a few numbers a row.
 
-    gather_dtype: what the rows are rounded to and sent as.
+    gather_dtype: what the rows are rounded to and sent as. supervised: SupCon, which adds up the rows of each class; of
+    at most as many classes as half of the rows.
     """
     n, N, K = num_rows, num_rows * world_size, width
     if implementation == "plain":
@@ -30,5 +32,6 @@ def workspace_bytes(
         gathered += 2 * (N + n) * K
     by_tiles = device_type == "cpu" or implementation == "tiled"
     tiles = tile_bytes(n, device_type) if by_tiles else 2 * KERNEL_PARTS * N * K + 4 * n * K
+    of_classes = 4 * (N // 2) * K if supervised else 0
     # Unit rows, and two products of all rows with their positives while the value is computed.
-    return (n + 2 * N) * K * 4 + gathered + tiles + NUMBERS_PER_ROW * 4 * N
+    return (n + 2 * N) * K * 4 + gathered + tiles + of_classes + NUMBERS_PER_ROW * 4 * N

@@ -20,17 +20,16 @@ L = mean of log(Q_i) - s_ip, hence a_i = 1 / Q_i and m_ip = 1 / (V - 1).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simclr_dist.loss import plain
-from simclr_dist.loss.agreement import Settings, check_types, over_all_ranks, settle
+from simclr_dist.loss.agreement import Settings, check_types, over_all_ranks
 from simclr_dist.loss.batch import GlobalBatch
+from simclr_dist.loss.contrastive import ContrastiveLoss
 from simclr_dist.loss.implementations import Choice, Implementation, exponentials
 from simclr_dist.loss.known_gradient import with_gradient
 
@@ -53,19 +52,10 @@ def nt_xent(
     return loss
 
 
-class NTXentLoss(nn.Module):
-    """The loss of SimCLR over the global batch.
+class NTXentLoss(ContrastiveLoss):
+    """The loss of SimCLR over the global batch. Settings: see `ContrastiveLoss`.
 
-    temperature: positive. learn_temperature: make its logarithm a parameter, `log_temperature`.
-    implementation: "plain" (autograd on N x N), "tiled" (linear memory), "triton" (CUDA kernels), or "auto":
-        the kernels on CUDA where they work, else tiled.
-    gather_dtype: the dtype in which z is sent between ranks; bfloat16 halves the bytes, and every rank then computes
-        with the rounded z.
-    row_dtype: what the unit rows are rounded to in any case; float16 or bfloat16 makes the kernels' products 2.25
-        times fewer. docs/loss.md has what it costs in exactness.
-    num_views: V >= 2; every other view of an image is a positive.
     decoupled: leave the positive out of the denominator (DCL).
-    grad_reduction: what the training loop does with the gradients of the ranks: "mean" (DDP, FSDP) or "sum".
 
     Call with z [V*B, K], not normalised, all rows of view 0 first, and optionally sample_ids int64 [B]: images with
     the same id are then not negatives of each other. Returns the mean over the *global* batch, the same number on
@@ -77,60 +67,26 @@ class NTXentLoss(nn.Module):
     any row anywhere is NaN or infinite. All ranks must call it together.
     """
 
-    log_temperature: Tensor
-
     def __init__(
         self,
         temperature: float = 0.1,
         implementation: Implementation = "auto",
         gather_dtype: torch.dtype = torch.float32,
         *,
-        num_views: int = 2,
         decoupled: bool = False,
-        learn_temperature: bool = False,
-        grad_reduction: Literal["mean", "sum"] = "mean",
-        row_dtype: torch.dtype = torch.float32,
+        **settings: Any,
     ) -> None:
-        super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"the temperature must be positive, found {temperature}")
-        self._temperature = temperature
-        if learn_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
-        self.learn_temperature = learn_temperature
+        super().__init__(temperature, implementation, gather_dtype, **settings)
         self.decoupled = decoupled
-        self.settings = Settings(num_views, implementation, gather_dtype, row_dtype, grad_reduction)
         self.masked_duplicates = torch.zeros((), dtype=torch.int64)
         """How many images of the last global batch have an id that occurs earlier in it (int64, on z's device)."""
-        self.choice: Choice | None = None
-        """The code that computed the last loss, and why; before the first, what `settle` has found."""
-
-    @property
-    def temperature(self) -> float | Tensor:
-        return self.log_temperature.exp() if self.learn_temperature else self._temperature
-
-    def settle(self, device: torch.device, *, num_rows: int, width: int) -> Choice:
-        """Tries the code for float32 z [num_rows, width] before the first call. All ranks together: all will use it.
-
-        What one rank cannot use, none uses from here on: `choice.reason` says why, instead of a warning of each call.
-        """
-        temperature = float(torch.as_tensor(self.temperature).detach())
-        self.choice = settle(self.settings, device, num_rows=num_rows, width=width, temperature=temperature)
-        if self.choice.reason:
-            self.settings = replace(self.settings, implementation="tiled")
-        return self.choice
 
     def forward(self, z: Tensor, sample_ids: Tensor | Sequence[int] | None = None) -> Tensor:
         (loss, self.masked_duplicates), choice = _nt_xent(
             z, self.temperature, sample_ids, self.decoupled, self.settings
         )
-        if self.choice is None or choice.code != self.choice.code:
-            self.choice = choice
+        self._note(choice)
         return loss
-
-    def extra_repr(self) -> str:
-        temperature = float(torch.as_tensor(self.temperature).detach())
-        return f"temperature={temperature:g}, implementation={self.settings.implementation}"
 
 
 def _nt_xent(
@@ -144,8 +100,7 @@ def _nt_xent(
     check_types(z, temperature)
 
     def compute(batch: GlobalBatch) -> tuple[Tensor, Tensor]:
-        # Filled in on the device: a copy would make the host wait.
-        tau = temperature.to(batch.z) if isinstance(temperature, Tensor) else batch.z.new_full((), temperature)
+        tau = batch.temperature_of(temperature)
         if batch.code == "plain":
             return plain.nt_xent(batch, tau, decoupled=decoupled), batch.duplicates
         return _symmetric(batch, tau, decoupled), batch.duplicates
@@ -171,7 +126,7 @@ def _symmetric(batch: GlobalBatch, temperature: Tensor, decoupled: bool) -> Tens
             weight = m[shift] + m[-shift].roll(-shift, dims=0)
             gradient_by_view.addcmul_(weight[..., None], views.roll(-shift, dims=0), value=-1)
         gradient *= batch.grad_scale / (batch.num_all_rows * batch.temperature)
-        temperature_gradient = torch.dot(e.z.flatten(), gradient.flatten()) / (-2 * batch.temperature)
+        temperature_gradient = batch.temperature_gradient(e.z, gradient)
     return with_gradient(loss, (batch.z, gradient), (temperature, temperature_gradient))
 
 

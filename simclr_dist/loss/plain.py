@@ -35,17 +35,19 @@ def nt_xent(batch: GlobalBatch, temperature: Tensor, *, decoupled: bool) -> Tens
     return torch.logaddexp(excess, torch.zeros_like(excess)).mean()
 
 
-def sup_con(batch: GlobalBatch, classes: Tensor) -> Tensor:
+def sup_con(batch: GlobalBatch, temperature: Tensor, classes: Tensor) -> Tensor:
     """The mean over rows i, and over the other rows p of i's class, of -log(exp(s_ip) / sum_j!=i exp(s_ij))."""
-    s = _similarities(batch, batch.temperature)
+    s = _similarities(batch, temperature)
     self_ = torch.eye(len(s), dtype=torch.bool, device=s.device)
     positive = (classes[:, None] == classes) & ~self_
     log_r = s.masked_fill(self_, float("-inf")).logsumexp(1)
     return (log_r - s.where(positive, 0).sum(1) / positive.sum(1)).mean()
 
 
-def _similarities(batch: GlobalBatch, temperature: float | Tensor) -> Tensor:
-    """s [N, N], differentiable in the rows of this rank."""
+def _similarities(batch: GlobalBatch, temperature: Tensor) -> Tensor:
+    """s [N, N], differentiable in the rows of this rank, and in the temperature."""
+    # Every rank has the whole derivative by the temperature, not a part of it as by its rows.
+    temperature = scale_gradient(temperature, batch.grad_scale / batch.world_size)
     z = batch.all_rows().clone()
     z[batch.own] = scale_gradient(batch.z, batch.grad_scale)
     return z @ z.T / temperature

@@ -54,7 +54,7 @@ class Histograms:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Both views of n images, side by side. views: float [2, n, 3, H, W], normalised."""
+    """All views of n images, side by side. views: float [V, n, 3, H, W], normalised."""
 
     views: Tensor
     samples_seen: int

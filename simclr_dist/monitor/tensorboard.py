@@ -25,6 +25,7 @@ LAYOUT = {
         "accuracy of kNN and probe": ["Multiline", ["eval/.*top1$", "train/probe_top[15]$"]],
         "the positive is nearest, among the nearest 5": ["Multiline", ["health/contrastive_top[15]$"]],
         "learning rate": ["Multiline", ["train/lr$"]],
+        "learnt temperature": ["Multiline", ["train/temperature$"]],
     },
     "2 Is what it learns healthy?": {
         "rank of h and z (RankMe)": ["Multiline", ["health/[hz]_rankme$"]],
@@ -111,9 +112,9 @@ class TensorBoard(Sink):
         )
 
     def _add_pairs(self, views: Tensor, samples_seen: int) -> None:
-        pairs = views.transpose(0, 1).flatten(0, 1).float()
+        pairs, columns = views.transpose(0, 1).flatten(0, 1).float(), max(8 // len(views), 1) * len(views)
         low, high = pairs.amin(), pairs.amax()
-        grid = make_grid((pairs - low) / (high - low).clamp_min(1e-6), nrow=8, padding=1, pad_value=1.0)
+        grid = make_grid((pairs - low) / (high - low).clamp_min(1e-6), nrow=columns, padding=1, pad_value=1.0)
         self._writer.add_image("data/augmented_pairs", grid, samples_seen)
 
     def _add_hparams(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:

@@ -29,6 +29,7 @@ _SHORT: dict[str, Callable[[float], str]] = {
     "train/loss": lambda v: f"loss {v:.4f}",
     "eval/knn_top1": lambda v: f"kNN {v:.2%}",
     "train/probe_top1": lambda v: f"probe {v:.1%}",
+    "train/temperature": lambda v: f"temp {v:.4f}",
     "speed/images_per_s": lambda v: f"{v:,.0f} img/s",
     "speed/data_wait_share": lambda v: f"wait {v:.0%}",
 }

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-VIEWS = 2
 # Dense bf16 and fp16 with float32 sums, TFLOP/s, from NVIDIA's data sheets (without sparsity). The first name that is a
 # whole word of the device's is used.
 PEAK_TFLOPS_16_BIT = {
@@ -51,13 +50,13 @@ def forward_flops(model: nn.Module, image_size: int) -> int | None:
     return counter.get_total_flops()
 
 
-def train_flops(forward: int) -> int:
-    """For one image in a training step: two views, and a backward that costs twice its forward.
+def train_flops(forward: int, num_views: int) -> int:
+    """For one image in a training step: all of its views, and a backward that costs twice its forward.
 
     Model FLOPs as in PaLM (arXiv:2204.02311, appendix B): forward passes that micro-batches repeat do not count, nor
     does the loss.
     """
-    return 3 * VIEWS * forward
+    return 3 * num_views * forward
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:

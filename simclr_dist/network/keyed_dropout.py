@@ -34,14 +34,19 @@ _ALPHA = 1.7580993408473766  # of SELU: what alpha dropout puts in place of a dr
 
 
 def draw_keys(
-    seed: int, epoch: int, step: int, sample_ids: NDArray[np.int64], device: torch.device | str = "cpu"
+    seed: int,
+    epoch: int,
+    step: int,
+    sample_ids: NDArray[np.int64],
+    device: torch.device | str = "cpu",
+    num_views: int = 2,
 ) -> Tensor:
-    """Keys of both views of `sample_ids` [B]: int32 [2, B, 2] on `device`.
+    """Keys of all V views of `sample_ids` [B]: int32 [V, B, 2] on `device`.
 
     The first of each pair is the row's own. The second is that of global step `step`, for what a layer draws once for
     a whole batch.
     """
-    rows = uniform(keys(seed, epoch, sample_ids[None], np.arange(2)[:, None]), DROPOUT)  # [2, B]
+    rows = uniform(keys(seed, epoch, sample_ids[None], np.arange(num_views)[:, None]), DROPOUT)  # [V, B]
     shared = np.broadcast_to(uniform(keys(seed, epoch, step, 0), DROPOUT_OF_BATCH), rows.shape)
     words = torch.from_numpy((np.stack([rows, shared], axis=-1) * 2.0**32).astype(np.uint32).view(np.int32))
     # From page-locked memory the copy does not make the host wait.

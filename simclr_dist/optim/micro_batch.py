@@ -12,7 +12,7 @@ Memory: the activations of one micro-batch and three times z. Time: one forward 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -29,6 +29,7 @@ def backward_in_micro_batches(
     *,
     micro_batch_size: int,
     row_keys: Tensor | None = None,
+    loss_parameters: Iterable[Tensor] = (),
     backward: Callable[[Tensor], Any] = Tensor.backward,
     observe: Callable[[Any], None] | None = None,
 ) -> Tensor:
@@ -39,6 +40,7 @@ def backward_in_micro_batches(
     views: [V, B, ...]; a micro-batch holds all V views of `micro_batch_size` images (the last one of what is left).
     loss_fn: z [V*B, K], view after view, in float32 at least -> scalar.
     row_keys: [V, B, ...], cut like the views and given to the model beside them (network/keyed_dropout.py).
+    loss_parameters: those of `model` that `loss_fn` uses, such as a learnt temperature: DDP has to hear of them.
     backward: how to call backward on the loss: `accelerator.backward`, or one that multiplies by a GradScaler's
         scale. dL/dz carries the scale on into the network.
     observe: called with the model's output for each micro-batch, in order, without a graph.
@@ -82,8 +84,12 @@ def backward_in_micro_batches(
     with _running_statistics_stay(model):
         for i, micro_batch in enumerate(micro_batches):
             _set_random_state(views.device, random_states[i])
-            with no_sync() if i + 1 < len(micro_batches) else nullcontext():
+            is_last = i + 1 == len(micro_batches)
+            with nullcontext() if is_last else no_sync():
                 z_part = project(micro_batch)
+                if is_last:  # DDP now averages what the loss has left in its own parameters, too
+                    for p in loss_parameters:
+                        p.view_as(p).backward(torch.zeros_like(p))
                 z_part.backward(gradients[i].to(z_part.dtype))
     return loss.detach()
 

@@ -8,9 +8,8 @@ from typing import Any
 from simclr_dist.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from simclr_dist.data.sources.open import size_on_disk
 from simclr_dist.network.precision import assumed_precision
-from simclr_dist.network.shape import shape_of_model
 from simclr_dist.optim.schedule import peak_learning_rate
-from simclr_dist.plan.memory import DeviceMemory, checkpoint_bytes, device_memory, loader_bytes
+from simclr_dist.plan.memory import DeviceMemory, checkpoint_bytes, device_memory, loader_bytes, shape_of_training
 from simclr_dist.plan.traffic import Collective, collectives
 
 # What each device can send while all do: 100 Gbit/s, less what protocols take.
@@ -33,6 +32,7 @@ class Forecast:
     device_type: str
     global_batch_size: int
     batch_size_per_device: int
+    num_views: int
     precision: str
     num_images: int
     steps_per_epoch: int
@@ -111,18 +111,20 @@ def forecast(
     G = train.global_batch_size
     steps_per_epoch = num_images // G
     total = train.epochs * steps_per_epoch
+    network = shape_of_training(model, loss)
     sources = {source for source in (data.train, data.test) if source}
     return Forecast(
         num_devices=world_size,
         device_type=device_type,
         global_batch_size=G,
         batch_size_per_device=G // world_size,
+        num_views=data.num_views,
         precision=assumed_precision(train.precision, device_type),
         num_images=num_images,
         steps_per_epoch=steps_per_epoch,
         num_steps=min(total, train.max_steps or total),
         peak_learning_rate=peak_learning_rate(optim, G),
-        num_parameters=sum(p.numel() for p in shape_of_model(model).parameters()),
+        num_parameters=sum(p.numel() for p in network.parameters()),
         memory=device_memory(
             data=data,
             model=model,
@@ -133,8 +135,10 @@ def forecast(
             device_type=device_type,
         ),
         loader_bytes=loader_bytes(data, G // world_size),
-        checkpoint_bytes=checkpoint_bytes(shape_of_model(model), optim, settings),
+        checkpoint_bytes=checkpoint_bytes(network, optim, settings),
         data_bytes=sum(size_on_disk(source) for source in sources),
-        collectives=tuple(collectives(model=model, loss=loss, train=train, world_size=world_size)),
+        collectives=tuple(
+            collectives(model=model, loss=loss, train=train, world_size=world_size, num_views=data.num_views)
+        ),
         speed=speed,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from simclr_dist.config import AugmentConfig, DataConfig, LossConfig, ModelConfig, OptimConfig, Precision, TrainConfig
 from simclr_dist.data import Batch
 from simclr_dist.data.loading.view_loader import build_loader
-from simclr_dist.loss import NTXentLoss
+from simclr_dist.loss.build import build_loss
 from simclr_dist.network.precision import assumed_precision, autocast
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.optim.build import build_optimizer
@@ -41,6 +41,7 @@ def measure_step(
     optim: OptimConfig,
     train: TrainConfig,
     image_size: int,
+    num_views: int,
     images: int,
     device: torch.device,
     repetitions: int = 3,
@@ -52,20 +53,26 @@ def measure_step(
     network = build_model(model).to(device)
     if train.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    contrast = build_loss(loss, num_views).to(device)
+    if contrast.learn_temperature:
+        network.add_module("loss", contrast)
     optimizer = build_optimizer(network, optim)
     make_views = Augment(augment, 0, S)
-    nt_xent = NTXentLoss(loss.temperature, loss.implementation, row_dtype=getattr(torch, loss.row_dtype))
     ids = torch.arange(images)
-    batch = Batch(torch.randint(0, 256, (2, images, S, S, 3), dtype=torch.uint8).to(device), ids.to(device), ids, 0)
+    pixels = torch.randint(0, 256, (num_views, images, S, S, 3), dtype=torch.uint8)
+    batch = Batch(pixels.to(device), ids.to(device), ids, 0)
+
+    def loss_of(z: Tensor) -> Tensor:
+        return contrast(z.float(), batch.sample_ids)  # for SupCon, each image is a class: as much work
 
     def step() -> None:
         with autocast(device, assumed_precision(train.precision, device.type)):
             views = make_views(batch)
             micro = train.micro_batch_size
             if micro and micro < images:
-                backward_in_micro_batches(network, views, nt_xent, micro_batch_size=micro)
+                backward_in_micro_batches(network, views, loss_of, micro_batch_size=micro)
             else:
-                nt_xent(network(views.flatten(0, 1))[1].float()).backward()
+                loss_of(network(views.flatten(0, 1))[1]).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
@@ -83,7 +90,7 @@ def measure_step(
 
 @dataclass(frozen=True)
 class ComparedPrecisions:
-    """seconds: of a forward and backward of both views of `images` images."""
+    """seconds: of a forward and backward of two views of `images` images."""
 
     images: int
     seconds: dict[Precision, float]

@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simclr_dist.config import DataConfig, LossConfig, ModelConfig, OptimConfig, Precision, TrainConfig
+from simclr_dist.loss.build import build_loss
 from simclr_dist.loss.memory import workspace_bytes
 from simclr_dist.network.precision import assumed_precision, autocast
 from simclr_dist.network.shape import shape_of_model
+from simclr_dist.network.simclr import SimCLR
 from simclr_dist.optim.build import optimizer_state, parameter_order
 
 _SAFETENSORS = {torch.float32: "F32", torch.int64: "I64"}
@@ -54,8 +56,8 @@ def device_memory(
 ) -> DeviceMemory:
     """What each of `world_size` devices will hold."""
     images = train.global_batch_size // world_size
-    network = shape_of_model(model)
-    floats = 2 * images * 3 * data.image_size**2
+    network = shape_of_training(model, loss)
+    floats = data.num_views * images * 3 * data.image_size**2
     return DeviceMemory(
         parameters=sum(x.nbytes for x in network.state_dict().values()),
         gradients=sum(p.nbytes for p in network.parameters()),
@@ -65,21 +67,33 @@ def device_memory(
             image_size=data.image_size,
             images=train.micro_batch_size or images,
             precision=assumed_precision(train.precision, device_type),
+            num_views=data.num_views,
         ),
         views=4 * floats + (2 * floats if device_type == "cuda" else 0),
         loss=workspace_bytes(
-            2 * images,
+            data.num_views * images,
             model.head_out_dim,
             world_size=world_size,
             device_type=device_type,
             implementation=loss.implementation,
             gather_dtype=loss.gather_dtype if loss.row_dtype == "float32" else loss.row_dtype,
+            supervised=loss.kind == "supcon",
         ),
     )
 
 
-def step_activations(model: ModelConfig, *, image_size: int, images: int, precision: Precision) -> int:
-    """Peak bytes of a forward and backward over two views of `images` images, besides parameters, gradients and views.
+def shape_of_training(model: ModelConfig, loss: LossConfig) -> SimCLR:
+    """What DDP wraps and a checkpoint holds, without values: the network, and the loss where it has a parameter."""
+    network = shape_of_model(model)
+    if loss.learn_temperature:
+        network.add_module("loss", build_loss(loss, num_views=2).to("meta"))
+    return network
+
+
+def step_activations(
+    model: ModelConfig, *, image_size: int, images: int, precision: Precision, num_views: int = 2
+) -> int:
+    """Peak bytes of a forward and backward over all views of `images` images, besides parameters, gradients and views.
 
     Runs the network on tensors without memory, and follows each storage from its creation to its release.
     """
@@ -88,7 +102,7 @@ def step_activations(model: ModelConfig, *, image_size: int, images: int, precis
         network._apply(lambda x: torch.empty(x.shape, dtype=x.dtype))
         for parameter in network.parameters():
             parameter.grad = torch.empty_like(parameter)
-        views = torch.empty(2 * images, 3, image_size, image_size)
+        views = torch.empty(num_views * images, 3, image_size, image_size)
         with LiveBytes() as live:
             # bf16 stands for fp16: as many bytes, and supported by every CPU.
             with autocast("cpu", "fp32" if precision == "fp32" else "bf16"):
@@ -134,7 +148,7 @@ class LiveBytes(TorchDispatchMode):
 
 def loader_bytes(data: DataConfig, batch_size_per_device: int) -> int:
     """Host memory of the batches that a process decodes ahead (docs/data.md)."""
-    return (data.batches_ahead + 2) * batch_size_per_device * 2 * 3 * data.image_size**2
+    return (data.batches_ahead + 2) * batch_size_per_device * data.num_views * 3 * data.image_size**2
 
 
 def checkpoint_bytes(network: nn.Module, optim: OptimConfig, settings: dict[str, Any]) -> int:

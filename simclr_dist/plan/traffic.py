@@ -13,7 +13,7 @@ from torch import nn
 
 from simclr_dist.config import LossConfig, ModelConfig, TrainConfig
 from simclr_dist.loss.agreement import HEADER_BYTES
-from simclr_dist.network.shape import shape_of_model
+from simclr_dist.plan.memory import shape_of_training
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,19 @@ class Collective:
         return self.count * factor[self.operation] * self.num_bytes
 
 
-def collectives(*, model: ModelConfig, loss: LossConfig, train: TrainConfig, world_size: int) -> list[Collective]:
+def collectives(
+    *, model: ModelConfig, loss: LossConfig, train: TrainConfig, world_size: int, num_views: int = 2
+) -> list[Collective]:
     """All of a step of pretraining; none in a world of one."""
     if world_size == 1:
         return []
-    network = shape_of_model(model)
+    network = shape_of_training(model, loss)
     B = train.global_batch_size // world_size
-    n, N, K = 2 * B, 2 * B * world_size, model.head_out_dim
+    n, N, K = num_views * B, num_views * B * world_size, model.head_out_dim
     width = 4 if loss.gather_dtype == loss.row_dtype == "float32" else 2
     found = [
         Collective("loss: agreement", "all_gather", HEADER_BYTES),
-        Collective("loss: sample ids", "all_gather", 4 * B),
+        Collective("loss: labels" if loss.kind == "supcon" else "loss: sample ids", "all_gather", 4 * B),
         Collective("loss: z", "all_gather", width * n * K),
         Collective("loss: sums", "all_reduce", 4 * N),
         Collective("gradients", "all_reduce", sum(p.nbytes for p in network.parameters())),

@@ -151,6 +151,7 @@ def _views(
     data: DataConfig, augment: AugmentConfig, seed: int, model: SimCLR, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The first augmented pairs on the CPU, and z [2, n, K] of the first batch of epoch 0."""
+    data = data.model_copy(update={"num_views": 2})  # the first two are the same, however many there are
     count = min(SIMILARITY_IMAGES, describe(data.train).num_samples)
     loader = build_loader(data, augment, seed=seed, global_batch_size=count, world=World(), device=device)
     with loader, torch.no_grad():

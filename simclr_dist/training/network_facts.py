@@ -35,10 +35,11 @@ def network_facts(config: Config) -> NetworkFacts:
         return known
     from simclr_dist.network.encoders import is_from_library
     from simclr_dist.network.trial import try_model
-    from simclr_dist.plan.memory import checkpoint_bytes
+    from simclr_dist.plan.memory import checkpoint_bytes, shape_of_training
 
     tried = try_model(config.model, config.data.image_size)
-    size = checkpoint_bytes(tried.network, config.optim, config.model_dump(mode="json"))
+    network = shape_of_training(config.model, config.loss) if config.loss.learn_temperature else tried.network
+    size = checkpoint_bytes(network, config.optim, config.model_dump(mode="json"))
     found = NetworkFacts(tried.unused, tried.remark, size)
     if is_from_library(config.model.encoder):
         with suppress(OSError, RuntimeError):  # a home directory that cannot be written to, or none
@@ -59,6 +60,7 @@ def _file(config: Config) -> Path:
     package = Path(simclr_dist.__file__).parent
     code = [path for room in ("network", "optim") for path in sorted((package / room).glob("*.py"))]
     settings = [config.model.model_dump(mode="json"), config.optim.model_dump(mode="json"), config.data.image_size]
+    settings += [config.loss.learn_temperature]
     digest = hashlib.sha256(json.dumps([settings, versions()]).encode())
     for path in code:
         digest.update(path.read_bytes())

@@ -108,7 +108,7 @@ def _reason_of(failure: Exception) -> str:
 
 
 class AugmentedPairs(Observer):
-    """Shows both views of a few images at the start of an epoch."""
+    """Shows all views of a few images at the start of an epoch."""
 
     name = "showing augmented pairs"
     setting = "monitor.image_pairs"
@@ -172,17 +172,19 @@ class Figures(Observer):
         *,
         learning_rate: Callable[[], float],
         masked_duplicates: Callable[[], int],
-        forward_flops: int | None,
+        temperature: Callable[[], float] | None,
+        flops: int | None,
         precision: str,
     ) -> None:
-        """forward_flops: of one view; None: not known."""
+        """temperature: a learnt one; None: it stays. flops: of an image in a step; None: not known."""
         self._every = every_steps
         self._monitor = monitor
         self._loader = loader
         self._device = device
         self._learning_rate = learning_rate
         self._masked_duplicates = masked_duplicates
-        self._forward_flops = forward_flops
+        self._temperature = temperature
+        self._flops = flops
         self._precision = precision
         self._interval: tuple[float, float, int] | None = None  # began at, loader's wait then, samples seen then
 
@@ -217,8 +219,10 @@ class Figures(Observer):
             "speed/memory_peak_gib": memory_peak_gib(self._device),
             "health/masked_duplicates": float(self._masked_duplicates()),
         }
-        if self._forward_flops:
-            flops_per_s = train_flops(self._forward_flops) * per_device
+        if self._temperature:
+            values["train/temperature"] = self._temperature()
+        if self._flops:
+            flops_per_s = self._flops * per_device
             values["speed/model_tflops_per_device"] = flops_per_s / 1e12
             if peak := peak_flops(device_name(self._device), self._precision):
                 values["speed/model_flops_utilization"] = flops_per_s / peak
@@ -374,7 +378,8 @@ def build_observers(
         device,
         learning_rate=lambda: parts.optimizer.param_groups[0]["lr"],
         masked_duplicates=lambda: getattr(nt_xent, "masked_duplicates", 0),
-        forward_flops=parts.forward_flops,
+        temperature=(lambda: parts.nt_xent.temperature_now) if config.loss.learn_temperature else None,
+        flops=train_flops(parts.forward_flops, config.data.num_views) if parts.forward_flops else None,
         precision=precision,
     )
     return Observers(

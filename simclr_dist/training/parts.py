@@ -18,12 +18,14 @@ from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.config import Config, render_config
 from simclr_dist.data import Batch, Loader
 from simclr_dist.data.loading.evaluation_labels import EvaluationImages, evaluation_images, num_probe_classes
+from simclr_dist.data.loading.labelled_images import check_loss_labels
 from simclr_dist.data.loading.view_loader import build_loader
 from simclr_dist.errors import ConfigError
 from simclr_dist.evaluation.online_probe import OnlineProbe
 from simclr_dist.evaluation.untrained import set_first_layer
 from simclr_dist.health.check import HealthCheck
-from simclr_dist.loss import NTXentLoss
+from simclr_dist.loss import NTXentLoss, SupConLoss
+from simclr_dist.loss.build import build_loss
 from simclr_dist.monitor.monitor import Monitor, open_monitor
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
 from simclr_dist.network.flops import forward_flops
@@ -79,13 +81,14 @@ class Parts:
     """What computes the parts of a step for which there are several programs, by part; the same on every rank."""
     augment: Callable[[Batch], Tensor]
     network: nn.Module
-    """Encoder and projection head, on the device, with global BatchNorm and keyed dropout."""
+    """Encoder and projection head, on the device, with global BatchNorm and keyed dropout; and the loss, where it has
+    a parameter."""
     random_layers: RandomLayers
     forward_flops: int | None
     """Of one view; None: not known, or not the main process."""
     optimizer: AcceleratedOptimizer
     schedule: LearningRate
-    nt_xent: Callable[[Tensor, Tensor], Tensor]
+    nt_xent: NTXentLoss | SupConLoss
     probe: OnlineProbe | None
     state: TrainState
     model: nn.Module
@@ -147,6 +150,9 @@ def build(config: Config) -> Parts:
         run_on_all_ranks(begin if world.is_main else lambda: None, device)
     flops = forward_flops(simclr, config.data.image_size) if world.is_main else None
     random_layers = key_draws(simclr, config.data.image_size)
+    nt_xent, implementations["loss"] = _build_loss(config, world, device)
+    if nt_xent.learn_temperature:
+        simclr.add_module("loss", nt_xent)  # DDP averages its gradient, checkpoints hold it, the optimiser moves it
     network = _place(simclr, config, device)
     optimizer = build_optimizer(network, config.optim)
     schedule = build_schedule(
@@ -155,7 +161,6 @@ def build(config: Config) -> Parts:
         steps_per_epoch * config.train.global_batch_size,
         config.train.epochs,
     )
-    nt_xent, implementations["loss"] = _build_loss(config, world, device)
     probe = None if probe_classes is None else OnlineProbe(simclr.feature_dim, probe_classes, device)
     state = run_on_all_ranks(lambda: restore(checkpoint, config, loader, network, optimizer, probe), device)
     guard.state = state
@@ -183,7 +188,7 @@ def build(config: Config) -> Parts:
         guard=guard,
     )
     non_finite = NonFinitePolicy(config.train, config.run_dir, world.rank, network, device, monitor.warn)
-    health = HealthCheck(config.monitor.health_every_steps, network, world)
+    health = HealthCheck(config.monitor.health_every_steps, network, world, num_views=config.data.num_views)
     return Parts(
         config=config,
         precision_reason=decided.reason,
@@ -239,6 +244,8 @@ def _warn_on(world: World) -> Callable[[str], None]:
 
 def _check_labels(config: Config, warn: Callable[[str], None]) -> tuple[EvaluationImages | None, int | None]:
     """What the evaluations look at, and the number of the online probe's classes."""
+    if remark := check_loss_labels(config.data, config.loss):
+        warn(remark)
     num_classes = num_probe_classes(config.data, config.evaluation)
     images = evaluation_images(config.data, config.evaluation, config.seed)
     for remark in images.remarks if images else ():
@@ -260,20 +267,14 @@ def _build_augment(config: Config, device: torch.device, warn: Callable[[str], N
     return augment, {"augment": augment.implementation}
 
 
-def _build_loss(config: Config, world: World, device: torch.device) -> tuple[NTXentLoss, str]:
+def _build_loss(config: Config, world: World, device: torch.device) -> tuple[NTXentLoss | SupConLoss, str]:
     """The loss, and what computes it on all ranks."""
-    loss = config.loss
-    nt_xent = NTXentLoss(
-        loss.temperature,
-        loss.implementation,
-        gather_dtype=getattr(torch, loss.gather_dtype),
-        row_dtype=getattr(torch, loss.row_dtype),
-    )
-    rows = 2 * config.train.global_batch_size // world.size
-    choice = nt_xent.settle(device, num_rows=rows, width=config.model.head_out_dim)
+    loss = build_loss(config.loss, config.data.num_views)
+    rows = config.data.num_views * config.train.global_batch_size // world.size
+    choice = loss.settle(device, num_rows=rows, width=config.model.head_out_dim)
     if choice.reason:
         _warn_on(world)(f"loss.implementation: {choice}")
-    return nt_xent, choice.name
+    return loss, choice.name
 
 
 def _place(network: nn.Module, config: Config, device: torch.device) -> nn.Module:

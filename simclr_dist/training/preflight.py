@@ -20,6 +20,7 @@ from simclr_dist.checkpoint.files import read_facts
 from simclr_dist.checkpoint.lineage import list_checkpoints
 from simclr_dist.config import Config, load_config
 from simclr_dist.data.loading.evaluation_labels import check_evaluation_labels
+from simclr_dist.data.loading.labelled_images import check_loss_labels
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.order import Order
 from simclr_dist.errors import CheckpointError, ConfigError, DataError, UserError
@@ -164,7 +165,8 @@ def _check_images(config: Config) -> str:
 
 
 def _check_labels(config: Config) -> str:
-    """Its remarks are shown where the evaluations are built."""
+    """Its remarks are shown where loss and evaluations are built."""
+    check_loss_labels(config.data, config.loss)
     check_evaluation_labels(config.data, config.evaluation)
     return ""
 

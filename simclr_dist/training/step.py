@@ -21,9 +21,9 @@ class StepResult:
     grad_norm: Tensor
     """[]: global 2-norm of the gradients that the optimiser was given; NaN for a skipped step."""
     h: Tensor
-    """[2B, D], view after view; empty for a skipped step."""
+    """[V*B, D], view after view; empty for a skipped step."""
     z: Tensor
-    """[2B, K], likewise."""
+    """[V*B, K], likewise."""
     recording: Recording | None = None
     """For the health check, where one is due."""
     loss_scale: float = 1.0

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from simclr_dist.checkpoint.lineage import list_checkpoints
-from simclr_dist.config import Config
+from simclr_dist.config import Config, LossConfig
 from simclr_dist.data import Loader
+from simclr_dist.loss.build import choices
 from simclr_dist.monitor.events import Summary
 from simclr_dist.monitor.terminal import duration
 from simclr_dist.optim.schedule import peak_learning_rate
@@ -75,13 +76,12 @@ def start_rows(
     warmup = f" after {config.optim.warmup_epochs:g} epochs" if config.optim.warmup_epochs else ""
     decay = "half a cosine to 0" if config.optim.schedule == "cosine" else "constant"
     return {
-        "data": f"{config.data.train}: {loader.num_samples:,} images, 2 views of {size} px, {epoch:,} steps an epoch"
-        + (f"; each epoch leaves out another {left_out:,}" if left_out else ""),
+        "data": f"{config.data.train}: {loader.num_samples:,} images, {config.data.num_views} views of {size} px, "
+        f"{epoch:,} steps an epoch" + (f"; each epoch leaves out another {left_out:,}" if left_out else ""),
         **({"read as": printable(loader.account.layout)} if loader.account is not None else {}),
         "global batch": split_of_batch(G, world, config.train.micro_batch_size),
         "learning rate": f"{config.optim.optimizer}, peak {learning_rate_formula(config)}{warmup}, then {decay}",
-        "loss": f"temperature {config.loss.temperature:g}, {2 * G - 2:,} negatives a row; guessing gives "
-        f"ln({2 * G - 1:,}) = {math.log(2 * G - 1):.2f}",
+        "loss": loss_in_words(config.loss, config.data.num_views, G),
         "model": f"{config.model.encoder} to {head} dimensions, {parameters:,} parameters"
         + (f", {flops / 1e9:,.4f} GFLOP a view" if flops else ""),
         "device": f"{world.size} x {device_name(device)}, {config.train.precision}"
@@ -130,6 +130,20 @@ def learning_rate_formula(config: Config) -> str:
     base, G = config.optim.base_lr, config.train.global_batch_size
     formula = {"linear": f"{base:g} x {G}/256 = ", "sqrt": f"{base:g} x sqrt({G}) = ", "none": ""}
     return f"{formula[config.optim.lr_scaling]}{peak_learning_rate(config.optim, G):.4g}"
+
+
+def loss_in_words(loss: LossConfig, num_views: int, global_batch_size: int) -> str:
+    """temperature 0.1, 1,022 negatives a row; guessing gives ln(1,023) = 6.93"""
+    rows = choices(loss, num_views, global_batch_size)
+    kind = {"nt_xent": "", "dcl": "decoupled, ", "supcon": "supervised, "}[loss.kind]
+    learnt = f", learnt between {loss.temperature_min:g} and {loss.temperature_max:g}" if loss.learn_temperature else ""
+    negatives = f"{num_views * (global_batch_size - 1):,} negatives a row"
+    if loss.kind == "supcon":
+        negatives = f"each row against {rows:,} others, those of its class are positives"
+    return (
+        f"{kind}temperature {loss.temperature:g}{learnt}, {negatives}; guessing gives ln({rows:,}) = "
+        f"{math.log(rows):.2f}"
+    )
 
 
 def device_name(device: torch.device) -> str:

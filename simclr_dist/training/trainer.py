@@ -51,9 +51,9 @@ class Trainer:
         self._seed_step()
         row_keys = self._row_keys(batch)
         set_learning_rate(optimizer, self.learning_rate())
-        views = self.augment(batch)  # [2, B, 3, H, W]
+        views = self.augment(batch)  # [V, B, 3, H, W]
         with self.parts.health.record(self.state.step + 1) as recording:
-            loss, h, z = self.backward(views, batch.sample_ids, row_keys)
+            loss, h, z = self.backward(views, self._ids_of_loss(batch), row_keys)
         if self.config.optim.max_grad_norm is not None:
             accelerator.clip_grad_norm_(self.parts.model.parameters(), self.config.optim.max_grad_norm)
         if accelerator.scaler is not None:
@@ -61,6 +61,7 @@ class Trainer:
         grad_norm = self.grad_norm()
         self.parts.non_finite.check_gradient(grad_norm, self._facts(batch))
         optimizer.step()
+        self.parts.nt_xent.limit_temperature()
         return StepResult(loss, grad_norm, h, z, recording)
 
     def _step_with_loss_scale(
@@ -72,40 +73,41 @@ class Trainer:
         self.parts.optimizer.step()
         if self.parts.optimizer.step_was_skipped and scaler.get_scale() < 1:
             raise NonFiniteGradientError("the gradient is infinite in fp16 at any loss scale", self._facts(batch))
+        self.parts.nt_xent.limit_temperature()
         return StepResult(loss, self.grad_norm(), h, z, recording, loss_scale=used)
 
-    def backward(
-        self, views: Tensor, sample_ids: Tensor, row_keys: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, views: Tensor, ids: Tensor, row_keys: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Adds the gradient of the global loss to the parameters.
 
-        row_keys: [2, B, 2], what dropout and its like draw from; None: from torch's generator.
-        Returns the loss [], h [2B, D] and z [2B, K], view after view, all detached.
+        views: [V, B, 3, H, W]. ids: [B], which images belong together, see `_ids_of_loss`.
+        row_keys: [V, B, 2], what dropout and its like draw from; None: from torch's generator.
+        Returns the loss [], h [V*B, D] and z [V*B, K], view after view, all detached.
         """
         self.parts.optimizer.zero_grad(set_to_none=True)
         if self.config.train.micro_batch_size is not None:
-            return self._backward_in_micro_batches(views, sample_ids, row_keys, self.config.train.micro_batch_size)
+            return self._backward_in_micro_batches(views, ids, row_keys, self.config.train.micro_batch_size)
         rows = [x.flatten(0, 1) for x in (views, row_keys) if x is not None]
-        h, z = self.parts.model(*rows)  # [2B, D], [2B, K]
-        loss = self.nt_xent(z, sample_ids)  # negatives from every rank
+        h, z = self.parts.model(*rows)  # [V*B, D], [V*B, K]
+        loss = self.nt_xent(z, ids)  # negatives from every rank
         self.parts.accelerator.backward(loss)
         return loss.detach(), h.detach(), z.detach()
 
     def _backward_in_micro_batches(
-        self, views: Tensor, sample_ids: Tensor, row_keys: Tensor | None, micro_batch_size: int
+        self, views: Tensor, ids: Tensor, row_keys: Tensor | None, micro_batch_size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         outputs: list[tuple[Tensor, Tensor]] = []
         loss = backward_in_micro_batches(
             self.parts.model,
             views,
-            lambda z: self.nt_xent(z, sample_ids),
+            lambda z: self.nt_xent(z, ids),
             micro_batch_size=micro_batch_size,
             row_keys=row_keys,
+            loss_parameters=self.parts.nt_xent.parameters(),
             backward=self.parts.accelerator.backward,
             observe=outputs.append,
         )
         h, z = (
-            torch.cat([x.unflatten(0, (2, -1)) for x in part], dim=1).flatten(0, 1)
+            torch.cat([x.unflatten(0, (len(views), -1)) for x in part], dim=1).flatten(0, 1)
             for part in zip(*outputs, strict=True)
         )
         return loss, h, z
@@ -121,11 +123,22 @@ class Trainer:
         """Of the next step."""
         return self.parts.schedule(self.state.samples_seen)
 
+    def _ids_of_loss(self, batch: Batch) -> Tensor:
+        """[B]: what the loss is called with beside z. SupCon compares classes, the others images."""
+        return batch.labels if self.config.loss.kind == "supcon" else batch.sample_ids
+
     def _row_keys(self, batch: Batch) -> Tensor | None:
-        """[2, B, 2] for the modules that draw by key; None: there are none."""
+        """[V, B, 2] for the modules that draw by key; None: there are none."""
         if not self.parts.random_layers.keyed:
             return None
-        return draw_keys(self.config.seed, batch.epoch, self.state.step, batch.host_ids, self.parts.device)
+        return draw_keys(
+            self.config.seed,
+            batch.epoch,
+            self.state.step,
+            batch.host_ids,
+            self.parts.device,
+            num_views=len(batch.views),
+        )
 
     def _seed_step(self) -> None:
         """For modules that draw from torch's generator all the same: a resume on as many processes draws the same."""
@@ -218,12 +231,13 @@ class Trainer:
         DDP orders its buckets anew after its first backward. From three ranks on, a gradient's place decides in which
         order the ranks' shares are added, so without this the first step of a resume would round differently.
         """
-        world, side = self.parts.world, self.config.data.image_size
+        world, data = self.parts.world, self.config.data
+        shape = data.num_views, self.batch_size_per_device, 3, data.image_size, data.image_size
         if world.size < 3:
             return
         self.parts.guard.begin("rebuilding DDP's buckets", first=True)
         buffers = [b.clone() for b in self.parts.network.buffers()]
-        noise = torch.randn(2, self.batch_size_per_device, 3, side, side, device=self.parts.device)
+        noise = torch.randn(shape, device=self.parts.device)
         first = world.rank * self.batch_size_per_device
         self.backward(noise, torch.arange(first, first + self.batch_size_per_device, device=self.parts.device))
         self.parts.optimizer.zero_grad(set_to_none=True)

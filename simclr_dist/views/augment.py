@@ -42,9 +42,10 @@ class Augment(nn.Module):
         self._memory = RecycledMemory()
 
     def forward(self, batch: Batch) -> Tensor:
-        """float32 [2, B, 3, S, S] on the device of batch.views, channels_last, normalised."""
-        parameters = draw_parameters(self.augmentation, self.seed, batch.epoch, batch.host_ids)
-        return self.apply_parameters(batch.views.flatten(0, 1), parameters).unflatten(0, (2, -1))
+        """float32 [V, B, 3, S, S] on the device of batch.views, channels_last, normalised."""
+        V = len(batch.views)
+        parameters = draw_parameters(self.augmentation, self.seed, batch.epoch, batch.host_ids, num_views=V)
+        return self.apply_parameters(batch.views.flatten(0, 1), parameters).unflatten(0, (V, -1))
 
     @torch.no_grad()
     def apply_parameters(self, images: Tensor, parameters: Parameters) -> Tensor:

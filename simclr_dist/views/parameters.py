@@ -1,6 +1,6 @@
 """What is done to the colours of each view: drawn on the host by key, so the same on any device and for any world size.
 
-Letters: B images, n views.
+Letters: B images, V views of each, n views in all.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _ORDERS = np.array([p for p in np.ndindex(4, 4, 4, 4) if len(set(p)) == 4])
 
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters of each of 2B views, view 0 of all images first; drawn by `draw_parameters`.
+    """The parameters of each of V*B views, view 0 of all images first; drawn by `draw_parameters`.
 
     brightness, contrast, saturation: factors, as torchvision's adjust_*. hue: turns, in [-0.5, 0.5].
-    order: [2B, 4], the order of brightness 0, contrast 1, saturation 2, hue 3. sigma: of the blur, in pixels.
+    order: [V*B, 4], the order of brightness 0, contrast 1, saturation 2, hue 3. sigma: of the blur, in pixels.
     The others say which views are changed.
     """
 
@@ -58,21 +58,23 @@ class Parameters:
     solarize: NDArray[np.bool_]
 
     def table(self) -> NDArray[np.float64]:
-        """All of them as the kernels read them, [2B, NUM_COLUMNS]: see `Column`."""
+        """All of them as the kernels read them, [V*B, NUM_COLUMNS]: see `Column`."""
         factors = self.brightness, self.contrast, self.saturation, self.hue
         order = np.where(self.jitter[:, None], self.order, -1).T
         sigma = np.where(self.blur, self.sigma, 0)
         return np.stack([*factors, *order, sigma, self.grayscale, self.solarize], axis=1)
 
 
-def draw_parameters(augmentation: Augmentation, seed: int, epoch: int, sample_ids: NDArray[np.int64]) -> Parameters:
-    """The parameters of both views of `sample_ids` [B]; they depend on the arguments only."""
-    B = len(sample_ids)
-    key = keys(seed, epoch, sample_ids[None], np.arange(2)[:, None]).reshape(2 * B)
-    view = np.arange(2).repeat(B)
+def draw_parameters(
+    augmentation: Augmentation, seed: int, epoch: int, sample_ids: NDArray[np.int64], num_views: int = 2
+) -> Parameters:
+    """The parameters of all views of `sample_ids` [B]; those of a view depend on seed, epoch, id and its number."""
+    V, B = num_views, len(sample_ids)
+    key = keys(seed, epoch, sample_ids[None], np.arange(V)[:, None]).reshape(V * B)
+    kind = (np.arange(V) % 2).repeat(B)
 
     def chance(draw: int, p: tuple[float, float]) -> NDArray[np.bool_]:
-        return uniform(key, draw) < np.array(p)[view]
+        return uniform(key, draw) < np.array(p)[kind]
 
     def between(draw: int, low: float, high: float) -> NDArray[np.float64]:
         return low + (high - low) * uniform(key, draw)

@@ -10,7 +10,7 @@ from simclr_dist.config import AugmentConfig
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Probabilities and strengths; pairs are (view 0, view 1).
+    """Probabilities and strengths; pairs are for views with an even and with an odd number, counted from 0.
 
     jitter: largest change of brightness, contrast, saturation and hue, as torchvision.transforms.ColorJitter counts.
     """

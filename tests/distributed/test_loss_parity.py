@@ -47,6 +47,28 @@ LOSSES: dict[str, dict[str, Any]] = {
     "supervised": {"ids": True, "supervised": True},
     "supervised, plain": {"ids": True, "supervised": True, "implementation": "plain"},
     "micro-batches": {"micro_batch_size": 2},
+    "four views, decoupled, learned temperature, micro-batches": {
+        "num_views": 4,
+        "decoupled": True,
+        "learn_temperature": True,
+        "micro_batch_size": 2,
+    },
+    "supervised, learned temperature": {"ids": True, "supervised": True, "learn_temperature": True},
+    "supervised, learned temperature, plain": {
+        "ids": True,
+        "supervised": True,
+        "learn_temperature": True,
+        "implementation": "plain",
+    },
+    "learned temperature, plain": {"learn_temperature": True, "implementation": "plain"},
+    "four views, partly labelled, learned temperature, micro-batches": {
+        "num_views": 4,
+        "ids": True,
+        "id_offset": -1,
+        "supervised": True,
+        "learn_temperature": True,
+        "micro_batch_size": 1,
+    },
 }
 GLOBAL_BATCH = 12  # images: 3 a rank at W = 4, so odd and smaller than a tile; tiles of 4 do not divide 6 rows
 
@@ -83,7 +105,11 @@ def gradients(rank: int, world_size: int, model_name: str, loss_name: str) -> tu
         loss.backward()
     else:
         loss = backward_in_micro_batches(
-            wrapped, views, lambda z: loss_fn(z, *arguments), micro_batch_size=micro_batch_size
+            wrapped,
+            views,
+            lambda z: loss_fn(z, *arguments),
+            micro_batch_size=micro_batch_size,
+            loss_parameters=loss_fn.parameters(),
         )
     if with_ids and isinstance(loss_fn, NTXentLoss):
         assert int(loss_fn.masked_duplicates) == 3
@@ -117,21 +143,24 @@ def test_gradients_after_ddp_match_a_single_process(world_size: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def summed_gradients(rank: int, world_size: int) -> np.ndarray:
-    z = torch.randn(2, 4 * world_size, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    own = z[:, rank * 4 : (rank + 1) * 4].flatten(0, 1).requires_grad_()
-    NTXentLoss(0.2, grad_reduction="sum")(own).backward()
-    assert own.grad is not None
-    return own.grad.unflatten(0, (2, 4)).numpy()
+def summed_gradients(rank: int, world_size: int) -> list[tuple[np.ndarray, float]]:
+    """Of z and of the temperature's logarithm, by the tiles and by autograd."""
+    z, found = torch.randn(2, 8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), []
+    for implementation in ("tiled", "plain"):
+        own = z[:, rank * 8 // world_size : (rank + 1) * 8 // world_size].flatten(0, 1).requires_grad_()
+        loss = NTXentLoss(0.2, implementation, learn_temperature=True, grad_reduction="sum").double()
+        loss(own).backward()
+        assert own.grad is not None
+        assert loss.log_temperature.grad is not None
+        found.append((own.grad.unflatten(0, (2, -1)).numpy(), float(loss.log_temperature.grad)))
+    return found
 
 
 def test_grad_reduction_sum_leaves_each_rank_its_part_of_the_gradient() -> None:
-    found = np.concatenate(run_ranks(2, summed_gradients), axis=1)
-    z = torch.randn(2, 8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    z = z.flatten(0, 1).requires_grad_()
-    NTXentLoss(0.2)(z).backward()
-    assert z.grad is not None
-    np.testing.assert_allclose(found, z.grad.unflatten(0, (2, 8)).numpy(), rtol=1e-12, atol=1e-15)
+    expected = summed_gradients(0, 1)
+    for (z, temperature), *parts in zip(expected, *run_ranks(2, summed_gradients), strict=True):
+        np.testing.assert_allclose(np.concatenate([part[0] for part in parts], axis=1), z, rtol=1e-12, atol=1e-15)
+        assert sum(part[1] for part in parts) == pytest.approx(temperature, rel=1e-12)
 
 
 def bfloat16_gather(rank: int, world_size: int) -> tuple[float, np.ndarray]:

@@ -1,10 +1,12 @@
-"""Training and held-out images of the same classes, for every evaluation that needs labels. Imports no torch."""
+"""Images with labels: for every evaluation that needs them, and for a loss that does. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simclr_dist.config import DataConfig
+import numpy as np
+
+from simclr_dist.config import DataConfig, LossConfig
 from simclr_dist.data.classes import ClassMap, match_classes
 from simclr_dist.data.loading.open_images import DatasetInfo, describe
 from simclr_dist.errors import ConfigError, DataError
@@ -59,3 +61,31 @@ def require_labels(key: str, source: str, info: DatasetInfo, *, wanted_by: str =
         raise DataError(
             f"{wanted_by}{unlabelled:,} of {info.num_samples:,} images of {key} ({source}) have no label; {remedy}"
         )
+
+
+def check_loss_labels(data: DataConfig, loss: LossConfig) -> str:
+    """A sentence about images without a label, where the loss needs labels; empty: nothing to say.
+
+    Raises DataError where the labels leave nothing to compare.
+    """
+    if loss.kind != "supcon":
+        return ""
+    labels = describe(data.train).labels
+    known, n = labels[labels >= 0], len(labels)
+    num_classes, unlabelled = len(np.unique(known)), n - len(known)
+    remedy = "name images that lie in a folder per class with data.train, or set loss.kind to nt_xent or dcl"
+    if not num_classes:
+        raise DataError(
+            f"loss.kind=supcon needs labels, and none of the {n:,} images of {data.train} has one; {remedy}"
+        )
+    if num_classes == 1 and not unlabelled:
+        raise DataError(
+            f"loss.kind=supcon: all {n:,} images of {data.train} are of one class, so no image is told from another; "
+            f"{remedy}"
+        )
+    if not unlabelled:
+        return ""
+    return (
+        f"loss.kind=supcon: {unlabelled:,} of the {n:,} images of {data.train} have no label; each of them is a class "
+        "of its own"
+    )

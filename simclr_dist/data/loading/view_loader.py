@@ -1,4 +1,4 @@
-"""The loader of pretraining: batches of two random crops of each image, decoded ahead of the training step.
+"""The loader of pretraining: batches of random crops of each image, decoded ahead of the training step.
 
 loader = build_loader(config.data, config.augment, seed=0, global_batch_size=512, world=world(), device="cpu")
 with loader:
@@ -51,6 +51,7 @@ def build_loader(
             images,
             resolve_augmentation(augment),
             image_size=data.image_size,
+            num_views=data.num_views,
             seed=seed,
             global_batch_size=global_batch_size,
             world=world,
@@ -65,7 +66,9 @@ def build_loader(
 
 
 class ViewLoader:
-    """Two random crops of every image, in an order that can be entered at any step. See `Loader`.
+    """Random crops of every image, in an order that can be entered at any step. See `Loader`.
+
+    num_views: V, the crops of an image. It is decoded once, and a view's pixels do not depend on how many there are.
 
     global_batch_size: G; each of world.size processes reads G / world.size images a step.
     pages: the page of each sample, to visit a file page by page when it is larger than memory (see `Order`).
@@ -77,6 +80,7 @@ class ViewLoader:
         augmentation: Augmentation,
         *,
         image_size: int,
+        num_views: int = 2,
         seed: int,
         global_batch_size: int,
         world: World,
@@ -95,6 +99,7 @@ class ViewLoader:
         self._labels = images.labels
         self._augmentation = augmentation
         self._image_size = image_size
+        self._num_views = num_views
         self._world = world
         self._device = torch.device(device)
         self._batches_ahead = batches_ahead
@@ -109,7 +114,7 @@ class ViewLoader:
         slots = PinnedSlots(self._device, self._batches_ahead + 1) if self._device.type == "cuda" else None
         decoded = self._pool.read(
             self._requests(step),
-            num_views=2,
+            num_views=self._num_views,
             image_size=self._image_size,
             batches_ahead=self._batches_ahead,
             empty=slots.take if slots else None,
@@ -135,7 +140,7 @@ class ViewLoader:
 
     def _random_crops(self, epoch: int) -> CropRuleOf:
         def crop(ids: NDArray[np.int64]) -> CropRule:
-            view_keys = keys(self.order.seed, epoch, ids[None], np.arange(2)[:, None])
+            view_keys = keys(self.order.seed, epoch, ids[None], np.arange(self._num_views)[:, None])
             return lambda heights, widths: random_crops(
                 view_keys,
                 heights,
