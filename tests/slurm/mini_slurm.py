@@ -146,6 +146,13 @@ class MiniSlurm:
         states = self.run("sinfo", "--noheader", "-N", "-p", "main", "-o", "%T").stdout.split()
         return states == ["idle"] * self.num_nodes
 
+    def all_sent(self) -> bool:
+        """Whether the controller has no message left. What a lost node did not take is sent again after a minute,
+        and so a signal to a step can reach that of the job's next attempt, which has the same number."""
+        queued = re.search(r"Agent queue size:\s*(\d+)", self.run("sdiag", check=True).stdout)
+        assert queued
+        return queued[1] == "0"
+
     def no_steps(self) -> bool:
         """Whether all daemons of steps have ended. On a node that returns, that of a lost step still ends its tasks,
         and those of a new step that has the same number."""
