@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,17 @@ from simclr_dist.network import guess
 from simclr_dist.network.library_weights import PRETRAINED, library_weights
 from simclr_dist.network.simclr import SimCLR
 from simclr_dist.network.weight_files import Weights, read_weights
-from simclr_dist.network.weights import Match, fold_normalisation, groups, load, match, refuse_too_little, sentence
+from simclr_dist.network.weights import (
+    Match,
+    fold_normalisation,
+    groups,
+    load,
+    match,
+    non_finite,
+    percent,
+    refuse_too_little,
+    sentence,
+)
 from simclr_dist.run.layout import RunDir, is_checkpoint
 
 Say = Callable[[str], None]
@@ -102,3 +112,24 @@ def _of_checkpoint(found: Checkpoint) -> Weights:
         mean=MEAN,
         std=STD,
     )
+
+
+def describe_weights(path: Path, say: Say) -> Iterator[tuple[str, str]]:
+    """Rows of a table: what a file, a folder or a run holds, and which encoder takes it. Raises CheckpointError."""
+    weights = _of_checkpoint(find_checkpoint(path, say)) if is_ours(path) else read_weights(path)
+    tensors = weights.tensors
+    yield "weights", f"{weights.source}: {weights.kind}"
+    yield "sha256", weights.sha256
+    yield "tensors", f"{len(tensors):,}, {sum(x.numel() for x in tensors.values()):,} numbers"
+    for i, group in enumerate(groups(tensors, at_most=20)):
+        yield "" if i else "names", group
+    if weights.mean and weights.std:
+        yield "normalised", f"mean {' '.join(map(str, weights.mean))}; std {' '.join(map(str, weights.std))}"
+    if bad := non_finite(weights):
+        yield "DAMAGED", f"{len(bad)} tensors hold NaN or infinity, the first {bad[0]}"
+    fitting = guess.fitting_encoders(weights)
+    for i, (name, stem, share) in enumerate(fitting):
+        rest = " --stem cifar" if stem == "cifar" else ""
+        yield "" if i else "fits", f"--encoder {name}{rest} ({percent(share)})"
+    if not fitting:
+        yield "fits", f"{weights.encoder or 'none of the encoders that were tried'}"

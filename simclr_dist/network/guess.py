@@ -59,10 +59,13 @@ def _candidates(weights: Weights) -> list[tuple[str, str]]:
         r"(blocks\.0\.attn\.qkv|layer\.0\.attention\.attention\.query|encoder_layer_0\.self_attention)", names
     ):
         return [(name, "imagenet") for name in _vits(weights.tensors)]
-    convnexts = [("convnext_" + size, "imagenet") for size in ("tiny", "small", "base", "large")]
-    small = [("mobilenet_v2", "imagenet"), ("mobilenet_v3_large", "imagenet"), ("efficientnet_b0", "imagenet")]
-    resnets = [(name, stem) for name in RESNETS for stem in ("imagenet", "cifar")]
-    return resnets if re.search(r"(layer4|stages\.3\.layers|\b7)\.0\.", names) else [*resnets, *convnexts, *small]
+    if re.search(r"(layer4|stages\.3\.layers|\b[67])\.0\.", names):
+        sees_pixels = (x.shape[3] for x in weights.tensors.values() if x.ndim == 4 and x.shape[1] in (1, 3))
+        stem = "cifar" if next(sees_pixels, 7) == 3 else "imagenet"
+        is_basic = re.search(r"\.0\.(conv3|layer\.2\.convolution)\.", names) is None
+        return [(name, stem) for name in RESNETS if (name in ("resnet18", "resnet34")) == is_basic]
+    others = ("convnext_tiny", "convnext_small", "convnext_base", "mobilenet_v2", "mobilenet_v3_large")
+    return [(name, "imagenet") for name in others]
 
 
 def _vits(tensors: Mapping[str, Tensor]) -> list[str]:

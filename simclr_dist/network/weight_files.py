@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from simclr_dist.errors import CheckpointError
+from simclr_dist.streams import printable
 
 MAX_TENSORS = 100_000
 MAX_DEPTH = 20
@@ -185,9 +186,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-        return load_file(path), metadata
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: is no whole safetensors file: {error}") from None
+        return {printable(name): tensor for name, tensor in load_file(path).items()}, metadata
+    except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{path}: is no whole safetensors file: {_line(error)}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,8 +204,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         if "Weights only load failed" in str(error) or "weights_only" in str(error):
             raise CheckpointError(f"{path}: {refusal(path, str(error))}") from None
-        line = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: is no whole file of torch ({type(error).__name__}: {line})") from None
+        raise CheckpointError(f"{path}: is no whole file of torch ({type(error).__name__}: {_line(error)})") from None
     if isinstance(content, Tensor) or not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__} and no state dict")
     tensors: dict[str, Tensor] = {}
@@ -250,7 +250,7 @@ def _flat(content: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Itera
     if depth > MAX_DEPTH:
         return
     for key, value in content.items():
-        name = f"{prefix}{key}"
+        name = printable(f"{prefix}{key}")
         if isinstance(value, Tensor):
             yield name, value.detach()
         elif isinstance(value, Mapping):
@@ -283,6 +283,10 @@ def conversion_recipe(path: Path, out: Path) -> str:
         'hasattr(v, "items") or hasattr(v, "state_dict")} if hasattr(x, "items") else x\n'
         f'    torch.save(tensors(torch.load({str(path)!r}, map_location="cpu", weights_only={False})), {str(out)!r})'
     )
+
+
+def _line(error: Exception) -> str:
+    return printable(" ".join(str(error).split())[:200])
 
 
 def _sha256(files: list[Path]) -> str:

@@ -26,6 +26,8 @@ _POSITIONS = ("pos_embed", "pos_embedding", "position_embeddings")
 # Of twins in one file: what its authors evaluate comes first, what follows or is followed by it last.
 _BETTER, _WORSE = ("teacher", "ema", "encoder_q", "online"), ("momentum", "encoder_k", "target", "student")
 _SHOWN = 5
+_LONGEST = 120  # characters of a name in a message: names come from the file
+_WRAPPERS = frozenset({"module", "model", "state_dict", "net", "network", "classy_state_dict", "base_model", "trunk"})
 
 
 @dataclass
@@ -178,14 +180,21 @@ def sentence(weights: Weights, found: Match) -> str:
     return "; ".join(parts)
 
 
-def groups(names: Iterable[str]) -> list[str]:
-    """`fc.*, module.encoder_k.*`: what so many names have in common at their beginning."""
+def groups(names: Iterable[str], at_most: int = _SHOWN) -> list[str]:
+    """`fc: 2, module.encoder_k: 120`: what so many names have in common at their beginning."""
     tops: dict[str, int] = defaultdict(int)
     for name in names:
         parts = name.split(".")
-        tops[".".join(parts[: 2 if parts[0] in ("module", "model", "state_dict", "backbone") else 1])] += 1
+        depth = next((i for i, part in enumerate(parts) if part not in _WRAPPERS), 0) + 1
+        tops[_short(".".join(parts[:depth]))] += 1
     listed = [f"{top}: {count}" for top, count in tops.items()]
-    return listed[:_SHOWN] + ([f"… {len(listed) - _SHOWN} more"] if len(listed) > _SHOWN else [])
+    return listed[:at_most] + ([f"… {len(listed) - at_most} more"] if len(listed) > at_most else [])
+
+
+def non_finite(weights: Weights) -> list[str]:
+    """Names of tensors that hold NaN or infinity."""
+    floats = ((name, x) for name, x in weights.tensors.items() if x.is_floating_point() or x.is_complex())
+    return [name for name, x in floats if not bool(torch.isfinite(x if x.is_complex() else x.float()).all())]
 
 
 def percent(share: float) -> str:
@@ -195,7 +204,11 @@ def percent(share: float) -> str:
 
 def _listed(names: list[str]) -> str:
     more = f" … ({len(names)} in all)" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return ", ".join(map(_short, names[:_SHOWN])) + more
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
