@@ -261,7 +261,7 @@ def _flat(content: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Itera
 
 def refusal(path: Path, reason: str) -> str:
     """What weights_only has refused, and how the file can be converted where it is trusted."""
-    found = re.search(r"(?:Unsupported (?:global: )?(?:GLOBAL )?|Unsupported class )([\w.]+\.[\w.]+)", reason)
+    found = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", reason)
     what = found[1] if found else "something else than tensors"
     out = path.with_suffix(".safe.pth")
     # repr: whatever the name holds, it ends no string of the recipe.

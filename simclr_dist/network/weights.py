@@ -344,14 +344,21 @@ def _adapt_stem(source: Tensor, target: Tensor, encoder: nn.Module) -> tuple[Ten
         )
     old, new = source.shape[-1], target.shape[-1]
     if old != new:
-        source = F.interpolate(source, size=(new, new), mode="bilinear", antialias=True, align_corners=False)
-        source = source * (old / new) ** 2
+        shares = _overlaps(old, new).to(source.dtype)
+        source = torch.einsum("ia,jb,ocab->ocij", shares, shares, source)
         pooling = isinstance(getattr(encoder, "maxpool", None), nn.Identity)
         said.append(
             f"{old}x{old} in the file, {new}x{new} here: resampled, as for a picture of {new}/{old} the size"
             + (", and the pooling after it is left out" if pooling and old > new else "")
         )
     return source, "; ".join(said)
+
+
+def _overlaps(old: int, new: int) -> Tensor:
+    """[new, old]: how much of each old cell lies in each new one; every old cell is shared out in full."""
+    edges, cells = torch.arange(new + 1, dtype=torch.float64) * old / new, torch.arange(old, dtype=torch.float64)
+    ends = torch.minimum(edges[1:, None], cells + 1) - torch.maximum(edges[:-1, None], cells)
+    return ends.clamp_min(0)
 
 
 def fold_normalisation(
