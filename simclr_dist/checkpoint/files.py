@@ -54,6 +54,10 @@ class Checkpoint:
     model_state: dict[str, Tensor] = field(repr=False)
     optimizer_state: dict[str, Tensor] = field(repr=False)
     grad_scaler: dict[str, float] = field(default_factory=dict)
+    started_from: dict[str, Any] | None = None
+    """As TrainState has it."""
+    of_run: bool = True
+    """False: weights from elsewhere; of the configuration only the model and the image size mean anything."""
     probe_state: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
@@ -103,6 +107,7 @@ def take_snapshot(
         "parameter_order": parameter_order(model),
         "grad_scaler": grad_scaler,
         "versions": versions,
+        "started_from": state.started_from,
         "config": config.model_dump(mode="json"),
     }
     memory = reuse.tensors if reuse is not None else {}
@@ -221,6 +226,7 @@ def read_facts(path: Path) -> Checkpoint:
             model_state={},
             optimizer_state={},
             grad_scaler={str(k): float(v) for k, v in state["grad_scaler"].items()},
+            started_from=dict(origin) if isinstance(origin := state.get("started_from"), dict) else None,
         )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise CheckpointError(f"{path}: written by another version of simclr_dist: {error}") from None
@@ -236,6 +242,8 @@ def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -
         name, _, entry = key.rpartition("/")
         if name not in parameters:
             raise CheckpointError(f"{checkpoint.path}: optimiser state for {name!r}, which the model does not have")
+        if not parameters[name].requires_grad:
+            continue  # frozen since then
         if value.ndim and value.shape != parameters[name].shape:
             raise CheckpointError(f"{checkpoint.path}: optimiser state {key} has shape {tuple(value.shape)}")
         if value.ndim:  # laid out as the weight is: optimisers are fast only then
@@ -243,7 +251,7 @@ def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -
         state.setdefault(names.index(name), {})[entry] = value
     model.load_state_dict(checkpoint.model_state)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return TrainState(checkpoint.step, checkpoint.samples_seen)
+    return TrainState(checkpoint.step, checkpoint.samples_seen, checkpoint.started_from)
 
 
 def named_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

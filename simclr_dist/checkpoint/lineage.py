@@ -122,7 +122,10 @@ def share(found: Checkpoint | None, device: torch.device) -> Checkpoint | None:
         header = {
             "path": str(found.path),
             "config": found.config.model_dump(mode="json"),
-            "facts": {key: getattr(found, key) for key in ("step", "samples_seen", "fingerprint", "grad_scaler")},
+            "facts": {
+                key: getattr(found, key)
+                for key in ("step", "samples_seen", "fingerprint", "grad_scaler", "started_from")
+            },
             "tensors": {
                 part: [(name, str(x.dtype).removeprefix("torch."), list(x.shape)) for name, x in state.items()]
                 for part, state in ((part, getattr(found, part)) for part in parts)

@@ -1,22 +1,113 @@
-"""The trained network of a run."""
+"""An encoder to evaluate, export or fine-tune: that of a run, or one that others have trained."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from simclr_dist.checkpoint.files import Checkpoint, check_names
 from simclr_dist.checkpoint.lineage import find_checkpoint
+from simclr_dist.checkpoint.weights import fit, is_ours, open_weights
+from simclr_dist.config import Config, ModelConfig, parse_config
+from simclr_dist.errors import ConfigError
+from simclr_dist.network import guess
+from simclr_dist.network.library_weights import PRETRAINED
 from simclr_dist.network.simclr import SimCLR, build_model
+from simclr_dist.network.weight_files import Weights
+
+USUAL_SIZE = 224
+UNKNOWN_IMAGES = "unknown"
 
 
-def load_pretrained(
-    path: str | Path | Checkpoint, warn: Callable[[str], None] = lambda _: None
-) -> tuple[SimCLR, Checkpoint]:
-    """The trained network of a run or checkpoint, on the CPU, in eval mode. Raises CheckpointError."""
-    checkpoint = find_checkpoint(path, warn)
+@dataclass(frozen=True)
+class ForeignEncoder:
+    """Weights that no run of ours has made, and what must be known of their encoder. None: what the file says."""
+
+    path: str
+    """As `model.weights` takes it."""
+    encoder: str | None = None
+    image_size: int | None = None
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    width: int = 32
+    partial: bool = False
+
+
+Source = str | Path | Checkpoint | ForeignEncoder
+
+
+def load_pretrained(source: Source, warn: Callable[[str], None] = lambda _: None) -> tuple[SimCLR, Checkpoint]:
+    """A trained network on the CPU, in eval mode, and where it comes from.
+
+    source: a run or a checkpoint; a file or folder of weights of any origin, whose projection head is not trained.
+    Raises CheckpointError, or ConfigError where it is not known of which encoder the weights are.
+    """
+    if isinstance(source, ForeignEncoder):
+        path = Path(source.path).expanduser()
+        if source.path != PRETRAINED and is_ours(path):
+            raise ConfigError([f"--encoder: {path} knows its own encoder and image size; leave these options out"])
+        return _load_foreign(source, warn)
+    if not isinstance(source, Checkpoint) and not _is_of_run(Path(source)):
+        return _load_foreign(ForeignEncoder(str(source)), warn)
+    checkpoint = find_checkpoint(source, warn)
     model = build_model(checkpoint.config.model)
     state = {name: x for name, x in checkpoint.model_state.items() if not name.startswith("loss.")}
     check_names(checkpoint.path, "model", state, model.state_dict())
     model.load_state_dict(state)
     return model.eval(), checkpoint
+
+
+def checkpoint_of(source: Source, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint that `source` names; None: it is weights from elsewhere. Raises CheckpointError."""
+    if isinstance(source, ForeignEncoder) or not (isinstance(source, Checkpoint) or _is_of_run(Path(source))):
+        return None
+    return find_checkpoint(source, warn)
+
+
+def _is_of_run(path: Path) -> bool:
+    """Also where there is nothing at all, which the search for a checkpoint then says."""
+    return is_ours(path) or not (str(path) == PRETRAINED or path.is_file() or (path / "config.json").is_file())
+
+
+def _load_foreign(source: ForeignEncoder, warn: Callable[[str], None]) -> tuple[SimCLR, Checkpoint]:
+    asked = ModelConfig(encoder=source.encoder or "", image_size=source.image_size)
+    if source.path == PRETRAINED and source.encoder is None:
+        raise ConfigError(["pretrained: of which encoder? Name it with --encoder"])
+    weights = open_weights(source.path, asked, warn)
+    config = _config_of(weights, source)
+    model = build_model(config.model)
+    start = fit(weights, model, config.model.encoder, partial=source.partial)
+    start.load_into(model)
+    for sentence in start.sentences:
+        warn(sentence)
+    warn(f"{config.model.encoder} at {config.data.image_size} px, images normalised with ImageNet's mean and deviation")
+    path = Path(source.path if source.path != PRETRAINED else f"pretrained_{config.name}")
+    return model.eval(), Checkpoint(
+        path, config, 0, 0, "", model_state={}, optimizer_state={}, started_from=start.record, of_run=False
+    )
+
+
+def _config_of(weights: Weights, source: ForeignEncoder) -> Config:
+    """The settings of an export of ours; for others those that must be known, and the defaults."""
+    if "config" in weights.metadata and weights.metadata.get("producer", "").startswith("simclr_dist"):
+        try:
+            config = parse_config(weights.metadata["config"])
+        except ValueError as error:
+            raise ConfigError([f"{source.path}: its configuration cannot be read: {error}"]) from None
+        if source.encoder not in (None, config.model.encoder):
+            raise ConfigError([f"--encoder: {source.path} is of {config.model.encoder}, not of {source.encoder}"])
+        return config
+    encoder = source.encoder or weights.encoder
+    if encoder is None:
+        raise ConfigError([f"{source.path}: of which encoder? Name it with --encoder NAME{guess.hint(weights)}"])
+    size = source.image_size or weights.image_size or USUAL_SIZE
+    settings: dict[str, Any] = {
+        "name": re.sub(r"[^A-Za-z0-9._-]+", "_", Path(source.path).stem).lstrip("._-")[:64] or "weights",
+        "data": {"train": UNKNOWN_IMAGES, "image_size": size},
+        "model": {"encoder": encoder, "stem": source.stem, "width": source.width},
+        "optim": {"warmup_epochs": 0.0},
+        "train": {"global_batch_size": 256, "epochs": 1, "channels_last": False},
+    }
+    return Config.model_validate(settings)

@@ -11,8 +11,13 @@ from simclr_dist.argument_types import positive_int
 if TYPE_CHECKING:
     import torch
 
+    from simclr_dist.checkpoint.pretrained import ForeignEncoder, Source
+
 Commands = argparse._SubParsersAction
-SOURCE_HELP = "a run's folder (its newest valid checkpoint) or one of its checkpoints/step_…"
+SOURCE_HELP = (
+    "a run's folder (its newest valid checkpoint) or one of its checkpoints/step_…; or weights of any origin, then "
+    "with --encoder: a file, a folder as model hubs have it, `pretrained`"
+)
 
 
 def add_command(
@@ -21,6 +26,31 @@ def add_command(
     parser = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
     parser.set_defaults(run=run)
     return parser
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, name: str = "source", **texts: Any) -> None:
+    """What is evaluated, and what must be known of weights that no run of ours has made. Read by `source_of`."""
+    parser.add_argument(name, **{"metavar": "RUN_OR_WEIGHTS", "help": SOURCE_HELP, **texts})
+    group = parser.add_argument_group("weights from elsewhere (docs/guides/starting_from_weights.md)")
+    group.add_argument("--encoder", metavar="NAME", help="what they are of, as model.encoder names it")
+    group.add_argument("--image-size", type=positive_int, metavar="S", help="of images (default: theirs, else 224)")
+    group.add_argument("--stem", choices=("imagenet", "cifar"), help="of a ResNet (default: imagenet)")
+    group.add_argument("--weights-partial", action="store_true", help="also where they are of a part of the encoder")
+
+
+def source_of(args: argparse.Namespace, name: str = "source") -> Source:
+    """What `add_source_arguments` has read; a path as it is where nothing else is said."""
+    path = getattr(args, name)
+    if not (args.encoder or args.image_size or args.stem or args.weights_partial):
+        return str(path)
+    return foreign(str(path), args)
+
+
+def foreign(path: str, args: argparse.Namespace) -> ForeignEncoder:
+    """With what the options say of it."""
+    from simclr_dist.checkpoint.pretrained import ForeignEncoder
+
+    return ForeignEncoder(path, args.encoder, args.image_size, args.stem or "imagenet", partial=args.weights_partial)
 
 
 def add_compute_arguments(parser: argparse.ArgumentParser, batch_size: int | None = None) -> None:

@@ -8,8 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from simclr_dist.argument_types import positive_int
-from simclr_dist.cli.arguments import SOURCE_HELP, Commands, add_command, add_compute_arguments, choose_device
-from simclr_dist.cli.terminal import print_table
+from simclr_dist.cli.arguments import (
+    Commands,
+    add_command,
+    add_compute_arguments,
+    add_source_arguments,
+    choose_device,
+    source_of,
+)
+from simclr_dist.cli.terminal import print_table, say
 
 
 def register(commands: Commands) -> None:
@@ -24,7 +31,7 @@ def register(commands: Commands) -> None:
         ),
         epilog="example: simclr-dist embed runs/cifar10_demo ~/Pictures holiday.npz",
     )
-    embed.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=SOURCE_HELP)
+    add_source_arguments(embed)
     embed.add_argument("images", metavar="IMAGES", help="a folder, a tar archive or a .beton file")
     embed.add_argument("out", metavar="OUT", type=Path)
     add_compute_arguments(embed)
@@ -40,7 +47,7 @@ def register(commands: Commands) -> None:
     neighbours.add_argument("embeddings", metavar="EMBEDDINGS", type=Path)
     neighbours.add_argument("query", metavar="IMAGE", help="any image file, or the name of an embedded image")
     neighbours.add_argument("--k", type=positive_int, default=10, help="default: 10")
-    neighbours.add_argument("--checkpoint", metavar="RUN_OR_CHECKPOINT", help="the encoder, if it has moved since")
+    add_source_arguments(neighbours, "--checkpoint", help="the encoder, if it has moved since")
     neighbours.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
 
 
@@ -50,11 +57,12 @@ def _run_embed(args: argparse.Namespace) -> int:
 
     check_format(args.out)
     embeddings = embed(
-        args.source,
+        source_of(args),
         args.images,
         device=choose_device(args.device),
         precision=args.precision,
         batch_size=args.batch_size,
+        say=say,
     )
     save_embeddings(args.out, embeddings)
     print(f"{args.out}: {embeddings.h.shape[0]} images, h of width {embeddings.h.shape[1]}")
@@ -66,7 +74,10 @@ def _run_neighbours(args: argparse.Namespace) -> int:
     from simclr_dist.evaluation.embeddings_file import load_embeddings
 
     embeddings = load_embeddings(args.embeddings)
-    found = neighbours_of(embeddings, query_embedding(embeddings, args.query, checkpoint=args.checkpoint), args.k)
+    args.checkpoint = args.checkpoint or embeddings.checkpoint
+    found = neighbours_of(
+        embeddings, query_embedding(embeddings, args.query, checkpoint=source_of(args, "checkpoint")), args.k
+    )
     if args.json:
         print(json.dumps([asdict(neighbour) for neighbour in found]))
         return 0

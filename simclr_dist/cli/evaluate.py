@@ -6,7 +6,14 @@ import argparse
 import json
 
 from simclr_dist.argument_types import positive_float, positive_int
-from simclr_dist.cli.arguments import SOURCE_HELP, Commands, add_command, add_compute_arguments, choose_device
+from simclr_dist.cli.arguments import (
+    Commands,
+    add_command,
+    add_compute_arguments,
+    add_source_arguments,
+    choose_device,
+    source_of,
+)
 from simclr_dist.cli.terminal import percent, print_table, say
 
 
@@ -51,7 +58,7 @@ def register(commands: Commands) -> None:
     linear.add_argument("--solver", choices=("lbfgs", "sgd"), default="lbfgs", help="default: lbfgs")
     linear.add_argument("--seed", type=int, default=0, help="draws the held-out tenth (default: 0)")
     for parser in (knn, linear):
-        parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=SOURCE_HELP)
+        add_source_arguments(parser)
         parser.add_argument(
             "--train", metavar="DATA", help="labelled images (default: evaluation.train or data.train of the run)"
         )
@@ -70,7 +77,7 @@ def _run(args: argparse.Namespace) -> int:
 
     with_knn = args.method == "knn"
     scores, record = evaluate(
-        args.source,
+        source_of(args),
         method=args.method,
         train=args.train,
         test=args.test,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from simclr_dist.cli.arguments import SOURCE_HELP, Commands, add_command
+from simclr_dist.cli.arguments import Commands, add_command, add_source_arguments, source_of
 from simclr_dist.cli.terminal import say
 
 
@@ -24,7 +24,7 @@ def register(commands: Commands) -> None:
         ),
         epilog="example: simclr-dist export runs/cifar10_demo --format safetensors --license cc-by-4.0",
     )
-    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=SOURCE_HELP)
+    add_source_arguments(parser)
     parser.add_argument("--format", choices=("torchvision", "safetensors", "onnx"), default="torchvision")
     parser.add_argument(
         "--out", metavar="FILE", type=Path, help="default: RUN/export/encoder.pt, .safetensors or .onnx"
@@ -34,20 +34,26 @@ def register(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from simclr_dist.checkpoint.lineage import find_checkpoint
+    from simclr_dist.checkpoint.pretrained import checkpoint_of
+    from simclr_dist.errors import ExportError
     from simclr_dist.evaluation.offline import known_accuracy
     from simclr_dist.export.export import SUFFIXES, export
     from simclr_dist.run.layout import RunDir
 
-    checkpoint = find_checkpoint(args.source, say)
-    out = args.out or RunDir.of_checkpoint(checkpoint.path).export / f"encoder{SUFFIXES[args.format]}"
+    source, name = source_of(args), f"encoder{SUFFIXES[args.format]}"
+    checkpoint, out = checkpoint_of(source, say), args.out
+    if checkpoint is not None:
+        source, out = checkpoint, out or RunDir.of_checkpoint(checkpoint.path).export / name
+    if out is None:
+        raise ExportError(f"{args.source}: is of no run, so name the file to write with --out")
     exported = export(
-        checkpoint,
+        source,
         out,
         format=args.format,
         license=args.license,
-        accuracy=known_accuracy(checkpoint),
+        accuracy=known_accuracy(checkpoint) if checkpoint else None,
         overwrite=args.overwrite,
+        warn=say,
     )
     print(f"{exported.path}\n{exported.card}\n\n{exported.load_with}")
     for note in exported.notes:

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simclr_dist.argument_types import positive_float, positive_int
-from simclr_dist.cli.arguments import SOURCE_HELP, Commands, add_command, add_compute_arguments, choose_device
+from simclr_dist.cli.arguments import (
+    Commands,
+    add_command,
+    add_compute_arguments,
+    add_source_arguments,
+    choose_device,
+    source_of,
+)
 from simclr_dist.cli.terminal import percent, print_table, say
 from simclr_dist.errors import ConfigError
 
@@ -36,7 +43,7 @@ def register(commands: Commands) -> None:
             "  simclr-dist finetune runs/cifar10_demo --freeze"
         ),
     )
-    finetune.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=SOURCE_HELP)
+    add_source_arguments(finetune)
     labels = finetune.add_mutually_exclusive_group()
     labels.add_argument("--labels", type=_share, default=1.0, metavar="SHARE", help="0.01, 0.1, 1 (default: 1, all)")
     labels.add_argument("--subset", type=Path, metavar="FILE", help="use the samples of this subset.json")
@@ -112,18 +119,22 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _run_finetune(args: argparse.Namespace) -> int:
-    from simclr_dist.checkpoint.lineage import find_checkpoint
+    from simclr_dist.checkpoint.pretrained import checkpoint_of
     from simclr_dist.few_labels.train import finetune_checkpoint
     from simclr_dist.run.layout import RunDir
 
     settings = _settings(args)
-    checkpoint = find_checkpoint(args.source, say)
+    source = source_of(args)
+    checkpoint, out = checkpoint_of(source, say), args.out
     labels = args.subset.stem if args.subset else f"{args.labels:g}"
     name = f"{labels}_{'frozen_' if args.freeze else ''}{args.start}_seed{args.seed}"
-    out = args.out or RunDir.of_checkpoint(checkpoint.path).finetune / name
+    if checkpoint is not None:
+        source, out = checkpoint, out or RunDir.of_checkpoint(checkpoint.path).finetune / name
+    if out is None:
+        raise ConfigError([f"{args.source}: is of no run, so name the folder to write with --out"])
     with _divergence_is_a_config_error():
         result = finetune_checkpoint(
-            checkpoint,
+            source,
             out,
             settings,
             share=args.labels,

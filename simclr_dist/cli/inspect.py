@@ -1,4 +1,4 @@
-"""`simclr-dist inspect`: what a .beton file holds."""
+"""`simclr-dist inspect`: what a .beton file holds, or a file of weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,38 @@ if TYPE_CHECKING:
 
 
 def register(commands: Commands) -> None:
-    inspect = add_command(commands, "inspect", _run, help="show what a .beton file holds, and check it")
-    inspect.add_argument("file", metavar="FILE.beton", type=Path)
+    inspect = add_command(
+        commands,
+        "inspect",
+        _run,
+        help="show what a .beton file or a file of weights holds, and check it",
+        description=(
+            "Show what a .beton file holds. Of weights (a file, a folder as model hubs have it, a run): which encoder\n"
+            "takes them, and under which names they lie."
+        ),
+    )
+    inspect.add_argument("file", metavar="FILE", type=Path)
     inspect.add_argument("--verify", action="store_true", help="also decode every image and compare the content")
 
 
 def _run(args: argparse.Namespace) -> int:
+    return _run_beton(args) if args.file.suffix == ".beton" or not _is_of_weights(args.file) else _run_weights(args)
+
+
+def _is_of_weights(file: Path) -> bool:
+    return file.is_dir() or file.suffix in (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".tar", ".pth.tar")
+
+
+def _run_weights(args: argparse.Namespace) -> int:
+    from simclr_dist.checkpoint.weights import describe_weights
+    from simclr_dist.cli.terminal import say
+
+    for key, value in describe_weights(args.file, say):
+        print(f"{key:12} {value}".rstrip())
+    return 0
+
+
+def _run_beton(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from simclr_dist.argument_types import positive_int
-from simclr_dist.cli.arguments import Commands, add_command, choose_device
+from simclr_dist.cli.arguments import Commands, add_command, add_source_arguments, choose_device, foreign
 from simclr_dist.cli.terminal import say
+from simclr_dist.errors import ConfigError
 
 
 def register(commands: Commands) -> None:
@@ -22,7 +23,9 @@ def register(commands: Commands) -> None:
         ),
         epilog="example: simclr-dist report runs/cifar10_demo runs/longer --out compared.html",
     )
-    report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs")
+    add_source_arguments(
+        report, "runs", nargs="+", type=Path, help="folders of runs; with --encoder also weights of any origin"
+    )
     report.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in the folder of the first run")
     report.add_argument("--train", metavar="DATA", help="training images (default: data.train of each run)")
     report.add_argument("--test", metavar="DATA", help="held-out images (default: data.test of each run)")
@@ -38,8 +41,14 @@ def _run(args: argparse.Namespace) -> int:
     check_requirements()
     from simclr_dist.report.write import write_report
 
+    runs = [
+        path if path.is_dir() and not (path / "config.json").exists() else foreign(str(path), args)
+        for path in args.runs
+    ]
+    if args.out is None and not args.runs[0].is_dir():
+        raise ConfigError([f"{args.runs[0]}: is of no run, so name the page to write with --out"])
     out = args.out or args.runs[0] / "report.html"
     device = choose_device(args.device)
-    size = write_report(args.runs, out, train=args.train, test=args.test, images=args.images, device=device, say=say)
+    size = write_report(runs, out, train=args.train, test=args.test, images=args.images, device=device, say=say)
     print(f"{out}: {size / 1e6:.1f} MB")
     return 0

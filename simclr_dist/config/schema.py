@@ -75,6 +75,18 @@ class ModelConfig(Section):
     head_out_dim: Count = Field(128, description="K, the width of z.")
     head_batch_norm: Literal["all", "hidden", "none"] = Field("all", description="Layers followed by BatchNorm.")
     batch_norm: Literal["global", "per_device"] = Field("global", description="Statistics over all devices, or each.")
+    weights: str | None = Field(
+        None,
+        description="Weights to start from: a file, a folder or a run of whatever origin, `pretrained`: those that the "
+        "encoder's library publishes; null: random ones. See docs/guides/starting_from_weights.md.",
+    )
+    weights_partial: bool = Field(False, description="Also start from weights of a part of the encoder only.")
+    freeze: tuple[str, ...] = Field((), description="Patterns of parameters that are not trained: `encoder.layer1.*`.")
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
 
 class LossConfig(Section):
@@ -140,6 +152,9 @@ class EvaluationConfig(Section):
         False, description="A linear classifier learns beside the encoder, from data.train's labels."
     )
     batch_size: Count = 512
+    drift_every_epochs: Count | None = Field(
+        1, description="With model.weights: compare h with that of the start at every n-th epoch's end; null: never."
+    )
 
 
 class CheckpointConfig(Section):
@@ -227,6 +242,11 @@ class Config(Section):
             raise ValueError(
                 f"model.image_size ({self.model.image_size}) must be data.image_size ({self.data.image_size}); "
                 "leave it out"
+            )
+        if self.model.weights is not None and self.model.first_layer != "random":
+            raise ValueError(
+                f"model.first_layer={self.model.first_layer} is for a start from random weights: leave it out, or set "
+                "model.weights to null"
             )
         if self.evaluation.knn_every_epochs and not self.data.test:
             raise ValueError("evaluation.knn_every_epochs needs data.test: set it, or set knn_every_epochs to null")

@@ -328,8 +328,9 @@ def examine_start(command: Sequence[str]) -> Iterator[Finding]:
     done = subprocess.run(module, env=without_launchers(), capture_output=True, timeout=PROBE_TIMEOUT_S, check=False)
     for line in done.stdout.decode(errors="replace").splitlines():
         found = json.loads(line)
-        level: Level = "problem" if "problem" in found else "warning" if found["remark"] else "ok"
-        yield Finding(level, found["what"], found.get("problem") or found["remark"] or "fit for a training")
+        level: Level = "problem" if "problem" in found else "warning" if found.get("remark") else "ok"
+        text = found.get("problem") or found.get("remark") or found.get("fact")
+        yield Finding(level, found["what"], text or "fit for a training")
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         yield Finding("problem", "before step 0", f"ended with code {done.returncode}: {''.join(last)}")

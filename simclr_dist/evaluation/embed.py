@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simclr_dist.checkpoint.pretrained import load_pretrained
+from simclr_dist.checkpoint.pretrained import Source, load_pretrained
 from simclr_dist.config import Precision
 from simclr_dist.data.decode.crops import center_crops
 from simclr_dist.data.loading.load_images import load_images
@@ -32,15 +32,16 @@ class Neighbour:
 
 
 def embed(
-    checkpoint: str | Path,
+    checkpoint: Source,
     source: str,
     *,
     device: torch.device | str,
     precision: Precision | None = None,
     batch_size: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Embeddings:
     """h of every image of `source` (a folder with or without class folders, an archive, a .beton file)."""
-    model, loaded = load_pretrained(checkpoint)
+    model, loaded = load_pretrained(checkpoint, say)
     config = loaded.config
     info = describe(source)
     features = extract_features(
@@ -81,7 +82,7 @@ def neighbours_of(embeddings: Embeddings, h: NDArray[np.float32], k: int) -> lis
 
 
 def query_embedding(
-    embeddings: Embeddings, query: str, *, checkpoint: str | Path | None = None, device: torch.device | str = "cpu"
+    embeddings: Embeddings, query: str, *, checkpoint: Source | None = None, device: torch.device | str = "cpu"
 ) -> NDArray[np.float32]:
     """h [D] of `query`: one of the embedded images by its name, or any image file, embedded now.
 

@@ -18,12 +18,13 @@ from torch import nn
 
 from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.checkpoint.lineage import same_on_all_ranks
-from simclr_dist.checkpoint.pretrained import load_pretrained
-from simclr_dist.config import DataConfig, Precision
+from simclr_dist.checkpoint.pretrained import Source, load_pretrained
+from simclr_dist.checkpoint.weights import plan_start
+from simclr_dist.config import Config, DataConfig, Precision
 from simclr_dist.data.classes import draw_by_class
 from simclr_dist.data.loading.labelled_images import LabelledImages, open_labelled, require_labels
 from simclr_dist.data.loading.open_images import DatasetInfo
-from simclr_dist.errors import ConfigError
+from simclr_dist.errors import ConfigError, UserError
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
 from simclr_dist.evaluation.features import Features, digest, extract_features_distributed, pixel_features
 from simclr_dist.evaluation.knn import check_k, knn_top1
@@ -33,7 +34,7 @@ from simclr_dist.evaluation.readable_images import ReadableImages
 from simclr_dist.evaluation.score_record import name_of, score_record
 from simclr_dist.evaluation.untrained import untrained_encoder
 from simclr_dist.network.precision import assumed_precision
-from simclr_dist.network.simclr import SimCLR
+from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 from simclr_dist.run.layout import RunDir, append_record, read_records
@@ -91,7 +92,7 @@ def features_of(
 
 
 def evaluate(
-    source: str | Path | Checkpoint,
+    source: Source,
     *,
     method: Literal["knn", "linear"],
     train: str | None = None,
@@ -108,11 +109,11 @@ def evaluate(
     device: torch.device,
     say: Say,
 ) -> tuple[list[Score], dict[str, Any]]:
-    """Scores of the trained encoder, with `baselines` also of raw pixels and of the untrained encoder (first).
+    """Scores of the trained encoder, with `baselines` also of raw pixels and of the encoder before training (first).
 
     Values left None come from the checkpoint's configuration; training images from `evaluation.train`, else data.train.
     max_train: kNN looks at this many of them only, those that it looks at while training with evaluation.knn_max_train.
-    cache "run": the folder `features` of the run.
+    cache "run": the folder `features` of the run. Weights from elsewhere (ForeignEncoder) have no run: nothing is kept.
     Returns the scores and the record that was appended to the run's evaluations.jsonl. Raises CheckpointError,
     ConfigError, DataError.
     """
@@ -121,7 +122,7 @@ def evaluate(
     config = checkpoint.config
     if images.classes.sentence:
         say(images.classes.sentence)
-    run = RunDir.of_checkpoint(checkpoint.path)
+    run = RunDir.of_checkpoint(checkpoint.path) if checkpoint.of_run else None
     settings: dict[str, Any] = {"precision": precision or assumed_precision(config.train.precision, device.type)}
     bank = np.arange(images.train_info.num_samples)
     if method == "knn":
@@ -161,7 +162,7 @@ def evaluate(
                 device=device,
                 precision=settings["precision"],
                 batch_size=batch_size or config.evaluation.batch_size,
-                cache=run.features if cache == "run" else cache,
+                cache=(run.features if run else None) if cache == "run" else cache,
                 say=say,
             )
             for source, info in ((images.train, images.train_info), (images.test, images.test_info))
@@ -171,9 +172,9 @@ def evaluate(
     scores = []
     if baselines:
         train_pixels, test_pixels = run_on_all_ranks(lambda: _pixels(images, config.data), device, catch=Exception)
-        untrained = run_on_all_ranks(lambda: untrained_encoder(config.model, config.data, config.seed), device)
+        untrained = run_on_all_ranks(lambda: _before_training(config, say), device)
         scores.append(score("raw pixels", train_pixels, relabelled(test_pixels, images.classes)))
-        scores.append(score("untrained encoder", *features(untrained)))
+        scores.append(score(untrained[0], *features(untrained[1])))
     trained = features(model.encoder)
     scores.append(score("trained encoder", *trained))
     record = score_record(
@@ -187,7 +188,7 @@ def evaluate(
         top1=scores[-1].top1,
         top5=scores[-1].top5,
     )
-    if distributed.rank() == 0:
+    if run is not None and distributed.rank() == 0:
         try:
             append_record(run.evaluations, record)
         except OSError as error:
@@ -195,11 +196,11 @@ def evaluate(
     return scores, record
 
 
-def _open(
-    source: str | Path | Checkpoint, train: str | None, test: str | None, say: Say
-) -> tuple[SimCLR, Checkpoint, LabelledImages]:
+def _open(source: Source, train: str | None, test: str | None, say: Say) -> tuple[SimCLR, Checkpoint, LabelledImages]:
     model, checkpoint = load_pretrained(source, say)
     config = checkpoint.config
+    if not checkpoint.of_run and train is None:
+        raise ConfigError([f"{checkpoint.path}: is of no run, so name labelled images with --train and --test"])
     if config.train.channels_last:  # as it was trained: the same layout rounds alike
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     remedy = "name labelled images with --train, or evaluation.train in the configuration"
@@ -225,6 +226,19 @@ def _pixels(images: LabelledImages, data: DataConfig) -> list[Features]:
         pixel_features(ReadableImages.of(source, data, 512)(np.arange(info.num_samples)), normalize=normalize)
         for source, info in ((images.train, images.train_info), (images.test, images.test_info))
     ]
+
+
+def _before_training(config: Config, say: Say) -> tuple[str, nn.Module]:
+    """A name, and the encoder with the initial values of the run; random ones where model.weights have gone."""
+    if config.model.weights is not None:
+        try:
+            torch.manual_seed(config.seed)  # of what the weights lack
+            network = build_model(config.model)
+            plan_start(config.model, network, say).load_into(network)
+            return "encoder as given", network.encoder
+        except UserError as error:
+            say(f"model.weights cannot be read any more, so the baseline is the untrained encoder: {error}")
+    return "untrained encoder", untrained_encoder(config.model, config.data, config.seed)
 
 
 def known_accuracy(checkpoint: Checkpoint) -> Mapping[str, float]:

@@ -79,6 +79,14 @@ def render_card(
     """The model card: Markdown with the front matter that model hubs read."""
     config = checkpoint.config
     epochs = f"{config.train.epochs} epochs planned, {checkpoint.step} steps and {checkpoint.samples_seen} samples seen"
+    trained = (
+        f"| Trained on | {_cell(config.data.train)} (fingerprint {checkpoint.fingerprint}) |\n"
+        f"| Training | {epochs}; global batch {config.train.global_batch_size}, {config.data.num_views} views, "
+        f"temperature {_temperature(checkpoint)} |\n"
+    )
+    introduction = _METHOD[config.loss.kind]
+    if not checkpoint.of_run:
+        introduction, trained = "An image encoder that others have trained; its weights as they came.", ""
     figures = "\n".join(f"| {_cell(name)} | {100 * value:.2f} % |" for name, value in accuracy.items())
     table = f"| Evaluation | Result |\n|---|---|\n{figures}" if figures else "Not measured before the export."
     return f"""---
@@ -89,15 +97,12 @@ tags: [simclr, self-supervised, image-feature-extraction]
 
 # {_cell(config.name)}
 
-{_METHOD[config.loss.kind]}
+{introduction}
 
 | | |
 |---|---|
 | Encoder | {_cell(config.model.encoder)}, {config.model.stem} stem, h of width {feature_dim} |
-| Trained on | {_cell(config.data.train)} (fingerprint {checkpoint.fingerprint}) |
-| Training | {epochs}; global batch {config.train.global_batch_size}, {config.data.num_views} views, \
-temperature {_temperature(checkpoint)} |
-| Input | RGB, {config.data.image_size} px, scaled to 0..1, then (x - mean) / std |
+{trained}{_origin(checkpoint)}| Input | RGB, {config.data.image_size} px, scaled to 0..1, then (x - mean) / std |
 | Mean, std | {", ".join(map(str, MEAN))}; {", ".join(map(str, STD))} |
 | Licence | {_cell(license)} |
 | Written by | simclr_dist {__version__} from {checkpoint.path.name} |
@@ -130,6 +135,17 @@ def _temperature(checkpoint: Checkpoint) -> str:
     if learnt is None:
         return f"{checkpoint.config.loss.temperature:g}"
     return f"{float(learnt.exp()):.4g}, learnt from {checkpoint.config.loss.temperature:g}"
+
+
+def _origin(checkpoint: Checkpoint) -> str:
+    """The row about the weights that the training began with, or that these are."""
+    origin = checkpoint.started_from
+    if origin is None:
+        return ""
+    share = origin.get("share")
+    how_much = f", {100 * share:.1f} % of the encoder" if isinstance(share, int | float) else ""
+    known = f"{origin.get('weights')} (sha256 {origin.get('sha256')}{how_much})"
+    return f"| {'Began with' if checkpoint.of_run else 'Weights'} | {_cell(known)} |\n"
 
 
 def _cell(text: str) -> str:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr_dist.atomic import replace_text, replaces
-from simclr_dist.checkpoint.files import Checkpoint
-from simclr_dist.checkpoint.pretrained import load_pretrained
+from simclr_dist.checkpoint.pretrained import Source, load_pretrained
 from simclr_dist.errors import ExportError
 from simclr_dist.export.card import instructions, render_card
 from simclr_dist.export.formats import write_onnx, write_safetensors, write_torchvision
@@ -35,7 +34,7 @@ class Exported:
 
 
 def export(
-    source: str | Path | Checkpoint,
+    source: Source,
     out: str | Path,
     *,
     format: Format = "torchvision",

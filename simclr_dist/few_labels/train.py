@@ -18,8 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from simclr_dist.atomic import replace_text
-from simclr_dist.checkpoint.files import Checkpoint
-from simclr_dist.checkpoint.pretrained import load_pretrained
+from simclr_dist.checkpoint.pretrained import Source, load_pretrained
 from simclr_dist.config import DataConfig, ModelConfig, Precision, PrecisionSetting, parse_config
 from simclr_dist.data.classes import match_classes
 from simclr_dist.data.loading.labelled_images import LabelledImages, open_labelled
@@ -73,7 +72,7 @@ class Settings:
 
 
 def finetune_checkpoint(
-    source: str | Path | Checkpoint,
+    source: Source,
     out: Path,
     settings: Settings,
     *,
@@ -93,6 +92,11 @@ def finetune_checkpoint(
     _refuse_existing(out)
     model, checkpoint = load_pretrained(source, say)
     config = checkpoint.config
+    if not checkpoint.of_run:
+        if train is None:
+            raise ConfigError([f"{checkpoint.path}: is of no run, so name labelled images with --train and --test"])
+        if start == "head":
+            raise ConfigError([f"{checkpoint.path}: has no projection head of ours; leave out --from head"])
     images = open_labelled(
         config.data,
         train or config.evaluation.train,
@@ -132,7 +136,7 @@ def distill_classifier(
     settings: Settings,
     *,
     student: dict[str, Any] | None = None,
-    student_from: str | Path | None = None,
+    student_from: Source | None = None,
     unlabelled: str | None = None,
     test: str | None = None,
     temperature: float = 1.0,
@@ -179,7 +183,7 @@ def distill_classifier(
         "method": "distill",
         "teacher": str(teacher_file),
         "student": student_config.model.encoder,
-        "student_from": None if student_from is None else str(student_from),
+        "student_from": None if student_from is None else str(checkpoint.path),
         "temperature": temperature,
         "alpha": alpha,
         **_history(settings, training, images, crops),

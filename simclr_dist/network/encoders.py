@@ -2,7 +2,7 @@
 
 h is the input of the network's own class layer: pooled features of a ResNet, the normalised pooled features of a
 ConvNeXt, the class token of a ViT. Parameters keep their library's names, so that an export only copies them. Weights
-are always freshly initialised: nothing is downloaded.
+are freshly initialised here; `model.weights` replaces them (weights.py).
 """
 
 from __future__ import annotations
@@ -132,12 +132,19 @@ def _timm_encoder(name: str, image_size: int | None) -> tuple[nn.Module, int]:
     # Only names that timm lists: it takes other names for addresses to download from.
     if name not in timm.list_models():
         raise ConfigError([f"model.encoder: unknown encoder {TIMM + name!r}{_suggestions(TIMM + name)}"])
+    network = timm_network(name, image_size, pretrained=False)
+    return network, int(network.head_hidden_size)  # type: ignore[arg-type]
+
+
+def timm_network(name: str, image_size: int | None, *, pretrained: bool) -> nn.Module:
+    """Without its class layer. pretrained: with the weights that timm publishes, which it may have to download."""
+    import timm
+
     known = timm.get_pretrained_cfg(name)
     sized = known is not None and known.fixed_input_size and image_size is not None
     options: dict[str, Any] = {"img_size": image_size} if sized else {}
     with explain_size_error(TIMM + name, image_size):
-        network = timm.create_model(name, num_classes=0, **options)
-    return network, int(network.head_hidden_size)  # type: ignore[arg-type]
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from simclr_dist.config import ModelConfig
 from simclr_dist.errors import ConfigError
+from simclr_dist.network.freezing import freeze_matching
 from simclr_dist.network.shape import shape_of_model
 from simclr_dist.network.simclr import SimCLR, build_model
 
@@ -68,6 +69,7 @@ def _unused(network: SimCLR, images: Tensor) -> tuple[str, ...]:
 
 def _try_with_values(config: ModelConfig, image_size: int) -> tuple[str, ...]:
     network = build_model(config)
+    freeze_matching(network, config.freeze)
     try:
         return _unused(network, torch.randn(2, 3, image_size, image_size))
     except Exception as error:

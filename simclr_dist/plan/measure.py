@@ -13,6 +13,7 @@ from simclr_dist.config import AugmentConfig, DataConfig, LossConfig, ModelConfi
 from simclr_dist.data import Batch
 from simclr_dist.data.loading.view_loader import build_loader
 from simclr_dist.loss.build import build_loss
+from simclr_dist.network.freezing import freeze_matching
 from simclr_dist.network.precision import assumed_precision, autocast
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.optim.build import build_optimizer
@@ -51,6 +52,7 @@ def measure_step(
         images = min(images, train.micro_batch_size or images, MOST_IMAGES_ON_CPU)
     S = image_size
     network = build_model(model).to(device)
+    freeze_matching(network, model.freeze)
     if train.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     contrast = build_loss(loss, num_views).to(device)

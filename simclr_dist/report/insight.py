@@ -6,15 +6,14 @@ Letters: n images, D width of h, C classes, S side of an image.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simclr_dist.checkpoint.pretrained import load_pretrained
+from simclr_dist.checkpoint.pretrained import Source, load_pretrained
 from simclr_dist.config import AugmentConfig, DataConfig
 from simclr_dist.data.loading.labelled_images import open_labelled
 from simclr_dist.data.loading.load_images import load_images
@@ -81,21 +80,29 @@ class Insight:
 
 
 def look_into(
-    run: Path, *, train: str | None = None, test: str | None = None, images: int, device: torch.device
+    run: Source, *, train: str | None = None, test: str | None = None, images: int, device: torch.device
 ) -> Insight:
-    """Of the run's newest checkpoint, on at most `images` of its training and as many of its test images.
+    """Of the run's newest checkpoint, or of weights from elsewhere.
+
+    images: how many of its training images, and of its test images, are looked at.
 
     Raises CheckpointError, DataError.
     """
     model, checkpoint = load_pretrained(run)
     model.to(device)
     config = checkpoint.config
+    if not checkpoint.of_run:
+        if train is None:
+            raise DataError(f"{checkpoint.path}: is of no run, so name images with --train and --test")
+        model.projection_head = nn.Sequential()  # the one there is was never trained: h takes the place of z
     given = {key: value for key, value in (("train", train), ("test", test)) if value is not None}
     data = config.data.model_copy(update=given)
     batch_size = config.evaluation.batch_size
     pairs, z = _views(data, config.augment, config.seed, model, device)
     positives, negatives = similarities(z)
     insight = Insight(checkpoint.step, pairs, positives, negatives, [])
+    if not checkpoint.of_run:
+        insight.notes.append("similarities are those of h: there is no projection head")
 
     source = data.test or data.train
     shown = _features(data, model, source, images, batch_size, device)

@@ -190,9 +190,10 @@ def _confusion(insight: Insight) -> Html:
 
 def _similarities(insight: Insight) -> Html:
     n = len(insight.positives)
+    of_h = "".join(f" {note}." for note in insight.notes if note.startswith("similarities"))
     caption = (
         f"{n} images in evaluation mode. Positives: two views of an image, mean {insight.positives.mean():.3f}; "
-        f"negatives: views of different images, mean {insight.negatives.mean():.3f}."
+        f"negatives: views of different images, mean {insight.negatives.mean():.3f}.{of_h}"
     )
     return element("div", figure(figures.similarity_chart(insight), "similarities", caption), class_="grid")
 

@@ -44,8 +44,13 @@ class RunRecord:
     """Starts, changes of settings and rewinds, a line each."""
 
 
-def read_run(path: Path) -> RunRecord:
-    """The records in a run's folder; a checkpoint or config.yaml must be there. Raises ConfigError."""
+def read_run(path: Path, *, of_run: bool = True) -> RunRecord:
+    """The records in a run's folder; a checkpoint or config.yaml must be there. Raises ConfigError.
+
+    of_run: False for weights from elsewhere, of which there are no records.
+    """
+    if not of_run:
+        return RunRecord(path.name, path, {}, {}, None, {}, (), {}, ("weights from elsewhere",))
     run = RunDir(path)
     settings = _settings(run)
     environments = read_records(run.environment)

@@ -10,6 +10,7 @@ import torch
 
 from simclr_dist import __version__
 from simclr_dist.atomic import replaces
+from simclr_dist.checkpoint.pretrained import ForeignEncoder
 from simclr_dist.errors import CheckpointError, DataError
 from simclr_dist.report.insight import Insight, look_into
 from simclr_dist.report.page import names_of, render
@@ -17,7 +18,7 @@ from simclr_dist.report.record import read_run
 
 
 def write_report(
-    runs: Sequence[Path],
+    runs: Sequence[Path | ForeignEncoder],
     out: Path,
     *,
     train: str | None = None,
@@ -26,19 +27,28 @@ def write_report(
     device: torch.device,
     say: Callable[[str], None],
 ) -> int:
-    """The number of characters of the page. train, test: None: those of each run. images: of each of them to look at.
+    """The number of characters of the page. runs: or weights from elsewhere.
+
+    train, test: None: those of each run. images: of each of them to look at.
 
     A run without a usable checkpoint or images is shown without them, which `say` is told. Raises DataError.
     """
-    named = names_of([read_run(path) for path in dict.fromkeys(runs)])
+    sources = {_path_of(source): source for source in runs}
+    named = names_of([read_run(path, of_run=isinstance(source, Path)) for path, source in sources.items()])
     insights: dict[str, Insight | str] = {}
     for name, run in named.items():
         try:
-            insights[name] = look_into(run.path, train=train, test=test, images=images, device=device)
+            insights[name] = look_into(sources[run.path], train=train, test=test, images=images, device=device)
         except (CheckpointError, DataError) as error:
+            if isinstance(sources[run.path], ForeignEncoder):
+                raise  # of these there is nothing else to show
             say(f"{name}: the page shows no images of it: {error}")
             insights[name] = str(error)
     page = render(named, insights, f"written {time.strftime('%Y-%m-%d %H:%M %Z')} by simclr-dist {__version__}")
     with replaces(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return len(page)
+
+
+def _path_of(source: Path | ForeignEncoder) -> Path:
+    return source if isinstance(source, Path) else Path(source.path)

@@ -147,6 +147,8 @@ def tell(run_dir: Path) -> Iterator[str]:
         if event == "start":
             origin = f" from {line['from']}" if line.get("from") else ""
             yield f"{when}  started at step {line.get('step')}{origin}, processes: {line.get('world_size')}"
+            if isinstance(weights := line.get("weights"), dict):
+                yield f"{'':26}from the weights {weights.get('weights')} (sha256 {str(weights.get('sha256'))[:12]})"
             changed = line.get("changed")
             pairs = changed.items() if isinstance(changed, dict) else ()
             known = {str(key): (pair[0], pair[1]) for key, pair in pairs if isinstance(pair, list) and len(pair) == 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -11,6 +12,8 @@ class TrainState:
 
     step: int = 0
     samples_seen: int = 0
+    started_from: dict[str, Any] | None = None
+    """The weights that it began with (model.weights): what they were, and how they did; None: random ones."""
 
     def advance(self, global_batch_size: int) -> None:
         self.step += 1

@@ -10,6 +10,8 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from simclr_dist.config import Config
 from simclr_dist.data import Batch, Loader
 from simclr_dist.errors import FailedElsewhereError, UserError
+from simclr_dist.evaluation.drift import DriftGuard, Likeness, likeness
 from simclr_dist.evaluation.gallery import show_gallery
 from simclr_dist.evaluation.online import OnlineEvaluation, OnlineScores
 from simclr_dist.evaluation.online_probe import OnlineProbe
@@ -29,6 +32,7 @@ from simclr_dist.network.precision import assumed_precision
 from simclr_dist.parallel import distributed
 from simclr_dist.run.guard import LimitName, RunGuard
 from simclr_dist.run.layout import RunDir, append_record
+from simclr_dist.run.state import TrainState
 from simclr_dist.training.parts import Parts
 from simclr_dist.training.step import FinishedStep
 from simclr_dist.training.summary import device_name
@@ -49,6 +53,14 @@ class Observer(ABC):
     collective inside, goes through `run_on_all_ranks`.
     """
 
+    def begins(self, state: TrainState) -> bool:
+        """Whether there is something to do before the first step; the same on every rank."""
+        return False
+
+    def before_first_step(self) -> None:
+        """What `begins` announces."""
+        raise NotImplementedError
+
     @abstractmethod
     def is_due(self, finished: FinishedStep) -> bool:
         """The same on every rank."""
@@ -66,20 +78,26 @@ class Observers:
         self._monitor = monitor
         self._device = device
 
+    def begin(self, state: TrainState) -> None:
+        """Once, before the first step of this start."""
+        for observer in list(self._observers):
+            if observer.begins(state):
+                self._call(observer, observer.before_first_step, state.step)
+
     def after_step(self, finished: FinishedStep) -> None:
         for observer in list(self._observers):
-            if not observer.is_due(finished):
-                continue
-            if observer.limit is None:
-                self._call(observer, finished)
-            else:
-                with self._guard.busy(observer.name, observer.limit):
-                    self._call(observer, finished)
+            if observer.is_due(finished):
+                self._call(observer, partial(observer.after_step, finished), finished.step)
 
-    def _call(self, observer: Observer, finished: FinishedStep) -> None:
+    def _call(self, observer: Observer, work: Callable[[], None], step: int) -> None:
+        limit = observer.limit
+        with self._guard.busy(observer.name, limit) if limit is not None else nullcontext():
+            self._try(observer, work, step)
+
+    def _try(self, observer: Observer, work: Callable[[], None], step: int) -> None:
         failure: Exception | None = None
         try:
-            observer.after_step(finished)
+            work()
         except Exception as error:
             failure = error
         where, reason = "", None if failure is None else _reason_of(failure)
@@ -92,7 +110,7 @@ class Observers:
         if reason is not None:
             self._observers.remove(observer)
             self._monitor.warn(
-                f"{observer.name} failed{where} after step {finished.step} and is left out from now on: {reason}. "
+                f"{observer.name} failed{where} after step {step} and is left out from now on: {reason}. "
                 f"{observer.setting} switches it off; training goes on"
             )
 
@@ -285,10 +303,16 @@ class Evaluation(Observer):
     is_collective = True
 
     def __init__(
-        self, every_epochs: int | None, evaluate: Callable[[int], OnlineScores], monitor: Monitor, run_dir: RunDir
+        self,
+        every_epochs: int | None,
+        evaluate: Callable[[int], OnlineScores],
+        monitor: Monitor,
+        run_dir: RunDir,
+        drift: DriftGuard | None = None,
     ) -> None:
-        """evaluate: called with the number of steps done, by all ranks together."""
+        """evaluate: called with the number of steps done, by all ranks together. drift: of a start from weights."""
         self._every = every_epochs
+        self._drift = drift
         self._evaluate = evaluate
         self._monitor = monitor
         self._run_dir = run_dir
@@ -298,15 +322,74 @@ class Evaluation(Observer):
             return False
         return finished.ended_epoch % self._every == 0 or finished.is_last
 
+    def begins(self, state: TrainState) -> bool:
+        return self._every is not None and self._drift is not None and state.step == 0
+
+    def before_first_step(self) -> None:
+        assert self._drift is not None
+        scores = self._evaluate(0)
+        top1 = scores.figures["eval/knn_top1"]  # the probe has learnt nothing yet
+        self._drift.begin_knn(top1)
+        self._monitor.log({"eval/knn_top1": top1}, step=0, samples_seen=0)
+        self._record(scores)
+
     def after_step(self, finished: FinishedStep) -> None:
         scores = self._evaluate(finished.step)
         finished.figures.update(scores.figures)
         self._monitor.log(scores.figures, step=finished.step, samples_seen=finished.samples_seen)
+        self._record(scores)
+        if self._drift is not None and (
+            warning := self._drift.compare_knn(scores.figures["eval/knn_top1"], scores.record)
+        ):
+            self._monitor.warn(f"step {finished.step}: {warning}")
+
+    def _record(self, scores: OnlineScores) -> None:
         if distributed.rank() == 0:
             try:
                 append_record(self._run_dir.evaluations, scores.record)
             except OSError as error:
                 self._monitor.warn_once(f"{self._run_dir.evaluations} cannot be written to: {error}")
+
+
+class Drift(Observer):
+    """What has become of the h of given weights, at the end of epochs; without labels."""
+
+    name = "comparing with the start"
+    setting = "evaluation.drift_every_epochs"
+    limit = "evaluation_s"
+    is_collective = True
+
+    def __init__(
+        self,
+        every_epochs: int | None,
+        measure: Callable[[], Likeness | None],
+        monitor: Monitor,
+        guard: DriftGuard | None,
+    ) -> None:
+        """measure: called by all ranks together. guard: None without given weights."""
+        self._every = None if guard is None else every_epochs
+        self._measure = measure
+        self._monitor = monitor
+        self._guard = guard
+
+    def begins(self, state: TrainState) -> bool:
+        return self._every is not None and state.step == 0
+
+    def before_first_step(self) -> None:
+        assert self._guard is not None
+        self._monitor.log(self._guard.begin(self._measure()), step=0, samples_seen=0)
+
+    def is_due(self, finished: FinishedStep) -> bool:
+        if self._every is None or finished.ended_epoch is None:
+            return False
+        return finished.ended_epoch % self._every == 0 or finished.is_last
+
+    def after_step(self, finished: FinishedStep) -> None:
+        assert self._guard is not None
+        figures, warning = self._guard.compare(self._measure())
+        self._monitor.log(figures, step=finished.step, samples_seen=finished.samples_seen)
+        if warning:
+            self._monitor.warn(f"step {finished.step}: {warning}")
 
 
 class Gallery(Observer):
@@ -371,6 +454,12 @@ def build_observers(
             normalize=normalize,
         )
 
+    origin = parts.state.started_from
+    drift = None if origin is None else DriftGuard(origin)
+
+    def measure_likeness() -> Likeness | None:
+        return likeness(parts.encoder, config.data, batch_size=batch_size, precision=precision, device=device)
+
     figures = Figures(
         config.monitor.log_every_steps,
         monitor,
@@ -388,7 +477,8 @@ def build_observers(
             Probe(parts.probe, config.monitor.log_every_steps),
             figures,
             Health(parts.health, monitor, parts.loader, device),
-            Evaluation(config.evaluation.knn_every_epochs, evaluate, monitor, RunDir(config.run_dir)),
+            Evaluation(config.evaluation.knn_every_epochs, evaluate, monitor, RunDir(config.run_dir), drift),
+            Drift(config.evaluation.drift_every_epochs, measure_likeness, monitor, drift),
             Gallery(config.monitor.projector_every_epochs, show_neighbours),
         ],
         parts.guard,

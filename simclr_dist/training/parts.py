@@ -29,6 +29,7 @@ from simclr_dist.loss.build import build_loss
 from simclr_dist.monitor.monitor import Monitor, open_monitor
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
 from simclr_dist.network.flops import forward_flops
+from simclr_dist.network.freezing import freeze_matching
 from simclr_dist.network.random_layers import RandomLayers, key_draws
 from simclr_dist.network.simclr import build_model
 from simclr_dist.network.trial import freeze
@@ -56,6 +57,7 @@ from simclr_dist.training.resuming import (
     restore,
 )
 from simclr_dist.training.saving import Saver
+from simclr_dist.training.starting import start_from_weights
 from simclr_dist.views import implementations as views
 from simclr_dist.views.augment import Augment
 
@@ -144,7 +146,6 @@ def build(config: Config) -> Parts:
     augment, implementations = _build_augment(config, device, _warn_on(world))
 
     simclr = run_on_all_ranks(lambda: build_model(config.model), device)
-    freeze(simclr, unused)
     if checkpoint is None:  # the other ranks get the main process's values when the network is wrapped
         begin = partial(set_first_layer, simclr.encoder, config.model, config.data, config.seed)
         run_on_all_ranks(begin if world.is_main else lambda: None, device)
@@ -154,6 +155,8 @@ def build(config: Config) -> Parts:
     if nt_xent.learn_temperature:
         simclr.add_module("loss", nt_xent)  # DDP averages its gradient, checkpoints hold it, the optimiser moves it
     network = _place(simclr, config, device)
+    freeze(network, unused)
+    freeze_matching(network, config.model.freeze)
     optimizer = build_optimizer(network, config.optim)
     schedule = build_schedule(
         config.optim,
@@ -163,6 +166,8 @@ def build(config: Config) -> Parts:
     )
     probe = None if probe_classes is None else OnlineProbe(simclr.feature_dim, probe_classes, device)
     state = run_on_all_ranks(lambda: restore(checkpoint, config, loader, network, optimizer, probe), device)
+    if checkpoint is None:
+        state.started_from = start_from_weights(simclr, config, device)
     guard.state = state
     model = _wrap(network, accelerator, compiled=config.train.compile)
     accelerated_optimizer = accelerator.prepare_optimizer(optimizer)

@@ -76,6 +76,8 @@ def check_training(config: Config, *, images_too: bool = True) -> Checked:
     network: list[NetworkFacts] = []
     collect(lambda: _check_network(config, network))
     collect(lambda: _check_run_directory(config, network))
+    if network:
+        collect(lambda: _check_weights(config) and "")  # what was taken is told by the start itself
     if images_too:
         collect(lambda: _check_images(config))
         collect(lambda: _check_labels(config))
@@ -127,6 +129,15 @@ def _check_network(config: Config, network: list[NetworkFacts]) -> str:
     """Leaves what it found in `network`."""
     network.append(network_facts(config))
     return network[0].remark
+
+
+def _check_weights(config: Config) -> str:
+    """In a sentence, what a start takes. A run that goes on does not look at them."""
+    if config.model.weights is None or _checkpoint_to_continue(config) is not None:
+        return ""
+    from simclr_dist.training.starting import check_weights  # torchvision, which the launcher else does without
+
+    return check_weights(config)
 
 
 def _check_run_directory(config: Config, network: list[NetworkFacts]) -> str:
@@ -209,19 +220,20 @@ def _checkpoint_to_continue(config: Config) -> Path | None:
 
 
 def main(argv: list[str]) -> None:
-    """For the doctor: a line of JSON for each check, `{"what": …, "remark" or "problem": …}`."""
+    """For the doctor: a line of JSON for each check, `{"what": …, "fact", "remark" or "problem": …}`."""
     config = load_config(argv[0], argv[1:], check_data=False)
 
     network: list[NetworkFacts] = []
     checks: dict[str, Callable[[], str]] = {
         "owner": lambda: _check_owner(config),
         "network": lambda: _check_network(config, network),
+        "weights": lambda: _check_weights(config),
         "checkpoints": lambda: _check_run_directory(config, network),
         "resume": lambda: _check_resume(config, config.data.train == "synthetic" or Path(config.data.train).exists()),
     }
     for what, check in checks.items():
         try:
-            found = {"what": what, "remark": check()}
+            found = {"what": what, "fact" if what == "weights" else "remark": check()}
         except UserError as error:
             found = {
                 "what": what,

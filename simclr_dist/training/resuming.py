@@ -112,7 +112,8 @@ def changed_settings(found: Checkpoint | None, config: Config) -> dict[str, tupl
     then, now = (flatten(c.model_dump(mode="json")) for c in (found.config, config))
     if now["train.precision"] == "auto":  # what the run has decided is kept
         now["train.precision"] = then["train.precision"]
-    keys = [key for key in {**then, **now} if key not in ("name", "runs_dir", "resume")]
+    without_effect = ("name", "runs_dir", "resume", "model.weights", "model.weights_partial")
+    keys = [key for key in {**then, **now} if key not in without_effect]
     return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
 
 
@@ -160,6 +161,8 @@ def record_start(
         "from": str(found.path) if found is not None else None,
         "world_size": distributed.world_size(),
     }
+    if state.started_from is not None and state.step == 0:
+        facts["weights"] = state.started_from
     if found is None or changed:
         facts |= {"changed": changed, "settings": config.model_dump(mode="json")}
     history.record_start(config.run_dir, **facts)

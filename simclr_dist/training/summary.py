@@ -17,6 +17,7 @@ from simclr_dist.monitor.terminal import duration
 from simclr_dist.optim.schedule import peak_learning_rate
 from simclr_dist.parallel.distributed import World
 from simclr_dist.plan.memory import optimizer_state
+from simclr_dist.run.state import TrainState
 from simclr_dist.run.status import State
 from simclr_dist.streams import printable
 from simclr_dist.training.parts import Parts
@@ -35,6 +36,7 @@ def show_start(config: Config, parts: Parts) -> None:
         rows["computed by"] = ", ".join(f"{part}: {name}" for part, name in parts.implementations.items())
         if random_layers := parts.random_layers.summary():
             rows["random layers"] = random_layers
+        rows |= weight_rows(config, parts.state, parts.network)
         parts.monitor.show(Summary("start", f"{config.name}: {start} of {parts.last_step}", rows))
         if warning := parts.random_layers.warning():
             parts.monitor.warn(warning)
@@ -90,6 +92,26 @@ def start_rows(
         "plan` estimates the rest",
         "run directory": str(config.run_dir),
     }
+
+
+def weight_rows(config: Config, state: TrainState, network: nn.Module) -> dict[str, str]:
+    """What the network began with, and what of it is not trained."""
+    rows: dict[str, str] = {}
+    origin = state.started_from
+    if origin is not None and state.step == 0:
+        rows["weights"] = printable("; ".join(map(str, origin.get("said", ()))))
+    elif state.step and config.model.weights is not None:
+        begun = f"; the run began with {origin.get('weights')}" if origin is not None else ""
+        rows["weights"] = printable(f"those of the checkpoint: model.weights counts at step 0 only{begun}")
+    if config.model.freeze:
+        parameters = list(network.parameters())
+        frozen, total = (
+            sum(p.numel() for p in x) for x in ([p for p in parameters if not p.requires_grad], parameters)
+        )
+        norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.training for m in network.modules())
+        kept = f"; {norms} frozen BatchNorms keep their statistics" if norms else ""
+        rows["not trained"] = f"{frozen:,} of {total:,} parameters (model.freeze){kept}"
+    return rows
 
 
 def end_rows(

@@ -163,6 +163,7 @@ class Trainer:
                 return self._stop(requests, request)
             self._rebuild_ddp_buckets()
             observers = build_observers(self.config, self.parts, self.augment, self.nt_xent)
+            observers.begin(self.state)
             for batch, began_s, waited_s in self._batches():
                 requests.ask(self.parts.saver.wish(self.state.step + 1))
                 requests.announce()

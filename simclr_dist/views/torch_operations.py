@@ -13,11 +13,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from simclr_dist.data.normalisation import MEAN, STD
 from simclr_dist.views.parameters import Column, Parameters
 
-# torchvision's ImageNet statistics, used for every dataset: the encoder's first BatchNorm absorbs the difference.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 GRAY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
 SOLARIZE_FROM = 0.5
 
