@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import select
+import selectors
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +24,7 @@ CONNECT_TIMEOUT_S = 5.0
 CLOCK_SKEW_S = 30.0
 MARK_S = 20.0
 LONGEST_LINE = 65536
+MOST_STRANGERS = 64  # open connections beside those of the nodes
 EVERY_NODE = "every node: "
 """Starts the problems that all nodes have."""
 MEETING = "rendezvous"
@@ -103,9 +106,10 @@ def join(head: str, port: int, own: Report, timeout_s: float) -> Met:
 def open_server(address: str, port: int, host: str, num_nodes: int) -> socket.socket | str:
     """A listening socket on this machine; empty address: on all of its own. Or what is wrong with that."""
     any_kind = not address and socket.has_dualstack_ipv6()
+    backlog = num_nodes + MOST_STRANGERS
     family = socket.AF_INET6 if ":" in address or any_kind else socket.AF_INET
     try:
-        return socket.create_server((address, port), family=family, backlog=num_nodes, dualstack_ipv6=any_kind)
+        return socket.create_server((address, port), family=family, backlog=backlog, dualstack_ipv6=any_kind)
     except OSError as error:
         where = f" on {address}" if address else ""
         return f"port {port}{where} ({host}) cannot be used: {error.strerror}; choose one with --port"
@@ -136,36 +140,91 @@ class _Called:
             self.own_address = connection.getsockname()[0].removeprefix("::ffff:").partition("%")[0]
 
     def tell(self, answer: Mapping[str, Any]) -> None:
-        for connection in (*self.connections.values(), *self.clashing):
-            try:
+        listening = [*self.connections.values(), *self.clashing]
+        for connection in listening:
+            connection.settimeout(CONNECT_TIMEOUT_S)
+            with suppress(OSError):
                 connection.sendall(json.dumps(answer).encode() + b"\n")
-                # The other side closes first, so that this port does not linger in TIME_WAIT on the head node.
+        # The other side closes first, so that this port does not linger in TIME_WAIT on the head node.
+        deadline = time.monotonic() + CONNECT_TIMEOUT_S
+        for connection in listening:
+            connection.settimeout(max(deadline - time.monotonic(), 0.01))
+            with suppress(OSError):
                 connection.recv(1)
-            except OSError:
-                pass
             connection.close()
 
 
 def _call(server: socket.socket, attempt: str, own: Report, num_nodes: int, timeout_s: float) -> _Called:
-    """Waits until all nodes have reported, two of them clash, or the time is over."""
+    """Waits until all nodes have reported, two of them clash, or the time is over.
+
+    Anybody can connect. Nobody is waited for alone: one who sends nothing, or a byte a second, holds up no other.
+    """
     called = _Called({own.node_rank: own})
     deadline = time.monotonic() + timeout_s
-    with server:
+    callers: dict[socket.socket, _Caller] = {}
+    with server, selectors.DefaultSelector() as selector:
+        server.setblocking(False)
+        selector.register(server, selectors.EVENT_READ)
+
+        def let_go(connection: socket.socket) -> None:
+            selector.unregister(connection)
+            del callers[connection]
+
         while len(called.reports) < num_nodes and not called.clashes and (left := deadline - time.monotonic()) > 0:
-            server.settimeout(left)
-            try:
-                connection, _ = server.accept()
-            except TimeoutError:
-                break
-            connection.settimeout(CONNECT_TIMEOUT_S)
-            try:
-                received = _read_line(connection)
-                if received.pop("attempt") != attempt:
-                    raise ValueError("another attempt")
-                called.add(_checked(Report(**received)), connection, num_nodes)
-            except (OSError, ValueError, TypeError, KeyError, AttributeError):
-                connection.close()  # another program, or a process of an earlier attempt
+            for key, _ in selector.select(min(left, 0.5)):
+                connection = key.fileobj
+                assert isinstance(connection, socket.socket)
+                try:
+                    if connection is server:
+                        connection, _ = server.accept()
+                        connection.setblocking(False)
+                        selector.register(connection, selectors.EVENT_READ)
+                        callers[connection] = _Caller(time.monotonic() + CONNECT_TIMEOUT_S)
+                    elif (line := callers[connection].more(connection.recv(4096))) is not None:
+                        let_go(connection)
+                        called.add(_report_in(line, attempt), connection, num_nodes)
+                except BlockingIOError:
+                    pass  # it has gone before it was looked at
+                except (OSError, ValueError, TypeError, KeyError):
+                    # Another program, or a process of an earlier attempt; or no more of them can be open.
+                    if connection in callers:
+                        let_go(connection)
+                    if connection is not server:
+                        connection.close()
+                if len(called.reports) == num_nodes or called.clashes:
+                    break
+            overdue = [c for c, caller in callers.items() if caller.until < time.monotonic()]
+            for connection in [*overdue, *list(callers)[: max(0, len(callers) - num_nodes - MOST_STRANGERS)]]:
+                if connection in callers:
+                    let_go(connection)
+                    connection.close()
+        for connection in list(callers):
+            let_go(connection)
+            connection.close()
     return called
+
+
+@dataclass
+class _Caller:
+    """Somebody who has connected, and has until then to say who it is."""
+
+    until: float
+    _said: bytes = b""
+
+    def more(self, part: bytes) -> bytes | None:
+        """The line, once it is whole. Raises ValueError where there will be none."""
+        self._said += part
+        if not part or len(self._said) > LONGEST_LINE:
+            raise ValueError("the connection was closed")
+        return self._said if self._said.endswith(b"\n") else None
+
+
+def _report_in(line: bytes, attempt: str) -> Report:
+    """Raises ValueError, TypeError or KeyError for what is no report of this attempt."""
+    received = _object(line)
+    if received.pop("attempt") != attempt:
+        raise ValueError("another attempt")
+    return _checked(Report(**received))
 
 
 def _is_open(connection: socket.socket) -> bool:
@@ -180,7 +239,8 @@ def _is_open(connection: socket.socket) -> bool:
 def _checked(report: Report) -> Report:
     """Anybody can connect: raises ValueError where a value is not of its kind."""
     kinds: dict[str, Any] = {"host": str, "versions": dict, "problems": list, "clock": (int, float), "mark": str}
-    right = all(isinstance(getattr(report, name), kind) for name, kind in kinds.items())
+    right = type(report.node_rank) is int  # True and 1.0 would count as node 1
+    right &= all(isinstance(getattr(report, name), kind) for name, kind in kinds.items())
     if not right or not all(isinstance(problem, str) for problem in report.problems):
         raise ValueError("not a report")
     return report
@@ -199,8 +259,7 @@ def _report(address: str, port: int, attempt: str, own: Report, timeout_s: float
             with socket.create_connection((address, port), timeout=min(CONNECT_TIMEOUT_S, left)) as connection:
                 connection.sendall(message)
                 # Node 0 answers when all nodes have reported or its own time is over.
-                connection.settimeout(timeout_s + CONNECT_TIMEOUT_S)
-                received = _read_line(connection)
+                received = _read_line(connection, time.monotonic() + timeout_s + CONNECT_TIMEOUT_S)
                 return Met(
                     [str(problem) for problem in received["problems"]],
                     str(received.get("attempt", "")),
@@ -245,14 +304,18 @@ def compare(reports: Mapping[int, Report], hosts: Sequence[str], timeout_s: floa
     return problems
 
 
-def _read_line(connection: socket.socket) -> dict[str, Any]:
-    data = b""
-    while not data.endswith(b"\n"):
-        part = connection.recv(4096)
-        if not part or len(data) > LONGEST_LINE:
-            raise ValueError("the connection was closed")
-        data += part
-    value = parse_json(data)
+def _read_line(connection: socket.socket, deadline: float) -> dict[str, Any]:
+    """Raises OSError at the deadline, however much has come."""
+    caller = _Caller(deadline)
+    while True:
+        connection.settimeout(max(caller.until - time.monotonic(), 0.001))
+        line = caller.more(connection.recv(4096))
+        if line is not None:
+            return _object(line)
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    value = parse_json(line)
     if not isinstance(value, dict):
         raise ValueError("not a report")
     return value

@@ -5,6 +5,7 @@ Run: pytest tests/test_launcher_plan.py
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -267,6 +269,102 @@ def test_two_nodes_with_one_rank_are_named_at_once_and_one_that_comes_again_is_n
                 called.add(second, server.accept()[0], 3)
     called.tell({})
     assert not called.clashes
+
+
+def _line(**values: object) -> bytes:
+    return json.dumps({"attempt": rollcall.MEETING, "node_rank": 1, "host": "evil", **values}).encode() + b"\n"
+
+
+STRANGERS: dict[str, bytes] = {
+    "nothing": b"",
+    "a byte at a time": b"{" * 10_000,
+    "a web browser": b"GET / HTTP/1.1\r\nHost: n1\r\n\r\n",
+    "deep": b"[" * 60_000 + b"\n",
+    "long": b"x" * 200_000 + b"\n",
+    "no text": b"\xff\xfe\x00\n",
+    "a number": b"7\n",
+    "a list": b"[]\n",
+    "another attempt": _line(attempt="7.9-abcdef"),
+    "an unknown entry": _line(colour="red"),
+    "half a rank": _line(node_rank=1.5),
+    "a true rank": _line(node_rank=True),
+    "a named rank": _line(node_rank="1"),
+    "versions": _line(versions=[1]),
+    "problems": _line(problems=[[1]]),
+    "a clock": _line(clock="noon"),
+}
+
+
+@contextlib.contextmanager
+def _strangers(port: int, lines: Sequence[bytes], stop: threading.Event) -> Iterator[None]:
+    """Each connects, and says its line; the long ones a byte at a time, until `stop`. None goes of itself."""
+
+    def say(connection: socket.socket, line: bytes) -> None:
+        with contextlib.suppress(OSError):
+            if line == STRANGERS["a byte at a time"]:
+                while not stop.wait(0.02):
+                    connection.sendall(b"{")
+            connection.sendall(line)
+
+    with contextlib.ExitStack() as open_ones:
+        connections = [open_ones.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in lines]
+        threads = [threading.Thread(target=say, args=pair) for pair in zip(connections, lines, strict=True)]
+        for thread in threads:
+            thread.start()
+        yield
+        stop.set()
+        for connection in connections:
+            connection.close()
+        for thread in threads:
+            thread.join()
+
+
+def test_strangers_do_not_keep_the_nodes_from_each_other() -> None:
+    """They come first, forty of them, and each could hold up one who listens to it alone for five seconds."""
+    server = rollcall.open_server("", 0, "n1", 3)
+    assert not isinstance(server, str)
+    port, first, heard = server.getsockname()[1], _report(0), []
+    lines = [*STRANGERS.values(), *[b""] * 25]
+    others = [
+        threading.Thread(target=lambda rank=rank: heard.append(rollcall.join("localhost", port, _report(rank), 60)))
+        for rank in (1, 2)
+    ]
+    with _strangers(port, lines, threading.Event()):
+        for other in others:
+            other.start()
+        began = time.monotonic()
+        met = rollcall.receive(server, "7.0-abcdef", first, 3, 60, lambda mark: True)
+        assert time.monotonic() - began < 30  # one after the other: 200
+        for other in others:
+            other.join()
+    assert [each.problems for each in (met, *heard)] == [[]] * 3
+    assert met.hosts == ("n1", "n2", "n3")
+
+
+def test_a_stranger_does_not_hold_a_node_beyond_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollcall, "CONNECT_TIMEOUT_S", 0.5)
+    server = rollcall.open_server("", 0, "n1", 2)
+    assert not isinstance(server, str)
+    began = time.monotonic()
+    with _strangers(server.getsockname()[1], [STRANGERS["a byte at a time"], b""], threading.Event()):
+        met = rollcall.receive(server, "7.0-abcdef", _report(0), 2, 1.0, lambda mark: True)
+    assert "no word from node 1 within 1 s" in met.problems[0]
+    # And where the stranger is in the head node's place.
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def drip() -> None:
+            connection, _ = other.accept()
+            with connection, contextlib.suppress(OSError):
+                while True:
+                    connection.sendall(b"{")
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        met = rollcall.join("127.0.0.1", other.getsockname()[1], _report(1), 1.0)
+        thread.join()
+    assert "cannot reach the head node" in met.problems[0]
+    assert time.monotonic() - began < 20
 
 
 def test_a_head_address_of_another_machine_is_noticed_at_once() -> None:

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from simclr_dist.atomic import flush, replace_text
 from simclr_dist.bounded_json import read_json
-from simclr_dist.data.beton.reader import LONGEST_SIDECAR, VERSION, sidecar_path
+from simclr_dist.data.beton.reader import LONGEST_SIDECAR, VERSION, next_sidecar_path, sidecar_path
 from simclr_dist.errors import DataError
 
 
@@ -40,6 +40,7 @@ def choose_target(out: Path, source: str | Path, overwrite: bool) -> Path:
         if not overwrite:
             raise DataError(f"{out}: exists already; --overwrite replaces it")
     _check_sidecar(sidecar_path(target))
+    _check_sidecar(next_sidecar_path(target))
     return target
 
 
@@ -80,13 +81,20 @@ def unfinished(target: Path) -> Iterator[IO[bytes]]:
 
 
 def commit(file: IO[bytes], target: Path, sidecar: dict[str, Any]) -> None:
-    """Flushes the unfinished file to disk and gives it its name, the sidecar first. Raises OSError."""
+    """Flushes the unfinished file to disk and gives it its name. Raises OSError.
+
+    No kill can part it from its sidecar: that lies beside it, under a name at which readers look, before the file gets
+    its own; until then the old file has its old one.
+    """
     with suppress(OSError):  # some file systems have no permissions to set
         os.fchmod(file.fileno(), 0o666 & ~_umask())
     file.flush()
     os.fsync(file.fileno())
-    replace_text(sidecar_path(target), json.dumps(sidecar, indent=1) + "\n")
+    replace_text(next_sidecar_path(target), json.dumps(sidecar, indent=1) + "\n")
+    flush(target.parent)
     os.replace(file.name, target)
+    with suppress(FileNotFoundError):  # another `prepare` of the same file has just done it
+        os.replace(next_sidecar_path(target), sidecar_path(target))
     flush(target.parent)
 
 

@@ -70,6 +70,12 @@ def sidecar_path(path: Path) -> Path:
     return beside
 
 
+def next_sidecar_path(path: Path) -> Path:
+    """The JSON file of a .beton file that is about to take the place of `path`; a kill may leave it there."""
+    sidecar = sidecar_path(path)
+    return sidecar.with_name(sidecar.name + ".next")
+
+
 def metadata_type(type_ids: list[int]) -> np.dtype:
     return np.dtype([(f"f{i}", _FIELDS[t][0]) for i, t in enumerate(type_ids)], align=True)
 
@@ -260,16 +266,14 @@ def _read_sidecar(path: Path, fingerprint: str) -> dict[str, Any]:
     One that was written for another file is not used, with a warning: its class names would be wrong ones.
     """
     place = sidecar_path(path)
-    try:
-        content = read_json(place, most_bytes=LONGEST_SIDECAR)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{place}: cannot be read: {error}; delete it to go on without class names") from None
-    if not isinstance(content, dict):
-        return {}
-    belongs_to = content.get("fingerprint", fingerprint)
+    content = _sidecar_at(place)
+    belongs_to = content.get("fingerprint", fingerprint if content else None)
     if belongs_to != fingerprint:
+        # `prepare` was killed after its file got its name, and before this one did.
+        left = _sidecar_at(next_sidecar_path(path))
+        if left.get("fingerprint") == fingerprint:
+            return left
+    if content and belongs_to != fingerprint:
         warnings.warn(
             f"{place}: belongs to another file (of fingerprint {belongs_to}; {path.name} has {fingerprint}), so its "
             f"class names are not used; put the right one there, or make {path.name} again",
@@ -279,8 +283,22 @@ def _read_sidecar(path: Path, fingerprint: str) -> dict[str, Any]:
     return content
 
 
+def _sidecar_at(place: Path) -> dict[str, Any]:
+    """Empty where there is none. Raises DataError for what is no sidecar."""
+    advice = "delete it to go on without class names"
+    try:
+        content = read_json(place, most_bytes=LONGEST_SIDECAR)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{place}: cannot be read: {error}; {advice}") from None
+    names = content.get("class_names", []) if isinstance(content, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{place}: is not what `prepare` writes: class_names must be a list of texts; {advice}")
+    return content
+
+
 def _class_names(sidecar: dict[str, Any], labels: NDArray[np.int64]) -> tuple[str, ...]:
-    names = sidecar.get("class_names")
-    if isinstance(names, list):
-        return tuple(map(str, names))
+    if "class_names" in sidecar:
+        return tuple(sidecar["class_names"])
     return tuple(str(i) for i in range(int(labels.max()) + 1))
