@@ -239,8 +239,12 @@ def test_finetune_then_distill(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert json.loads((folder / "result.json").read_text()) == tuned
     assert tuned["num_labels"] == 30
     assert len(json.loads((folder / "subset.json").read_text())["ids"]) == 30
-    with pytest.raises(ConfigError, match="holds a classifier already"):
-        call("finetune", run, "--labels", 0.5, "--from", "head", *common)
+    assert call("finetune", run, "--labels", 0.5, "--from", "head", *common) == 0
+    again = capsys.readouterr()
+    assert json.loads(again.out) == tuned
+    assert "done already" in again.err
+    with pytest.raises(ConfigError, match=r"holds another classifier already \(epochs: 6 then, 7 now\)"):
+        call("finetune", run, "--labels", 0.5, "--from", "head", *common, "--epochs", 7)
 
     teacher = folder / "classifier.safetensors"
     labels = ("--alpha", 0.5, "--subset", folder / "subset.json")
