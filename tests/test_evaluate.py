@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import shutil
@@ -21,7 +20,6 @@ from simclr_dist.checkpoint.pretrained import load_pretrained
 from simclr_dist.config import Config, parse_config
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.errors import ConfigError, DataError, ExportError, UserError
-from simclr_dist.evaluation import offline
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
 from simclr_dist.evaluation.features import Features, digest
 from simclr_dist.evaluation.offline import features_of
@@ -205,20 +203,6 @@ def test_a_cache_that_is_damaged_on_one_rank_ends_all(run: Path, tmp_path: Path,
     assert re.match(r"DataError: .*/h.npy: its content has changed .*remove", second)
     shutil.rmtree(tmp_path / "caches" / "1")
     assert run_ranks(2, features_with_a_cache_for_each_rank, run, tmp_path / "caches") == ["30 images"] * 2
-
-
-def test_an_evaluation_that_cannot_be_kept_is_done(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(offline, "write_features", full)
-    monkeypatch.setattr(offline, "append_record", full)
-    assert call("evaluate", "knn", run, "--device", "cpu") == 0
-    output = capsys.readouterr()
-    assert "trained encoder" in output.out
-    assert output.err.count("kept: [Errno 28] No space left on device") == 3  # of two sets of features, and the result
 
 
 def test_the_figure_of_a_command_stands_beside_its_settings(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -254,8 +254,8 @@ def _student(
     if (size := checkpoint.config.data.image_size) != image_size:
         raise ConfigError(
             [
-                f"--student-from {checkpoint.path}: was trained on images of {size} px, the teacher on {image_size} px, "
-                f"and both see the same crops: take a student of data.image_size={image_size}"
+                f"--student-from {checkpoint.path}: was trained on images of {size} px, the teacher on {image_size} "
+                f"px, and both see the same crops: take a student of data.image_size={image_size}"
             ]
         )
     return model, checkpoint
