@@ -4,10 +4,11 @@
     python -m benchmarks.evaluation --methods features finetune distill embed report
     python -m benchmarks.evaluation --images 1281167 --width 2048 --dtype float16 --methods knn      ImageNet's size
 
-kNN and the linear probe work on features of noise around class centres, the others on a run that is made here: images of
-noise, and an encoder that has not been trained. The features lie in a file that is mapped into memory, as those of a run do. Each method runs in a fresh process; its
-memory is the most that the process held of its own, so without the file, above what it held before. Test images: a
-tenth of --images, 50,000 at most. The result is a table and benchmarks/results/evaluation_<date>.json.
+kNN and the linear probe work on features of noise around class centres, the others on a run that is made here: images
+of noise, and an encoder that has not been trained. The features lie in a file that is mapped into memory, as those of a
+run do. Each method runs in a fresh process; its memory is the most that the process held of its own, so without the
+file, above what it held before. Test images: a tenth of --images, 50,000 at most. The result is a table and
+benchmarks/results/evaluation_<date>.json.
 """
 
 from __future__ import annotations

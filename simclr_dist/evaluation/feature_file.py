@@ -135,7 +135,7 @@ class _NodeFile:
         self._write(row, np.ascontiguousarray(h.numpy()))
 
     def _write(self, row: int, values: np.ndarray) -> None:
-        left, offset = memoryview(values.reshape(-1).view(np.uint8)), row * self.width * self.dtype.itemsize
+        left, offset = values.reshape(-1).view(np.uint8).data, row * self.width * self.dtype.itemsize
         while left:
             written = os.pwrite(self._descriptor, left, offset)
             left, offset = left[written:], offset + written

@@ -112,7 +112,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     state = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         state.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
-        state.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        state.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
