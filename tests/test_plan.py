@@ -13,11 +13,11 @@ from benchmarks.loss import PeakMemory, in_own_process
 from benchmarks.traffic import CountTraffic
 from simclr_dist import cli
 from simclr_dist.checkpoint.files import take_snapshot, write_checkpoint
-from simclr_dist.config import Config, load_config
+from simclr_dist.config import Config, LossConfig, load_config
 from simclr_dist.loss import NTXentLoss
+from simclr_dist.loss.build import build_loss
 from simclr_dist.loss.memory import workspace_bytes
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
-from simclr_dist.network.shape import shape_of_model
 from simclr_dist.network.simclr import build_model
 from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.micro_batch import backward_in_micro_batches
@@ -27,7 +27,9 @@ from simclr_dist.plan.memory import (
     LiveBytes,
     checkpoint_bytes,
     device_memory,
+    loader_bytes,
     safetensors_bytes,
+    shape_of_training,
     step_activations,
 )
 from simclr_dist.plan.traffic import Collective, collectives
@@ -56,7 +58,13 @@ def memory_on_cpu(config: Config) -> DeviceMemory:
 
 
 def collectives_of(config: Config, world_size: int) -> list[Collective]:
-    return collectives(model=config.model, loss=config.loss, train=config.train, world_size=world_size)
+    return collectives(
+        model=config.model,
+        loss=config.loss,
+        train=config.train,
+        world_size=world_size,
+        num_views=config.data.num_views,
+    )
 
 
 def real_step(config: Config, images: int) -> float:
@@ -111,13 +119,34 @@ def test_loss_workspace_is_within_a_factor_of_what_the_loss_holds(implementation
     assert live.peak < predicted < 1.4 * live.peak
 
 
+@pytest.mark.parametrize(("kind", "num_views"), [("supcon", 2), ("supcon", 4), ("dcl", 4)])
+def test_loss_workspace_of_the_variants_is_within_a_factor_too(kind: str, num_views: int) -> None:
+    z = torch.randn(num_views * 512, 128, requires_grad=True)
+    z.grad = torch.zeros_like(z)
+    loss = build_loss(LossConfig(kind=kind), num_views)  # type: ignore[arg-type]
+    with LiveBytes() as live:
+        loss(z, torch.arange(512)).backward()
+    found = workspace_bytes(
+        len(z), 128, world_size=1, device_type="cpu", num_views=num_views, supervised=kind == "supcon"
+    )
+    assert live.peak < found < 1.4 * live.peak
+
+
+def test_more_views_cost_as_many_more_images() -> None:
+    two, eight = (memory_on_cpu(smoke(f"data.num_views={V}", "train.global_batch_size=32")) for V in (2, 8))
+    assert eight.views == 4 * two.views
+    assert eight.activations == pytest.approx(4 * two.activations, rel=0.05)
+    assert loader_bytes(smoke("data.num_views=8").data, 32) == 4 * loader_bytes(smoke().data, 32)
+
+
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
 def test_parameters_optimiser_and_checkpoint_are_as_predicted(tmp_path: Path, optimizer: str) -> None:
-    config = smoke(f"optim.optimizer={optimizer}")
+    config = smoke(f"optim.optimizer={optimizer}", "loss.learn_temperature=true")
     model = build_model(config.model)
+    model.add_module("loss", build_loss(config.loss, num_views=2))
     update = build_optimizer(model, config.optim)
     _, z = model(torch.randn(4, 3, 32, 32))
-    z.square().sum().backward()
+    model.get_submodule("loss")(z).backward()
     update.step()
 
     memory = memory_on_cpu(config)
@@ -139,7 +168,9 @@ def test_parameters_optimiser_and_checkpoint_are_as_predicted(tmp_path: Path, op
     assert safetensors_bytes(model.state_dict()) == (path / "model.safetensors").stat().st_size
     size = sum(file.stat().st_size for file in path.iterdir())
     settings = config.model_dump(mode="json")
-    assert checkpoint_bytes(shape_of_model(config.model), config.optim, settings) == pytest.approx(size, rel=0.01)
+    assert checkpoint_bytes(shape_of_training(config.model, config.loss), config.optim, settings) == pytest.approx(
+        size, rel=0.01
+    )
 
 
 def step_traffic(rank: int, world_size: int, config: Config) -> list[tuple[str, float]]:
@@ -149,16 +180,22 @@ def step_traffic(rank: int, world_size: int, config: Config) -> list[tuple[str, 
     if config.model.batch_norm == "global":
         model = convert_to_global_batch_norm(model)
     buffers = config.model.batch_norm == "per_device"
-    model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=buffers, gradient_as_bucket_view=True)
     B = config.train.global_batch_size // world_size
-    views, ids = torch.randn(2, B, 3, 32, 32), torch.arange(B) + rank * B
-    nt_xent = NTXentLoss(0.5, gather_dtype=getattr(torch, config.loss.gather_dtype))
+    views, ids = torch.randn(config.data.num_views, B, 3, 32, 32), torch.arange(B) + rank * B
+    nt_xent = build_loss(config.loss, config.data.num_views)
+    if config.loss.learn_temperature:
+        model.add_module("loss", nt_xent)
+    model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=buffers, gradient_as_bucket_view=True)
     requests = Requests(Path("nowhere"), cpu)
     with CountTraffic(world_size) as traffic:
         requests.announce()
         if config.train.micro_batch_size:
             backward_in_micro_batches(
-                model, views, lambda z: nt_xent(z, ids), micro_batch_size=config.train.micro_batch_size
+                model,
+                views,
+                lambda z: nt_xent(z, ids),
+                micro_batch_size=config.train.micro_batch_size,
+                loss_parameters=nt_xent.parameters(),
             )
         else:
             nt_xent(model(views.flatten(0, 1))[1], ids).backward()
@@ -172,9 +209,10 @@ def step_traffic(rank: int, world_size: int, config: Config) -> list[tuple[str, 
     [
         (2, []),
         (2, ["train.micro_batch_size=16", "loss.gather_dtype=bfloat16"]),
+        (2, ["train.micro_batch_size=16", "loss.kind=supcon", "data.num_views=3", "loss.learn_temperature=true"]),
         pytest.param(4, [], marks=pytest.mark.slow),
     ],
-    ids=["2 ranks", "micro-batches", "4 ranks"],
+    ids=["2 ranks", "micro-batches", "supcon of three views", "4 ranks"],
 )
 @pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")
 def test_a_step_sends_what_the_plan_says(world_size: int, overrides: list[str]) -> None:

@@ -77,6 +77,7 @@ def device_memory(
             device_type=device_type,
             implementation=loss.implementation,
             gather_dtype=loss.gather_dtype if loss.row_dtype == "float32" else loss.row_dtype,
+            num_views=data.num_views,
             supervised=loss.kind == "supcon",
         ),
     )
