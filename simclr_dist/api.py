@@ -25,6 +25,7 @@ from simclr_dist.config import Config, load_config
 from simclr_dist.errors import ConfigError, FailedElsewhereError, UserError
 from simclr_dist.run.layout import RunDir
 from simclr_dist.run.owner import abandon
+from simclr_dist.run.results import require_writable
 from simclr_dist.run.status import read_status
 from simclr_dist.run.watchdog import ENDS_PROCESS
 from simclr_dist.training.main import record_failure
@@ -175,6 +176,7 @@ class Run:
 
         if out is not None:
             check_format(Path(out))
+            require_writable(Path(out).parent, "choose another out")
         found = embed(self.path, str(images), device=choose_device(device), **options)
         if out is not None:
             save_embeddings(Path(out), found)

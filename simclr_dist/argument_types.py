@@ -56,6 +56,14 @@ def positive_float(text: str) -> float:
     return value
 
 
+def non_negative_float(text: str) -> float:
+    """Finite."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be at least 0 and finite, not {value}")
+    return value
+
+
 def percentage(text: str) -> int:
     value = int(text)
     if not 1 <= value <= 100:

@@ -57,3 +57,7 @@ class FailedElsewhereError(UserError):
 
 class ExportError(UserError):
     """An encoder cannot be exported as asked."""
+
+
+class StoppedError(UserError):
+    """Stopped on request; the same command goes on from what has been saved."""

@@ -29,7 +29,7 @@ from simclr_dist.cli import (
     report,
     runs,
 )
-from simclr_dist.errors import UserError
+from simclr_dist.errors import FailedElsewhereError, StoppedError, UserError
 
 EPILOG = """\
 examples:
@@ -38,8 +38,11 @@ examples:
   simclr-dist evaluate knn runs/cifar10_demo
   simclr-dist export runs/cifar10_demo --format safetensors
 
-exit codes: 0 done · 1 a fault of the program · 2 bad input, see the message
+exit codes: 0 done · 1 a fault of the program · 2 bad input, see the message · 75 stopped, to be continued
 """
+
+
+STOPPED = 75  # saved, to be continued, as the launcher says it (EX_TEMPFAIL)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,6 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except FailedElsewhereError:
+        sys.exit(2)
+    except StoppedError as error:  # on all ranks together
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr, flush=True)
+        sys.exit(STOPPED)
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         sys.exit(2)

@@ -17,6 +17,7 @@ from simclr_dist.cli.arguments import (
     source_of,
 )
 from simclr_dist.cli.terminal import print_table, say
+from simclr_dist.run.results import require_writable
 
 
 def register(commands: Commands) -> None:
@@ -56,6 +57,7 @@ def _run_embed(args: argparse.Namespace) -> int:
     from simclr_dist.evaluation.embeddings_file import check_format, save_embeddings
 
     check_format(args.out)
+    require_writable(args.out.parent, "choose another OUT")
     embeddings = embed(
         source_of(args),
         args.images,

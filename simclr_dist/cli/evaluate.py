@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from simclr_dist.argument_types import positive_float, positive_int
 from simclr_dist.cli.arguments import (
@@ -15,6 +17,9 @@ from simclr_dist.cli.arguments import (
     source_of,
 )
 from simclr_dist.cli.terminal import percent, print_table, say
+
+if TYPE_CHECKING:
+    from simclr_dist.evaluation.offline import Score
 
 
 def register(commands: Commands) -> None:
@@ -66,17 +71,22 @@ def register(commands: Commands) -> None:
         parser.add_argument(
             "--baselines", action="store_true", help="also score raw pixels and the encoder as it was before training"
         )
-        parser.add_argument("--no-cache", action="store_true", help="neither read nor keep RUN/features")
+        parser.add_argument("--no-cache", action="store_true", help="neither read nor keep features")
+        parser.add_argument(
+            "--out",
+            type=Path,
+            metavar="FOLDER",
+            help="for evaluations.jsonl and features, where RUN is read-only or somebody else's (default: RUN)",
+        )
         parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
         add_compute_arguments(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
     from simclr_dist.evaluation.offline import evaluate
-    from simclr_dist.parallel import distributed
 
     with_knn = args.method == "knn"
-    scores, record = evaluate(
+    evaluate(
         source_of(args),
         method=args.method,
         train=args.train,
@@ -90,15 +100,19 @@ def _run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         baselines=args.baselines,
         cache=None if args.no_cache else "run",
+        out=args.out,
+        show=lambda scores, record: _show(args, scores, record),
         device=choose_device(args.device),
         say=say,
     )
-    if distributed.rank() > 0:
-        return 0
+    return 0
+
+
+def _show(args: argparse.Namespace, scores: list[Score], record: dict[str, Any]) -> None:
     if args.json:
         rows = {score.name: {"top1": score.top1, "top5": score.top5} for score in scores}
-        print(json.dumps({**record, "scores": rows}))
-        return 0
+        print(json.dumps({**record, "scores": rows}), flush=True)
+        return
     settings = ("k", "temperature", "solver", "weight_decay", "train_images", "test_images", "image_size", "precision")
     print_table(
         f"{args.method} on {record['test']}, step {record['step']}",
@@ -106,7 +120,6 @@ def _run(args: argparse.Namespace) -> int:
         [(score.name, percent(score.top1), percent(score.top5)) for score in scores],
         ", ".join(f"{name.replace('_', ' ')} {_short(record[name])}" for name in settings if name in record),
     )
-    return 0
 
 
 def _short(value: object) -> str:

@@ -39,6 +39,7 @@ def _run(args: argparse.Namespace) -> int:
     from simclr_dist.evaluation.offline import known_accuracy
     from simclr_dist.export.export import SUFFIXES, export
     from simclr_dist.run.layout import RunDir
+    from simclr_dist.run.results import require_writable
 
     source, name = source_of(args), f"encoder{SUFFIXES[args.format]}"
     checkpoint, out = checkpoint_of(source, say), args.out
@@ -46,6 +47,7 @@ def _run(args: argparse.Namespace) -> int:
         source, out = checkpoint, out or RunDir.of_checkpoint(checkpoint.path).export / name
     if out is None:
         raise ExportError(f"{args.source}: is of no run, so name the file to write with --out")
+    require_writable(out.parent)
     exported = export(
         source,
         out,

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simclr_dist.argument_types import positive_float, positive_int
+from simclr_dist.argument_types import non_negative_float, non_negative_int, positive_float, positive_int
 from simclr_dist.cli.arguments import (
     Commands,
     add_command,
@@ -88,8 +88,15 @@ def _add_schedule(parser: argparse.ArgumentParser, *, epochs: str, lr: str) -> N
     parser.add_argument(
         "--lr", type=positive_float, help=f"for a batch of 256, scaled by the batch size (default: {lr})"
     )
-    parser.add_argument("--weight-decay", type=float, default=0.0, help="default: 0")
-    parser.add_argument("--seed", type=int, default=0, help="draws subset, order and crops (default: 0)")
+    parser.add_argument("--weight-decay", type=non_negative_float, default=0.0, help="default: 0")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="draws subset, order and crops (default: 0)")
+    parser.add_argument(
+        "--save-every-minutes",
+        type=non_negative_float,
+        default=10.0,
+        metavar="M",
+        help="keep the training so far; after a stop or a kill the same command goes on from there (default: 10)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_compute_arguments(parser, batch_size=256)
 
@@ -103,10 +110,7 @@ def _share(text: str) -> float:
 
 def _settings(args: argparse.Namespace) -> Settings:
     from simclr_dist.few_labels.train import Settings
-    from simclr_dist.parallel.distributed import world
 
-    if world().size > 1:
-        raise ConfigError([f"{args.command} runs in one process on one device, not in {world().size}"])
     return Settings(
         choose_device(args.device),
         args.epochs,
@@ -115,17 +119,20 @@ def _settings(args: argparse.Namespace) -> Settings:
         args.batch_size,
         args.seed,
         args.precision,
+        args.save_every_minutes,
     )
 
 
 def _run_finetune(args: argparse.Namespace) -> int:
+    from simclr_dist.checkpoint.lineage import same_on_all_ranks
     from simclr_dist.checkpoint.pretrained import checkpoint_of
     from simclr_dist.few_labels.train import finetune_checkpoint
+    from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
     from simclr_dist.run.layout import RunDir
 
     settings = _settings(args)
-    source = source_of(args)
-    checkpoint, out = checkpoint_of(source, say), args.out
+    source = same_on_all_ranks(source_of(args), settings.device, say)
+    checkpoint, out = run_on_all_ranks(lambda: checkpoint_of(source, say), settings.device), args.out
     labels = args.subset.stem if args.subset else f"{args.labels:g}"
     name = f"{labels}_{'frozen_' if args.freeze else ''}{args.start}_seed{args.seed}"
     if checkpoint is not None:
@@ -181,6 +188,10 @@ def _divergence_is_a_config_error() -> Iterator[None]:
 
 
 def _show(args: argparse.Namespace, result: dict[str, Any], what: str, out: Path) -> int:
+    from simclr_dist.parallel import distributed
+
+    if distributed.rank() > 0:
+        return 0
     if args.json:
         print(json.dumps(result))
         return 0

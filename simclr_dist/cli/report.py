@@ -9,6 +9,7 @@ from simclr_dist.argument_types import positive_int
 from simclr_dist.cli.arguments import Commands, add_command, add_source_arguments, choose_device, foreign
 from simclr_dist.cli.terminal import say
 from simclr_dist.errors import ConfigError
+from simclr_dist.run.results import require_writable
 
 
 def register(commands: Commands) -> None:
@@ -48,6 +49,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.out is None and not args.runs[0].is_dir():
         raise ConfigError([f"{args.runs[0]}: is of no run, so name the page to write with --out"])
     out = args.out or args.runs[0] / "report.html"
+    require_writable(out.parent)
     device = choose_device(args.device)
     size = write_report(runs, out, train=args.train, test=args.test, images=args.images, device=device, say=say)
     print(f"{out}: {size / 1e6:.1f} MB")

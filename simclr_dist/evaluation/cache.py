@@ -34,7 +34,10 @@ def cache_key(encoder_digest: str, data_fingerprint: str, image_size: int, preci
 def read_features(folder: Path, key: str) -> Features | None:
     """The features stored under `key`, mapped into memory; None if there are none. Raises DataError when damaged."""
     entry = folder / key
-    if not entry.is_dir():
+    try:
+        if not entry.is_dir() or not os.access(entry, os.R_OK | os.X_OK):
+            return None
+    except OSError:  # the cache of somebody else, closed to us: as if there were none
         return None
     advice = f"the feature cache is damaged; remove {entry} and run again"
     try:

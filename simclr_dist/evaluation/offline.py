@@ -38,6 +38,7 @@ from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 from simclr_dist.run.layout import RunDir, append_record, read_records
+from simclr_dist.run.results import Keeping, results_dir
 from simclr_dist.views.augment import normalize
 
 Say = Callable[[str], None]
@@ -63,8 +64,12 @@ def features_of(
     batch_size: int,
     cache: Path | None,
     say: Say,
+    keeping: Keeping | None = None,
 ) -> Features:
-    """h of the readable images of `source` on every rank, from the cache when it has them. Raises DataError."""
+    """h of the readable images of `source` on every rank, from the cache when it has them. Raises DataError.
+
+    keeping: is told when the cache cannot be written; None: `say` is, at once.
+    """
     # A cache on a node's own disk may be there, or damaged, for some ranks only; they must all do the same.
     key = cache_key(digest(encoder), info.content_fingerprint, data.image_size, precision)
     found = run_on_all_ranks(lambda: read_features(cache, key) if cache else None, device, catch=Exception)
@@ -82,10 +87,11 @@ def features_of(
         seconds = time.perf_counter() - begin
         say(f"features of {source}: {len(features)} images, {len(features) / seconds:.0f} images/s")
         if cache and distributed.rank() == 0:
-            try:
+            kept = keeping or Keeping(say)
+            with kept.attempt("features"):
                 write_features(cache, key, features)
-            except OSError as error:
-                say(f"features of {source} are not kept: {error}")
+            if keeping is None:
+                kept.warn()
     if sentence := load.left_out(ids, features, device):
         say(sentence)
     return features
@@ -106,6 +112,8 @@ def evaluate(
     batch_size: int | None = None,
     baselines: bool = False,
     cache: Path | Literal["run"] | None = "run",
+    out: Path | None = None,
+    show: Callable[[list[Score], dict[str, Any]], None] = lambda scores, record: None,
     device: torch.device,
     say: Say,
 ) -> tuple[list[Score], dict[str, Any]]:
@@ -113,16 +121,18 @@ def evaluate(
 
     Values left None come from the checkpoint's configuration; training images from `evaluation.train`, else data.train.
     max_train: kNN looks at this many of them only, those that it looks at while training with evaluation.knn_max_train.
-    cache "run": the folder `features` of the run. Weights from elsewhere (ForeignEncoder) have no run: nothing is kept.
-    Returns the scores and the record that was appended to the run's evaluations.jsonl. Raises CheckpointError,
-    ConfigError, DataError.
+    cache "run": the folder `features` beside the record. out: the folder for both; None: that of the run. Weights from
+    elsewhere (ForeignEncoder) have no run: without `out` nothing is kept.
+    show: called in the main process with what is returned, before it is written down.
+    Returns the scores and the record that is appended to evaluations.jsonl; where that, or the cache, cannot be
+    written, `say` gets one warning. Raises CheckpointError, ConfigError, DataError.
     """
     found = same_on_all_ranks(source, device, say)
     model, checkpoint, images = run_on_all_ranks(lambda: _open(found, train, test, say), device)
     config = checkpoint.config
     if images.classes.sentence:
         say(images.classes.sentence)
-    run = RunDir.of_checkpoint(checkpoint.path) if checkpoint.of_run else None
+    run, keeping = results_dir(checkpoint.path if checkpoint.of_run else None, out), Keeping(say)
     settings: dict[str, Any] = {"precision": precision or assumed_precision(config.train.precision, device.type)}
     bank = np.arange(images.train_info.num_samples)
     if method == "knn":
@@ -164,6 +174,7 @@ def evaluate(
                 batch_size=batch_size or config.evaluation.batch_size,
                 cache=(run.features if run else None) if cache == "run" else cache,
                 say=say,
+                keeping=keeping,
             )
             for source, info in ((images.train, images.train_info), (images.test, images.test_info))
         )
@@ -188,11 +199,13 @@ def evaluate(
         top1=scores[-1].top1,
         top5=scores[-1].top5,
     )
-    if run is not None and distributed.rank() == 0:
-        try:
-            append_record(run.evaluations, record)
-        except OSError as error:
-            say(f"this result is not kept: {error}")
+    if distributed.rank() == 0:
+        show(scores, record)
+        if run is not None:
+            with keeping.attempt(f"the line in {run.evaluations.name}"):
+                run.path.mkdir(parents=True, exist_ok=True)
+                append_record(run.evaluations, record)
+        keeping.warn()
     return scores, record
 
 

@@ -23,6 +23,8 @@ from simclr_dist.config import Precision, parse_config
 from simclr_dist.errors import CheckpointError
 from simclr_dist.evaluation.features import ImageBatch, Normalize, extract_features
 from simclr_dist.network.simclr import SimCLR, build_model
+from simclr_dist.parallel import distributed
+from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 
 Start = Literal["encoder", "head"]
 
@@ -31,7 +33,7 @@ class Classifier(nn.Module):
     """Images [n, 3, H, W] to logits [n, C].
 
     `backbone` is the encoder, with start "head" followed by the first layer of the projection head. The linear map `fc`
-    on top begins at zero.
+    on top begins at zero. Where modules of `model` draw by key (network/random_layers.py), they do so here.
     """
 
     def __init__(self, model: SimCLR, num_classes: int, start: Start = "encoder") -> None:
@@ -48,9 +50,18 @@ class Classifier(nn.Module):
         self.fc = nn.Linear(width, num_classes)
         nn.init.zeros_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)
+        self.draws = model.draws
+        if self.draws is not None:
+            self.register_buffer("layer_hashes", self.draws.hashes(), persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.backbone(images))
+    def forward(self, images: Tensor, row_keys: Tensor | None = None) -> Tensor:
+        """row_keys: int32 [n, 2], what dropout and its like draw from. None: from torch's generator."""
+        if self.draws is not None:
+            self.draws.begin(row_keys, self.get_buffer("layer_hashes"))
+        logits = self.fc(self.backbone(images))
+        if self.draws is not None:
+            self.draws.end()
+        return logits
 
 
 @dataclass(frozen=True)
@@ -63,18 +74,28 @@ class Accuracy:
 
 def accuracy(
     classifier: nn.Module,
-    batches: Iterable[ImageBatch],
+    batches: Iterable[ImageBatch] | None,
     *,
     device: torch.device | str,
     precision: Precision = "fp32",
     normalize: Normalize,
 ) -> Accuracy:
-    """Of the classifier in evaluation mode on labelled images. Raises DataError as `extract_features` does."""
-    # Logits are features of width C: the same loop and the same checks.
-    logits = extract_features(classifier, batches, device=device, precision=precision, normalize=normalize)
-    hits = logits.h.topk(min(5, logits.h.shape[1]), dim=1).indices == logits.labels[:, None]
-    top1, top5 = torch.stack([hits[:, 0].sum(), hits.sum()]).double().div(len(logits)).tolist()
-    return Accuracy(top1, top5)
+    """Of the classifier in evaluation mode on labelled images. Raises DataError as `extract_features` does.
+
+    batches: with several ranks, which call this together, the part of this rank; None: it has none.
+    """
+
+    def count() -> list[int]:
+        if batches is None:
+            return [0, 0, 0]
+        # Logits are features of width C: the same loop and the same checks.
+        logits = extract_features(classifier, batches, device=device, precision=precision, normalize=normalize)
+        hits = logits.h.topk(min(5, logits.h.shape[1]), dim=1).indices == logits.labels[:, None]
+        return [int(hits[:, 0].sum()), int(hits.sum()), len(logits)]
+
+    counts = torch.tensor(run_on_all_ranks(count, device, catch=Exception), device=device)
+    top1, top5, n = distributed.all_reduce_sum_(counts).tolist()
+    return Accuracy(top1 / n, top5 / n)
 
 
 @dataclass(frozen=True)

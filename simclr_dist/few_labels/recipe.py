@@ -6,7 +6,7 @@
     RUN/recipe/results.json, results.md                          the table
 
 A stage that is complete and has the same settings is not done again: an interrupted recipe continues when it is started
-again.
+again, and a stopped or killed training within it where it was (unfinished.py). Several ranks share every stage.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from simclr_dist.errors import ConfigError
 from simclr_dist.evaluation.offline import Say, evaluate
 from simclr_dist.few_labels.classifier import Start
 from simclr_dist.few_labels.train import Settings, distill_classifier, finetune_checkpoint
+from simclr_dist.few_labels.unfinished import differences
 from simclr_dist.network.shape import shape_of_model
+from simclr_dist.parallel.run_on_all_ranks import run_on_main
 from simclr_dist.run.layout import read_record
+from simclr_dist.run.results import require_writable
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -160,37 +163,39 @@ def _identity(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _probe(source: Path | Checkpoint, folder: Path, device: torch.device, say: Say) -> None:
     (score,), _ = evaluate(source, method="linear", device=device, say=say)
-    replace_text(folder / "result.json", json.dumps({"top1": score.top1, "top5": score.top5}) + "\n")
+    text = json.dumps({"top1": score.top1, "top5": score.top5}) + "\n"
+    run_on_main(lambda: replace_text(folder / "result.json", text), device)
 
 
-def complete(stage: Stage, say: Say) -> dict[str, Any]:
+def complete(stage: Stage, device: torch.device, say: Say) -> dict[str, Any]:
     """The stage's result, from disk if it has been done. Raises ConfigError if it was done with other settings."""
+    if done := run_on_main(lambda: _begin(stage), device):
+        say(f"recipe: {stage.name}: done already")
+        return done
+    say(f"recipe: {stage.name}")
+    try:
+        stage.make()
+    except FloatingPointError as error:
+        raise ConfigError([f"{stage.name}: {error}"]) from None
+    return run_on_main(lambda: _read(stage.folder / "result.json"), device)
+
+
+def _begin(stage: Stage) -> dict[str, Any] | None:
+    """The stage's result; None if it is to be done."""
     asked, result = stage.folder / "asked.json", stage.folder / "result.json"
     if result.exists():
-        before, now = flatten(_read(asked)), flatten(stage.asked)
-        changes = [
-            f"{key}: {before.get(key)} then, {now.get(key)} now"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        ]
-        if changes:
+        if changes := differences(flatten(_read(asked)), flatten(stage.asked)):
             raise ConfigError(
                 [
                     f"{stage.folder} holds another result ({'; '.join(changes)}): undo the change, remove the folder "
                     "to do the stage again, or choose another name=… for the run"
                 ]
             )
-        say(f"recipe: {stage.name}: done already")
         return _read(result)
-    say(f"recipe: {stage.name}")
-    stage.folder.mkdir(parents=True, exist_ok=True)
+    require_writable(stage.folder)
     (stage.folder / "classifier.safetensors").unlink(missing_ok=True)  # of an interrupted start
     replace_text(asked, json.dumps(stage.asked) + "\n")
-    try:
-        stage.make()
-    except FloatingPointError as error:
-        raise ConfigError([f"{stage.name}: {error}"]) from None
-    return _read(result)
+    return None
 
 
 def _percent_of_labels(share: float) -> str:
@@ -219,14 +224,16 @@ class Table:
 
 
 def run_stages(recipe: Recipe, checkpoint: Checkpoint, root: Path, device: torch.device, say: Say) -> Table:
-    """Does what is left to do, writes results.json and results.md into `root`. Raises ConfigError, DataError."""
+    """Does what is left to do, writes results.json and results.md into `root`; all ranks together.
+
+    Raises ConfigError, DataError, StoppedError.
+    """
     rows: list[dict[str, Any]] = []
     for stage in stages(recipe, root, checkpoint, device, say):
-        result = complete(stage, say)
+        result = complete(stage, device, say)
         figures = {key: result.get(key) for key in ("top1", "top5", "num_parameters")}
         rows.append({"result": stage.title, "labels": stage.share, **figures, "folder": str(stage.folder)})
     name, step = checkpoint.config.name, checkpoint.step
-    replace_text(root / "results.json", json.dumps({"run": name, "step": step, "rows": rows}, indent=1) + "\n")
     cells = [
         (
             row["result"],
@@ -239,5 +246,7 @@ def run_stages(recipe: Recipe, checkpoint: Checkpoint, root: Path, device: torch
     table = Table(root / "results.md", f"{name}, step {step}", ("", "labels", "top-1", "top-5", "parameters"), cells)
     lines = [f"{table.title}\n", f"| {' | '.join(table.columns)} |", "|---|---:|---:|---:|---:|"]
     lines += [f"| {' | '.join(row)} |" for row in cells]
-    replace_text(table.path, "\n".join(lines) + "\n")
+    written = json.dumps({"run": name, "step": step, "rows": rows}, indent=1) + "\n"
+    run_on_main(lambda: replace_text(root / "results.json", written), device)
+    run_on_main(lambda: replace_text(table.path, "\n".join(lines) + "\n"), device)
     return table

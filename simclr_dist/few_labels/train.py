@@ -2,14 +2,18 @@
 
 <out>/subset.json              the samples whose labels were used
 <out>/classifier.safetensors   what `load_classifier` reads
-<out>/result.json              how it was made, and its accuracy
+<out>/result.json              how it was made, and its accuracy; written last
+<out>/unfinished.safetensors   a training that was stopped or killed, to go on from (unfinished.py)
+
+On several ranks all call these functions together; the main process alone writes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from simclr_dist.atomic import replace_text
+from simclr_dist.checkpoint.files import Checkpoint
+from simclr_dist.checkpoint.lineage import same_on_all_ranks
 from simclr_dist.checkpoint.pretrained import Source, load_pretrained
 from simclr_dist.config import DataConfig, ModelConfig, Precision, PrecisionSetting, parse_config
 from simclr_dist.data.classes import match_classes
@@ -25,6 +31,7 @@ from simclr_dist.data.loading.labelled_images import LabelledImages, open_labell
 from simclr_dist.data.loading.load_images import load_images
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.errors import ConfigError, DataError
+from simclr_dist.evaluation.features import digest, part_of_rank
 from simclr_dist.evaluation.offline import Say
 from simclr_dist.few_labels.classifier import Accuracy, Classifier, Start, accuracy, load_classifier, save_classifier
 from simclr_dist.few_labels.distill import distil
@@ -38,9 +45,15 @@ from simclr_dist.few_labels.finetune import (
     linear_protocol,
 )
 from simclr_dist.few_labels.random_crops import RandomCrops
-from simclr_dist.few_labels.subsets import draw_subset, load_subset, save_subset
+from simclr_dist.few_labels.subsets import Subset, draw_subset, load_subset, save_subset, shortfall
+from simclr_dist.few_labels.unfinished import Unfinished, differences
 from simclr_dist.network.precision import assumed_precision
-from simclr_dist.network.simclr import build_model
+from simclr_dist.network.random_layers import key_draws
+from simclr_dist.network.simclr import SimCLR, build_model
+from simclr_dist.parallel import distributed
+from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks, run_on_main
+from simclr_dist.run.layout import read_record
+from simclr_dist.run.results import require_writable
 from simclr_dist.views.augment import normalize
 
 DISTILL_EPOCHS = 100
@@ -57,6 +70,7 @@ class Settings:
     batch_size: int = 256
     seed: int = 0
     precision: Precision | None = None
+    save_every_minutes: float = 10.0
 
     def training(self, *, epochs: int, base_lr: float, precision: PrecisionSetting, say: Say) -> Training:
         """With these values where the user has chosen none."""
@@ -87,25 +101,31 @@ def finetune_checkpoint(
     """Fine-tunes the encoder of a checkpoint with a share of the labels, or with freeze only a classifier on top.
 
     subset_file: take these samples instead of drawing `share` by the settings' seed. Returns what result.json holds.
-    Raises CheckpointError, ConfigError, DataError.
+    What was begun in `out` with the same settings is continued, what was finished there is not repeated.
+    Raises CheckpointError, ConfigError, DataError, FloatingPointError, StoppedError.
     """
-    _refuse_existing(out)
-    model, checkpoint = load_pretrained(source, say)
+    device = settings.device
+    found = same_on_all_ranks(source, device, say)
+    model, checkpoint = run_on_all_ranks(lambda: load_pretrained(found, say), device)
     config = checkpoint.config
     if not checkpoint.of_run:
         if train is None:
             raise ConfigError([f"{checkpoint.path}: is of no run, so name labelled images with --train and --test"])
         if start == "head":
             raise ConfigError([f"{checkpoint.path}: has no projection head of ours; leave out --from head"])
-    images = open_labelled(
-        config.data,
-        train or config.evaluation.train,
-        test,
-        remedy="name labelled images with --train, or evaluation.train in the configuration",
+    remedy = "name labelled images with --train, or evaluation.train in the configuration"
+    images = run_on_all_ranks(
+        lambda: open_labelled(config.data, train or config.evaluation.train, test, remedy=remedy), device
     )
     info = images.train_info
-    subset = load_subset(subset_file, info) if subset_file else draw_subset(info, share, settings.seed)
-    save_subset(out / "subset.json", subset)
+
+    def choose() -> dict[str, Any]:
+        return asdict(load_subset(subset_file, info) if subset_file else draw_subset(info, share, settings.seed))
+
+    chosen = run_on_main(choose, device)
+    subset = Subset(**{**chosen, "ids": tuple(chosen["ids"])})
+    if sentence := shortfall(subset, info):
+        say(sentence)
     training = settings.training(
         epochs=LINEAR_EPOCHS if freeze else default_epochs(subset.share),
         base_lr=LINEAR_LR if freeze else FINE_TUNE_LR,
@@ -113,21 +133,33 @@ def finetune_checkpoint(
         say=say,
     )
     say(f"{len(subset.ids)} labels of {info.num_samples}, {images.num_classes} classes, {training.epochs} epochs")
-    torch.manual_seed(settings.seed)
-    classifier = Classifier(model, images.num_classes, start)
-    with _random_crops(images, subset.id_array, config.data, settings) as crops:
-        (linear_protocol if freeze else fine_tune)(classifier, crops, training)
-    found = _test(classifier, images, config.data, config.evaluation.batch_size, training)
-    history = {
+    asked = {
         "method": "linear" if freeze else "finetune",
-        "checkpoint": str(checkpoint.path),
+        "weights": digest(model),
         "step": checkpoint.step,
         "start": start,
         "share": subset.share,
         "num_labels": len(subset.ids),
-        **_history(settings, training, images, crops),
+        "samples": _name_of(subset.ids),
     }
-    return _save(out, classifier, images, config.model_dump_json(), history, found)
+    return _complete(
+        _Job(
+            out,
+            asked=asked,
+            about={"checkpoint": str(checkpoint.path)},
+            classifier=_classifier(model, images, start, config.data, settings, say),
+            data=config.data,
+            test_batch_size=config.evaluation.batch_size,
+            config_json=config.model_dump_json(),
+            images=images,
+            ids=subset.id_array,
+            subset=subset,
+            training=training,
+            settings=settings,
+            train=linear_protocol if freeze else fine_tune,
+        ),
+        say,
+    )
 
 
 def distill_classifier(
@@ -147,48 +179,86 @@ def distill_classifier(
     """Trains a student on the teacher's logits for all images of `unlabelled` (None: data.train of the teacher's run).
 
     student: changes to the teacher's model section, e.g. {"encoder": "resnet18"}; the student starts from random
-    weights, or from the encoder of the checkpoint student_from. subset_file with alpha below 1: labels to use as well.
+    weights, or from the encoder of the checkpoint student_from, which must have been trained at the teacher's image
+    size. subset_file with alpha below 1: labels to use as well. Otherwise as `finetune_checkpoint`.
     """
-    _refuse_existing(out)
+    device = settings.device
     if alpha < 1 and subset_file is None:
         raise ConfigError([f"alpha {alpha:g} gives weight to labels: name the samples with a subset file"])
-    teacher = load_classifier(teacher_file)
+    teacher = run_on_all_ranks(lambda: load_classifier(teacher_file), device)
     config = parse_config(teacher.config_json)
     source = unlabelled or (config.evaluation.train if subset_file else None) or config.data.train
-    images = _images_for_students(source, test or config.data.test, teacher.class_names, teacher_file)
+    images = run_on_all_ranks(
+        lambda: _images_for_students(source, test or config.data.test, teacher.class_names, teacher_file), device
+    )
     torch.manual_seed(settings.seed)
-    if student_from is not None:
-        model, checkpoint = load_pretrained(student_from, say)
-        student_config = checkpoint.config
-    else:
-        section = ModelConfig.model_validate({**config.model.model_dump(), **(student or {})})
-        student_config = config.model_copy(update={"model": section})
-        model = build_model(section)
-    classifier = Classifier(model, images.num_classes)
-    labelled = torch.from_numpy(load_subset(subset_file, images.train_info).id_array) if subset_file else None
+    section = ModelConfig.model_validate({**config.model.model_dump(), **(student or {})})
+    begin = None if student_from is None else same_on_all_ranks(student_from, device, say)
+    model, checkpoint = run_on_all_ranks(lambda: _student(section, config.data.image_size, begin, say), device)
+    student_config = checkpoint.config if checkpoint else config.model_copy(update={"model": section})
+    ids = None
+    if subset_file is not None:
+        ids = run_on_main(lambda: load_subset(subset_file, images.train_info).ids, device)
     training = settings.training(epochs=DISTILL_EPOCHS, base_lr=FINE_TUNE_LR, precision=config.train.precision, say=say)
-    every_id = np.arange(images.train_info.num_samples)
-    with _random_crops(images, every_id, student_config.data, settings) as crops:
+
+    def train(classifier: Classifier, crops: RandomCrops, training: Training) -> None:
+        labelled = None if ids is None else torch.tensor(ids)
         distil(
-            teacher.network,
-            classifier,
-            crops,
-            training,
-            labelled_ids=labelled,
-            temperature=temperature,
-            alpha=alpha,
+            teacher.network, classifier, crops, training, labelled_ids=labelled, temperature=temperature, alpha=alpha
         )
-    found = _test(classifier, images, student_config.data, student_config.evaluation.batch_size, training)
-    history = {
+
+    asked = {
         "method": "distill",
-        "teacher": str(teacher_file),
+        "teacher_weights": digest(teacher.network),
         "student": student_config.model.encoder,
-        "student_from": None if student_from is None else str(checkpoint.path),
+        "student_width": student_config.model.width,
+        "student_weights": None if checkpoint is None else digest(model),
         "temperature": temperature,
         "alpha": alpha,
-        **_history(settings, training, images, crops),
+        "labelled_samples": None if ids is None or alpha == 1 else _name_of(ids),
     }
-    return _save(out, classifier, images, student_config.model_dump_json(), history, found)
+    return _complete(
+        _Job(
+            out,
+            asked=asked,
+            about={
+                "teacher": str(teacher_file),
+                "student_from": None if checkpoint is None else str(checkpoint.path),
+            },
+            classifier=_classifier(model, images, "encoder", student_config.data, settings, say),
+            data=student_config.data,
+            test_batch_size=student_config.evaluation.batch_size,
+            config_json=student_config.model_dump_json(),
+            images=images,
+            ids=np.arange(images.train_info.num_samples),
+            subset=None,
+            training=training,
+            settings=settings,
+            train=train,
+        ),
+        say,
+    )
+
+
+def _name_of(ids: Sequence[int]) -> str:
+    return hashlib.sha256(np.asarray(ids, np.int64).tobytes()).hexdigest()[:16]
+
+
+def _student(
+    section: ModelConfig, image_size: int, student_from: Source | None, say: Say
+) -> tuple[SimCLR, Checkpoint | None]:
+    """A fresh network, or that of a checkpoint, which must have been trained at `image_size`."""
+    if student_from is None:
+        return build_model(section), None
+    model, checkpoint = load_pretrained(student_from, say)
+    if (size := checkpoint.config.data.image_size) != image_size:
+        raise ConfigError(
+            [
+                f"--student-from {checkpoint.path}: was trained on images of {size} px, the teacher on {image_size} "
+                f"px, and both see the same crops: take a student of data.image_size={image_size}"
+            ]
+        )
+    return model, checkpoint
 
 
 def _images_for_students(source: str, test: str | None, class_names: tuple[str, ...], teacher: Path) -> LabelledImages:
@@ -205,68 +275,157 @@ def _images_for_students(source: str, test: str | None, class_names: tuple[str, 
     return LabelledImages(source, test, replace(info, class_names=class_names), test_info, classes)
 
 
-def _random_crops(images: LabelledImages, ids: NDArray[np.int64], data: DataConfig, settings: Settings) -> RandomCrops:
-    """Of the training images `ids`."""
+def _classifier(
+    model: SimCLR, images: LabelledImages, start: Start, data: DataConfig, settings: Settings, say: Say
+) -> Classifier:
+    """On top of `model`, whose dropout and its like draw by key from here on, so that a training can be continued."""
+    if warning := key_draws(model, data.image_size).warning():
+        say(f"warning: {warning}")
+    torch.manual_seed(settings.seed)
+    return Classifier(model, images.num_classes, start)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Begin, go on, finish
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A classifier to be trained, tested and kept in `out`.
+
+    asked: what its weights depend on, beside settings and images. about: what result.json says as well.
+    data: how images are loaded and cropped. ids: of those to train on. config_json: for `save_classifier`.
+    """
+
+    out: Path
+    asked: dict[str, Any]
+    about: dict[str, Any]
+    classifier: Classifier
+    data: DataConfig
+    test_batch_size: int
+    config_json: str
+    images: LabelledImages
+    ids: NDArray[np.int64]
+    subset: Subset | None
+    training: Training
+    settings: Settings
+    train: Callable[[Classifier, RandomCrops, Training], None]
+
+    @property
+    def file(self) -> Path:
+        return self.out / "classifier.safetensors"
+
+    @property
+    def result(self) -> Path:
+        return self.out / "result.json"
+
+    def settled(self) -> dict[str, Any]:
+        """`asked`, complete. Images are named by what they are: a path may be written in several ways."""
+        return {
+            **self.asked,
+            "seed": self.settings.seed,
+            "epochs": self.training.epochs,
+            "base_lr": self.training.base_lr,
+            "weight_decay": self.training.weight_decay,
+            "batch_size": min(self.settings.batch_size, len(self.ids)),
+            "precision": self.training.precision,
+            "train_fingerprint": self.images.train_info.content_fingerprint,
+            "test_fingerprint": self.images.test_info.content_fingerprint,
+        }
+
+
+def _complete(job: _Job, say: Say) -> dict[str, Any]:
+    """What result.json holds: from disk, or after what is left to do."""
+    device = job.settings.device
+    asked = run_on_main(job.settled, device)
+    unfinished = Unfinished(
+        job.out / "unfinished.safetensors", asked, device, say, every_s=60 * job.settings.save_every_minutes
+    )
+    if result := run_on_main(lambda: _finished(job, asked), device):
+        say(f"{job.out}: done already")
+        unfinished.remove()
+        return result
+
+    def begin() -> None:
+        require_writable(job.out)
+        if job.subset is not None:
+            save_subset(job.out / "subset.json", job.subset)
+
+    run_on_main(begin, device)
+    with run_on_all_ranks(lambda: _random_crops(job), device) as crops:
+        job.train(job.classifier, crops, replace(job.training, unfinished=unfinished))
+    found = _test(job)
+    facts = {
+        **asked,
+        **job.about,
+        "train": job.images.train,
+        "test": job.images.test,
+        "num_parameters": sum(p.numel() for p in job.classifier.parameters()),
+        "top1": found.top1,
+        "top5": found.top5,
+    }
+    run_on_main(lambda: _save(job, facts), device)
+    unfinished.remove()
+    return facts
+
+
+def _finished(job: _Job, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What was done before. Raises ConfigError where that was something else. Release 0.1 wrote down less."""
+    if not job.result.exists():
+        return None
+    result = read_record(job.result)
+    if result is None or not job.file.exists():
+        raise ConfigError([f"{job.out}: its result cannot be read; remove it, or name another folder with --out"])
+    known = {key: value for key, value in asked.items() if key in result}
+    if changes := differences({key: result[key] for key in known}, known):
+        raise ConfigError(
+            [
+                f"{job.out} holds another classifier already ({'; '.join(changes)}): choose another folder with --out, "
+                "or remove it"
+            ]
+        )
+    return result
+
+
+def _random_crops(job: _Job) -> RandomCrops:
     return RandomCrops(
-        images.train,
-        ids,
-        image_size=data.image_size,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        num_threads=data.num_threads,
+        job.images.train,
+        job.ids,
+        image_size=job.data.image_size,
+        batch_size=job.settings.batch_size,
+        seed=job.settings.seed,
+        num_threads=job.data.num_threads,
     )
 
 
-def _test(
-    classifier: Classifier, images: LabelledImages, data: DataConfig, batch_size: int, training: Training
-) -> Accuracy:
-    """On the test images, which are used only here, with the training set's class numbers."""
-    batches = (
-        (pixels, torch.from_numpy(images.classes(labels.numpy())), ids)
-        for pixels, labels, ids in load_images(images.test, data.image_size, batch_size=batch_size)
-    )
+def _test(job: _Job) -> Accuracy:
+    """On the test images, which are used only here, with the training set's class numbers. Ranks share them."""
+    images = job.images
+    own = part_of_rank(images.test_info.num_samples, distributed.rank(), distributed.world_size())
+    loaded = load_images(images.test, job.data.image_size, batch_size=job.test_batch_size, ids=own)
+    batches = ((pixels, torch.from_numpy(images.classes(labels.numpy())), ids) for pixels, labels, ids in loaded)
     return accuracy(
-        classifier,
-        batches,
-        device=training.device,
-        precision=training.precision,
+        job.classifier,
+        batches if len(own) else None,
+        device=job.settings.device,
+        precision=job.training.precision,
         normalize=normalize,
     )
 
 
-def _history(settings: Settings, training: Training, images: LabelledImages, crops: RandomCrops) -> dict[str, Any]:
-    return {
-        "seed": settings.seed,
-        "epochs": training.epochs,
-        "base_lr": training.base_lr,
-        "weight_decay": training.weight_decay,
-        "batch_size": crops.batch_size,
-        "precision": training.precision,
-        "train": images.train,
-        "test": images.test,
-    }
-
-
-def _save(
-    out: Path,
-    classifier: Classifier,
-    images: LabelledImages,
-    config_json: str,
-    history: dict[str, Any],
-    found: Accuracy,
-) -> dict[str, Any]:
-    """Writes classifier.safetensors, then result.json, and returns what the latter holds."""
-    class_names = images.train_info.class_names
-    save_classifier(out / "classifier.safetensors", classifier, class_names, config_json, history)
-    num_parameters = sum(p.numel() for p in classifier.parameters())
-    result = {**history, "num_parameters": num_parameters, "top1": found.top1, "top5": found.top5}
-    replace_text(out / "result.json", json.dumps(result, indent=1) + "\n")
-    return result
-
-
-def _refuse_existing(out: Path) -> None:
-    if (out / "classifier.safetensors").exists():
-        raise ConfigError([f"{out} holds a classifier already; choose another folder with --out, or remove it"])
+def _save(job: _Job, facts: dict[str, Any]) -> None:
+    """Writes classifier.safetensors, then result.json. Raises ConfigError with the figure where they cannot be."""
+    history = {key: value for key, value in facts.items() if key not in ("num_parameters", "top1", "top5")}
+    try:
+        save_classifier(job.file, job.classifier, job.images.train_info.class_names, job.config_json, history)
+        replace_text(job.result, json.dumps(facts, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            [
+                f"top-1 {facts['top1']:.2%}, top-5 {facts['top5']:.2%}, but {job.out} cannot be written to "
+                f"({error.strerror or error}): make room and run the same command, or name another folder with --out"
+            ]
+        ) from None
 
 
 def _reporter(epochs: int, say: Say) -> Callable[[int, float], None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -19,6 +19,7 @@ from torch import Tensor
 from simclr_dist.parallel.host_copy import copy_to_host
 
 MOST_BYTES_OF_A_TEXT = 1024
+_BYTES_A_MESSAGE = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,24 @@ def all_reduce_sum_(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x, op=dist.ReduceOp.SUM)
     return x
+
+
+def all_reduce_sum_many_(tensors: Iterable[Tensor]) -> None:
+    """Sums each over all ranks, in place, by few messages of some 64 MiB; no gradient. All ranks in the same order."""
+    if world_size() == 1:
+        return
+    parts: list[list[Tensor]] = []
+    num_bytes = _BYTES_A_MESSAGE
+    for x in tensors:
+        if num_bytes + x.nbytes > _BYTES_A_MESSAGE or x.dtype != parts[-1][-1].dtype:
+            parts.append([])
+            num_bytes = 0
+        parts[-1].append(x)
+        num_bytes += x.nbytes
+    for part in parts:
+        flat = all_reduce_sum_(torch.cat([x.reshape(-1) for x in part]))
+        for x, summed in zip(part, flat.split([x.numel() for x in part]), strict=True):
+            x.copy_(summed.view(x.shape))
 
 
 def all_reduce_max_(x: Tensor) -> Tensor:
