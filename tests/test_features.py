@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.evaluation import own_memory
 from simclr_dist.errors import DataError, UserError
+from simclr_dist.evaluation import feature_file
+from simclr_dist.evaluation.feature_file import extract_to_file
 from simclr_dist.evaluation.features import (
     Features,
     digest,
@@ -158,6 +165,132 @@ def test_a_failing_rank_stops_all_ranks_with_its_name() -> None:
         "rank 1 has failed; see its own message",
         "sample 9: not an image",
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a file
+
+
+def to_file(ids: np.ndarray, places: list[Path], dtype: torch.dtype = torch.float32, **options: Any) -> Features:
+    loader = options.pop("load", load)
+    device = torch.device("cpu")
+    return extract_to_file(
+        make_encoder(), loader, ids, places=places, dtype=dtype, device=device, normalize=normalize, **options
+    )
+
+
+def without(missing: set[int]) -> Callable[[np.ndarray], Iterator[tuple[Tensor, Tensor, Tensor]]]:
+    """A loader that leaves out what it cannot read."""
+    return lambda ids: load(np.array([i for i in ids.tolist() if i not in missing], np.int64))
+
+
+FILE_CASES: dict[str, tuple[list[int], set[int]]] = {
+    "even": (list(range(12)), set()),
+    "uneven": (list(range(11)), set()),
+    "fewer than ranks": ([5, 3], set()),
+    "in another order": ([7, 2, 40, 3, 11], set()),
+    "some cannot be read": (list(range(30)), {0, 9, 10, 11, 29}),
+    "a rank has none": (list(range(9)), {3, 4, 5}),
+    "the first rank has none": (list(range(9)), {0, 1, 2}),
+}
+
+
+def _extract_to_file(rank: int, world_size: int, place: Path, nodes: int) -> dict[str, tuple[Any, ...]]:
+    local_size = world_size // nodes
+    os.environ |= {"LOCAL_RANK": str(rank % local_size), "LOCAL_WORLD_SIZE": str(local_size)}
+    feature_file.BLOCK_BYTES = 2 * 6 * 4  # two rows
+    found = {}
+    for name, (ids, missing) in FILE_CASES.items():
+        features = to_file(np.array(ids), [place], load=without(missing))
+        found[name] = (features.h.numpy().copy(), features.labels.tolist(), features.sample_ids.tolist())
+    messages = []
+    if nodes == 2:  # a disk without room on the second of them: both take the next place
+        (place / "a file").touch()
+        first = place / "a file" if rank == 2 else place / "first"
+        assert len(to_file(np.arange(9), [first, place / "second"])) == 9
+    for loader in (without(set(range(9))), lambda ids: load(ids[::-1].copy() if rank == 1 else ids)):
+        try:
+            to_file(np.arange(9), [place], load=loader)
+        except UserError as error:
+            messages.append(f"{type(error).__name__}: {error}"[:60])
+    return found | {"messages": tuple(messages)}
+
+
+@pytest.mark.distributed
+def test_ranks_write_one_file_a_node(tmp_path: Path) -> None:
+    """Four ranks on one node, and on two with a disk each: the same features, and nothing is left behind."""
+    for nodes in (1, 2):
+        place = tmp_path / str(nodes)
+        ranks = run_ranks(4, _extract_to_file, place, nodes)
+        for name, (ids, missing) in FILE_CASES.items():
+            left = [i for i in ids if i not in missing]
+            expected = extract_features(make_encoder(), load(np.array(left)), device="cpu", normalize=normalize)
+            for found in ranks:
+                h, labels, sample_ids = found[name]
+                np.testing.assert_allclose(h, expected.h.numpy(), rtol=1e-5, atol=1e-6, err_msg=name)
+                assert (labels, sample_ids) == (expected.labels.tolist(), left), name
+        assert {found["messages"][0] for found in ranks} == {"DataError: none of 9 images can be read"}
+        assert sum("the loader gave" in found["messages"][-1] for found in ranks) == 1
+        assert [path for path in place.rglob("*") if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_features_in_a_file_are_those_in_memory(tmp_path: Path, dtype: torch.dtype) -> None:
+    (tmp_path / "a file").write_text("")
+    found = to_file(np.arange(10), [tmp_path / "a file" / "x", tmp_path / "second"], dtype)
+    expected = extract_features(make_encoder(), load(np.arange(10)), device="cpu", normalize=normalize)
+    assert torch.equal(found.h, expected.h.to(dtype))
+    assert torch.equal(found.sample_ids, expected.sample_ids)
+    assert list((tmp_path / "second").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_no_room_for_features_is_said_at_the_start(tmp_path: Path, kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(kind, os.strerror(kind))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DataError, match=rf"no room for them: {tmp_path} \({os.strerror(kind)}\); name a folder"):
+        to_file(np.arange(10), [tmp_path])
+    assert list(tmp_path.iterdir()) == []
+
+
+class Wide(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1).repeat(1, 86)[:, :16_384]
+
+
+def test_memory_does_not_hold_the_features(tmp_path: Path) -> None:
+    """128 MiB of them."""
+    before = own_memory()
+    features = extract_to_file(
+        Wide(),
+        lambda ids: load(ids, 64),
+        np.arange(2048),
+        places=[tmp_path],
+        device=torch.device("cpu"),
+        normalize=normalize,
+    )
+    assert own_memory() - before < 48 * 2**20
+    assert features.h.nbytes == 128 * 2**20
+    assert torch.equal(features.h[2047], Wide()(normalize(images_of(np.array([2047]))))[0])
+
+
+def test_float16_that_overflows_is_refused(tmp_path: Path) -> None:
+    class Huge(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.flatten(1) * 1e6
+
+    with pytest.raises(DataError, match=r"NaN or infinite features for 5 of 5 .*keep features in float32, or take"):
+        extract_to_file(
+            Huge(),
+            load,
+            np.arange(5),
+            places=[tmp_path],
+            dtype=torch.float16,
+            device=torch.device("cpu"),
+            normalize=normalize,
+        )
 
 
 def test_pixel_features_are_the_normalised_pixels() -> None:

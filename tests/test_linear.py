@@ -136,6 +136,40 @@ def _probe_of_rank(rank: int, world_size: int) -> tuple[bytes, float, list[float
     return result.weight.numpy().tobytes(), result.weight_decay, [result.top1, *result.weight.flatten().tolist()]
 
 
+def _standardise_on_rank(rank: int, world_size: int, n: int) -> tuple[int, bytes, Any]:
+    """Rows that were read, and the result as bytes and as numbers."""
+    linear.CHUNK_BYTES = 100 * 8 * 3
+    h, read = hard_to_standardise(n), [0]
+    original = linear._moments
+
+    def counted(part: torch.Tensor, device: Any) -> torch.Tensor:
+        read[0] += len(part)
+        return original(part, device)
+
+    linear._moments = counted
+    found = torch.stack(_standardisation(h, "cpu"))
+    return read[0], found.numpy().tobytes(), found.numpy()
+
+
+def hard_to_standardise(n: int) -> torch.Tensor:
+    """Means far above the deviations, and a column that does not vary."""
+    h = torch.randn(n, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.01, 0.0])
+    return h + torch.tensor([1e4, -3.0, 7.0])
+
+
+@pytest.mark.distributed
+def test_ranks_share_the_reading_of_mean_and_deviation() -> None:
+    for n, parts in ((2000, [667, 667, 666]), (2, [1, 1, 0])):
+        h = hard_to_standardise(n).double()
+        ranks = run_ranks(3, _standardise_on_rank, n)
+        assert [rows for rows, *_ in ranks] == parts
+        assert len({exact for _, exact, _ in ranks}) == 1
+        mean, scale = ranks[0][2]
+        np.testing.assert_allclose(mean, h.mean(dim=0).numpy(), rtol=1e-7)
+        np.testing.assert_allclose(scale[:2], 1 / h.std(dim=0, correction=0).numpy()[:2], rtol=1e-6)
+        assert scale[2] == 0
+
+
 def test_ranks_share_the_rows_and_find_what_one_process_finds() -> None:
     alone = _probe_of_rank(0, 1)
     ranks = run_ranks(3, _probe_of_rank)

@@ -78,6 +78,12 @@ def register(commands: Commands) -> None:
             metavar="FOLDER",
             help="for evaluations.jsonl and features, where RUN is read-only or somebody else's (default: RUN)",
         )
+        parser.add_argument(
+            "--feature-dtype",
+            choices=("float32", "float16"),
+            default="float32",
+            help="of features as they are kept; float16 takes half the room (default: float32)",
+        )
         parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
         add_compute_arguments(parser)
 
@@ -101,6 +107,7 @@ def _run(args: argparse.Namespace) -> int:
         baselines=args.baselines,
         cache=None if args.no_cache else "run",
         out=args.out,
+        feature_dtype=args.feature_dtype,
         show=lambda scores, record: _show(args, scores, record),
         device=choose_device(args.device),
         say=say,

@@ -22,12 +22,19 @@ from simclr_dist.bounded_json import read_json
 from simclr_dist.errors import DataError
 from simclr_dist.evaluation.features import Features
 
-_ARRAYS = {"h": np.float32, "labels": np.int64, "sample_ids": np.int64}
+_ARRAYS: dict[str, tuple[type, ...]] = {
+    "h": (np.float32, np.float16),
+    "labels": (np.int64,),
+    "sample_ids": (np.int64,),
+}
 
 
-def cache_key(encoder_digest: str, data_fingerprint: str, image_size: int, precision: str) -> str:
-    """A name for the features of one encoder on one dataset. encoder_digest: of `features.digest`."""
-    parts = json.dumps([1, encoder_digest, data_fingerprint, image_size, precision])
+def cache_key(
+    encoder_digest: str, data_fingerprint: str, image_size: int, precision: str, dtype: str = "float32"
+) -> str:
+    """A name for the features of one encoder on one dataset. encoder_digest: of `features.digest`. dtype: of h."""
+    more = [] if dtype == "float32" else [dtype]
+    parts = json.dumps([1, encoder_digest, data_fingerprint, image_size, precision, *more])
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
 
@@ -49,9 +56,9 @@ def read_features(folder: Path, key: str) -> Features | None:
         arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="c") for name in _ARRAYS}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{entry}: cannot be read ({error}): {advice}") from None
-    for name, dtype in _ARRAYS.items():
-        if arrays[name].dtype != dtype:
-            raise DataError(f"{entry / name}.npy: holds {arrays[name].dtype}, not {np.dtype(dtype)}: {advice}")
+    for name, dtypes in _ARRAYS.items():
+        if arrays[name].dtype not in dtypes:
+            raise DataError(f"{entry / name}.npy: holds {arrays[name].dtype}: {advice}")
     return Features(*(torch.from_numpy(arrays[name]) for name in _ARRAYS))
 
 

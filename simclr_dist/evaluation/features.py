@@ -6,9 +6,11 @@ Letters: n images, D width of h, W world size.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ GATHER_ROWS = 16_384  # rows of a rank on the device at once: 2 GiB over 16 rank
 
 @dataclass(frozen=True)
 class Features:
-    """h float32 [n, D], labels int64 [n] (-1: unlabelled), sample_ids int64 [n]; on the CPU, in the order of ids."""
+    """h [n, D], float32 or float16; labels int64 [n] (-1: none), sample_ids int64 [n]; on the CPU, by image."""
 
     h: Tensor
     labels: Tensor
@@ -103,29 +105,52 @@ def _extract(
     normalize: Normalize,
 ) -> Features | None:
     """None where there are no images."""
-    label_parts, id_parts = [], []
+    with frozen(encoder), torch.no_grad(), autocast(device, precision):
+        parts = list(encode(encoder, batches, device=device, normalize=normalize))
+    if not parts:
+        return None
+    labels, sample_ids = (torch.cat([part[i] for part in parts]) for i in (1, 2))
+    h_parts = [h for h, *_ in parts]
+    parts.clear()
+    features = Features(_joined(h_parts), labels, sample_ids)
+    bad_rows = ~torch.isfinite(features.h).all(dim=1)
+    if bad_rows.any():
+        refuse_non_finite(int(bad_rows.sum()), len(features), int(features.sample_ids[bad_rows][0]), precision)
+    return features
+
+
+def encode(
+    encoder: nn.Module, batches: Iterable[ImageBatch], *, device: torch.device | str, normalize: Normalize
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """h float32 [b, D], labels and sample ids of each batch on the CPU, while the device computes the next one."""
+    facts: deque[tuple[Tensor, Tensor]] = deque()
 
     def encoded() -> Iterator[Tensor]:
         for images, labels, sample_ids in batches:
-            yield encoder(normalize(images.to(device, non_blocking=True))).float()
-            label_parts.append(labels.cpu())
-            id_parts.append(sample_ids.cpu())
+            h = encoder(normalize(images.to(device, non_blocking=True))).float()
+            facts.append((labels.cpu(), sample_ids.cpu()))
+            yield h
 
-    with frozen(encoder), torch.no_grad(), autocast(device, precision):
-        h_parts = list(on_host(encoded()))
-    if not h_parts:
-        return None
-    features = Features(_joined(h_parts), torch.cat(label_parts), torch.cat(id_parts))
-    bad_rows = ~torch.isfinite(features.h).all(dim=1)
-    if bad_rows.any():
-        first = int(features.sample_ids[bad_rows][0])
-        raise DataError(
-            f"the encoder gives NaN or infinite features for {int(bad_rows.sum())} of {len(features)} images "
-            f"(first: sample {first}); "
-            + ("" if precision == "fp32" else "evaluate with precision fp32, or ")
-            + "take an earlier checkpoint"
-        )
-    return features
+    for h in on_host(encoded()):
+        yield h, *facts.popleft()
+
+
+def refuse_non_finite(
+    count: int, n: int, first: int, precision: Precision, dtype: torch.dtype = torch.float32
+) -> NoReturn:
+    """Raises DataError. first: the sample id of one of the `count` images."""
+    raise DataError(
+        f"the encoder gives NaN or infinite features for {count} of {n} images (first: sample {first}); "
+        + ("" if precision == "fp32" else "evaluate with precision fp32, or ")
+        + ("" if dtype == torch.float32 else "keep features in float32, or ")
+        + "take an earlier checkpoint"
+    )
+
+
+def check_given(ids: np.ndarray, found: np.ndarray) -> None:
+    """Raises DataError unless a loader that was asked for `ids` gave these, or some of them, in their order."""
+    if not np.array_equal(found, ids[np.isin(ids, found)]):
+        raise DataError(f"asked for {len(ids)} samples from {ids[0]} on, the loader gave {len(found)} others")
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -169,9 +194,7 @@ def extract_features_distributed(
         own = (
             _extract(encoder, load(ids), device=device, precision=precision, normalize=normalize) if len(ids) else None
         )
-        found = own.sample_ids.numpy() if own else ids[:0]
-        if not np.array_equal(found, ids[np.isin(ids, found)]):
-            raise DataError(f"asked for {len(ids)} samples from {ids[0]} on, the loader gave {len(found)} others")
+        check_given(ids, own.sample_ids.numpy() if own else ids[:0])
         return own
 
     own = run_on_all_ranks(extract, device, catch=Exception)
@@ -198,6 +221,16 @@ def extract_features_distributed(
     )
     found = sample_ids >= 0
     return Features(h, labels, sample_ids) if found.all() else Features(h[found], labels[found], sample_ids[found])
+
+
+def gather_facts(facts: Iterable[Tensor], share: int, device: torch.device | str) -> Iterator[Tensor]:
+    """int64 [n_r] of each rank, without negative numbers in the last of them, joined. share: the most of a rank."""
+    padded = [torch.cat([x, x.new_full((share - len(x),), _NONE)]) for x in facts]
+    gathered = [distributed.all_gather(x.to(device)).cpu() for x in padded]
+    return (x[gathered[-1] != _NONE] for x in gathered)
+
+
+_NONE = -(2**62)
 
 
 def _gather_rows(padded: Tensor, room: Tensor, device: torch.device | str) -> Tensor:

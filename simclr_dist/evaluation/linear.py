@@ -184,21 +184,36 @@ class _Rows:
 
 
 def _standardisation(h: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / deviation of each column of h [n, D], float32 [D]; 0 for columns that do not vary."""
+    """Mean and 1 / deviation of each column of h [n, D], float32 [D]; 0 for columns that do not vary.
+
+    Each rank reads its part of the rows; all get the same.
+    """
     n, D = h.shape
+    own = part_of_rank(n, distributed.rank(), distributed.world_size())
+    part = h[int(own[0]) : int(own[-1]) + 1] if len(own) else h[:0]
+    moments = run_on_all_ranks(lambda: _moments(part, device), device, catch=Exception)
+    counts, means, squares_of_ranks = distributed.all_gather(moments[None]).split([1, D, D], dim=1)  # [W, …]
+    mean = (counts / n * means).sum(dim=0)
+    squares = (squares_of_ranks + counts * (means - mean).square()).sum(dim=0)
+    deviation = (squares / n).sqrt()
+    constant = deviation <= 1e-6 * deviation.max()
+    scale = torch.where(constant, 0.0, 1 / deviation.clamp_min(torch.finfo(torch.float32).tiny))
+    return mean.float(), scale.float()
+
+
+def _moments(h: Tensor, device: torch.device | str) -> Tensor:
+    """Number of rows, mean and sum of squares around it of each column of h [n, D], float64 [1 + 2D]."""
+    D = h.shape[1]
     mean, squares = torch.zeros(2, D, dtype=torch.float64, device=device)
     seen = 0
-    for part in h.split(max(1, CHUNK_BYTES // (8 * D))):
+    for part in h.split(max(1, CHUNK_BYTES // (8 * D))) if len(h) else ():
         x = part.to(device, torch.float64)
         # Chan et al. 1979: sums of squares around the mean so far, because raw squares would cancel.
         shift = x.mean(dim=0) - mean
         squares += (x - x.mean(dim=0)).square_().sum(dim=0) + shift.square() * seen * len(x) / (seen + len(x))
         mean += shift * len(x) / (seen + len(x))
         seen += len(x)
-    deviation = (squares / n).sqrt()
-    constant = deviation <= 1e-6 * deviation.max()
-    scale = torch.where(constant, 0.0, 1 / deviation.clamp_min(torch.finfo(torch.float32).tiny))
-    return mean.float(), scale.float()
+    return torch.cat([mean.new_full((1,), seen), mean, squares])
 
 
 def _tested(fit: _Fit, rows: _Rows) -> tuple[Tensor, float]:

@@ -5,6 +5,7 @@ On several processes (`accelerate launch -m simclr_dist.cli evaluate …`) the r
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from simclr_dist.data.loading.labelled_images import LabelledImages, open_labell
 from simclr_dist.data.loading.open_images import DatasetInfo
 from simclr_dist.errors import ConfigError, UserError
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
-from simclr_dist.evaluation.features import Features, digest, extract_features_distributed, pixel_features
+from simclr_dist.evaluation.feature_file import extract_to_file
+from simclr_dist.evaluation.features import Features, digest, pixel_features
 from simclr_dist.evaluation.knn import check_k, knn_top1
 from simclr_dist.evaluation.labels import relabelled
 from simclr_dist.evaluation.linear import linear_probe
@@ -42,6 +44,7 @@ from simclr_dist.run.results import Keeping, results_dir
 from simclr_dist.views.augment import normalize
 
 Say = Callable[[str], None]
+FeatureDtype = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,14 @@ def features_of(
     cache: Path | None,
     say: Say,
     keeping: Keeping | None = None,
+    dtype: FeatureDtype = "float32",
 ) -> Features:
     """h of the readable images of `source` on every rank, from the cache when it has them. Raises DataError.
 
     keeping: is told when the cache cannot be written; None: `say` is, at once.
     """
     # A cache on a node's own disk may be there, or damaged, for some ranks only; they must all do the same.
-    key = cache_key(digest(encoder), info.content_fingerprint, data.image_size, precision)
+    key = cache_key(digest(encoder), info.content_fingerprint, data.image_size, precision, dtype)
     found = run_on_all_ranks(lambda: read_features(cache, key) if cache else None, device, catch=Exception)
     ids = np.arange(info.num_samples)
     load = ReadableImages.of(source, data, batch_size)
@@ -81,8 +85,16 @@ def features_of(
         features = found
     else:
         begin = time.perf_counter()
-        features = extract_features_distributed(
-            encoder, load, ids, device=device, precision=precision, normalize=normalize
+        places = [*([cache] if cache else []), Path(tempfile.gettempdir())]
+        features = extract_to_file(
+            encoder,
+            load,
+            ids,
+            places=places,
+            dtype=getattr(torch, dtype),
+            device=device,
+            precision=precision,
+            normalize=normalize,
         )
         seconds = time.perf_counter() - begin
         say(f"features of {source}: {len(features)} images, {len(features) / seconds:.0f} images/s")
@@ -113,6 +125,7 @@ def evaluate(
     baselines: bool = False,
     cache: Path | Literal["run"] | None = "run",
     out: Path | None = None,
+    feature_dtype: FeatureDtype = "float32",
     show: Callable[[list[Score], dict[str, Any]], None] = lambda scores, record: None,
     device: torch.device,
     say: Say,
@@ -123,6 +136,7 @@ def evaluate(
     max_train: kNN looks at this many of them only, those that it looks at while training with evaluation.knn_max_train.
     cache "run": the folder `features` beside the record. out: the folder for both; None: that of the run. Weights from
     elsewhere (ForeignEncoder) have no run: without `out` nothing is kept.
+    feature_dtype: of h as it is kept, while it is used and in the cache.
     show: called in the main process with what is returned, before it is written down.
     Returns the scores and the record that is appended to evaluations.jsonl; where that, or the cache, cannot be
     written, `say` gets one warning. Raises CheckpointError, ConfigError, DataError.
@@ -134,6 +148,8 @@ def evaluate(
         say(images.classes.sentence)
     run, keeping = results_dir(checkpoint.path if checkpoint.of_run else None, out), Keeping(say)
     settings: dict[str, Any] = {"precision": precision or assumed_precision(config.train.precision, device.type)}
+    if feature_dtype != "float32":
+        settings["feature_dtype"] = feature_dtype
     bank = np.arange(images.train_info.num_samples)
     if method == "knn":
         settings["k"] = k or config.evaluation.knn_k
@@ -175,6 +191,7 @@ def evaluate(
                 cache=(run.features if run else None) if cache == "run" else cache,
                 say=say,
                 keeping=keeping,
+                dtype=feature_dtype,
             )
             for source, info in ((images.train, images.train_info), (images.test, images.test_info))
         )

@@ -40,16 +40,17 @@ def score_record(
 
 
 def name_of(record: Mapping[str, Any], share: str) -> str:
-    """knn (k=20) top-1 on data/test.beton; T=0.1, 5,000 training images, 10,000 test images, 32 px, fp32
+    """knn (k=20) top-1 on data/test.beton; T=0.1, 5,000 training images of data/train.beton, 10,000 test images, 32 px
 
     Two figures of one name and step are one measurement. Records of release 0.1 name less. share: "top-1", "top-5".
     """
     is_knn = record.get("method") == "knn"
     setting = f"k={record.get('k')}" if is_knn else record.get("solver")
     more = [f"T={record['temperature']}"] if is_knn and "temperature" in record else []
-    for kind in ("train", "test"):
-        if isinstance(number := record.get(f"{kind}_images"), int):
-            more.append(f"{number:,} {'training' if kind == 'train' else kind} images")
+    if isinstance(number := record.get("train_images"), int):
+        more.append(f"{number:,} training images of {record.get('train')}")
+    if isinstance(number := record.get("test_images"), int):
+        more.append(f"{number:,} test images")
     if "image_size" in record:
         more.append(f"{record['image_size']} px")
     if "precision" in record:
