@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from benchmarks.loss import PeakMemory, in_own_process
 from benchmarks.traffic import CountTraffic
 from simclr_dist import cli
 from simclr_dist.checkpoint.files import take_snapshot, write_checkpoint
-from simclr_dist.config import Config, LossConfig, load_config
+from simclr_dist.config import Config, LossConfig, ModelConfig, load_config
 from simclr_dist.loss import NTXentLoss
 from simclr_dist.loss.build import build_loss
 from simclr_dist.loss.memory import workspace_bytes
@@ -22,6 +24,7 @@ from simclr_dist.network.simclr import build_model
 from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.micro_batch import backward_in_micro_batches
 from simclr_dist.plan.forecast import LINK_BYTES_PER_S, Forecast, Speed, forecast
+from simclr_dist.plan.measure import measure_step
 from simclr_dist.plan.memory import (
     DeviceMemory,
     LiveBytes,
@@ -97,6 +100,72 @@ def test_activations_are_within_a_factor_of_what_a_real_step_holds(precision: st
     predicted = step_activations(config.model, image_size=32, images=256, precision=config.train.precision) / 2**20
     assert predicted > 64  # so that what the process needs besides counts little
     assert predicted / 1.4 < in_own_process(real_step, config, 256) < 1.4 * predicted
+
+
+FAMILIES = {  # with a size of images, and how many of them
+    "resnet18": (64, 32),
+    "regnet_y_400mf": (64, 16),
+    "convnext_tiny": (64, 8),
+    "timm/vit_tiny_patch16_224": (64, 32),
+    "swin_t": (64, 4),
+    "efficientnet_b0": (64, 12),
+    "timm/maxvit_rmlp_pico_rw_256": (256, 1),
+}
+ELSEWHERE = ("timm/resnet18", "timm/regnety_002", "timm/convnext_atto", "timm/efficientnet_b0")
+MEASURED = tuple(FAMILIES)[:6]  # a MaxViT takes a minute
+
+
+def step_config(encoder: str) -> tuple[Config, int]:
+    image_size, images = FAMILIES[encoder]
+    return smoke(
+        f"model.encoder={encoder}", f"data.image_size={image_size}", f"train.global_batch_size={images}"
+    ), images
+
+
+def test_every_family_of_encoders_has_a_plan() -> None:
+    for encoder in (*FAMILIES, *ELSEWHERE):
+        size = FAMILIES.get(encoder, (64, 0))[0]
+        one, two = (
+            step_activations(ModelConfig(encoder=encoder, image_size=size), image_size=size, images=n, precision="fp32")
+            for n in (1, 2)
+        )
+        assert one < two < 2.2 * one, encoder
+
+
+def real_steps(encoders: Sequence[str]) -> list[float]:
+    """MiB of real steps from the network's building on, as the operating system counts them."""
+    torch.set_num_threads(1)
+    found = []
+    for encoder in encoders:
+        config, images = step_config(encoder)
+
+        def step(config: Config = config, images: int = images) -> None:
+            measure_step(
+                augment=config.augment,
+                model=config.model,
+                loss=config.loss,
+                optim=config.optim,
+                train=config.train,
+                image_size=config.data.image_size,
+                images=images,
+                device=torch.device("cpu"),
+                repetitions=1,
+            )
+
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)  # what earlier networks have left must not be there for this one
+        with PeakMemory(torch.device("cpu")) as peak:
+            step()
+        found.append(peak.mib)
+    return found
+
+
+@pytest.mark.slow
+def test_memory_is_within_a_factor_of_what_real_steps_hold() -> None:
+    measured = in_own_process(real_steps, MEASURED)
+    for encoder, mib in zip(MEASURED, measured, strict=True):
+        predicted = memory_on_cpu(step_config(encoder)[0]).total / 2**20
+        assert predicted / 1.4 < mib < 1.4 * predicted, f"{encoder}: {predicted:.0f} MiB predicted, {mib:.0f} measured"
 
 
 def test_activations_grow_with_the_images_at_once_and_not_with_the_batch() -> None:

@@ -66,7 +66,9 @@ def load_embeddings(path: Path) -> Embeddings:
         n = len(found.names)
         if found.h.ndim != 2 or found.h.dtype != np.float32 or len(found.h) != n or found.labels.shape != (n,):
             raise ValueError("its arrays do not fit together")
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile raises as many kinds as there are features of zip
         raise DataError(f"{path}: is no file of `simclr-dist embed`: {error}") from None
     return found
 
