@@ -21,6 +21,7 @@ CHARTS = (
     r"health/contrastive_top1",
     r"health/[hz]_rankme",
     r"health/similarity_.*",
+    r"drift/.*",
     r"train/grad_norm",
     r"speed/images_per_s",
     r"speed/data_wait_share",
