@@ -49,7 +49,7 @@ def curve_chart(curves: Mapping[str, Curve], label: str) -> str:
     """One line a run, over images seen."""
     with mpl.rc_context(STYLE):
         figure, axes = _axes(label)
-        for name, curve in curves.items():
+        for curve in curves.values():
             marker = "o" if len(curve.values) < SPARSE_POINTS else None
             axes.plot(curve.samples_seen, curve.values, marker=marker, markersize=3, linewidth=1.4)
         axes.set_xlabel("images seen")

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from simclr_dist.run.layout import RunDir, is_a, read_record, write_record
 
@@ -90,7 +91,7 @@ class Heartbeats:
         latest = {}
         for rank, path in enumerate(self._files):
             found = read_record(path) or {}
-            known = {field.name: found.get(field.name) for field in fields(Heartbeat)}
+            known: dict[str, Any] = {field.name: found.get(field.name) for field in fields(Heartbeat)}
             if all(is_a(value, int if name in ("rank", "pid", "step") else str) for name, value in known.items()):
                 with suppress(OSError):
                     latest[rank] = Heartbeat(**known), path.stat().st_mtime

@@ -84,14 +84,14 @@ def _mark_what_release_0_1_kept(run_dir: Path) -> list[str]:
         return []
     kept, problems = read_record(file) or {}, []
     milestones, best, accuracy = (kept.get(key) for key in ("milestones", "best_step", "best_knn_top1"))
-    is_whole = isinstance(milestones, list) and is_a(best, int | None) and is_a(accuracy, NUMBER)
-    if not is_whole:
+    if not (isinstance(milestones, list) and is_a(best, int | None) and is_a(accuracy, NUMBER)):
         problems.append(f"{file} is damaged: all {len(there)} checkpoints beside it are kept as milestones")
+        milestones, best = list(map(step_of, there)), None
     try:
         for path in there:
-            if not is_whole or step_of(path) in milestones:
+            if step_of(path) in milestones:
                 RunDir.milestone_mark(path).touch()
-            elif step_of(path) == best:
+            if step_of(path) == best:
                 write_record(RunDir.best_mark(path), {"knn_top1": accuracy})
         os.rename(file, file.with_suffix(".old"))
     except OSError as error:

@@ -30,7 +30,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import IO, Any, TypeGuard, get_args
 
 from simclr_dist.atomic import new_file_beside, replaces
 from simclr_dist.bounded_json import parse_json
@@ -282,7 +282,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return _parsed(content) if len(content) <= LARGEST_RECORD_BYTES else None
 
 
-def is_a(value: Any, kind: Any) -> bool:
+def is_a(value: Any, kind: Any) -> TypeGuard[Any]:
     """isinstance, but True is no number, and neither is one that is not finite or that no float can hold."""
     if isinstance(value, NUMBER) and not isinstance(value, bool):
         return isinstance(value, kind) and -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER
@@ -291,7 +291,7 @@ def is_a(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def is_share(value: Any) -> bool:
+def is_share(value: Any) -> TypeGuard[float]:
     """Such as an accuracy."""
     return is_a(value, NUMBER) and 0 <= value <= 1
 
