@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,10 @@ from launcher import outcome, runs, sweep
 from launcher.errors import LaunchError
 from simclr_dist import cli
 from simclr_dist.atomic import replaces
+from simclr_dist.data.beton.reader import sidecar_path
+from simclr_dist.data.loading.inspect import inspect_beton
+from simclr_dist.data.loading.open_images import describe
+from simclr_dist.errors import DataError
 from simclr_dist.evaluation.offline import known_accuracy
 from simclr_dist.monitor.events import Figures
 from simclr_dist.monitor.log_file import LogFile
@@ -44,6 +49,7 @@ from simclr_dist.run.layout import (
 )
 from simclr_dist.run.owner import claim, has_living_owner
 from simclr_dist.run.status import Status, read_status
+from simclr_dist.safe_text import message
 
 DEEP = "[" * 5_000 + "]" * 5_000
 DEEP_OBJECT = '{"a":' * 500 + "1" + "}" * 500
@@ -380,6 +386,27 @@ def test_an_owner_file_that_says_nothing_owns_nothing(tmp_path: Path, content: b
     (tmp_path / "owner.json").write_bytes(content)
     claim(tmp_path).release()
     assert not (tmp_path / "owner.json").exists()
+
+
+def test_a_sidecar_of_any_shape_is_used_or_refused_in_words(images: Path, tmp_path: Path) -> None:
+    beton = tmp_path / "x.beton"
+    beton.symlink_to(images)
+    good = json.loads(sidecar_path(images).read_text())
+    groups = [[1], [{"reason": 1}], [{"reason": 1, "count": 1e999, "names": 3}]]
+    made = [{**good, key: value} for key in good for value in VALUES]
+    made += [{**good, "account": {**good["account"], key: v}} for key in good["account"] for v in (*VALUES, *groups)]
+    refused: list[DataError] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it belongs to another file
+        for content in (*(json.dumps(one).encode() for one in made), *DAMAGED):
+            beton.with_name("x.beton.json").write_bytes(content)  # of a link: beside the link
+            try:
+                assert describe(str(beton)).num_samples == 512
+                inspect_beton(beton, False, lambda done, total: None).account  # noqa: B018
+            except DataError as error:
+                refused.append(error)
+    assert 0 < len(refused) < len(made)
+    assert all(line.isprintable() for error in refused for line in message(error).split("\n"))
 
 
 def test_reading_is_quick_beside_parsing(tmp_path: Path) -> None:
