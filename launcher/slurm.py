@@ -19,10 +19,11 @@ from pathlib import Path
 from launcher import build, outcome, scontrol, snapshot, step, sweep
 from launcher.arguments import NOT_BY_HAND, SBATCH_OPTIONS, SIGNAL_LEAD_S, as_words
 from launcher.errors import Exit, LaunchError
-from launcher.launch_plan import LaunchPlan, checked, is_reserved, job_of, looks_secret, one_line, prepare_run_dir
+from launcher.launch_plan import LaunchPlan, checked, is_reserved, job_of, one_line, prepare_run_dir
 from launcher.snapshot import Snapshot
 from simclr_dist.config import Config
 from simclr_dist.run.layout import RunDir
+from simclr_dist.safe_text import looks_secret, masked
 
 PACKAGED = (Path(__file__).resolve().parent / "starter" / "slurm").resolve()
 
@@ -300,7 +301,7 @@ def submit(args: argparse.Namespace) -> Exit:
 def say_what_is_left_out(environ: Mapping[str, str]) -> None:
     for name in sorted(environ):
         if why := why_not_passed_on(name):
-            print(f"launcher: {name}={environ[name]} is not passed on to the job: {why}", file=sys.stderr)
+            print(f"launcher: {name}={masked(environ)[name]} is not passed on to the job: {why}", file=sys.stderr)
 
 
 def used_code(files: RunDir) -> set[str]:

@@ -7,6 +7,8 @@ import difflib
 import re
 from typing import NoReturn
 
+from simclr_dist.safe_text import printable
+
 
 class Parser(argparse.ArgumentParser):
     """Answers a slip of the pen with the nearest word, and a missing argument in plain words. Subcommands, too."""
@@ -19,7 +21,7 @@ class Parser(argparse.ArgumentParser):
         elif wrong := re.match(r"the following arguments are required: (.*)", message):
             needed = [name for name in wrong[1].split(", ") if "=" not in name]  # key=value may be left out
             message = f"missing: {', '.join(needed)}; `{self.prog} --help` says what that is"
-        super().error(message)
+        super().error(printable(message))  # it repeats what was typed
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:

@@ -283,7 +283,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; the directory is no complete checkpoint") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object")

@@ -54,7 +54,7 @@ def read_features(folder: Path, key: str) -> Features | None:
                 raise DataError(f"{entry / name}.npy: its content has changed since it was written: {advice}")
         # Copy-on-write: torch needs writable arrays, and the file must not change.
         arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="c") for name in _ARRAYS}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{entry}: cannot be read ({error}): {advice}") from None
     for name, dtypes in _ARRAYS.items():
         if arrays[name].dtype not in dtypes:

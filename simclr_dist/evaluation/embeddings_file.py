@@ -93,7 +93,9 @@ def _as_array(value: Any) -> np.ndarray:
 def _write_parquet(path: Path, embeddings: Embeddings) -> None:
     arrow, parquet = _pyarrow()
     h = arrow.FixedSizeListArray.from_arrays(arrow.array(embeddings.h.ravel()), embeddings.h.shape[1])
-    table = arrow.table({"name": list(embeddings.names), "label": embeddings.labels, "h": h})
+    # UTF-8 has no letters for undecodable bytes of a file's name.
+    names = [name.encode("utf-8", "backslashreplace").decode() for name in embeddings.names]
+    table = arrow.table({"name": names, "label": embeddings.labels, "h": h})
     about = {name: getattr(embeddings, name) for name in ("class_names", *_TEXTS)}
     parquet.write_table(table.replace_schema_metadata({"simclr_dist": json.dumps(about)}), path)
 

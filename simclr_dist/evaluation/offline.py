@@ -39,7 +39,7 @@ from simclr_dist.network.precision import assumed_precision
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
-from simclr_dist.run.layout import RunDir, append_record, read_records
+from simclr_dist.run.layout import RunDir, append_record, is_share, read_records
 from simclr_dist.run.results import Keeping, results_dir
 from simclr_dist.views.augment import normalize
 
@@ -271,12 +271,15 @@ def _before_training(model: ModelConfig, data: DataConfig, seed: int, say: Say) 
     return "untrained encoder", untrained_encoder(model, data, seed)
 
 
-def known_accuracy(checkpoint: Checkpoint) -> Mapping[str, float]:
+def known_accuracy(checkpoint: Checkpoint, say: Say) -> Mapping[str, float]:
     """What `evaluate` has recorded of this checkpoint, newest last, for the model card."""
     figures: dict[str, float] = {}
-    for record in read_records(RunDir.of_checkpoint(checkpoint.path).evaluations):
-        if record.get("step") == checkpoint.step and "method" in record:
+    records = read_records(RunDir.of_checkpoint(checkpoint.path).evaluations, method=str, step=int)
+    if records.remark:
+        say(records.remark)
+    for record in records:
+        if record["step"] == checkpoint.step:
             for share in ("top1", "top5"):
-                if isinstance(value := record.get(share), float | int):
+                if is_share(value := record.get(share)):
                     figures[name_of(record, share)] = value
     return figures

@@ -13,17 +13,15 @@ from simclr_dist.config import Config, LossConfig
 from simclr_dist.data import Loader
 from simclr_dist.loss.build import choices
 from simclr_dist.monitor.events import Summary
+from simclr_dist.monitor.speed import SINCE_START, Speed
 from simclr_dist.monitor.terminal import duration
 from simclr_dist.optim.schedule import peak_learning_rate
 from simclr_dist.parallel.distributed import World
 from simclr_dist.plan.memory import optimizer_state
 from simclr_dist.run.state import TrainState
 from simclr_dist.run.status import State
-from simclr_dist.streams import printable
+from simclr_dist.safe_text import printable
 from simclr_dist.training.parts import Parts
-
-IMAGES_PER_S_IN_ALL = "speed/images_per_s_in_all"
-"""From the start of the training to its end, evaluations and saves included."""
 
 
 def show_start(config: Config, parts: Parts) -> None:
@@ -56,12 +54,14 @@ def show_start(config: Config, parts: Parts) -> None:
         )
 
 
-def show_end(config: Config, parts: Parts, state: State, *, seconds: float, images: int) -> None:
-    """seconds, images: of this start of the run."""
+def show_end(config: Config, parts: Parts, state: State, speed: Speed) -> None:
+    """speed: of this start of the run; its last figure is logged, so that every place has the same one."""
+    images = parts.state.samples_seen - speed.first_sample
     if images:
-        speed = {IMAGES_PER_S_IN_ALL: images / max(seconds, 1e-9)}
-        parts.monitor.log(speed, step=parts.state.step, samples_seen=parts.state.samples_seen)
+        figure = {SINCE_START: speed.since_start(parts.state.samples_seen)}
+        parts.monitor.log(figure, step=parts.state.step, samples_seen=parts.state.samples_seen)
     bank = None if parts.evaluation_images is None else len(parts.evaluation_images.bank)
+    seconds = speed.trained_s() + speed.paused_s, speed.paused_s
     rows = end_rows(config, parts.monitor.latest, seconds=seconds, images=images, bank=bank)
     title = f"{state} at step {parts.state.step} of {parts.last_step}"
     parts.monitor.show(Summary("end", title, rows))
@@ -115,12 +115,16 @@ def weight_rows(config: Config, state: TrainState, network: nn.Module) -> dict[s
 
 
 def end_rows(
-    config: Config, latest: Mapping[str, float], *, seconds: float, images: int, bank: int | None
+    config: Config, latest: Mapping[str, float], *, seconds: tuple[float, float], images: int, bank: int | None
 ) -> dict[str, str]:
-    """seconds, images: of this start of the run; latest: the last figure of each tag; bank: images of kNN's bank."""
+    """seconds, images: of this start of the run, in all and for evaluations and saves; latest: the last figure of each
+    tag; bank: images of kNN's bank.
+    """
     rows = {}
     if images:
-        rows["time"] = f"{duration(seconds)}, {images:,} images, {latest[IMAGES_PER_S_IN_ALL]:,.0f} images/s in all"
+        in_all, paused = map(duration, seconds)
+        rows["time"] = f"{in_all}, of which {paused} for evaluations and saves"
+        rows["speed"] = f"{images:,} images, {latest[SINCE_START]:,.0f} images/s without evaluations and saves"
     evaluation = config.evaluation
     knn = f"k={evaluation.knn_k}, T={evaluation.knn_temperature:g}, {bank or 0:,} training images"
     for name, tag, form in (
