@@ -22,7 +22,7 @@ from simclr_dist.config.schema import (
     json_schema,
     parse_config,
 )
-from simclr_dist.config.yaml_source import load_config, load_section, render_config
+from simclr_dist.config.yaml_source import compose_config, load_config, load_section, render_config, render_with_origins
 from simclr_dist.errors import ConfigError
 
 __all__ = [
@@ -44,10 +44,12 @@ __all__ = [
     "Section",
     "TimeoutConfig",
     "TrainConfig",
+    "compose_config",
     "flatten",
     "json_schema",
     "load_config",
     "load_section",
     "parse_config",
     "render_config",
+    "render_with_origins",
 ]

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+BASE = "_base_"
+"""The key under which a file names those that it begins from (yaml_source.py)."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -278,5 +280,22 @@ def parse_config(text: str) -> Config:
 
 
 def json_schema() -> str:
-    """The JSON schema that ships as `simclr_dist/config.schema.json`, for editors that complete YAML."""
-    return json.dumps(Config.model_json_schema(), indent=1, sort_keys=True) + "\n"
+    """The JSON schema that ships as `simclr_dist/config.schema.json`, for editors that complete YAML.
+
+    What a file that begins from others leaves out may stand in them: only one without `_base_` needs every key.
+    """
+    schema = Config.model_json_schema()
+    needed = {name: part.pop("required") for name, part in schema["$defs"].items() if "required" in part}
+    sections = {
+        name: {"required": needed[part["$ref"].rpartition("/")[2]]}
+        for name, part in schema["properties"].items()
+        if part.get("$ref", "").rpartition("/")[2] in needed
+    }
+    names = {"type": "string"}
+    schema["properties"][BASE] = {
+        "anyOf": [names, {"type": "array", "items": names, "minItems": 1}],
+        "description": "Files that this one begins from, relative to it; what stands here wins.",
+    }
+    whole = {"required": schema.pop("required"), "properties": sections}
+    schema |= {"if": {"required": [BASE]}, "else": whole}
+    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
