@@ -208,7 +208,7 @@ def test_more_views_cost_as_many_more_images() -> None:
     assert loader_bytes(smoke("data.num_views=8").data, 32) == 4 * loader_bytes(smoke().data, 32)
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adam", "adamw", "muon"])
 def test_parameters_optimiser_and_checkpoint_are_as_predicted(tmp_path: Path, optimizer: str) -> None:
     config = smoke(f"optim.optimizer={optimizer}", "loss.learn_temperature=true")
     model = build_model(config.model)

@@ -29,6 +29,7 @@ from simclr_dist.monitor.monitor import Monitor, memory_peak_gib
 from simclr_dist.monitor.speed import LAST_INTERVAL, Speed
 from simclr_dist.network.flops import peak_flops, train_flops
 from simclr_dist.network.precision import assumed_precision
+from simclr_dist.optim.schedule import learning_rate
 from simclr_dist.parallel import distributed
 from simclr_dist.run.guard import LimitName, RunGuard
 from simclr_dist.run.layout import RunDir, append_record
@@ -467,7 +468,7 @@ def build_observers(
         parts.loader,
         device,
         speed,
-        learning_rate=lambda: parts.optimizer.param_groups[0]["lr"],
+        learning_rate=lambda: learning_rate(parts.optimizer),
         masked_duplicates=lambda: getattr(nt_xent, "masked_duplicates", 0),
         temperature=(lambda: parts.nt_xent.temperature_now) if config.loss.learn_temperature else None,
         flops=train_flops(parts.forward_flops, config.data.num_views) if parts.forward_flops else None,

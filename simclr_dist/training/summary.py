@@ -15,6 +15,7 @@ from simclr_dist.loss.build import choices
 from simclr_dist.monitor.events import Summary
 from simclr_dist.monitor.speed import SINCE_START, Speed
 from simclr_dist.monitor.terminal import duration
+from simclr_dist.optim.groups import describe_scales, parameter_groups
 from simclr_dist.optim.schedule import peak_learning_rate
 from simclr_dist.parallel.distributed import World
 from simclr_dist.plan.memory import optimizer_state
@@ -83,6 +84,7 @@ def start_rows(
         **({"read as": printable(loader.account.layout)} if loader.account is not None else {}),
         "global batch": split_of_batch(G, world, config.train.micro_batch_size),
         "learning rate": f"{config.optim.optimizer}, peak {learning_rate_formula(config)}{warmup}, then {decay}",
+        **learning_rates_of_parts(config, model),
         "loss": loss_in_words(config.loss, config.data.num_views, G),
         "model": f"{config.model.encoder} to {head} dimensions, {parameters:,} parameters"
         + (f", {flops / 1e9:,.4f} GFLOP a view" if flops else ""),
@@ -170,6 +172,19 @@ def loss_in_words(loss: LossConfig, num_views: int, global_batch_size: int) -> s
         f"{kind}temperature {loss.temperature:g}{learnt}, {negatives}; guessing gives ln({rows:,}) = "
         f"{math.log(rows):.2f}"
     )
+
+
+def learning_rates_of_parts(config: Config, model: nn.Module) -> dict[str, str]:
+    """What does not learn at the rate of the schedule."""
+    rows, optim = {}, config.optim
+    if optim.optimizer == "muon":
+        groups = parameter_groups(model, optim)
+        others = sum(p.numel() for g in groups if not g.rule.orthogonal for p in g.parameters.values())
+        rows["AdamW for the rest"] = f"{optim.adamw_base_lr / optim.base_lr:g} x that rate, for {others:,} parameters"
+    if scales := describe_scales(model, optim):
+        shown = scales if len(scales) <= 4 else [*scales[:2], f"… {len(scales) - 4} more layers", *scales[-2:]]
+        rows["rates by layer"] = "; ".join(shown)
+    return rows
 
 
 def device_name(device: torch.device) -> str:
