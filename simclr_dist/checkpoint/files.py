@@ -246,8 +246,6 @@ def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -
             continue  # frozen since then
         if value.ndim and value.shape != parameters[name].shape:
             raise CheckpointError(f"{checkpoint.path}: optimiser state {key} has shape {tuple(value.shape)}")
-        if name not in numbers:  # frozen since
-            continue
         if value.ndim:  # laid out as the weight is: optimisers are fast only then
             value = torch.empty_like(parameters[name], dtype=value.dtype).copy_(value)
         state.setdefault(numbers[name], {})[entry] = value
