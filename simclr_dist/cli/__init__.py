@@ -28,6 +28,7 @@ from simclr_dist.cli import (
     recipe,
     report,
     runs,
+    train,
 )
 from simclr_dist.errors import FailedElsewhereError, StoppedError, UserError
 from simclr_dist.safe_text import message
@@ -94,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
         doctor,
         demo,
         recipe,
+        train,
     ):
         module.register(commands)
     return top
