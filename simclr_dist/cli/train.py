@@ -17,13 +17,13 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from simclr_dist.argument_types import add_source_arguments, positive_float, positive_int
 from simclr_dist.atomic import replace_text
-from simclr_dist.cli.arguments import Commands, add_command
-from simclr_dist.cli.pretraining import pretrain, score
-from simclr_dist.cli.terminal import print_table, say
+from simclr_dist.cli.arguments import Commands, add_command, choose_device
+from simclr_dist.cli.pretraining import pretrain
+from simclr_dist.cli.terminal import percent, print_table, say
 from simclr_dist.cli.train_images import images_to_prepare, prepare_images, source_options
 from simclr_dist.cli.train_settings import MINUTES, choose_for, name_of, num_processes_for, with_length
 from simclr_dist.config import Config, load_config
@@ -178,15 +178,24 @@ def _train(args: argparse.Namespace, config_file: Path, config: Config, out: Pat
 
 
 def _evaluate(config: Config) -> None:
-    """A table of kNN and the linear probe; what cannot be evaluated has said why."""
-    scores = {method: score(method, config.run_dir) for method in ("knn", "linear")}
-    names = list(dict.fromkeys(name for found in scores.values() for name in found or {}))
-    rows = [
-        (name, *(f"{found[name]['top1']:.1%}" if found and name in found else "-" for found in scores.values()))
-        for name in names
-    ]
+    """Prints a table of kNN and the linear probe; what cannot be evaluated says why."""
+    found = [_score("knn", config), _score("linear", config)]
+    names = list(dict.fromkeys(name for scores in found for name in scores))
+    rows = [(name, *(percent(scores[name]) if name in scores else "-" for scores in found)) for name in names]
     if rows:
         print_table("", ("top-1 accuracy of", "kNN", "linear probe"), rows)
+
+
+def _score(method: Literal["knn", "linear"], config: Config) -> dict[str, float]:
+    """Top-1 accuracies by what was scored: the encoder, as it was before training, raw pixels."""
+    from simclr_dist.evaluation.offline import evaluate
+
+    try:
+        scores, _ = evaluate(config.run_dir, method=method, baselines=True, device=choose_device(None), say=say)
+    except UserError as error:
+        say(f"{method}: {error}")
+        return {}
+    return {score.name: score.top1 for score in scores}
 
 
 def _export(config: Config, out: Path) -> list[str]:
