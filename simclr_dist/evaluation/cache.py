@@ -74,8 +74,11 @@ def write_features(folder: Path, key: str, features: Features) -> None:
             np.save(temporary / f"{name}.npy", array, allow_pickle=False)
             hashes[name] = _hash(temporary / f"{name}.npy")
         (temporary / "MANIFEST.json").write_text(json.dumps({"files": hashes}, indent=1))
-        if not (folder / key).exists():  # another process may have written the same content
+        try:
             os.rename(temporary, folder / key)
+        except OSError:
+            if not (folder / key / "MANIFEST.json").exists():  # else another process has written the same content
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
