@@ -7,9 +7,9 @@ import difflib
 import re
 from typing import Any, NoReturn
 
-_SETTING = re.compile(r"[A-Za-z_][\w.]*=")
-
 from simclr_dist.safe_text import printable
+
+_SETTING = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 class Parser(argparse.ArgumentParser):

@@ -30,7 +30,7 @@ from simclr_dist.config import Config, load_config
 from simclr_dist.errors import ConfigError, UserError
 from simclr_dist.run.layout import read_record, write_record
 from simclr_dist.run.status import read_status
-from simclr_dist.streams import printable
+from simclr_dist.safe_text import printable
 
 
 def register(commands: Commands) -> None:

@@ -17,7 +17,7 @@ from simclr_dist.cli.train_images import Images
 from simclr_dist.config import NAME_PATTERN, Config, flatten, load_config
 from simclr_dist.errors import DataError
 from simclr_dist.plan.defaults import MOST_EPOCHS, Choice, Situation, choose_settings, epochs_in
-from simclr_dist.streams import printable
+from simclr_dist.safe_text import printable
 
 MINUTES = 10.0
 
@@ -141,6 +141,7 @@ def _epochs(minutes: float, config: Config, at: Situation) -> Choice:
         loss=config.loss,
         optim=config.optim,
         train=train,
+        num_views=config.data.num_views,
         image_size=config.data.image_size,
         images=per_process,
         device=torch.device("cuda" if at.is_gpu else "cpu"),

@@ -26,7 +26,7 @@ from simclr_dist.config.bounded_yaml import BoundedLoader, read_text
 from simclr_dist.config.explain import KeyPath, cross_checks, explain, kind_of
 from simclr_dist.config.schema import BASE, Config, Section
 from simclr_dist.errors import ConfigError
-from simclr_dist.streams import printable
+from simclr_dist.safe_text import printable
 
 _S = TypeVar("_S", bound=Section)
 
