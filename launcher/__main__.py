@@ -14,7 +14,8 @@ import simclr_dist
 from launcher.arguments import parse
 from launcher.errors import Exit, LaunchError
 from simclr_dist.errors import ConfigError
-from simclr_dist.streams import make_output_safe
+from simclr_dist.safe_text import message
+from simclr_dist.streams import escaped_output, make_output_safe
 
 
 def run_backend(args: argparse.Namespace) -> int:
@@ -156,22 +157,18 @@ TRAINING = ("local", "hosts", "resume", "node", "job", "finish")
 """Commands in which more is at stake than what they print."""
 
 
-def plain(error: Exception) -> str:
-    """The message, with control characters escaped: names and values in it may come from anywhere."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in str(error))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         if args.command in TRAINING and not getattr(args, "dry_run", False):
             make_output_safe()  # the training dies with this process, and this process must not die of a word
-        return int(COMMANDS[args.command](args))
+        with escaped_output():
+            return int(COMMANDS[args.command](args))
     except LaunchError as error:
-        print(f"launcher: {plain(error)}", file=sys.stderr)
+        print(f"launcher: {message(error)}", file=sys.stderr)
         return int(error.exit_code)
     except ConfigError as error:
-        print(plain(error), file=sys.stderr)
+        print(message(error), file=sys.stderr)
         return int(Exit.USAGE)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -180,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(Exit.FAILED)
     except OSError as error:  # a full or vanished disk, a folder without permission
-        print(f"launcher: {plain(error)}", file=sys.stderr)
+        print(f"launcher: {message(error)}", file=sys.stderr)
         return int(Exit.FAILED)
 
 

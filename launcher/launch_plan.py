@@ -15,6 +15,7 @@ from typing import Any, Literal
 from launcher.errors import LaunchError
 from simclr_dist.bounded_json import MOST_BYTES, parse_json
 from simclr_dist.run.layout import RunDir
+from simclr_dist.safe_text import looks_secret, masked
 
 Backend = Literal["local", "slurm", "hosts", "rendezvous"]
 Device = Literal["cpu", "cuda"]
@@ -32,15 +33,6 @@ PATTERNS = {
     "interface": r"[A-Za-z0-9][A-Za-z0-9._@-]{0,31}",
     "environment variable": r"[A-Za-z_][A-Za-z0-9_]{0,127}",
 }
-# Words of a variable's name. PAT and the like only as a whole word: PATH and AUTHOR are no secrets.
-_SECRET_NAME = re.compile(
-    r"TOKEN|KEY|SECRET|PASSW|PASSPHRASE|CREDENTIAL|WEBHOOK|(?<![A-Z0-9])(O?AUTH|PAT|PASS|DSN|JWT|COOKIE)(?![A-Z0-9])",
-    re.IGNORECASE,
-)
-# A URL with a user or a password in it, and what some services call their tokens.
-_SECRET_VALUE = re.compile(
-    r"(?<=://)[^/?#\s'\"]+(?=@)|\b(gh[pousr]_|github_pat_|glpat-|hf_|sk-|xox[abprs]-|AKIA)[\w-]{16,}|\bBearer\s+\S+"
-)
 # Variables by which the launcher and torch talk to their processes: set from outside they would break the rendezvous.
 _RESERVED = re.compile(
     r"SIMCLR_(EXPECTED_WORLD_SIZE|ATTEMPT|STOP_SIGNAL|CHECKED|OUTPUT|NODE_SCRIPT)"
@@ -79,11 +71,6 @@ def shell_text(command: str) -> str:
     return command
 
 
-def looks_secret(name: str, value: str = "") -> bool:
-    """Whether a variable of this name, or with this value, should stand in no file and on no screen."""
-    return bool(_SECRET_NAME.search(name) or _SECRET_VALUE.search(value))
-
-
 def is_reserved(name: str) -> bool:
     return re.fullmatch(_RESERVED, name) is not None
 
@@ -110,11 +97,6 @@ def checked_env(settings: list[str]) -> dict[str, str]:
             )
         env[name] = one_line(f"--env {name}", value) if value else ""
     return env
-
-
-def masked(env: Mapping[str, str]) -> dict[str, str]:
-    """For display: what looks like a secret is hidden."""
-    return {name: "***" if looks_secret(name) else _SECRET_VALUE.sub("***", env[name]) for name in sorted(env)}
 
 
 # resume_argv has this key in plan.json, so that all versions of the launcher read each other's files.
@@ -287,5 +269,5 @@ def read_launch_plan(path: Path) -> LaunchPlan:
             if unknown := values.keys() - names.keys():
                 raise ValueError(f"unknown entries {sorted(unknown)}")
             return LaunchPlan(**{names[key]: value for key, value in values.items()})
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise LaunchError(f"{path}: not a launch plan of this version of the launcher: {error}") from None

@@ -25,9 +25,9 @@ from launcher import machine, outcome, processes
 from launcher.errors import Exit, LaunchError
 from launcher.launch_plan import PATTERNS, LaunchPlan, new_attempt, prepare_run_dir, write_launch_plan
 from launcher.outcome import Decision
-from simclr_dist.run.layout import RunDir, newest_step, read_record
+from simclr_dist.run.layout import NUMBER, RunDir, is_a, newest_step, read_record
 from simclr_dist.run.status import read_status
-from simclr_dist.streams import printable
+from simclr_dist.safe_text import printable
 
 POLL_S = 0.1
 KEPT_ATTEMPTS = 10
@@ -196,8 +196,8 @@ def conclude(plan: LaunchPlan, rc: int, job: outcome.JobState, **more: Any) -> D
 def print_last_words(plan: LaunchPlan) -> None:
     """Prints to stderr what the rank that failed first has printed last: it may be far above, between other ranks'."""
     failures = map(read_record, plan.files.logs_of(plan.attempt).glob("rank_*.failed.json"))
-    kinds = {"rank": int, "time": float, "how": str}
-    known = [each for each in failures if each and all(isinstance(each.get(key), kinds[key]) for key in kinds)]
+    kinds = {"rank": int, "time": NUMBER, "how": str}
+    known = [each for each in failures if each and all(is_a(each.get(key), kind) for key, kind in kinds.items())]
     if not known:
         return
     first = min(known, key=lambda failure: failure["time"])

@@ -84,7 +84,7 @@ def say_what_is_kept_back(plan: LaunchPlan) -> None:
     found = [entry for entry in found_in(os.environ) if is_reserved(entry.name)]
     kept_back = [str(entry) for entry in found if entry.counts]
     if plan.backend != "slurm":  # srun sets some of them always
-        places = [f"{entry.name}={entry.value}" for entry in found if entry.row.treatment == "used"]
+        places = [f"{entry.name}={entry.shown}" for entry in found if entry.row.treatment == "used"]
         kept_back += [f"{', '.join(places)}: this launcher starts the processes"] if places else []
     if kept_back:
         print(f"launcher: not passed on to the training: {'; '.join(kept_back)}", file=sys.stderr, flush=True)

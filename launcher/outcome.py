@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from launcher.errors import Exit
 from launcher.launch_plan import job_of
-from simclr_dist.run.layout import RunDir, append_record, read_records
+from simclr_dist.run.layout import NUMBER, Records, RunDir, append_record, read_records
 from simclr_dist.run.status import Status
 
 PERMANENT = ("config_error", "data_error", "nan_abort", "checkpoint_error", "unfit")
@@ -30,13 +30,30 @@ PERMANENT_EXIT = {"config_error": Exit.USAGE, "unfit": Exit.PREFLIGHT}
 def record(run_dir: Path, event: str, attempt: str, **values: Any) -> None:
     """Adds a line. event: submit, start, end or requeue_refused."""
     line = {"event": event, "attempt": attempt, "time": round(time.time(), 3), **values}
-    append_record(RunDir(run_dir).attempts, line)
+    # `resume` runs its commands, and refuses those of a file that others may write to.
+    append_record(RunDir(run_dir).attempts, line, mode=0o640)
 
 
 def recorded(run_dir: Path, *events: str) -> list[dict[str, Any]]:
     """The lines of these events, oldest first."""
-    lines = read_records(RunDir(run_dir).attempts)
-    return [entry for entry in lines if entry.get("event") in events and "attempt" in entry]
+    return [entry for entry in read_attempts(run_dir) if entry["event"] in events]
+
+
+def read_attempts(run_dir: Path) -> Records:
+    """Every line whose entries are of their kinds."""
+    return read_records(
+        RunDir(run_dir).attempts,
+        event=str,
+        attempt=str,
+        time=NUMBER | None,
+        step=int | None,
+        rc=int | None,
+        why=str | None,
+        job=str | None,
+        workdir=str | None,
+        log=str | None,
+        again=list | None,
+    )
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,7 @@ def earlier_attempts(run_dir: Path, attempt: str) -> list[Ended]:
     for name, following in pairwise([*(name for name in starts if name != attempt), attempt]):
         # Where no end was recorded, the attempt came as far as the next one's start.
         last = ends.get(name) or starts.get(following, {})
-        steps = int(starts[name].get("step", 0)), int(last.get("step", 0))
+        steps = starts[name].get("step") or 0, last.get("step") or 0
         result.append(Ended(bool(last.get("failed")), has_progressed(*steps)))
     return result
 
@@ -73,7 +90,7 @@ def has_progressed(start_step: int, end_step: int) -> bool:
 
 def start_step(run_dir: Path, attempt: str) -> int:
     starts = (entry for entry in recorded(run_dir, "start") if entry["attempt"] == attempt)
-    return int(next(starts, {}).get("step", 0))
+    return next(starts, {}).get("step") or 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from launcher import local, outcome, scontrol, snapshot
 from launcher.errors import Exit, LaunchError
@@ -20,6 +20,8 @@ from launcher.launch_plan import checked, one_line, read_launch_plan, refuse_for
 from simclr_dist.run.layout import RunDir, newest_step
 from simclr_dist.run.owner import has_living_owner
 from simclr_dist.run.status import read_status
+from simclr_dist.safe_text import printable
+from simclr_dist.streams import print_table
 
 
 def run_dir_of(args: argparse.Namespace) -> Path:
@@ -46,45 +48,46 @@ def code_of(run_dir: Path) -> str | None:
 
 
 def status(args: argparse.Namespace) -> Exit:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     run_dir = run_dir_of(args)
     now, job = read_status(run_dir), slurm_job(run_dir)
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(Text(str(run_dir)), soft_wrap=True)
+    print(printable(str(run_dir)))
     if now:
         reason = f" ({now.reason})" if now.reason else ""
         if now.state == "running" and not local.holder(run_dir) and not has_living_owner(run_dir):
             reason = " when its process ended"
-        console.print(Text(f"state       {now.state}{reason} at step {now.step}, {now.time}"))
-        if now.message:
-            console.print(Text(f"message     {now.message.strip().splitlines()[-1]}"), soft_wrap=True)
-    console.print(Text(f"checkpoint  step {newest_step(run_dir)}"))
+        print(printable(f"state       {now.state}{reason} at step {now.step}, {now.time}"))
+        if said := now.message.strip().splitlines():
+            print(printable(f"message     {said[-1]}"))
+    print(f"checkpoint  step {newest_step(run_dir)}")
     if job:
         in_queue = scontrol.query(["squeue", "--noheader", f"--jobs={job}", "--format=%T %r"])
-        console.print(Text(f"SLURM job   {job}: {(in_queue or '').strip() or 'no longer in the queue'}"))
+        print(printable(f"SLURM job   {job}: {(in_queue or '').strip() or 'no longer in the queue'}"))
     if code := code_of(run_dir):
-        console.print(Text(f"code        {snapshot.describe(code)}"), soft_wrap=True)
+        print(f"code        {snapshot.describe(code)}")
     for request in (RunDir(run_dir).stop, RunDir(run_dir).save):
         if request.exists():
-            console.print(f"requested   {request.name}")
-    table = Table("attempt", "started", "nodes x processes", "steps", "end", "exit code", box=None)
+            print(f"requested   {request.name}")
     ends = {entry["attempt"]: entry for entry in outcome.recorded(run_dir, "end")}
-    for start in outcome.recorded(run_dir, "start"):
-        end = ends.get(start["attempt"], {})
-        cells = [
-            start["attempt"],
-            time.strftime("%F %T", time.localtime(start["time"])),
-            f"{start.get('num_nodes')} x {start.get('procs_per_node')}",
-            f"{start.get('step')} to {end.get('step', '…')}",
-            str(end.get("why", "no end recorded")),
-            str(end.get("rc", "")),
-        ]
-        table.add_row(*map(Text, cells))
-    console.print(table)
+    rows = [_attempt(start, ends.get(start["attempt"], {})) for start in outcome.recorded(run_dir, "start")]
+    print_table("", ("attempt", "started", "nodes x processes", "steps", "end", "exit code"), rows, texts=5)
+    if remark := outcome.read_attempts(run_dir).remark:
+        print(printable(remark))
     return Exit.OK
+
+
+def _attempt(start: dict[str, Any], end: dict[str, Any]) -> list[str]:
+    """A row of `status`."""
+    began = "-"
+    with suppress(ValueError, OverflowError, OSError):  # a time of no calendar
+        began = time.strftime("%F %T", time.localtime(start["time"])) if "time" in start else began
+    return [
+        start["attempt"],
+        began,
+        f"{start.get('num_nodes')} x {start.get('procs_per_node')}",
+        f"{start.get('step')} to {end.get('step', '…')}",
+        str(end.get("why", "no end recorded")),
+        str(end.get("rc", "")),
+    ]
 
 
 def logs(args: argparse.Namespace) -> Exit:
@@ -182,9 +185,12 @@ def started_with(run_dir: Path) -> tuple[list[str], str]:
     plan = read_launch_plan(files.launch_plan) if files.launch_plan.exists() or not submitted else None
     # For a job that `launcher slurm` submitted, the command line that submitted it: it also holds sbatch's options, and
     # a job that never started has no launch plan.
-    if submitted and (plan is None or submitted[-1]["job"] == plan.job.partition("_")[0]):
+    if submitted and (plan is None or submitted[-1].get("job") == plan.job.partition("_")[0]):
         refuse_foreign(files.attempts, files.attempts.stat())
-        return [one_line("argument", word) for word in submitted[-1]["again"]], submitted[-1]["workdir"]
+        again, workdir = submitted[-1].get("again"), submitted[-1].get("workdir")
+        if not again or not all(isinstance(word, str) for word in again) or not workdir:
+            raise LaunchError(f"{files.attempts}: does not say how the run was submitted; submit it again")
+        return [one_line("argument", word) for word in again], one_line("directory", workdir)
     assert plan is not None
     if plan.backend == "rendezvous":
         raise LaunchError(f"{run_dir}: continue it with {local.continue_line(plan)}")

@@ -7,9 +7,10 @@ import shlex
 from typing import Any
 
 from launcher import machine
-from launcher.launch_plan import LaunchPlan, masked
+from launcher.launch_plan import LaunchPlan
 from launcher.node import agent_argv, agent_env
 from launcher.node_script import step_words
+from simclr_dist.safe_text import masked, masked_json
 
 
 def as_dict(plan: LaunchPlan, start: list[list[str]]) -> dict[str, Any]:
@@ -72,4 +73,6 @@ def around_python(plan: dict[str, Any]) -> list[str]:
 
 
 def print_shown(shown: dict[str, Any], as_json: bool) -> None:
+    """Without secrets: command lines and set-up lines may hold some that an earlier version let pass."""
+    shown = masked_json(shown)
     print(json.dumps(shown, indent=1) if as_json else as_text(shown))

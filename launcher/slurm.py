@@ -19,10 +19,11 @@ from pathlib import Path
 from launcher import build, outcome, scontrol, snapshot, step, sweep
 from launcher.arguments import NOT_BY_HAND, SBATCH_OPTIONS, SIGNAL_LEAD_S, as_words
 from launcher.errors import Exit, LaunchError
-from launcher.launch_plan import LaunchPlan, checked, is_reserved, job_of, looks_secret, one_line, prepare_run_dir
+from launcher.launch_plan import LaunchPlan, checked, is_reserved, job_of, one_line, prepare_run_dir
 from launcher.snapshot import Snapshot
-from simclr_dist.config import Config
+from simclr_dist.config import Config, compose_config
 from simclr_dist.run.layout import RunDir
+from simclr_dist.safe_text import looks_secret, masked
 
 PACKAGED = (Path(__file__).resolve().parent / "starter" / "slurm").resolve()
 
@@ -75,13 +76,20 @@ def prepare(args: argparse.Namespace) -> Submission:
         changed = script_for(args, script)
         named = {"slurm": (script, changed)}
         if not args.no_snapshot:
-            named |= {name: (Path(path), None) for name in ("config", "sweep") if (path := getattr(args, name))}
+            named["config"] = (Path(args.config), composed(args.config))
+            named |= {"sweep": (Path(args.sweep), None)} if args.sweep else {}
         if changed is not None or not args.no_snapshot:
             kept = snapshot.take(files, Path.cwd(), named, program=not args.no_snapshot)
             script = kept.path / "slurm" / script.name
         if kept and not args.no_snapshot:
             args = snapshot.use(args, kept.path)
     return Submission(args, config, files, submit_command(args, files, script, num_points), num_points, kept)
+
+
+def composed(config: str) -> bytes | None:
+    """A configuration and the files that it begins from as one; None if it begins from none."""
+    text = compose_config(Path(config))
+    return None if text is None else text.encode()
 
 
 def refuse_half_nodes(args: argparse.Namespace) -> None:
@@ -300,7 +308,7 @@ def submit(args: argparse.Namespace) -> Exit:
 def say_what_is_left_out(environ: Mapping[str, str]) -> None:
     for name in sorted(environ):
         if why := why_not_passed_on(name):
-            print(f"launcher: {name}={environ[name]} is not passed on to the job: {why}", file=sys.stderr)
+            print(f"launcher: {name}={masked(environ)[name]} is not passed on to the job: {why}", file=sys.stderr)
 
 
 def used_code(files: RunDir) -> set[str]:

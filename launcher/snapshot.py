@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 from launcher.errors import LaunchError
 from simclr_dist.run.layout import RunDir, read_record, write_record
 from simclr_dist.run.provenance import git_id
-from simclr_dist.streams import printable
+from simclr_dist.safe_text import printable
 
 MAX_BYTES = 64 * 2**20
 LEFT_OUT = "launcher/starter"  # of `launcher init`

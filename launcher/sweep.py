@@ -28,9 +28,10 @@ import yaml
 from launcher import build, machine, processes
 from launcher.arguments import as_words
 from launcher.errors import Exit, LaunchError
+from simclr_dist import streams
 from simclr_dist.config import load_config
 from simclr_dist.config.bounded_yaml import read_yaml
-from simclr_dist.run.layout import RunDir, read_records
+from simclr_dist.run.layout import NUMBER, RunDir, is_a, read_records
 from simclr_dist.run.status import read_status
 
 MOST_RUNS = 10_000
@@ -205,13 +206,9 @@ def _as_dict(run: Run) -> dict[str, Any]:
 
 
 def print_table(runs: list[Run]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     shown = [_as_dict(run) for run in runs]
     tags = sorted({tag for entry in shown for tag in entry["results"]})
-    table = Table(*("run", "settings", "state", "step", *tags))
+    rows = []
     for entry in shown:
         cells = [
             entry["name"],
@@ -220,8 +217,8 @@ def print_table(runs: list[Run]) -> None:
             str(entry["step"]),
         ]
         cells += [f"{entry['results'][tag]:.4g}" if tag in entry["results"] else "-" for tag in tags]
-        table.add_row(*map(Text, cells))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        rows.append(cells)
+    streams.print_table("", ("run", "settings", "state", "step", *tags), rows, texts=3, width=160)
 
 
 def last_results(run_dir: Path) -> dict[str, float]:
@@ -231,6 +228,6 @@ def last_results(run_dir: Path) -> dict[str, float]:
         found |= {
             tag: float(value)
             for tag, value in entry.items()
-            if (tag == "train/loss" or tag.startswith("eval/")) and isinstance(value, (int, float))
+            if (tag == "train/loss" or tag.startswith("eval/")) and is_a(value, NUMBER)
         }
     return found

@@ -28,6 +28,7 @@ from simclr_dist.run.owner import abandon
 from simclr_dist.run.results import require_writable
 from simclr_dist.run.status import read_status
 from simclr_dist.run.watchdog import ENDS_PROCESS
+from simclr_dist.safe_text import message
 from simclr_dist.training.main import record_failure
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ class Run:
             out or RunDir(self.path).export / f"encoder{SUFFIXES[format]}",
             format=format,
             license=license,
-            accuracy=known_accuracy(checkpoint),
+            accuracy=known_accuracy(checkpoint, _say),
             overwrite=overwrite,
         )
 
@@ -220,4 +221,4 @@ class Run:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(message(text), file=sys.stderr, flush=True)

@@ -5,11 +5,27 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from simclr_dist.safe_text import printable
+
+_SETTING = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers a slip of the pen with the nearest word, and a missing argument in plain words. Subcommands, too."""
+    """Answers a slip of the pen with the nearest word, and a missing argument in plain words. Subcommands, too.
+
+    `overrides` may stand before, between and behind options.
+    """
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, left = self.parse_known_args(args, namespace)
+        if hasattr(found, "overrides"):
+            found.overrides = [*found.overrides, *filter(_SETTING.match, left)]
+            left = [word for word in left if not _SETTING.match(word)]
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return found
 
     def error(self, message: str) -> NoReturn:
         if wrong := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
@@ -19,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         elif wrong := re.match(r"the following arguments are required: (.*)", message):
             needed = [name for name in wrong[1].split(", ") if "=" not in name]  # key=value may be left out
             message = f"missing: {', '.join(needed)}; `{self.prog} --help` says what that is"
-        super().error(message)
+        super().error(printable(message))  # it repeats what was typed
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,17 @@ _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.
 
 @contextmanager
 def replaces(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to. It becomes `path` when the block ends, and vanishes when it fails."""
+    """A temporary path beside `path` to write to. It becomes `path` when the block ends, and vanishes when it fails.
+
+    It has the permissions of an ordinary new file, whatever writes to it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = new_file_beside(path)
+    mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:  # safetensors puts a file of its own there, closed to others
+            os.chmod(temporary, mode)
         flush(temporary)
         os.replace(temporary, path)
     finally:

@@ -1,12 +1,22 @@
-"""Output that cannot end a program: closed, a pipe without reader, a full disk, a lost terminal. And fit text."""
+"""Output that cannot end a program: closed, a pipe without reader, a full disk, a lost terminal.
+
+And output of which a terminal obeys nothing but what is meant: what a command prints, and its tables.
+"""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
-from contextlib import suppress
-from typing import Any, TextIO
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from simclr_dist.safe_text import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
 
 
 class _Forgiving(io.FileIO):
@@ -53,7 +63,73 @@ def _safe(stream: TextIO | None, number: int) -> TextIO:
     )
 
 
-def printable(text: str) -> str:
-    r"""The text with undecodable bytes of file names and control characters as \xNN, so that it can be printed."""
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+# ---------------------------------------------------------------------------------------------------------------------
+# Output that is safe to show (safe_text.py)
+
+
+class _Escaping:
+    """A stream that shows control characters instead of obeying them, but for new lines and tabs."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(printable(text, keep="\n\t"))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def escaped_output() -> Iterator[None]:
+    """Inside, whatever `print` writes is safe to show. A `console` still draws."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Escaping(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def console(*, stderr: bool = False, **options: Any) -> Console:
+    """rich's, for the terminal itself. Hand it `rich_text`, tables and bars, and no text that it would interpret."""
+    from rich.console import Console
+
+    stream: Any = sys.stderr if stderr else sys.stdout
+    file = stream.stream if isinstance(stream, _Escaping) else stream
+    return Console(file=file, markup=False, emoji=False, highlight=False, **options)
+
+
+def rich_text(text: str, style: str = "") -> Text:
+    """As it is: names may look like rich's markup."""
+    from rich.text import Text
+
+    return Text(printable(text), style)
+
+
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    caption: str = "",
+    *,
+    texts: int = 1,
+    width: int = 120,
+) -> None:
+    """On standard output. texts: of the first so many columns; the others are numbers, and end on the right.
+
+    width: of the table where there is no terminal.
+    """
+    from rich.table import Table
+
+    table = Table(title=rich_text(title), caption=rich_text(caption), title_justify="left", caption_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(rich_text(column), justify="left" if i < texts else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(rich_text, row))
+    console(width=None if sys.stdout.isatty() else width).print(table)

@@ -19,7 +19,7 @@ from launcher.processes import die_with_this_process
 REPOSITORY = Path(__file__).resolve().parent.parent
 NEEDED_BY_THE_LAUNCHER = (
     *("config", "parallel", "run"),
-    *("__init__.py", "argument_types.py", "atomic.py", "errors.py", "streams.py"),
+    *("__init__.py", "argument_types.py", "atomic.py", "errors.py", "safe_text.py", "streams.py"),
 )
 """Of simclr_dist. Without the rest, a launcher that imports more of it fails in every test."""
 CONFIG = """\

@@ -149,6 +149,9 @@ def test_a_view_does_not_depend_on_its_company(way: str, monkeypatch: pytest.Mon
     together = augment(batch(20)).clone()
     halves = torch.cat([augment(batch(10)).clone(), augment(batch(10, first=10)).clone()], dim=1)
     assert torch.equal(together, halves)
+    two, more = batch(20), torch.zeros(3, 20, SIDE, SIDE, 3, dtype=torch.uint8)
+    five = Batch(torch.cat([two.views, more]), two.sample_ids, two.labels, two.epoch)
+    assert torch.equal(together, augment(five)[:2])
     monkeypatch.setattr(torch_operations, "_PIECE_BYTES", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(together, augment(batch(20)))
@@ -243,6 +246,14 @@ class TestDistribution:
         assert abs(p.blur[B:].mean() - 0.1) < 0.01
         assert not p.solarize[:B].any()
         assert abs(p.solarize[B:].mean() - 0.2) < 0.015
+
+    def test_of_more_views_the_even_ones_are_as_the_first_and_the_odd_ones_as_the_second(self) -> None:
+        augmentation = resolve_augmentation(AugmentConfig(preset="asymmetric"))
+        p = draw_parameters(augmentation, 0, 0, self.ids, num_views=5)
+        blurred, solarised = (mask.reshape(5, -1).mean(1) for mask in (p.blur, p.solarize))
+        assert blurred == pytest.approx([1, 0.1, 1, 0.1, 1], abs=0.01)
+        assert solarised == pytest.approx([0, 0.2, 0, 0.2, 0], abs=0.015)
+        assert len({tuple(view[:9]) for view in p.brightness.reshape(5, -1)}) == 5
 
     def test_factors_are_uniform_in_color_jitters_ranges(self) -> None:
         p = self.draw(preset="simclr_imagenet")

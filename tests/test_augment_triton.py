@@ -75,12 +75,12 @@ def views(kernels, images, parameters, kernel_size):
     return out
 
 
-def check(preset, side, B, *, block=1024, tiles=((32, 32), (8, 128)), kernel_size=None, **changes):
+def check(preset, side, B, *, block=1024, tiles=((32, 32), (8, 128)), kernel_size=None, num_views=2, **changes):
     \"\"\"What takes the interpreter's time is the number of programs: large images are cut into few.\"\"\"
     triton_kernel._BLOCK, triton_kernel._COLUMN_TILE, triton_kernel._ROW_TILE = block, *tiles
     augmentation = resolve_augmentation(AugmentConfig(preset=preset))
-    parameters = replace(draw_parameters(augmentation, 1, 0, np.arange(B)), **changes)
-    images = torch.randint(0, 256, (2 * B, side, side, 3), dtype=torch.uint8)
+    parameters = replace(draw_parameters(augmentation, 1, 0, np.arange(B), num_views=num_views), **changes)
+    images = torch.randint(0, 256, (num_views * B, side, side, 3), dtype=torch.uint8)
     images[0, ..., :2] = images[0, ..., 1:]  # ties between channels
     images[-1] = images[-1, :1, :1]  # one colour
     before, kernel_size = images.clone(), kernel_size or blur_kernel_size(side)
@@ -95,6 +95,7 @@ yes, halves = np.ones(24, bool), np.arange(24) % 2 > 0
 every = {"order": _ORDERS, "jitter": yes, "hue": np.linspace(-0.5, 0.5, 24), "solarize": halves}
 check("simclr_imagenet", 12, 12, kernel_size=1, **every)
 images, parameters, found = check("asymmetric", 32, 3)
+check("asymmetric", 12, 2, num_views=3, kernel_size=3)
 check("simclr_cifar", 33, 1)  # two blocks of pixels, the second hardly filled
 of_both = {"blur": yes[:2], "solarize": halves[:2]}
 check("simclr_imagenet", 97, 1, block=4096, tiles=((64, 256), (64, 256)), **of_both)  # the image does not fill these

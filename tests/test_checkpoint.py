@@ -67,7 +67,7 @@ def save(
     )
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adam", "adamw", "muon"])
 def test_restored_training_goes_on_bit_identically(tmp_path: Path, name: str) -> None:
     model, optimizer = trained(name)
     found = checkpoint.read_checkpoint(save(tmp_path, 2, model, optimizer))
@@ -235,7 +235,7 @@ def test_a_rewind_sets_aside_by_name_even_when_it_is_cut_off(
     }
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adam", "adamw", "muon"])
 def test_restored_state_is_laid_out_as_the_weights_are(tmp_path: Path, name: str) -> None:
     """Or the optimisers take their slow path for ever."""
     torch.manual_seed(0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,14 +26,12 @@ from simclr_dist.report.record import read_run
 from simclr_dist.run import history
 from simclr_dist.run.layout import RunDir
 from simclr_dist.run.state import TrainState
-from tests import fork_server
 from tests.test_checkpoint import CONFIG, save, trained
 
 
-def save_for_ever(run_dir: Path) -> None:
-    """A training that saves at every step and keeps two, on a disk that is fast. Ends when `stop` is there."""
+def snapshot_of_step_1() -> files.Snapshot:
     model, optimizer = trained()
-    snapshot = files.take_snapshot(
+    return files.take_snapshot(
         config=CONFIG,
         state=TrainState(1, 4),
         fingerprint="f",
@@ -40,6 +40,10 @@ def save_for_ever(run_dir: Path) -> None:
         grad_scaler={},
         versions={},
     )
+
+
+def save_for_ever(run_dir: Path, snapshot: files.Snapshot) -> None:
+    """A training that saves at every step and keeps two, on a disk that is fast. Ends when `stop` is there."""
     step = 0
     with mock.patch.object(files, "flush"):
         while not (run_dir / "stop").exists():
@@ -55,7 +59,10 @@ def save_for_ever(run_dir: Path) -> None:
 @contextlib.contextmanager
 def training(run_dir: Path) -> Iterator[None]:
     run_dir.mkdir()
-    process = fork_server.start(save_for_ever, run_dir)
+    process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(run_dir, snapshot_of_step_1()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: this one only writes files
+        process.start()
     try:
         while not lineage.list_checkpoints(run_dir):
             assert process.is_alive()
@@ -68,10 +75,10 @@ def training(run_dir: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("num_reads", [40, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_a_reader_beside_a_fast_training_always_finds_a_valid_one(num_reads: int, tmp_path: Path) -> None:
-    run_dir, warnings = tmp_path / "run", []
+    run_dir, said = tmp_path / "run", []
     with training(run_dir):
-        steps = [lineage.find_checkpoint(run_dir, warnings.append).step for _ in range(num_reads)]
-    assert not warnings
+        steps = [lineage.find_checkpoint(run_dir, said.append).step for _ in range(num_reads)]
+    assert not said
     assert steps == sorted(steps)
     assert len(set(steps)) > num_reads // 20  # there was a training beside
 
@@ -124,11 +131,11 @@ def test_whatever_is_wrong_with_one_the_next_is_taken(wrong: str, tmp_path: Path
     model, optimizer = trained()
     older, newer = (save(tmp_path, step, model, optimizer) for step in (1, 2))
     wrong_files()[wrong](newer)
-    warnings: list[str] = []
-    assert lineage.find_checkpoint(tmp_path, warnings.append).path == older
-    assert len(warnings) == 1
-    assert warnings[0].startswith(f"damaged checkpoint: {newer}")
-    assert len(warnings[0]) < 500
+    said: list[str] = []
+    assert lineage.find_checkpoint(tmp_path, said.append).path == older
+    assert len(said) == 1
+    assert said[0].startswith(f"damaged checkpoint: {newer}")
+    assert len(said[0]) < 500
 
 
 @pytest.mark.parametrize(
@@ -152,9 +159,9 @@ def test_any_exception_about_one_means_the_next(
         return real(path, *args)
 
     monkeypatch.setattr(files, within, fails)
-    warnings: list[str] = []
-    assert lineage.newest_valid(tmp_path, warnings.append, set_aside=True).path == older
-    assert len(warnings) == 1
+    said: list[str] = []
+    assert lineage.newest_valid(tmp_path, said.append, set_aside=True).path == older
+    assert len(said) == 1
 
 
 def test_no_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,9 @@ _KILLED = 9
 
 def prepare_and_die(source: Path, out: Path, after: int) -> bool:
     """In a process of its own that is killed after so many operations on files; False if it came to its end before."""
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: this one only writes files
+        child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == _KILLED
     try:

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from simclr_dist.config import Config, json_schema, load_config, render_config
+from simclr_dist.config import (
+    Config,
+    compose_config,
+    json_schema,
+    load_config,
+    render_config,
+    render_with_origins,
+)
 from simclr_dist.errors import ConfigError
 from tests.conftest import REPOSITORY
 
@@ -150,7 +157,19 @@ def test_missing_file_is_one_line(tmp_path: Path) -> None:
 def test_shipped_schema_is_that_of_the_code() -> None:
     shipped = (REPOSITORY / "simclr_dist" / "config.schema.json").read_text()
     assert shipped == json_schema(), "renew it: simclr-dist config schema > simclr_dist/config.schema.json"
-    assert json.loads(shipped)["properties"].keys() == Config.model_fields.keys()
+    schema = json.loads(shipped)
+    assert schema["properties"].keys() == {*Config.model_fields, "_base_"}
+    # An editor asks for every key of a whole file, and for none of one that begins from another.
+    assert "required" not in schema
+    assert not [part for part in schema["$defs"].values() if "required" in part]
+    assert schema["if"] == {"required": ["_base_"]}
+    assert schema["else"]["required"] == [name for name, f in Config.model_fields.items() if f.is_required()]
+    sections = {name: part["required"] for name, part in schema["else"]["properties"].items()}
+    assert sections == {
+        "data": ["train", "image_size"],
+        "model": ["encoder"],
+        "train": ["global_batch_size", "epochs"],
+    }
 
 
 def test_training_refuses_a_bad_config_with_exit_code_2_and_no_traceback(good: Path) -> None:
@@ -229,3 +248,108 @@ def test_a_configuration_comes_through_a_pipe_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", ["optim.momentum=1.0", "optim.betas=[1.0, 0.999]", "optim.betas=[0.9, 1.0]"])
 def test_an_average_that_never_moves_is_refused(good: Path, setting: str) -> None:
     assert "less than 1" in problems(good, setting)[0]
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Path:
+    """A configuration that begins from two others, of which the second begins from a third."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "shared.yaml").write_text(GOOD + "optim: {base_lr: 0.5, betas: [0.5, 0.6]}\n")
+    (tmp_path / "colours.yaml").write_text("augment: {preset: simclr_cifar, flip_p: 0.2}\noptim: {momentum: 0.7}\n")
+    (tmp_path / "long.yaml").write_text("_base_: shared.yaml\ntrain: {epochs: 90}\naugment: {flip_p: 0.1}\n")
+    path = tmp_path / "own" / "mine.yaml"
+    path.write_text(
+        "_base_: [../colours.yaml, $UP/long.yaml]\nname: mine\noptim:\n  betas: [0.7]\n  max_grad_norm: 1.0\n"
+        "augment: {flip_p: null}\n"
+    )
+    path.write_text(path.read_text().replace("[0.7]", "[0.7, 0.8]"))
+    return path
+
+
+def test_a_file_begins_from_others_and_the_nearest_word_counts(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UP", "..")
+    config = load_config(family, ["train.global_batch_size=32", "optim={base_lr: 0.4}"])
+    assert (config.name, config.model.encoder) == ("mine", "resnet_small")
+    assert (config.train.epochs, config.train.global_batch_size) == (90, 32)
+    assert (config.optim.base_lr, config.optim.momentum) == (0.4, 0.7)  # sections are merged, on command lines too
+    assert (config.optim.betas, config.optim.max_grad_norm) == ((0.7, 0.8), 1.0)  # a list is replaced
+    assert (config.augment.preset, config.augment.flip_p) == ("simclr_cifar", None)  # null is a value
+    assert load_config({"_base_": str(family), "name": "of_python"}, {"train": {"epochs": 70}}).train.epochs == 70
+    shared = family.parent.parent / "shared.yaml"
+    both = load_config({"_base_": [str(shared), str(family)], "name": "both"})  # the same file by two ways is no circle
+    assert both.optim == load_config(family).optim
+
+
+def test_the_place_of_each_value_is_shown_and_blamed(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UP", "..")
+    up = f"{family.parent}/.."
+    shown = render_with_origins(family, ["seed=3"])
+    for line in (
+        f"name: mine  # {family}:2",
+        "seed: 3  # command line",
+        f"  epochs: 90  # {up}/long.yaml:2",
+        f"  encoder: resnet_small  # {up}/shared.yaml:6",
+        f"  flip_p: null  # {family}:6",
+        f"  momentum: 0.7  # {up}/colours.yaml:2",
+        f"  betas:  # {family}:4",
+        "  schedule: cosine",  # a default comes from no file
+    ):
+        assert line in shown.splitlines()
+    copy = family.with_name("copy.yaml")
+    copy.write_text(shown)
+    assert load_config(copy) == load_config(family, ["seed=3"])
+    (family.parent.parent / "shared.yaml").write_text(GOOD.replace("epochs: 20", "epoch: 20"))
+    family.write_text(family.read_text() + "loss: {temperature: -1}\n")
+    found = problems(family)
+    assert found[1].startswith(f"{up}/shared.yaml:9: train.epoch: unknown key; did you mean `epochs`?")
+    assert found[0].startswith(f"{family}:7: loss.temperature: ")
+
+
+def test_what_is_kept_for_a_job_is_one_file(family: Path, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UP", "..")
+    family.write_text(family.read_text() + "runs_dir: $SCRATCH/runs\nresume: '1.5e3'\n")
+    kept = compose_config(family)
+    assert kept is not None
+    assert compose_config(good) is None  # stands for itself, with its comments
+    copy = family.with_name("kept.yaml")
+    copy.write_text(kept)
+    monkeypatch.setenv("SCRATCH", "/here")
+    before = load_config(family)
+    for name in ("shared", "long", "colours"):
+        (family.parent.parent / f"{name}.yaml").unlink()
+    assert load_config(copy) == before
+    assert before.resume == "1.5e3"  # text stays text
+    monkeypatch.setenv("SCRATCH", "/there")
+    assert load_config(copy).runs_dir == "/there/runs"  # a variable is that of the place where the job runs
+
+
+def test_a_base_that_cannot_be_is_refused_by_name(tmp_path: Path, good: Path) -> None:
+    path = tmp_path / "child.yaml"
+
+    def complaint(text: str, *overrides: str) -> str:
+        path.write_text(text)
+        (problem,) = problems(path, *overrides)
+        return problem
+
+    gone = complaint("name: x\n_base_: gone.yaml\n")
+    assert gone.startswith(f"{path}:2: _base_: {tmp_path}/gone.yaml does not exist")
+    other = tmp_path / "other.yaml"
+    other.write_text("_base_: child.yaml\n")
+    circle = complaint("_base_: [good.yaml, other.yaml]\n")
+    assert circle == f"{other}:1: _base_: a file cannot begin from itself: {path} -> {other} -> {path}"
+    assert "cannot begin from itself" in complaint("_base_: child.yaml\n")
+    for number in range(12):
+        (tmp_path / f"{number}.yaml").write_text(f"_base_: {number + 1}.yaml\n")
+    assert "more than 8 files in a row" in complaint("_base_: 0.yaml\n")
+    for number in range(7):  # two ways at each of seven: 10**7 files
+        names = ", ".join(f"w{number + 1}.yaml" for _ in range(10))
+        (tmp_path / f"w{number}.yaml").write_text(f"_base_: [{names}]\n")
+    (tmp_path / "w7.yaml").write_text("optim: {momentum: 0.5}\n")
+    assert "more than 64 files" in complaint("_base_: w0.yaml\n")
+    for wrong in ("3", "[]", "[good.yaml, 3]", "null", "{a: b}"):
+        assert complaint(f"_base_: {wrong}\n").endswith("expected the name of a file, or a list of them")
+    assert "NOWHERE_AT_ALL is not set" in complaint("_base_: $NOWHERE_AT_ALL/x.yaml\n")
+    assert "cannot be read" in complaint("_base_: ./\n")
+    inner = complaint("_base_: good.yaml\nloss: {_base_: good.yaml}\n")
+    assert inner == f"{path}:2: loss._base_: can only stand at the top of a file"
+    assert "can only stand in a file" in complaint("_base_: good.yaml\n", "_base_=good.yaml")

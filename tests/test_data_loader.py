@@ -270,7 +270,7 @@ def test_kernel_works_where_nothing_can_be_cached(tmp_path: Path) -> None:
 
 
 @needs_ffcv
-def test_an_image_is_decoded_once_for_both_views(beton: Path) -> None:
+def test_an_image_is_decoded_once_for_all_views(beton: Path) -> None:
     """With a codec of our own in ffcv's place, which counts."""
     script = """
         import ctypes, sys, types
@@ -292,14 +292,33 @@ def test_an_image_is_decoded_once_for_both_views(beton: Path) -> None:
 
         images = BetonImages(sys.argv[1])
         jpeg = np.flatnonzero(images.beton.images["mode"] == 0)
-        view_keys = keys(0, 0, jpeg[None], np.arange(2)[:, None])
-        views = np.empty((2, len(jpeg), 16, 16, 3), np.uint8)
+        view_keys = keys(0, 0, jpeg[None], np.arange(5)[:, None])
+        views = np.empty((5, len(jpeg), 16, 16, 3), np.uint8)
         images.fill(jpeg, lambda h, w: random_crops(view_keys, h, w, scale_min=0.08, flip_p=0.5), views)
         assert (views == 77).all()
         print(len(calls), len(jpeg))
     """
     calls, images = run_python(script, str(beton)).split()
     assert int(calls) == int(images) > 0
+
+
+@pytest.mark.parametrize("kind", ["folder", "synthetic", pytest.param("beton", marks=needs_ffcv)])
+def test_a_view_does_not_depend_on_how_many_there_are(kind: str, request: pytest.FixtureRequest) -> None:
+    source = kind if kind == "synthetic" else request.getfixturevalue(kind)
+    with open_loader(source) as loader:
+        two = take(loader, 0, 2)
+    with open_loader(source, num_views=5) as loader:
+        five = take(loader, 0, 2)
+    for few, many in zip(two, five, strict=True):
+        assert many.views.shape == (5, *few.views.shape[1:])
+        assert torch.equal(many.views[:2], few.views)
+        assert torch.equal(many.sample_ids, few.sample_ids)
+        assert len({view.numpy().tobytes() for view in many.views}) == 5
+    halves = []
+    for rank in range(2):
+        with open_loader(source, num_views=5, world=World(rank, 2)) as loader:
+            halves.append(take(loader, 0, 1)[0].views)
+    assert torch.equal(torch.cat(halves, dim=1), five[0].views)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -92,6 +92,8 @@ def check_yaml(text: str, tmp_path: Path) -> None:
         file.write_text(text)
         for point in read_points(file):
             doc_commands.check_settings(None, list(point))
+    elif "_base_" in values:
+        load_config({**values, "_base_": str(REPOSITORY / "configs" / values["_base_"])}, check_data=False)
     elif {"name", "data", "model", "train"} <= values.keys():
         file.write_text(text)
         load_config(file, check_data=False)

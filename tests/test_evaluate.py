@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -312,6 +315,39 @@ def test_cached_features_are_the_same_and_keys_tell_everything_apart(tmp_path: P
         for values in [("a", "b", 32, "fp32"), ("b", "a", 32, "fp32"), ("a", "b", 64, "fp32"), ("a", "b", 32, "bf16")]
     }
     assert len(keys) == 4
+
+
+def test_features_that_another_has_written_at_the_last_moment_are_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = Features(torch.randn(5, 3), torch.arange(5) % 2, torch.arange(5) + 7)
+    rename = os.rename
+
+    def late(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        write_features(tmp_path, "key", features)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    write_features(tmp_path, "key", features)
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_several_who_write_the_same_features_at_once_all_succeed(tmp_path: Path) -> None:
+    features = Features(torch.randn(5, 3), torch.arange(5) % 2, torch.arange(5) + 7)
+    together = threading.Barrier(4)
+
+    def write(_: int) -> None:
+        for number in range(25):
+            together.wait(60)
+            write_features(tmp_path, f"key{number}", features)
+            found = read_features(tmp_path, f"key{number}")
+            assert found is not None
+            assert torch.equal(found.h, features.h)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert {path.name for path in tmp_path.iterdir()} == {f"key{number}" for number in range(25)}
 
 
 def test_a_cache_without_its_manifest_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,10 @@ import pytest
 
 from tests.training import STEPS, Training
 
+LAYERS_WITH_MUON = (
+    *("optim.optimizer=muon", "optim.muon_ns_steps=3", "optim.lr_scaling=none", "optim.base_lr=0.003"),
+    *("optim.adamw_base_lr=0.001", "optim.layer_decay=0.8", "optim.encoder_lr_scale=0.5"),
+)
 CASES = [
     pytest.param(
         2,
@@ -20,7 +24,12 @@ CASES = [
         ("optim.optimizer=lars", "optim.base_lr=0.2"),
         id="lars, global BatchNorm",
     ),
-    pytest.param(1, ((11, signal.SIGKILL),), ("train.precision=fp16", "optim.optimizer=adamw"), id="fp16's loss scale"),
+    pytest.param(
+        1,
+        ((11, signal.SIGKILL),),
+        ("train.precision=fp16", *LAYERS_WITH_MUON),
+        id="fp16's loss scale, muon, rates by layer",
+    ),
     pytest.param(  # efficientnet_b0 drops whole layers at random
         1,
         ((5, signal.SIGKILL),),
@@ -56,11 +65,14 @@ def test_interrupted_by_everything_ends_with_the_same_bytes(
 
 
 @pytest.mark.distributed
-def test_one_two_four_and_one_process_again_have_the_curve_of_one(images: Path, tmp_path: Path) -> None:
-    alone = Training(images, tmp_path, "alone")
+@pytest.mark.parametrize("settings", [(), LAYERS_WITH_MUON], ids=["sgd", "muon, rates by layer"])
+def test_one_two_four_and_one_process_again_have_the_curve_of_one(
+    images: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    alone = Training(images, tmp_path, "alone", *settings)
     assert alone.wait() == [0], alone.output
     for end, world_size in ((6, 1), (12, 2), (18, 4), (STEPS, 1)):  # in the middle of epochs of 8 steps
-        part = Training(images, tmp_path, "elastic", f"train.max_steps={end}", world_size=world_size)
+        part = Training(images, tmp_path, "elastic", f"train.max_steps={end}", *settings, world_size=world_size)
         assert part.wait() == [0] * world_size, part.output
     assert part.losses() == pytest.approx(alone.losses(), rel=1e-4)
     assert len(part.losses()) == STEPS

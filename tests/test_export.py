@@ -19,7 +19,7 @@ from simclr_dist.errors import ExportError
 from simclr_dist.export import formats
 from simclr_dist.export.export import check_same_outputs, export
 from simclr_dist.network.simclr import SimCLR, build_model
-from simclr_dist.streams import printable
+from simclr_dist.safe_text import printable
 from simclr_dist.views.augment import MEAN
 from tests.test_evaluate import save_checkpoint
 

@@ -62,7 +62,7 @@ def test_a_network_that_asks_for_numbers_has_no_count() -> None:
 
 
 def test_a_training_step_is_six_forwards_and_peaks_are_those_of_the_device() -> None:
-    assert train_flops(10) == 60  # two views, each forward, and twice that backward
+    assert train_flops(10, num_views=2) == 60  # each view forward, and twice that backward
     assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989.4e12
     assert peak_flops("NVIDIA H100 PCIe", "fp16") == 756e12
     assert peak_flops("NVIDIA A100-SXM4-40GB", "bf16") == 312e12

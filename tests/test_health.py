@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -20,38 +21,38 @@ from tests.distributed.spawn import run_ranks
 M, K = 23, 7
 
 
-@pytest.fixture
-def z() -> Tensor:
-    """[2, M, K]: positives that are near, not the same."""
+@pytest.fixture(params=[2, 3])
+def z(request: pytest.FixtureRequest) -> Tensor:
+    """[V, M, K]: positives that are near, not the same."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(M, K, generator=generator)
-    return image + 0.7 * torch.randn(2, M, K, generator=generator)
+    return image + 0.7 * torch.randn(request.param, M, K, generator=generator)
 
 
-def pairs_by_hand(z: Tensor) -> tuple[list[float], list[list[float]]]:
-    """Of each row: the cosine with its positive, and those with its negatives."""
-    rows = [z[v, i].double() for v in range(2) for i in range(M)]
+def pairs_by_hand(z: Tensor) -> tuple[list[list[float]], list[list[float]]]:
+    """Of each row: the cosines with its positives, and those with its negatives."""
+    rows = [(i, z[v, i].double()) for v in range(len(z)) for i in range(M)]
     positives, negatives = [], []
-    for a, x in enumerate(rows):
-        cosines = {b: float(x @ y / x.norm() / y.norm()) for b, y in enumerate(rows) if b != a}
-        positives.append(cosines.pop((a + M) % (2 * M)))
-        negatives.append(list(cosines.values()))
+    for a, (image, x) in enumerate(rows):
+        cosines = [(i == image, float(x @ y / x.norm() / y.norm())) for b, (i, y) in enumerate(rows) if b != a]
+        positives.append([s for same, s in cosines if same])
+        negatives.append([s for same, s in cosines if not same])
     return positives, negatives
 
 
 def test_similarities_are_those_of_pairs(z: Tensor) -> None:
     positives, negatives = pairs_by_hand(z)
     found = health.similarities(z)
-    assert found.positives.tolist() == pytest.approx(positives, abs=1e-6)
+    assert found.positives.numpy() == pytest.approx(np.array(positives), abs=1e-6)
     assert np.sort(found.negatives, 1) == pytest.approx(np.sort(negatives, 1), abs=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 5])
 def test_contrastive_accuracy_counts_rows_whose_positive_is_near(z: Tensor, k: int) -> None:
     positives, negatives = pairs_by_hand(z)
-    hits = [sum(n > p for n in row) < k for p, row in zip(positives, negatives, strict=True)]
-    assert 0 < sum(hits) < 2 * M
-    assert float(health.contrastive_accuracy(health.similarities(z), k)) == pytest.approx(sum(hits) / (2 * M))
+    hits = [sum(n > p for n in row) < k for near, row in zip(positives, negatives, strict=True) for p in near]
+    assert 0 < sum(hits) < len(hits)
+    assert float(health.contrastive_accuracy(health.similarities(z), k)) == pytest.approx(sum(hits) / len(hits))
 
 
 def test_contrastive_accuracy_of_a_collapsed_network_is_zero() -> None:
@@ -61,10 +62,11 @@ def test_contrastive_accuracy_of_a_collapsed_network_is_zero() -> None:
 
 def test_alignment_and_uniformity_are_those_of_wang_and_isola(z: Tensor) -> None:
     unit = F.normalize(z.double(), dim=2)
-    by_definition = (unit[0] - unit[1]).norm(dim=1).pow(2).mean()
+    pairs = itertools.combinations(unit, 2)
+    by_definition = torch.stack([(a - b).norm(dim=1).pow(2).mean() for a, b in pairs]).mean()
     assert float(health.alignment(health.similarities(z))) == pytest.approx(float(by_definition), rel=1e-5)
     by_pdist = [torch.pdist(view).pow(2).mul(-2).exp().mean().log() for view in unit]
-    assert float(health.uniformity(z)) == pytest.approx(float(sum(by_pdist) / 2), rel=1e-5)
+    assert float(health.uniformity(z)) == pytest.approx(float(sum(by_pdist) / len(z)), rel=1e-5)
 
 
 def test_uniformity_of_even_and_collapsed_directions() -> None:

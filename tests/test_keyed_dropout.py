@@ -177,6 +177,7 @@ def test_a_sample_draws_the_same_in_any_company(name: str) -> None:
         torch.testing.assert_close(network(x[part], row_keys[part])[0], together[part], rtol=1e-5, atol=1e-6)
     assert torch.equal(network(x, row_keys)[0], together)
     assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(draw_keys(0, 0, 0, np.arange(IMAGES), num_views=4)[:2].flatten(0, 1), row_keys)
     others = [network(x, keys_of(epoch=epoch, step=epoch))[0] for epoch in range(1, 5)]
     assert any(not torch.allclose(other, together, rtol=1e-2) for other in others)
 

@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 
 from launcher import outcome, slurm, snapshot
+from launcher.arguments import parse
 from launcher.errors import LaunchError
+from simclr_dist.config import load_config
 from simclr_dist.run.layout import RunDir
+from tests.conftest import REPOSITORY
 from tests.launcher_checkout import Checkout, make_checkout
 
 SHOW = ("show", "slurm", "fake.yaml", "--json")
@@ -180,3 +183,17 @@ def test_show_names_the_code_and_without_snapshot_there_is_none(checkout: Checko
     assert str(checkout.root / "slurm" / "train.sh") in shown["start"][0]
     odd = checkout.launch(*SHOW, "runs_dir='a:b'")
     assert (odd.returncode, "separates folders of code at colons" in odd.stderr) == (2, True)
+
+
+def test_a_configuration_is_kept_with_what_it_begins_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shared.yaml").write_text((REPOSITORY / "configs" / "smoke.yaml").read_text())
+    Path("mine.yaml").write_text("_base_: shared.yaml\nname: mine\ntrain: {epochs: 3}\n")
+    submission = slurm.prepare(parse(["slurm", "mine.yaml", "--nodes=1", "--device=cpu"]))
+    assert submission.kept is not None
+    copy = tmp_path / "elsewhere" / "mine.yaml"
+    copy.parent.mkdir()
+    copy.write_bytes(submission.kept.files["config/mine.yaml"].content)
+    before = load_config("mine.yaml")
+    (tmp_path / "shared.yaml").unlink()  # edited or gone until the job starts again
+    assert load_config(copy) == before

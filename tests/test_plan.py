@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +15,24 @@ from benchmarks.loss import PeakMemory, in_own_process
 from benchmarks.traffic import CountTraffic
 from simclr_dist import cli
 from simclr_dist.checkpoint.files import take_snapshot, write_checkpoint
-from simclr_dist.config import Config, load_config
+from simclr_dist.config import Config, LossConfig, ModelConfig, load_config
 from simclr_dist.loss import NTXentLoss
+from simclr_dist.loss.build import build_loss
 from simclr_dist.loss.memory import workspace_bytes
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
-from simclr_dist.network.shape import shape_of_model
 from simclr_dist.network.simclr import build_model
 from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.micro_batch import backward_in_micro_batches
 from simclr_dist.plan.forecast import LINK_BYTES_PER_S, Forecast, Speed, forecast
+from simclr_dist.plan.measure import measure_step
 from simclr_dist.plan.memory import (
     DeviceMemory,
     LiveBytes,
     checkpoint_bytes,
     device_memory,
+    loader_bytes,
     safetensors_bytes,
+    shape_of_training,
     step_activations,
 )
 from simclr_dist.plan.traffic import Collective, collectives
@@ -56,7 +61,13 @@ def memory_on_cpu(config: Config) -> DeviceMemory:
 
 
 def collectives_of(config: Config, world_size: int) -> list[Collective]:
-    return collectives(model=config.model, loss=config.loss, train=config.train, world_size=world_size)
+    return collectives(
+        model=config.model,
+        loss=config.loss,
+        train=config.train,
+        world_size=world_size,
+        num_views=config.data.num_views,
+    )
 
 
 def real_step(config: Config, images: int) -> float:
@@ -91,6 +102,77 @@ def test_activations_are_within_a_factor_of_what_a_real_step_holds(precision: st
     assert predicted / 1.4 < in_own_process(real_step, config, 256) < 1.4 * predicted
 
 
+FAMILIES = {  # with a size of images, and how many of them
+    "resnet18": (64, 32),
+    "regnet_y_400mf": (64, 16),
+    "convnext_tiny": (64, 8),
+    "timm/vit_tiny_patch16_224": (64, 32),
+    "swin_t": (64, 4),
+    "efficientnet_b0": (64, 12),
+    "timm/maxvit_rmlp_pico_rw_256": (256, 1),
+}
+ELSEWHERE = ("timm/resnet18", "timm/regnety_002", "timm/efficientnet_b0", "timm/swin_tiny_patch4_window7_224")
+MEASURED = tuple(FAMILIES)[:6]  # a MaxViT takes a minute
+
+
+def step_config(encoder: str) -> tuple[Config, int]:
+    image_size, images = FAMILIES[encoder]
+    return smoke(
+        f"model.encoder={encoder}", f"data.image_size={image_size}", f"train.global_batch_size={images}"
+    ), images
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    ["timm/convnext_atto", *(pytest.param(name, marks=pytest.mark.slow) for name in (*FAMILIES, *ELSEWHERE))],
+)
+def test_every_family_of_encoders_has_a_plan(encoder: str) -> None:
+    size = 224 if "224" in encoder and "swin" in encoder else FAMILIES.get(encoder, (64, 0))[0]
+    one, two = (
+        step_activations(ModelConfig(encoder=encoder, image_size=size), image_size=size, images=n, precision="fp32")
+        for n in (1, 2)
+    )
+    assert one < two < 2.2 * one
+
+
+def real_steps(encoders: Sequence[str]) -> list[float]:
+    """MiB of real steps from the network's building on, as the operating system counts them."""
+    torch.set_num_threads(1)
+    found = []
+    for encoder in (encoders[0], *encoders):  # the first one loads what is loaded once
+        config, images = step_config(encoder)
+
+        def step(config: Config = config, images: int = images) -> None:
+            measure_step(
+                augment=config.augment,
+                model=config.model,
+                loss=config.loss,
+                optim=config.optim,
+                train=config.train,
+                image_size=config.data.image_size,
+                num_views=2,
+                images=images,
+                device=torch.device("cpu"),
+                repetitions=1,
+            )
+
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)  # what earlier networks have left must not be there for this one
+        with PeakMemory(torch.device("cpu")) as peak:
+            step()
+        found.append(peak.mib)
+    return found[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_memory_is_within_a_factor_of_what_real_steps_hold() -> None:
+    measured = in_own_process(real_steps, MEASURED)
+    for encoder, mib in zip(MEASURED, measured, strict=True):
+        predicted = memory_on_cpu(step_config(encoder)[0]).total / 2**20
+        assert predicted / 1.4 < mib < 1.4 * predicted, f"{encoder}: {predicted:.0f} MiB predicted, {mib:.0f} measured"
+
+
 def test_activations_grow_with_the_images_at_once_and_not_with_the_batch() -> None:
     whole, double = (memory_on_cpu(smoke(f"train.global_batch_size={G}")) for G in (64, 128))
     assert double.activations == pytest.approx(2 * whole.activations, rel=0.05)
@@ -111,13 +193,34 @@ def test_loss_workspace_is_within_a_factor_of_what_the_loss_holds(implementation
     assert live.peak < predicted < 1.4 * live.peak
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize(("kind", "num_views"), [("supcon", 2), ("supcon", 4), ("dcl", 4)])
+def test_loss_workspace_of_the_variants_is_within_a_factor_too(kind: str, num_views: int) -> None:
+    z = torch.randn(num_views * 512, 128, requires_grad=True)
+    z.grad = torch.zeros_like(z)
+    loss = build_loss(LossConfig(kind=kind), num_views)  # type: ignore[arg-type]
+    with LiveBytes() as live:
+        loss(z, torch.arange(512)).backward()
+    found = workspace_bytes(
+        len(z), 128, world_size=1, device_type="cpu", num_views=num_views, supervised=kind == "supcon"
+    )
+    assert live.peak < found < 1.4 * live.peak
+
+
+def test_more_views_cost_as_many_more_images() -> None:
+    two, eight = (memory_on_cpu(smoke(f"data.num_views={V}", "train.global_batch_size=32")) for V in (2, 8))
+    assert eight.views == 4 * two.views
+    assert eight.activations == pytest.approx(4 * two.activations, rel=0.05)
+    assert loader_bytes(smoke("data.num_views=8").data, 32) == 4 * loader_bytes(smoke().data, 32)
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adam", "adamw", "muon"])
 def test_parameters_optimiser_and_checkpoint_are_as_predicted(tmp_path: Path, optimizer: str) -> None:
-    config = smoke(f"optim.optimizer={optimizer}")
+    config = smoke(f"optim.optimizer={optimizer}", "loss.learn_temperature=true")
     model = build_model(config.model)
+    model.add_module("loss", build_loss(config.loss, num_views=2))
     update = build_optimizer(model, config.optim)
     _, z = model(torch.randn(4, 3, 32, 32))
-    z.square().sum().backward()
+    model.get_submodule("loss")(z).backward()
     update.step()
 
     memory = memory_on_cpu(config)
@@ -139,7 +242,9 @@ def test_parameters_optimiser_and_checkpoint_are_as_predicted(tmp_path: Path, op
     assert safetensors_bytes(model.state_dict()) == (path / "model.safetensors").stat().st_size
     size = sum(file.stat().st_size for file in path.iterdir())
     settings = config.model_dump(mode="json")
-    assert checkpoint_bytes(shape_of_model(config.model), config.optim, settings) == pytest.approx(size, rel=0.01)
+    assert checkpoint_bytes(shape_of_training(config.model, config.loss), config.optim, settings) == pytest.approx(
+        size, rel=0.01
+    )
 
 
 def step_traffic(rank: int, world_size: int, config: Config) -> list[tuple[str, float]]:
@@ -149,16 +254,22 @@ def step_traffic(rank: int, world_size: int, config: Config) -> list[tuple[str, 
     if config.model.batch_norm == "global":
         model = convert_to_global_batch_norm(model)
     buffers = config.model.batch_norm == "per_device"
-    model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=buffers, gradient_as_bucket_view=True)
     B = config.train.global_batch_size // world_size
-    views, ids = torch.randn(2, B, 3, 32, 32), torch.arange(B) + rank * B
-    nt_xent = NTXentLoss(0.5, gather_dtype=getattr(torch, config.loss.gather_dtype))
+    views, ids = torch.randn(config.data.num_views, B, 3, 32, 32), torch.arange(B) + rank * B
+    nt_xent = build_loss(config.loss, config.data.num_views)
+    if config.loss.learn_temperature:
+        model.add_module("loss", nt_xent)
+    model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=buffers, gradient_as_bucket_view=True)
     requests = Requests(Path("nowhere"), cpu)
     with CountTraffic(world_size) as traffic:
         requests.announce()
         if config.train.micro_batch_size:
             backward_in_micro_batches(
-                model, views, lambda z: nt_xent(z, ids), micro_batch_size=config.train.micro_batch_size
+                model,
+                views,
+                lambda z: nt_xent(z, ids),
+                micro_batch_size=config.train.micro_batch_size,
+                loss_parameters=nt_xent.parameters(),
             )
         else:
             nt_xent(model(views.flatten(0, 1))[1], ids).backward()
@@ -172,9 +283,10 @@ def step_traffic(rank: int, world_size: int, config: Config) -> list[tuple[str, 
     [
         (2, []),
         (2, ["train.micro_batch_size=16", "loss.gather_dtype=bfloat16"]),
+        (2, ["train.micro_batch_size=16", "loss.kind=supcon", "data.num_views=3", "loss.learn_temperature=true"]),
         pytest.param(4, [], marks=pytest.mark.slow),
     ],
-    ids=["2 ranks", "micro-batches", "4 ranks"],
+    ids=["2 ranks", "micro-batches", "supcon of three views", "4 ranks"],
 )
 @pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")
 def test_a_step_sends_what_the_plan_says(world_size: int, overrides: list[str]) -> None:

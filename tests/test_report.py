@@ -17,11 +17,12 @@ from simclr_dist.checkpoint.files import read_checkpoint
 from simclr_dist.config import render_config
 from simclr_dist.evaluation.features import Features
 from simclr_dist.monitor.events import Figures
-from simclr_dist.monitor.tensorboard import TensorBoard
+from simclr_dist.monitor.log_file import LogFile
 from simclr_dist.report.html import Html, element
 from simclr_dist.report.insight import confusion, similarities
-from simclr_dist.report.page import POLICY
-from simclr_dist.report.record import read_curves
+from simclr_dist.report.page import POLICY, render
+from simclr_dist.report.record import Curve, curves_of, read_run
+from simclr_dist.run.layout import read_records
 from tests.test_evaluate import make_run
 
 EVIL = "<script>alert('x')</script>\"><img src=http://example.org/x>$\\frac{1}$"
@@ -68,13 +69,13 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         (run / folder).mkdir(parents=True)
         (run / folder / "result.json").write_text(json.dumps(found))
-    board = TensorBoard(run / "tensorboard", 0)
+    log = LogFile(run / "log.jsonl", 0)
     for samples_seen in range(8, 64, 8):
         figures = {"train/loss": 3.0 - samples_seen / 64, "speed/images_per_s": 10.0}
         figures |= {"eval/knn_top1": samples_seen / 64, "eval/probe_top1": samples_seen / 128}
-        board.show(Figures(figures, samples_seen // 8, samples_seen))
-    board.show(Figures({"speed/images_per_s_in_all": 8.0}, 7, 56))
-    board.close()
+        log.show(Figures(figures, samples_seen // 8, samples_seen))
+    log.show(Figures({"speed/images_per_s_since_start": 8.0}, 7, 56))
+    log.close()
     return run
 
 
@@ -113,7 +114,7 @@ def test_the_results_have_the_last_figures_of_the_training_beside_their_settings
     assert "kNN while training, the last top-187.50%" in results
     assert "online probe, the last top-143.75%" in results
     assert re.search(r"linear probe fitted for this page, to 60 images, top-1[0-9.]+% \(step 7\)", results)
-    assert "images/s in all, evaluations included8" in results
+    assert "images/s since its last start, evaluations and saves left out8" in results
     assert "images/s between log lines, median10" in results
     assert "probe of this page" not in text
 
@@ -136,7 +137,7 @@ def test_runs_stand_side_by_side_and_differences_come_first(recorded: Path, tmp_
     other.mkdir(parents=True)
     settings = (recorded / "config.yaml").read_text()
     (other / "config.yaml").write_text(re.sub(r"temperature: [0-9.]+", "temperature: 0.25", settings))
-    (other / "tensorboard").symlink_to(recorded / "tensorboard")
+    (other / "log.jsonl").symlink_to(recorded / "log.jsonl")
     out = tmp_path / "both.html"
     report(recorded, other, "--out", out)
     page = Page(out.read_text())
@@ -171,19 +172,46 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.Capture
     assert f"{tmp_path}: is no run's folder" in capsys.readouterr().err
 
 
+def curves_of_file(path: Path) -> dict[str, Curve]:
+    return curves_of(read_records(path, samples_seen=int))
+
+
 def test_curves_forget_what_a_resume_took_back(tmp_path: Path) -> None:
-    first = TensorBoard(tmp_path, 0)
-    for samples_seen in (8, 16, 24):
-        first.show(Figures({"train/loss": 1.0}, samples_seen // 8, samples_seen))
-    first.close()
-    # Event files sort by second and host; a resume within the same second would need a later name.
-    for file in tmp_path.glob("events*"):
-        file.rename(tmp_path / "events.out.tfevents.0000000001.x")
-    second = TensorBoard(tmp_path, 8)
-    second.show(Figures({"train/loss": 2.0}, 2, 16))
-    second.close()
-    curve = read_curves(tmp_path)["train/loss"]
-    assert (curve.samples_seen, curve.values) == ((8, 16), (1.0, 2.0))
+    path = tmp_path / "log.jsonl"
+    for after, losses in ((0, {8: 1.0, 16: 1.0, 24: 1.0}), (8, {16: 2.0})):
+        log = LogFile(path, after)
+        for samples_seen, loss in losses.items():
+            log.show(Figures({"train/loss": loss}, samples_seen // 8, samples_seen))
+        log.close()
+    assert curves_of_file(path)["train/loss"] == Curve((8, 16), (1.0, 2.0))
+
+
+def test_curves_come_from_the_log_whatever_the_clock_did_and_without_event_files(tmp_path: Path) -> None:
+    lines = [{"samples_seen": 8 * i, "time": 2e9 - i, "train/loss": float(i)} for i in (1, 2, 3)]  # the clock runs back
+    lines += [{"samples_seen": 16, "time": 0, "eval/knn_top1": 0.5}, {"samples_seen": 16, "eval/knn_top1": 0.75}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert curves_of_file(tmp_path / "log.jsonl") == {
+        "train/loss": Curve((8, 16, 24), (1.0, 2.0, 3.0)),
+        "eval/knn_top1": Curve((16,), (0.75,)),
+    }
+
+
+def test_what_is_not_finite_spoils_no_curve_and_no_median_and_is_said(tmp_path: Path) -> None:
+    run = tmp_path / "odd"
+    run.mkdir()
+    (run / "config.yaml").write_text("seed: 0\n")
+    lines = [
+        {"samples_seen": i, "speed/images_per_s": speed, "train/loss": None, "speed/memory_peak_gib": odd}
+        for i, speed, odd in ((1, 10.0, "x"), (2, None, True), (3, 30.0, [1]), (4, 1e999, {}), (5, 20.0, "y"))
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines).replace("Infinity", "1e999")
+    text += '{"samples_seen": 6, "train/loss": NaN}\n{"samples_seen": "7", "train/loss": 1}\n{"samp'
+    (run / "log.jsonl").write_text(text)
+    page = render({"odd": read_run(run)}, {"odd": "no images"}, "")
+    assert "images/s between log lines, median20" in Page(page).text
+    assert "train/loss, at the end: odd none of 6 values is finite" in Page(page).text
+    assert "odd 20 (2 values are not finite)" in Page(page).text
+    assert "log.jsonl: 2 damaged lines are left out (lines 7, 8)" in Page(page).text
 
 
 def test_similarities_separate_pairs_from_the_rest() -> None:

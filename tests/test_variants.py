@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
+import simclr_dist
+from simclr_dist.config import Config, DataConfig, LossConfig, load_config
+from simclr_dist.data.loading.labelled_images import check_loss_labels
+from simclr_dist.errors import CheckpointError, ConfigError, DataError
+from simclr_dist.training.summary import loss_in_words
+from tests.conftest import REPOSITORY
 from tests.training import Training
 from tests.variants_train import STEPS, variants
 
@@ -54,3 +63,72 @@ def test_every_variant_is_the_same_on_one_two_and_four_processes_and_resumes_wit
             assert temperatures[world_size] == pytest.approx(temperatures[1], rel=1e-4), (name, world_size)
         newest = max((parts.run_dir / "checkpoints").glob("step_*"))
         assert ("loss.log_temperature" in load_file(newest / "model.safetensors")) == learnt
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said, and what is refused
+
+
+def smoke(runs_dir: Path, *overrides: str) -> Config:
+    few = ("data.test=null", "evaluation.knn_every_epochs=null", "train.max_steps=2", "train.global_batch_size=8")
+    return load_config(REPOSITORY / "configs" / "smoke.yaml", [f"runs_dir={runs_dir}", *few, *overrides])
+
+
+def test_a_learnt_temperature_is_kept_in_the_run_and_in_no_encoder(tmp_path: Path) -> None:
+    learnt = ("loss.learn_temperature=true", "loss.temperature_max=0.502", "optim.optimizer=lars", "optim.base_lr=30")
+    run = simclr_dist.pretrain(smoke(tmp_path, *learnt, "monitor.log_every_steps=1"))
+    found = column(run.path, "train/temperature")
+    assert found == pytest.approx([0.5, 0.502])  # the warm-up begins at 0; then the rate is far too high
+    assert (
+        f"temperature {found[-1]:.4g}, learnt from 0.5"
+        in run.export(tmp_path / "e.safetensors", format="safetensors").card.read_text()
+    )
+    assert [name for name, _ in run.encoder().named_parameters() if "temperature" in name] == []
+    for now in ("loss.learn_temperature=false", "loss.temperature=0.3"):
+        with pytest.raises(CheckpointError, match=r"loss\.learn_temperature: true then, false now"):
+            simclr_dist.pretrain(smoke(tmp_path, now, "train.max_steps=3", "optim.optimizer=lars"))
+    again = simclr_dist.pretrain(smoke(tmp_path, *learnt, "name=again", f"model.weights={run.path}"))
+    assert again.state == "finished"
+
+
+def test_a_temperature_begins_between_its_limits(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"loss.temperature \(0.5\) must lie between .* \(0.02\) and .* \(0.4\)"):
+        smoke(tmp_path, "loss.learn_temperature=true", "loss.temperature_max=0.4")
+    assert smoke(tmp_path, "loss.temperature=5").loss.temperature == 5  # one that stays has no limits
+
+
+def folder_of(root: Path, classes: dict[str, int]) -> str:
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(root / name / f"{i}.png")
+    return str(root)
+
+
+def test_supcon_without_labels_to_compare_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    supcon = LossConfig(kind="supcon")
+    sources = {
+        "none of the 3 images of .* has one; name images that lie in a folder per class": {"": 3},
+        "all 3 images of .* are of one class": {"cat": 3},
+    }
+    for at, (message, classes) in enumerate(sources.items()):
+        data = DataConfig(train=folder_of(tmp_path / str(at), classes), image_size=8)
+        with pytest.raises(DataError, match=f"loss.kind=supcon.*{message}"):
+            check_loss_labels(data, supcon)
+        assert check_loss_labels(data, LossConfig(kind="dcl")) == ""
+    data = DataConfig(train=folder_of(tmp_path / "two", {"cat": 2, "dog": 1}), image_size=8)
+    assert check_loss_labels(data, supcon) == ""
+
+
+def test_the_summary_says_what_a_row_is_compared_with() -> None:
+    assert loss_in_words(LossConfig(), 2, 512) == (
+        "temperature 0.1, 1,022 negatives a row; guessing gives ln(1,023) = 6.93"
+    )
+    of_four = loss_in_words(LossConfig(kind="dcl", learn_temperature=True), 4, 64)
+    assert of_four == (
+        "decoupled, temperature 0.1, learnt between 0.02 and 1, 252 negatives a row; guessing gives ln(252) = 5.53"
+    )
+    assert "each row against 127 others, those of its class are positives; guessing gives ln(127) = " in loss_in_words(
+        LossConfig(kind="supcon"), 2, 64
+    )
+    assert math.log(127) == pytest.approx(4.84, abs=5e-3)

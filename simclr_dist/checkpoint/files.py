@@ -104,7 +104,7 @@ def take_snapshot(
         "step": state.step,
         "samples_seen": state.samples_seen,
         "fingerprint": fingerprint,
-        "parameter_order": parameter_order(model),
+        "parameter_order": parameter_order(model, optimizer),
         "grad_scaler": grad_scaler,
         "versions": versions,
         "started_from": state.started_from,
@@ -235,7 +235,7 @@ def read_facts(path: Path) -> Checkpoint:
 def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> TrainState:
     """Copies the checkpoint into `model` and `optimizer`. Raises CheckpointError before anything is changed."""
     check_names(checkpoint.path, "model", checkpoint.model_state, model.state_dict())
-    names = parameter_order(model)
+    numbers = {name: number for number, name in enumerate(parameter_order(model, optimizer))}
     parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in checkpoint.optimizer_state.items():
@@ -248,14 +248,14 @@ def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -
             raise CheckpointError(f"{checkpoint.path}: optimiser state {key} has shape {tuple(value.shape)}")
         if value.ndim:  # laid out as the weight is: optimisers are fast only then
             value = torch.empty_like(parameters[name], dtype=value.dtype).copy_(value)
-        state.setdefault(names.index(name), {})[entry] = value
+        state.setdefault(numbers[name], {})[entry] = value
     model.load_state_dict(checkpoint.model_state)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return TrainState(checkpoint.step, checkpoint.samples_seen, checkpoint.started_from)
 
 
 def named_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    names = parameter_order(model)
+    names = parameter_order(model, optimizer)
     return {
         f"{names[index]}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
         for index, entries in optimizer.state_dict()["state"].items()
@@ -283,7 +283,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; the directory is no complete checkpoint") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object")

@@ -28,8 +28,11 @@ from simclr_dist.cli import (
     recipe,
     report,
     runs,
+    train,
 )
 from simclr_dist.errors import FailedElsewhereError, StoppedError, UserError
+from simclr_dist.safe_text import message
+from simclr_dist.streams import escaped_output
 
 EPILOG = """\
 examples:
@@ -48,9 +51,10 @@ STOPPED = 75  # saved, to be continued, as the launcher says it (EX_TEMPFAIL)
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: names of files may hold any bytes
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: its encoding may lack some letters
     try:
-        sys.exit(args.run(args))
+        with escaped_output():
+            sys.exit(args.run(args))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # such as `| head`
@@ -63,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(error, file=sys.stderr, flush=True)
         sys.exit(STOPPED)
     except UserError as error:
-        print(error, file=sys.stderr, flush=True)
+        print(message(error), file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -91,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
         doctor,
         demo,
         recipe,
+        train,
     ):
         module.register(commands)
     return top

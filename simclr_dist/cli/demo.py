@@ -16,7 +16,7 @@ from simclr_dist.cli.prepare import prepare_with_progress
 from simclr_dist.cli.pretraining import pretrain
 from simclr_dist.cli.terminal import print_table
 from simclr_dist.config import load_config
-from simclr_dist.run.layout import RunDir, read_records
+from simclr_dist.run.layout import NUMBER, RunDir, is_a, read_records
 from simclr_dist.run.status import read_status
 
 
@@ -65,10 +65,10 @@ def _run(args: argparse.Namespace) -> int:
 
 def closing_line(log: Sequence[Mapping[str, Any]], seconds: float) -> str:
     """The speed is the one that the training's own last table shows. seconds: of the demo."""
-    from simclr_dist.training.summary import IMAGES_PER_S_IN_ALL
+    from simclr_dist.monitor.speed import SINCE_START
 
-    speeds = [record[IMAGES_PER_S_IN_ALL] for record in log if IMAGES_PER_S_IN_ALL in record]
-    trained = f"training: {speeds[-1]:,.0f} images/s in all; " if speeds else ""
+    speeds = [record[SINCE_START] for record in log if is_a(record.get(SINCE_START), NUMBER)]
+    trained = f"training: {speeds[-1]:,.0f} images/s without evaluations and saves; " if speeds else ""
     return f"{trained}the demo, from images to this table: {seconds:.0f} s"
 
 

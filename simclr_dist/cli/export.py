@@ -53,7 +53,7 @@ def _run(args: argparse.Namespace) -> int:
         out,
         format=args.format,
         license=args.license,
-        accuracy=known_accuracy(checkpoint) if checkpoint else None,
+        accuracy=known_accuracy(checkpoint, say) if checkpoint else None,
         overwrite=args.overwrite,
         warn=say,
     )

@@ -47,14 +47,14 @@ def _run_weights(args: argparse.Namespace) -> int:
 
 
 def _run_beton(args: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.progress import Progress
 
     from simclr_dist.data.loading.inspect import inspect_beton
-    from simclr_dist.streams import printable
+    from simclr_dist.safe_text import printable
+    from simclr_dist.streams import console
 
-    console = Console()
-    with Progress(console=console, disable=not (console.is_terminal and args.verify), transient=True) as progress:
+    terminal = console()
+    with Progress(console=terminal, disable=not (terminal.is_terminal and args.verify), transient=True) as progress:
         task = progress.add_task("decoding", total=None)
         found = inspect_beton(
             args.file, args.verify, lambda done, total: progress.update(task, completed=done, total=total)
@@ -63,9 +63,9 @@ def _run_beton(args: argparse.Namespace) -> int:
         print(f"{key:12} {printable(value)}".rstrip())
     sys.stdout.flush()
     for sample, reason in list((found.damaged or {}).items())[:20]:
-        print(f"damaged: sample {sample}: {reason}", file=sys.stderr)
+        print(printable(f"damaged: sample {sample}: {reason}"), file=sys.stderr)
     if found.changed:
-        print(f"{found.path}: its pixels or labels have changed since it was written", file=sys.stderr)
+        print(f"{printable(str(found.path))}: its pixels or labels have changed since it was written", file=sys.stderr)
     return 2 if found.damaged or found.changed else 0
 
 

@@ -136,6 +136,8 @@ def render(found: Forecast, bottleneck: str, step: MeasuredStep | None) -> Itera
     )
     yield "precision", found.precision
     yield "global batch", f"{found.global_batch_size:,}, peak learning rate {found.peak_learning_rate:.4g}"
+    for number, rates in enumerate(found.layer_rates):
+        yield "" if number else "rates by layer", rates
     yield "steps", f"{found.num_steps:,} ({found.steps_per_epoch:,} an epoch of {found.num_images:,} images)"
     yield "parameters", f"{found.num_parameters:,}"
     parts = ", ".join(f"{name} {size_of(value)}" for name, value in vars(memory).items())

@@ -73,25 +73,25 @@ def _run_prepare(args: argparse.Namespace) -> int:
 
 def prepare_with_progress(source: str | Path, out: Path, **options: Any) -> None:
     """`prepare` with a progress bar; prints what was written."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from simclr_dist.data.beton.prepare import prepare
-    from simclr_dist.streams import printable
+    from simclr_dist.safe_text import printable
+    from simclr_dist.streams import console
 
-    console = Console()
+    terminal = console()
     begin = last_line = last_shown = time.monotonic()
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[rate]}", markup=False),
         TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
+        console=terminal,
+        disable=not terminal.is_terminal,
         auto_refresh=False,  # no thread: then workers can be forked
     ) as bar:
-        task = bar.add_task(f"prepare {out.name}", total=None, rate="")
+        task = bar.add_task(printable(f"prepare {out.name}"), total=None, rate="")
 
         def progress(done: int, total: int) -> None:
             nonlocal last_line, last_shown
@@ -100,7 +100,7 @@ def prepare_with_progress(source: str | Path, out: Path, **options: Any) -> None
             is_due = now - last_shown >= 0.1 or done == total
             last_shown = now if is_due else last_shown
             bar.update(task, completed=done, total=total, rate=f"{rate:,.0f} images/s", refresh=is_due)
-            if not console.is_terminal and now - last_line >= 30:  # shows in a job's log that it has not hung
+            if not terminal.is_terminal and now - last_line >= 30:  # shows in a job's log that it has not hung
                 last_line = now
                 print(f"{done:,} of {total:,} images, {rate:,.0f}/s, {(total - done) / rate:,.0f} s left", flush=True)
 
@@ -111,7 +111,7 @@ def prepare_with_progress(source: str | Path, out: Path, **options: Any) -> None
     for message in [*_first("damaged", info.damaged), *_first("skipped", info.skipped)]:
         print(printable(message), file=sys.stderr)
     for message in info.warnings:
-        print(f"warning: {message}", file=sys.stderr)
+        print(printable(f"warning: {message}"), file=sys.stderr)
     losses = info.account.num_left_out
     if losses:
         sys.stderr.flush()

@@ -12,9 +12,9 @@ from simclr_dist.cli.arguments import Commands, add_command
 from simclr_dist.cli.terminal import percent, print_table, say
 from simclr_dist.errors import CheckpointError, ConfigError
 from simclr_dist.run import history
-from simclr_dist.run.layout import RunDir, read_records, step_of
+from simclr_dist.run.layout import RunDir, is_share, read_records, step_of
 from simclr_dist.run.status import Status, read_status
-from simclr_dist.streams import printable
+from simclr_dist.safe_text import printable
 
 
 def register(commands: Commands) -> None:
@@ -79,7 +79,7 @@ def _state(run: RunDir, status: Status | None) -> str:
 def _best_knn(run: RunDir) -> float | None:
     """Of all evaluations during the training."""
     found = [line.get("eval/knn_top1") for line in read_records(run.log)]
-    return max((value for value in found if isinstance(value, int | float)), default=None)
+    return max((value for value in found if is_share(value)), default=None)
 
 
 def _run_show(args: argparse.Namespace) -> int:
@@ -91,6 +91,9 @@ def _run_show(args: argparse.Namespace) -> int:
     print_table("", ("checkpoint", "saved", "size", "notes"), rows)
     for line in history.tell(run.path):
         print(printable(line))
+    for file in (run.log, run.evaluations, run.environment, run.attempts):
+        if remark := read_records(file).remark:
+            print(printable(remark))
     return 0
 
 

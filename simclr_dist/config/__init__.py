@@ -1,6 +1,7 @@
 """What to learn: the configuration of a run, read from YAML and `key=value`, checked before anything starts."""
 
 from simclr_dist.config.schema import (
+    NAME_PATTERN,
     AugmentConfig,
     CheckpointConfig,
     Config,
@@ -22,10 +23,11 @@ from simclr_dist.config.schema import (
     json_schema,
     parse_config,
 )
-from simclr_dist.config.yaml_source import load_config, load_section, render_config
+from simclr_dist.config.yaml_source import compose_config, load_config, load_section, render_config, render_with_origins
 from simclr_dist.errors import ConfigError
 
 __all__ = [
+    "NAME_PATTERN",
     "AugmentConfig",
     "CheckpointConfig",
     "Config",
@@ -44,10 +46,12 @@ __all__ = [
     "Section",
     "TimeoutConfig",
     "TrainConfig",
+    "compose_config",
     "flatten",
     "json_schema",
     "load_config",
     "load_section",
     "parse_config",
     "render_config",
+    "render_with_origins",
 ]

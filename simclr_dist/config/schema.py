@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+BASE = "_base_"
+"""The key under which a file names those that it begins from (yaml_source.py)."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -105,7 +107,9 @@ class LossConfig(Section):
 
 
 class OptimConfig(Section):
-    optimizer: Literal["lars", "sgd", "adamw"] = "lars"
+    optimizer: Literal["lars", "sgd", "adam", "adamw", "muon"] = Field(
+        "lars", description="`muon`: for the weights of linear layers and convolutions; AdamW for the rest."
+    )
     base_lr: Positive = 0.3
     lr_scaling: Literal["linear", "sqrt", "none"] = Field(
         "linear", description="linear: base_lr x G/256; sqrt: base_lr x sqrt(G); none: base_lr."
@@ -113,9 +117,23 @@ class OptimConfig(Section):
     warmup_epochs: NonNegative = 10.0
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: NonNegative = 1e-6
-    momentum: Decay = 0.9
-    trust_coefficient: Positive = 0.001
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    momentum: Decay = Field(0.9, description="Of lars and sgd.")
+    nesterov: bool = Field(False, description="Of sgd: look ahead along the momentum.")
+    trust_coefficient: Positive = Field(0.001, description="Of lars.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="Of adam, adamw, and muon's AdamW.")
+    muon_momentum: Decay = Field(0.95, description="Of muon, Nesterov's; less for short trainings.")
+    muon_ns_steps: Annotated[int, Field(ge=1, le=20)] = Field(
+        5, description="Newton-Schulz steps that make muon's update orthogonal; 3 do for short trainings."
+    )
+    adamw_base_lr: Positive = Field(
+        2.0e-3, description="base_lr of what muon leaves to AdamW: biases, norms, tables of positions."
+    )
+    encoder_lr_scale: Positive = Field(
+        1.0, description="The encoder's learning rate as a multiple of the projection head's."
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Each layer of the encoder learns this much more slowly than the one above it; 1: all alike."
+    )
     max_grad_norm: Positive | None = None
 
     @field_validator("betas", mode="before")
@@ -256,6 +274,8 @@ class Config(Section):
                 f"loss.temperature ({loss.temperature:g}) must lie between loss.temperature_min "
                 f"({loss.temperature_min:g}) and loss.temperature_max ({loss.temperature_max:g}): a learnt one stays so"
             )
+        if self.optim.optimizer == "sgd" and self.optim.nesterov and not self.optim.momentum:
+            raise ValueError("optim.nesterov looks ahead along the momentum: set optim.momentum above 0")
         if self.optim.warmup_epochs >= self.train.epochs and self.optim.schedule == "cosine":
             raise ValueError(
                 f"optim.warmup_epochs ({self.optim.warmup_epochs:g}) must be shorter than "
@@ -278,5 +298,22 @@ def parse_config(text: str) -> Config:
 
 
 def json_schema() -> str:
-    """The JSON schema that ships as `simclr_dist/config.schema.json`, for editors that complete YAML."""
-    return json.dumps(Config.model_json_schema(), indent=1, sort_keys=True) + "\n"
+    """The JSON schema that ships as `simclr_dist/config.schema.json`, for editors that complete YAML.
+
+    What a file that begins from others leaves out may stand in them: only one without `_base_` needs every key.
+    """
+    schema = Config.model_json_schema()
+    needed = {name: part.pop("required") for name, part in schema["$defs"].items() if "required" in part}
+    sections = {
+        name: {"required": needed[part["$ref"].rpartition("/")[2]]}
+        for name, part in schema["properties"].items()
+        if part.get("$ref", "").rpartition("/")[2] in needed
+    }
+    names = {"type": "string"}
+    schema["properties"][BASE] = {
+        "anyOf": [names, {"type": "array", "items": names, "minItems": 1}],
+        "description": "Files that this one begins from, relative to it; what stands here wins.",
+    }
+    whole = {"required": schema.pop("required"), "properties": sections}
+    schema |= {"if": {"required": [BASE]}, "else": whole}
+    return json.dumps(schema, indent=1, sort_keys=True) + "\n"

@@ -4,6 +4,9 @@
     config = load_config({"name": "mine", "data": {...}, ...}, {"train.epochs": 5})
 
 All problems of a file are reported together, each with its place, so that one look at the message is enough.
+
+A file may begin from others: `_base_: other.yaml`, or a list of them, relative to the file that says so. Sections are
+merged key by key; a later base wins over an earlier one, a file over its bases, and `key=value` over all.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ from pydantic import ValidationError
 
 from simclr_dist.config.bounded_yaml import BoundedLoader, read_text
 from simclr_dist.config.explain import KeyPath, cross_checks, explain, kind_of
-from simclr_dist.config.schema import Config, Section
+from simclr_dist.config.schema import BASE, Config, Section
 from simclr_dist.errors import ConfigError
+from simclr_dist.safe_text import printable
 
 _S = TypeVar("_S", bound=Section)
 
@@ -47,6 +51,8 @@ PATHS: tuple[KeyPath, ...] = (
     *(("runs_dir",), ("resume",)),
 )
 """Settings in which `~` and environment variables are expanded."""
+MAX_BASES = 8  # in a row
+MAX_FILES = 64  # bases of bases can stand for billions
 _PLAIN_TAGS = ("map", "seq", "str", "bool", "int", "float", "null")
 
 
@@ -56,23 +62,55 @@ class _Reader:
 
     origins: dict[KeyPath, str]
     problems: list[str]
+    _num_files: int = 0
 
     def read_file(self, path: Path) -> dict[str, Any]:
-        try:
-            node = yaml.compose(read_text(path), Loader=_Yaml)
-        except FileNotFoundError:
-            raise ConfigError([f"{path}: no such file"]) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError([f"{path}: cannot be read: {error}"]) from None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f":{mark.line + 1}" if mark else ""
-            raise ConfigError([f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}"]) from None
-        if node is None and not path.is_file():
-            raise ConfigError([f"{path}: empty; a pipe can be read only once, so save the configuration as a file"])
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError([f"{path}: expected `key: value` lines, found {kind_of(node)}"])
+        """Of this file alone: what it begins from stays in it as `_base_`."""
+        self._num_files += 1
+        node = _compose(path)
         return self._value(node, (), lambda n: f"{path}:{n.start_mark.line + 1}")
+
+    def read_with_bases(self, path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+        """above: the files that led here, outermost first."""
+        return self.add_bases(self.read_file(path), path.parent, (*above, path))
+
+    def add_bases(self, values: dict[str, Any], folder: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+        """`values` over those of the files in its `_base_`; `self.origins` follows. folder: where names begin."""
+        if BASE not in values:
+            return values
+        written, own = values.pop(BASE), self.origins
+        place = own.pop((BASE,))
+        names = written if isinstance(written, list) else [written]
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise ConfigError([*self.problems, f"{place}: {BASE}: expected the name of a file, or a list of them"])
+        found: dict[str, Any] = {}
+        origins: dict[KeyPath, str] = {}
+        for name in names:
+            self.origins = {}
+            _set(found, (), self.read_with_bases(self._base(name, place, folder, above), above))
+            origins |= self.origins
+        _set(found, (), values)
+        self.origins = origins | own
+        return found
+
+    def _base(self, name: str, place: str, folder: Path, above: tuple[Path, ...]) -> Path:
+        """Raises ConfigError unless the file is there and has not led to itself."""
+        try:
+            path = folder / _expanded(name)
+        except KeyError as error:
+            raise ConfigError([*self.problems, f"{place}: {BASE}: {name}: {error.args[0]}"]) from None
+        way = " -> ".join(map(str, (*above, path)))
+        if not os.path.exists(path):
+            problem = f"{path} does not exist; a name is relative to the file that it stands in"
+        elif any(path.samefile(before) for before in above):
+            problem = f"a file cannot begin from itself: {way}"
+        elif len(above) > MAX_BASES:
+            problem = f"more than {MAX_BASES} files in a row begin from another: {way}"
+        elif self._num_files > MAX_FILES:
+            problem = f"more than {MAX_FILES} files, each counted as often as another begins from it"
+        else:
+            return path
+        raise ConfigError([*self.problems, f"{place}: {BASE}: {problem}"])
 
     def read_override(self, text: str) -> tuple[KeyPath, Any] | None:
         origin = f"command line `{text}`"
@@ -86,6 +124,9 @@ class _Reader:
             self.problems.append(f"{origin}: the value is not valid YAML: {getattr(error, 'problem', error)}")
             return None
         path = tuple(key.split("."))
+        if BASE in path:
+            self.problems.append(f"{origin}: {BASE} can only stand in a file")
+            return None
         self.origins[path] = origin
         return path, None if node is None else self._value(node, path, lambda _: origin)
 
@@ -118,6 +159,9 @@ class _Reader:
                         f"{place(key_node)}: {'.'.join(here)}: written twice (first at {self.origins[here]}); keep one"
                     )
                     continue
+                if key == BASE and path:
+                    self.problems.append(f"{place(key_node)}: {'.'.join(here)}: can only stand at the top of a file")
+                    continue
                 self.origins[here] = place(key_node)
                 values[key] = self._value(value_node, here, place)
             for value_node in merged:
@@ -145,6 +189,25 @@ class _Reader:
             values = self._value(section, path, place) | values
             self.origins |= before  # a key of the section itself keeps its place
         return values
+
+
+def _compose(path: Path) -> yaml.MappingNode:
+    """The nodes of a file. Raises ConfigError."""
+    try:
+        node = yaml.compose(read_text(path), Loader=_Yaml)
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such file"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read: {error}"]) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError([f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}"]) from None
+    if node is None and not path.is_file():
+        raise ConfigError([f"{path}: empty; a pipe can be read only once, so save the configuration as a file"])
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError([f"{path}: expected `key: value` lines, found {kind_of(node)}"])
+    return node
 
 
 def _is_merge(key: yaml.Node) -> bool:
@@ -202,17 +265,29 @@ def load_config(
     check_data: refuse data files that do not exist.
     Raises ConfigError with all problems at once.
     """
+    return _load(source, overrides, world_size, check_data)[0]
+
+
+def _load(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any],
+    world_size: int | None = None,
+    check_data: bool = False,
+) -> tuple[Config, dict[KeyPath, str]]:
+    """And where each value was written."""
     reader = _Reader({}, [])
     path = Path("the configuration") if isinstance(source, Mapping) else Path(source)
+    values: dict[str, Any] = {}
     if isinstance(source, Mapping):
-        values: dict[str, Any] = {}
-        changes = reader.read_python(source, "the dictionary")
+        for key_path, value in reader.read_python(source, "the dictionary"):
+            _set(values, key_path, value)
+        values = reader.add_bases(values, Path())
     else:
-        values, changes = reader.read_file(path), []
+        values = reader.read_with_bases(path)
     if isinstance(overrides, Mapping):
-        changes += reader.read_python(overrides, "the arguments")
+        changes = reader.read_python(overrides, "the arguments")
     else:
-        changes += [parsed for parsed in map(reader.read_override, overrides) if parsed is not None]
+        changes = [parsed for parsed in map(reader.read_override, overrides) if parsed is not None]
     for key_path, value in changes:
         _set(values, key_path, value)
     _expand_paths(values, reader)
@@ -225,18 +300,20 @@ def load_config(
     problems += cross_checks(values, reader.origins, path, world_size, check_data)
     if problems or config is None:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return config
+    return config, reader.origins
 
 
 def _set(values: dict[str, Any], path: KeyPath, value: Any) -> None:
-    """A section is added to, not replaced."""
-    *sections, key = path
-    for section in sections:
+    """A section is added to, key by key, not replaced."""
+    for section in path[:-1]:
         if not isinstance(values.get(section), dict):
             values[section] = {}
         values = values[section]
-    if value != {} or not isinstance(values.get(key), dict):
-        values[key] = value
+    for key, inner in {path[-1]: value}.items() if path else value.items():
+        if isinstance(inner, dict) and isinstance(values.get(key), dict):
+            _set(values[key], (), inner)
+        else:
+            values[key] = inner
 
 
 def load_section(path: Path, kind: type[_S]) -> _S:
@@ -258,6 +335,45 @@ def render_config(config: Config) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_PlainDumper, sort_keys=False, width=110)
 
 
+def render_with_origins(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> str:
+    """The resolved configuration, with the place that each value comes from behind it; defaults have none."""
+    config, origins = _load(source, overrides)
+    return _with_origins(config.model_dump(mode="json"), origins)
+
+
+def compose_config(path: Path) -> str | None:
+    """A file and all that it begins from as one, nothing else changed; None if it begins from none.
+
+    The program's settings are not checked: that is for the place where the file is used. Raises ConfigError.
+    """
+    reader = _Reader({}, [])
+    if BASE not in reader.read_file(path):
+        return None
+    reader = _Reader({}, [])
+    values = reader.read_with_bases(path)
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    return f"# {path} and what it begins from, as one file.\n" + _with_origins(values, reader.origins)
+
+
+def _with_origins(values: dict[str, Any], origins: Mapping[KeyPath, str]) -> str:
+    lines = yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, width=2**20, allow_unicode=False).splitlines()
+
+    def mark(node: yaml.MappingNode, path: KeyPath) -> None:
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            if isinstance(value, yaml.MappingNode) and value.value:
+                mark(value, here)
+            elif here in origins:
+                last = value.end_mark.line if isinstance(value, yaml.ScalarNode) else key.start_mark.line
+                lines[last] += "  # " + printable(origins[here].partition(" `")[0])
+
+    root = yaml.compose("\n".join(lines), Loader=_Yaml)
+    if isinstance(root, yaml.MappingNode):
+        mark(root, ())
+    return "\n".join(lines) + "\n"
+
+
 class _PlainDumper(yaml.SafeDumper):
     """Writes floats with a point, so that 1e-06 stays a number for every YAML reader."""
 
@@ -270,3 +386,9 @@ def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
 
 
 _PlainDumper.add_representer(float, _float)
+for (
+    _first_letter,
+    _resolvers,
+) in _Yaml.yaml_implicit_resolvers.items():  # text that `_Yaml` takes for a number is quoted
+    for _tag, _pattern in _resolvers:
+        _PlainDumper.add_implicit_resolver(_tag, _pattern, [_first_letter])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from simclr_dist.streams import printable
+from simclr_dist.safe_text import printable
 
 Layout = Literal["auto", "classes", "flat"]
 OnDamage = Literal["warn", "skip", "stop"]

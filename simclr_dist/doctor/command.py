@@ -9,6 +9,7 @@ import sys
 from simclr_dist.argument_types import add_source_arguments
 from simclr_dist.doctor.checks import examine
 from simclr_dist.doctor.finding import Finding
+from simclr_dist.safe_text import printable
 
 DESCRIPTION = """Tries out everything that training needs, and with CONFIG everything that this training needs.
 With DATA (anything that `prepare` takes, or a .beton file) it shows what is taken from there and what is left out."""
@@ -41,14 +42,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _tell(what: str) -> None:
     """What is being tried, for a person who waits."""
-    print(f"{'…':7}  {what}", file=sys.stderr, flush=True)
+    print(f"{'…':7}  {printable(what)}", file=sys.stderr, flush=True)
 
 
 def render(finding: Finding) -> str:
-    row = f"{MARKS[finding.level]}  {finding.what:{WIDTH}}  {plain(finding.found)}"
-    return f"{row}\n{'':9}{'':{WIDTH}}  {plain(finding.advice)}" if finding.advice else row
-
-
-def plain(text: str) -> str:
-    """On one line and without control characters: values of variables can be anything."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+    row = f"{MARKS[finding.level]}  {printable(finding.what):{WIDTH}}  {printable(finding.found)}"
+    return f"{row}\n{'':9}{'':{WIDTH}}  {printable(finding.advice)}" if finding.advice else row

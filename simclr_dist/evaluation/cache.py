@@ -54,7 +54,7 @@ def read_features(folder: Path, key: str) -> Features | None:
                 raise DataError(f"{entry / name}.npy: its content has changed since it was written: {advice}")
         # Copy-on-write: torch needs writable arrays, and the file must not change.
         arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="c") for name in _ARRAYS}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{entry}: cannot be read ({error}): {advice}") from None
     for name, dtypes in _ARRAYS.items():
         if arrays[name].dtype not in dtypes:
@@ -74,8 +74,11 @@ def write_features(folder: Path, key: str, features: Features) -> None:
             np.save(temporary / f"{name}.npy", array, allow_pickle=False)
             hashes[name] = _hash(temporary / f"{name}.npy")
         (temporary / "MANIFEST.json").write_text(json.dumps({"files": hashes}, indent=1))
-        if not (folder / key).exists():  # another process may have written the same content
+        try:
             os.rename(temporary, folder / key)
+        except OSError:
+            if not (folder / key / "MANIFEST.json").exists():  # else another process has written the same content
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -66,7 +66,9 @@ def load_embeddings(path: Path) -> Embeddings:
         n = len(found.names)
         if found.h.ndim != 2 or found.h.dtype != np.float32 or len(found.h) != n or found.labels.shape != (n,):
             raise ValueError("its arrays do not fit together")
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile raises as many kinds as there are features of zip
         raise DataError(f"{path}: is no file of `simclr-dist embed`: {error}") from None
     return found
 
@@ -91,7 +93,9 @@ def _as_array(value: Any) -> np.ndarray:
 def _write_parquet(path: Path, embeddings: Embeddings) -> None:
     arrow, parquet = _pyarrow()
     h = arrow.FixedSizeListArray.from_arrays(arrow.array(embeddings.h.ravel()), embeddings.h.shape[1])
-    table = arrow.table({"name": list(embeddings.names), "label": embeddings.labels, "h": h})
+    # UTF-8 has no letters for undecodable bytes of a file's name.
+    names = [name.encode("utf-8", "backslashreplace").decode() for name in embeddings.names]
+    table = arrow.table({"name": names, "label": embeddings.labels, "h": h})
     about = {name: getattr(embeddings, name) for name in ("class_names", *_TEXTS)}
     parquet.write_table(table.replace_schema_metadata({"simclr_dist": json.dumps(about)}), path)
 

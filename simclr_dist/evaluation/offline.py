@@ -21,7 +21,7 @@ from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.checkpoint.lineage import same_on_all_ranks
 from simclr_dist.checkpoint.pretrained import Source, load_pretrained
 from simclr_dist.checkpoint.weights import plan_start
-from simclr_dist.config import Config, DataConfig, Precision
+from simclr_dist.config import DataConfig, ModelConfig, Precision
 from simclr_dist.data.classes import draw_by_class
 from simclr_dist.data.loading.labelled_images import LabelledImages, open_labelled, require_labels
 from simclr_dist.data.loading.open_images import DatasetInfo
@@ -39,7 +39,7 @@ from simclr_dist.network.precision import assumed_precision
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
-from simclr_dist.run.layout import RunDir, append_record, read_records
+from simclr_dist.run.layout import RunDir, append_record, is_share, read_records
 from simclr_dist.run.results import Keeping, results_dir
 from simclr_dist.views.augment import normalize
 
@@ -200,7 +200,7 @@ def evaluate(
     scores = []
     if baselines:
         train_pixels, test_pixels = run_on_all_ranks(lambda: _pixels(images, config.data), device, catch=Exception)
-        untrained = run_on_all_ranks(lambda: _before_training(config, say), device)
+        untrained = run_on_all_ranks(lambda: _before_training(config.model, config.data, config.seed, say), device)
         scores.append(score("raw pixels", train_pixels, relabelled(test_pixels, images.classes)))
         scores.append(score(untrained[0], *features(untrained[1])))
     trained = features(model.encoder)
@@ -258,25 +258,28 @@ def _pixels(images: LabelledImages, data: DataConfig) -> list[Features]:
     ]
 
 
-def _before_training(config: Config, say: Say) -> tuple[str, nn.Module]:
+def _before_training(model: ModelConfig, data: DataConfig, seed: int, say: Say) -> tuple[str, nn.Module]:
     """A name, and the encoder with the initial values of the run; random ones where model.weights have gone."""
-    if config.model.weights is not None:
+    if model.weights is not None:
         try:
-            torch.manual_seed(config.seed)  # of what the weights lack
-            network = build_model(config.model)
-            plan_start(config.model, network, say).load_into(network)
+            torch.manual_seed(seed)  # of what the weights lack
+            network = build_model(model)
+            plan_start(model, network, say).load_into(network)
             return "encoder as given", network.encoder
         except UserError as error:
             say(f"model.weights cannot be read any more, so the baseline is the untrained encoder: {error}")
-    return "untrained encoder", untrained_encoder(config.model, config.data, config.seed)
+    return "untrained encoder", untrained_encoder(model, data, seed)
 
 
-def known_accuracy(checkpoint: Checkpoint) -> Mapping[str, float]:
+def known_accuracy(checkpoint: Checkpoint, say: Say) -> Mapping[str, float]:
     """What `evaluate` has recorded of this checkpoint, newest last, for the model card."""
     figures: dict[str, float] = {}
-    for record in read_records(RunDir.of_checkpoint(checkpoint.path).evaluations):
-        if record.get("step") == checkpoint.step and "method" in record:
+    records = read_records(RunDir.of_checkpoint(checkpoint.path).evaluations, method=str, step=int)
+    if records.remark:
+        say(records.remark)
+    for record in records:
+        if record["step"] == checkpoint.step:
             for share in ("top1", "top5"):
-                if isinstance(value := record.get(share), float | int):
+                if is_share(value := record.get(share)):
                     figures[name_of(record, share)] = value
     return figures

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from simclr_dist.network.encoders import (
     torchvision_network,
     torchvision_options,
 )
-from simclr_dist.streams import printable
+from simclr_dist.safe_text import markdown_cell, mask, printable
 from simclr_dist.views.augment import MEAN, STD
 
 
@@ -80,31 +79,32 @@ def render_card(
     config = checkpoint.config
     epochs = f"{config.train.epochs} epochs planned, {checkpoint.step} steps and {checkpoint.samples_seen} samples seen"
     trained = (
-        f"| Trained on | {_cell(config.data.train)} (fingerprint {checkpoint.fingerprint}) |\n"
+        f"| Trained on | {markdown_cell(config.data.train)} (fingerprint {markdown_cell(checkpoint.fingerprint)}) |\n"
         f"| Training | {epochs}; global batch {config.train.global_batch_size}, {config.data.num_views} views, "
         f"temperature {_temperature(checkpoint)} |\n"
     )
     introduction = _METHOD[config.loss.kind]
     if not checkpoint.of_run:
         introduction, trained = "An image encoder that others have trained; its weights as they came.", ""
-    figures = "\n".join(f"| {_cell(name)} | {100 * value:.2f} % |" for name, value in accuracy.items())
+    figures = "\n".join(f"| {markdown_cell(name)} | {100 * value:.2f} % |" for name, value in accuracy.items())
     table = f"| Evaluation | Result |\n|---|---|\n{figures}" if figures else "Not measured before the export."
+    settings = mask(printable(render_config(config).rstrip(), keep="\n"))
     return f"""---
 license: {_yaml_text(license)}
 library_name: simclr_dist
 tags: [simclr, self-supervised, image-feature-extraction]
 ---
 
-# {_cell(config.name)}
+# {markdown_cell(config.name)}
 
 {introduction}
 
 | | |
 |---|---|
-| Encoder | {_cell(config.model.encoder)}, {config.model.stem} stem, h of width {feature_dim} |
+| Encoder | {markdown_cell(config.model.encoder)}, {config.model.stem} stem, h of width {feature_dim} |
 {trained}{_origin(checkpoint)}| Input | RGB, {config.data.image_size} px, scaled to 0..1, then (x - mean) / std |
 | Mean, std | {", ".join(map(str, MEAN))}; {", ".join(map(str, STD))} |
-| Licence | {_cell(license)} |
+| Licence | {markdown_cell(license)} |
 | Written by | simclr_dist {__version__} from {checkpoint.path.name} |
 
 ## Accuracy
@@ -118,7 +118,7 @@ tags: [simclr, self-supervised, image-feature-extraction]
 {"".join(f"{note}{chr(10)}" for note in notes)}
 ## Configuration
 
-{_fenced("yaml", render_config(config).rstrip())}
+{_fenced("yaml", settings)}
 """
 
 
@@ -145,18 +145,13 @@ def _origin(checkpoint: Checkpoint) -> str:
     share = origin.get("share")
     how_much = f", {100 * share:.1f} % of the encoder" if isinstance(share, int | float) else ""
     known = f"{origin.get('weights')} (sha256 {origin.get('sha256')}{how_much})"
-    return f"| {'Began with' if checkpoint.of_run else 'Weights'} | {_cell(known)} |\n"
-
-
-def _cell(text: str) -> str:
-    """Text from outside within Markdown: it begins no row, no column and no tag."""
-    return html.escape(printable(text), quote=False).replace("|", "&#124;")
+    return f"| {'Began with' if checkpoint.of_run else 'Weights'} | {markdown_cell(known)} |\n"
 
 
 def _yaml_text(text: str) -> str:
     """Text from outside as one YAML value; as it is where YAML takes it for text."""
     is_plain = re.fullmatch(r"[A-Za-z][A-Za-z0-9.-]*", text) and isinstance(yaml.safe_load(text), str)
-    return text if is_plain else json.dumps(printable(text))
+    return text if is_plain else json.dumps(mask(printable(text)))
 
 
 def _fenced(language: str, text: str) -> str:

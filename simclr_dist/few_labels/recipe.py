@@ -31,8 +31,9 @@ from simclr_dist.few_labels.train import Settings, distill_classifier, finetune_
 from simclr_dist.few_labels.unfinished import differences
 from simclr_dist.network.shape import shape_of_model
 from simclr_dist.parallel.run_on_all_ranks import run_on_main
-from simclr_dist.run.layout import read_record
+from simclr_dist.run.layout import is_a, is_share, read_record
 from simclr_dist.run.results import require_writable
+from simclr_dist.safe_text import markdown_cell
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -232,6 +233,8 @@ def run_stages(recipe: Recipe, checkpoint: Checkpoint, root: Path, device: torch
     for stage in stages(recipe, root, checkpoint, device, say):
         result = complete(stage, device, say)
         figures = {key: result.get(key) for key in ("top1", "top5", "num_parameters")}
+        if not all(is_share(figures[key]) for key in ("top1", "top5")):
+            raise ConfigError([f"{stage.folder}: its result has no accuracy; remove it to do the stage again"])
         rows.append({"result": stage.title, "labels": stage.share, **figures, "folder": str(stage.folder)})
     name, step = checkpoint.config.name, checkpoint.step
     cells = [
@@ -239,13 +242,13 @@ def run_stages(recipe: Recipe, checkpoint: Checkpoint, root: Path, device: torch
             row["result"],
             _percent_of_labels(row["labels"]),
             *(f"{100 * row[key]:.2f} %" for key in ("top1", "top5")),
-            f"{row['num_parameters']:,}" if row["num_parameters"] else "",
+            f"{row['num_parameters']:,}" if is_a(row["num_parameters"], int) else "",
         )
         for row in rows
     ]
     table = Table(root / "results.md", f"{name}, step {step}", ("", "labels", "top-1", "top-5", "parameters"), cells)
-    lines = [f"{table.title}\n", f"| {' | '.join(table.columns)} |", "|---|---:|---:|---:|---:|"]
-    lines += [f"| {' | '.join(row)} |" for row in cells]
+    lines = [f"{markdown_cell(table.title)}\n", f"| {' | '.join(table.columns)} |", "|---|---:|---:|---:|---:|"]
+    lines += [f"| {' | '.join(map(markdown_cell, row))} |" for row in cells]
     written = json.dumps({"run": name, "step": step, "rows": rows}, indent=1) + "\n"
     run_on_main(lambda: replace_text(root / "results.json", written), device)
     run_on_main(lambda: replace_text(table.path, "\n".join(lines) + "\n"), device)

@@ -6,6 +6,7 @@ from simclr_dist.loss.tiled import tile_bytes
 
 PLAIN_MATRICES = 6  # N x N at once, masks among them
 NUMBERS_PER_ROW = 8
+NUMBERS_PER_PAIR = 2  # of a row and a positive beyond the first
 KERNEL_PARTS = 2  # of float16, for a float32 row
 
 
@@ -17,6 +18,7 @@ def workspace_bytes(
     device_type: str,
     implementation: str = "auto",
     gather_dtype: str = "float32",
+    num_views: int = 2,
     supervised: bool = False,
 ) -> int:
     """Of one of `world_size` ranks with z float32 [num_rows, width]: O(N K), tiles or kernels, a few numbers a row.
@@ -32,6 +34,7 @@ def workspace_bytes(
         gathered += 2 * (N + n) * K
     by_tiles = device_type == "cpu" or implementation == "tiled"
     tiles = tile_bytes(n, device_type) if by_tiles else 2 * KERNEL_PARTS * N * K + 4 * n * K
+    numbers = NUMBERS_PER_ROW + NUMBERS_PER_PAIR * (num_views - 2)
     of_classes = 4 * (N // 2) * K if supervised else 0
     # Unit rows, and two products of all rows with their positives while the value is computed.
-    return (n + 2 * N) * K * 4 + gathered + tiles + of_classes + NUMBERS_PER_ROW * 4 * N
+    return (n + 2 * N) * K * 4 + gathered + tiles + of_classes + numbers * 4 * N

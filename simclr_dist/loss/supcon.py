@@ -73,7 +73,7 @@ def _symmetric(batch: GlobalBatch, temperature: Tensor, classes: Tensor, num_pos
         if not needs_gradient:
             return loss
         gradient = e.gradient_rows(r.reciprocal())
-        gradient -= 2 * others[batch.own] / num_positives[batch.own, None]
+        gradient.addcdiv_(others[batch.own], num_positives[batch.own, None], value=-2)
         gradient *= batch.grad_scale / (batch.num_all_rows * batch.temperature)
         temperature_gradient = batch.temperature_gradient(e.z, gradient)
     return with_gradient(loss, (batch.z, gradient), (temperature, temperature_gradient))

@@ -115,7 +115,11 @@ def open_monitor(
             files.append(kind(place, samples_seen))
         except Exception as error:
             raise ConfigError([f"{place}: cannot be written to ({error}); make room, or move it away"]) from error
-    return Monitor([*files, trackers, terminal])
+    monitor = Monitor([*files, trackers, terminal])
+    for file in files:
+        if isinstance(file, LogFile) and file.remark:
+            monitor.warn(file.remark)
+    return monitor
 
 
 def memory_peak_gib(device: torch.device) -> float:

@@ -10,12 +10,15 @@ on the disk.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
+
+from simclr_dist.safe_text import printable
 
 THUMBNAIL_PX = 32
 
@@ -27,7 +30,9 @@ def write_projector(folder: Path, name: str, h: Tensor, images: Tensor, labels: 
     place = folder / "projector" / name
     place.mkdir(parents=True, exist_ok=True)
     np.savetxt(place / "vectors.tsv", h.float().cpu().numpy(), fmt="%.5g", delimiter="\t")
-    (place / "labels.tsv").write_text("".join(" ".join(label.split()) + "\n" for label in labels), encoding="utf-8")
+    # A single column has no header. TensorBoard skips empty lines, and the labels after one would move up.
+    lines = [printable(" ".join(label.split())) or "(no name)" for label in labels]
+    (place / "labels.tsv").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     _sprite(images).save(place / "sprite.png")
     entries = [
         f'embeddings {{\n  tensor_name: "{path.name}"\n  tensor_path: "projector/{path.name}/vectors.tsv"\n'
@@ -35,6 +40,7 @@ def write_projector(folder: Path, name: str, h: Tensor, images: Tensor, labels: 
         f'  sprite {{\n    image_path: "projector/{path.name}/sprite.png"\n'
         f"    single_image_dim: {THUMBNAIL_PX}\n    single_image_dim: {THUMBNAIL_PX}\n  }}\n}}\n"
         for path in sorted((folder / "projector").iterdir(), reverse=True)  # the newest opens first
+        if re.fullmatch(r"[\w.-]+", path.name)
     ]
     (folder / "projector_config.pbtxt").write_text("".join(entries), encoding="utf-8")
 

@@ -15,12 +15,13 @@ from contextlib import ExitStack, redirect_stdout
 from typing import Any, Literal
 
 from rich.console import Console, RenderableType
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 from simclr_dist.monitor.events import Event, Figures, Message, Sink, StepsDone, Summary
+from simclr_dist.monitor.speed import LAST_INTERVAL, SINCE_START
+from simclr_dist.streams import rich_text
 
 TerminalStyle = Literal["auto", "plain", "quiet", "json"]
 
@@ -30,7 +31,8 @@ _SHORT: dict[str, Callable[[float], str]] = {
     "eval/knn_top1": lambda v: f"kNN {v:.2%}",
     "train/probe_top1": lambda v: f"probe {v:.1%}",
     "train/temperature": lambda v: f"temp {v:.4f}",
-    "speed/images_per_s": lambda v: f"{v:,.0f} img/s",
+    LAST_INTERVAL: lambda v: f"{v:,.0f} img/s",
+    SINCE_START: lambda v: f"mean {v:,.0f} img/s",
     "speed/data_wait_share": lambda v: f"wait {v:.0%}",
 }
 _SELDOM = ("eval/knn_top1",)  # stays on the line until there is a new one
@@ -51,7 +53,7 @@ class Quiet(Sink):
     name = "terminal"
 
     def __init__(self) -> None:
-        self._errors = _Console(stderr=True)
+        self._errors = _Console(stderr=True, highlight=False)
 
     def show(self, event: Event) -> None:
         match event:
@@ -69,7 +71,7 @@ class Quiet(Sink):
         pass
 
     def warn(self, text: str) -> None:
-        self._errors.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
+        self._errors.print(rich_text("warning:", "yellow") + rich_text(f" {text}"), soft_wrap=True)
 
     def summarize(self, event: Literal["start", "end"], title: str, rows: Mapping[str, str]) -> None:
         """What the run says of itself when it begins and when it ends."""
@@ -116,7 +118,7 @@ class Lines(Quiet):
 
     def __init__(self, *, total_steps: int, first_step: int, steps_per_epoch: int | None) -> None:
         super().__init__()
-        self._console = _Console()
+        self._console = _Console(highlight=False)
         self._total_steps = total_steps
         self._first_step = first_step
         self._steps_per_epoch = steps_per_epoch
@@ -124,7 +126,7 @@ class Lines(Quiet):
         self._seldom: dict[str, Any] = {}
 
     def say(self, text: str) -> None:
-        self._console.print(escape(text), highlight=False, soft_wrap=True)
+        self._console.print(rich_text(text), soft_wrap=True)
 
     def summarize(self, event: Literal["start", "end"], title: str, rows: Mapping[str, str]) -> None:
         self.say(title)
@@ -163,7 +165,7 @@ class Live(Lines):
         super().__init__(total_steps=total_steps, first_step=first_step, steps_per_epoch=steps_per_epoch)
         self._latest: dict[str, Any] = {}
         self._progress = Progress(
-            TextColumn("{task.description}"), _Bar(self._console), console=self._console, expand=True
+            TextColumn("{task.description}", markup=False), _Bar(self._console), console=self._console, expand=True
         )
         self._task = self._progress.add_task(self._line(first_step), total=total_steps, completed=first_step)
 
@@ -178,9 +180,9 @@ class Live(Lines):
             self._progress.stop()  # the table is the last thing to be seen
         table = Table.grid(Column(style="cyan"), Column(overflow="fold"), padding=(0, 2))
         for name, text in rows.items():
-            table.add_row(f"  {name}", escape(text))
-        self._console.print(f"[bold]{escape(title)}[/bold]", highlight=False)
-        self._console.print(table, highlight=False)
+            table.add_row(rich_text(f"  {name}"), rich_text(text))
+        self._console.print(rich_text(title, "bold"))
+        self._console.print(table)
 
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step, description=self._line(step))
@@ -195,7 +197,7 @@ class Live(Lines):
             parts, room = [f"{step}/{self._total_steps}"], width - 2
         else:
             parts, room = [part for part in (self._epoch(step), f"step {step}/{self._total_steps}") if part], width - 10
-        return escape(fit([*parts, *self._eta(step), *_numbers(self._latest)], room))
+        return fit([*parts, *self._eta(step), *_numbers(self._latest)], room)
 
 
 class _Bar(ProgressColumn):

@@ -54,6 +54,8 @@ def _shapes_only(weights: Weights) -> Weights:
 def _candidates(weights: Weights) -> list[tuple[str, str]]:
     if weights.encoder is not None:
         return [(weights.encoder, "imagenet")]
+    if not any(x.ndim == 4 for x in weights.tensors.values()):
+        return []  # nothing that sees pixels
     names = "\n".join(weights.tensors)
     if re.search(
         r"(blocks\.0\.attn\.qkv|layer\.0\.attention\.attention\.query|encoder_layer_0\.self_attention)", names

@@ -107,5 +107,5 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     state = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         state.update(name.encode())
-        state.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        state.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()

@@ -24,6 +24,7 @@ from simclr_dist.errors import CheckpointError
 from simclr_dist.streams import printable
 
 MAX_TENSORS = 100_000
+LONGEST_NAME = 1000  # letters; nobody's parameters have such names, and all their ends are looked at
 MAX_DEPTH = 20
 MAX_CONFIG_BYTES = 1 << 20
 FOLDER_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
@@ -74,7 +75,7 @@ def _read_file(path: Path) -> Weights:
     metadata: dict[str, str] = {}
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
-        kind = "a safetensors file"
+        kind = "a file of safetensors"
     else:
         if (what := _OTHER_FORMATS.get(path.suffix.lower())) is not None:
             raise CheckpointError(
@@ -186,7 +187,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-        return {printable(name): tensor for name, tensor in load_file(path).items()}, metadata
+        return {printable(name): x for name, x in load_file(path).items() if len(name) <= LONGEST_NAME}, metadata
     except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{path}: is no whole safetensors file: {_line(error)}") from None
 
@@ -251,6 +252,8 @@ def _flat(content: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Itera
         return
     for key, value in content.items():
         name = printable(f"{prefix}{key}")
+        if len(name) > LONGEST_NAME:
+            continue
         if isinstance(value, Tensor):
             yield name, value.detach()
         elif isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""How others name the parameters of the same network.
+"""How others name the parameters of the same network, when a file of theirs is read (names_elsewhere.py has the rules).
 
 A naming gives, for a name of ours (torchvision's or timm's), the names under which a file may hold it, without the
 prefix of the file: one, or query, key and value that lie apart there and are joined here.
@@ -9,10 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import nn
 
+from simclr_dist.network.names_elsewhere import timm_to_transformers, torchvision_to_timm
+
 Names = tuple[str, ...]
+_SHAPELESS = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -23,70 +28,67 @@ class Naming:
 
 
 def namings(encoder: nn.Module) -> list[Naming]:
-    """All that are tried for this encoder, the most usual first."""
-    found = [Naming("the library's own", lambda name: (name,))]
-    for label, skipped in (("numbers of layers", ()), ("numbers of layers without pooling", (nn.MaxPool2d,))):
-        numbers = _numbers(encoder, skipped)
-        found.append(Naming(label, lambda name, numbers=numbers: (_with_number(name, numbers),)))  # type: ignore[misc]
-    found += [
-        Naming("transformers' ResNet", lambda name: (_transformers_resnet(name),)),
-        Naming("timm's ViT", lambda name: (_timm_vit(name),)),
-        Naming("torchvision's ViT", lambda name: (_torchvision_vit(name),)),
-        Naming("transformers' ViT", lambda name: _transformers_vit(_timm_vit(name))),
-        Naming("transformers' DINOv2", lambda name: _transformers_dinov2(_timm_vit(name))),
-        Naming("torchvision's old DenseNet", lambda name: (re.sub(r"(denselayer\d+\.\w+?)(\d)\.", r"\1.\2.", name),)),
+    """All that are tried for this encoder, the most usual first. A name that a rule does not know stays as it is."""
+    numbers = _numbers(encoder, ())
+    without_pooling = _numbers(encoder, (nn.MaxPool2d, nn.Identity))
+    families = ("vit", "convnext", "swin", "regnet")
+    return [
+        Naming("the library's own", lambda name: (name,)),
+        Naming("numbers of layers", partial(_with_number, numbers)),
+        Naming("numbers of layers without pooling", partial(_with_number, without_pooling)),
+        *(Naming(f"timm's {family}", partial(_timm, family)) for family in families),
+        *(
+            Naming(f"transformers' {kind}", partial(_transformers, kind))
+            for kind in ("resnet", "vit", "convnext", "swin")
+        ),
+        Naming("transformers' dinov2", _transformers_dinov2),
+        Naming("torchvision's vit", lambda name: (_replaced(name, _TORCHVISION_VIT_BY_TIMM),)),
+        Naming("torchvision's old densenet", lambda name: (re.sub(r"(denselayer\d+\.\w+?)(\d)\.", r"\1.\2.", name),)),
     ]
-    return found
 
 
 def _numbers(encoder: nn.Module, skipped: tuple[type[nn.Module], ...]) -> dict[str, int]:
-    """Places of the parts in `nn.Sequential(*encoder.children())`, as lightly and others take a ResNet apart.
-
-    A CIFAR stem has an Identity for its pooling, which others leave out or keep in place.
-    """
-    skip = (*skipped, *((nn.Identity,) if skipped else ()))
-    kept = [name for name, child in encoder.named_children() if not isinstance(child, skip)]
+    """Places of the parts in `nn.Sequential(*encoder.children())`, as lightly and others take a ResNet apart."""
+    kept = [name for name, child in encoder.named_children() if not isinstance(child, skipped)]
     return {name: number for number, name in enumerate(kept)}
 
 
-def _with_number(name: str, numbers: dict[str, int]) -> str:
+def _with_number(numbers: dict[str, int], name: str) -> Names:
     first, dot, rest = name.partition(".")
-    return f"{numbers[first]}{dot}{rest}" if first in numbers else name
+    return (f"{numbers[first]}{dot}{rest}" if first in numbers else name,)
 
 
-def _replaced(name: str, table: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in table:
-        new, count = re.subn(pattern, replacement, name)
-        if count:
-            return new
-    return name
+def _timm(family: str, name: str) -> Names:
+    """name: torchvision's."""
+    try:
+        return torchvision_to_timm(f"{family}_", {name: _SHAPELESS})[name]
+    except KeyError:
+        return (name,)
 
 
-def _transformers_resnet(name: str) -> str:
-    if found := re.match(r"layer(\d)\.(\d+)\.(conv|bn)(\d)\.(.*)", name):
-        stage, block, kind, number, rest = found.groups()
-        part = "convolution" if kind == "conv" else "normalization"
-        return f"encoder.stages.{int(stage) - 1}.layers.{block}.layer.{int(number) - 1}.{part}.{rest}"
-    if found := re.match(r"layer(\d)\.(\d+)\.downsample\.([01])\.(.*)", name):
-        stage, block, number, rest = found.groups()
-        part = "normalization" if number == "1" else "convolution"
-        return f"encoder.stages.{int(stage) - 1}.layers.{block}.shortcut.{part}.{rest}"
-    table = ((r"^conv1\.", "embedder.embedder.convolution."), (r"^bn1\.", "embedder.embedder.normalization."))
-    return _replaced(name, table)
+def _transformers(kind: str, name: str) -> Names:
+    """name: torchvision's or timm's."""
+    (timms,) = _timm(kind, name) if kind != "resnet" else (name,)
+    try:
+        return timm_to_transformers(kind, [timms])[timms]
+    except KeyError:
+        return (timms,)
 
 
-_TIMM_BY_TORCHVISION = (
-    (r"^class_token$", "cls_token"),
-    (r"^encoder\.pos_embedding$", "pos_embed"),
-    (r"^conv_proj\.", "patch_embed.proj."),
-    (r"^encoder\.layers\.encoder_layer_(\d+)\.ln_(\d)\.", r"blocks.\1.norm\2."),
-    (r"^encoder\.layers\.encoder_layer_(\d+)\.self_attention\.in_proj_", r"blocks.\1.attn.qkv."),
-    (r"^encoder\.layers\.encoder_layer_(\d+)\.self_attention\.out_proj\.", r"blocks.\1.attn.proj."),
-    (r"^encoder\.layers\.encoder_layer_(\d+)\.mlp\.0\.", r"blocks.\1.mlp.fc1."),
-    (r"^encoder\.layers\.encoder_layer_(\d+)\.mlp\.3\.", r"blocks.\1.mlp.fc2."),
-    (r"^encoder\.ln\.", "norm."),
-)
-_TORCHVISION_BY_TIMM = (
+def _transformers_dinov2(name: str) -> Names:
+    """Those of a ViT, but for what its blocks have more, and call otherwise."""
+    (timms,) = _timm("vit", name)
+    table = (
+        (r"^mask_token$", "embeddings.mask_token"),
+        (r"^reg_token$", "embeddings.register_tokens"),
+        (r"^blocks\.(\d+)\.ls(\d)\.gamma$", r"encoder.layer.\1.layer_scale\2.lambda1"),
+        (r"^blocks\.(\d+)\.(norm\d|mlp)\.", r"encoder.layer.\1.\2."),
+    )
+    replaced = _replaced(timms, table)
+    return (replaced,) if replaced != timms else _transformers("vit", timms)
+
+
+_TORCHVISION_VIT_BY_TIMM = (
     (r"^cls_token$", "class_token"),
     (r"^pos_embed$", "encoder.pos_embedding"),
     (r"^patch_embed\.proj\.", "conv_proj."),
@@ -97,48 +99,11 @@ _TORCHVISION_BY_TIMM = (
     (r"^blocks\.(\d+)\.mlp\.fc2\.", r"encoder.layers.encoder_layer_\1.mlp.3."),
     (r"^norm\.", "encoder.ln."),
 )
-_VIT_EMBEDDINGS = (
-    (r"^(cls|mask)_token$", r"embeddings.\1_token"),
-    (r"^reg_token$", "embeddings.register_tokens"),
-    (r"^pos_embed$", "embeddings.position_embeddings"),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-    (r"^norm\.", "layernorm."),
-    (r"^blocks\.(\d+)\.attn\.proj\.", r"encoder.layer.\1.attention.output.dense."),
-)
 
 
-def _timm_vit(name: str) -> str:
-    return _replaced(name, _TIMM_BY_TORCHVISION)
-
-
-def _torchvision_vit(name: str) -> str:
-    return _replaced(name, _TORCHVISION_BY_TIMM)
-
-
-def _transformers_vit(name: str) -> Names:
-    """name: timm's."""
-    table = (
-        *_VIT_EMBEDDINGS,
-        (r"^blocks\.(\d+)\.norm1\.", r"encoder.layer.\1.layernorm_before."),
-        (r"^blocks\.(\d+)\.norm2\.", r"encoder.layer.\1.layernorm_after."),
-        (r"^blocks\.(\d+)\.mlp\.fc1\.", r"encoder.layer.\1.intermediate.dense."),
-        (r"^blocks\.(\d+)\.mlp\.fc2\.", r"encoder.layer.\1.output.dense."),
-    )
-    return _query_key_value(name) or (_replaced(name, table),)
-
-
-def _transformers_dinov2(name: str) -> Names:
-    """name: timm's."""
-    table = (
-        *_VIT_EMBEDDINGS,
-        (r"^blocks\.(\d+)\.ls(\d)\.gamma$", r"encoder.layer.\1.layer_scale\2.lambda1"),
-        (r"^blocks\.(\d+)\.", r"encoder.layer.\1."),
-    )
-    return _query_key_value(name) or (_replaced(name, table),)
-
-
-def _query_key_value(name: str) -> Names:
-    if found := re.match(r"^blocks\.(\d+)\.attn\.qkv\.(weight|bias)$", name):
-        layer, kind = found.groups()
-        return tuple(f"encoder.layer.{layer}.attention.attention.{x}.{kind}" for x in ("query", "key", "value"))
-    return ()
+def _replaced(name: str, table: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in table:
+        new, count = re.subn(pattern, replacement, name)
+        if count:
+            return new
+    return name

@@ -59,37 +59,19 @@ def match(weights: Weights, encoder: nn.Module) -> Match:
 
     Raises CheckpointError where a tensor that would be taken is not finite, or no number of a network.
     """
-    own = encoder.state_dict()
-    tensors = weights.tensors
-    stem = _stem(encoder)
-    prefixes = _prefixes_by_end(tensors)
-    best: tuple[tuple[float, int, int], Naming, str] | None = None
-    equals: list[tuple[float, str]] = []
-    for naming in namings(encoder):
-        wanted = {name: naming.names(name) for name in own}
-        scores: dict[str, float] = defaultdict(float)
-        for name, theirs in wanted.items():
-            for prefix in prefixes.get(theirs[0], ()):
-                found = [tensors.get(prefix + part) for part in theirs]
-                if all(x is not None for x in found) and _fits(name, own[name], found, stem):  # type: ignore[arg-type]
-                    scores[prefix] += own[name].numel()
-        for prefix, score in scores.items():
-            key = score, _preference(prefix), -len(prefix)
-            equals.append((score, prefix))
-            if best is None or key > best[0]:
-                best = key, naming, prefix
+    own, tensors, stem = encoder.state_dict(), weights.tensors, _stem(encoder)
+    best = _best_fit(tensors, own, stem, namings(encoder))
     if best is None:
         return Match("none", "", new=list(own), left_out=list(tensors))
-    (score, _, _), naming, prefix = best
-    result = Match(naming.label, prefix)
-    result.twins = sorted({other for other_score, other in equals if other_score == score and other != prefix})
+    naming, prefix, twins = best
+    result = Match(naming.label, prefix, twins=twins)
     used: set[str] = set()
     for name, target in own.items():
         theirs = [prefix + part for part in naming.names(name)]
-        found = [tensors[part] for part in theirs if part in tensors]
-        if len(found) < len(theirs):
+        if any(part not in tensors for part in theirs):
             result.new.append(name)
             continue
+        found = [tensors[part] for part in theirs]
         used.update(theirs)
         if not _fits(name, target, found, stem):
             shapes = " + ".join(str(tuple(x.shape)) for x in found)
@@ -213,6 +195,28 @@ def _short(name: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding
+
+
+def _best_fit(
+    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], stem: _Stem | None, tried: list[Naming]
+) -> tuple[Naming, str, list[str]] | None:
+    """The naming and the prefix that find most of the encoder, and other prefixes that find as much. None: nothing."""
+    prefixes = _prefixes_by_end(tensors)
+    scores: list[tuple[int, int, int, Naming, str]] = []
+    for naming in tried:
+        sizes: dict[str, int] = defaultdict(int)
+        for name, target in own.items():
+            first, *others = naming.names(name)
+            for prefix in prefixes.get(first, ()):
+                parts = [prefix + part for part in (first, *others)]
+                if all(part in tensors for part in parts) and _fits(name, target, [tensors[p] for p in parts], stem):
+                    sizes[prefix] += target.numel()
+        scores += [(size, _preference(prefix), -len(prefix), naming, prefix) for prefix, size in sizes.items()]
+    if not scores:
+        return None
+    best = max(scores, key=lambda score: score[:3])
+    twins = {prefix for size, *_, prefix in scores if size == best[0]} - {best[-1]}
+    return best[3], best[4], sorted(twins)
 
 
 def _prefixes_by_end(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:

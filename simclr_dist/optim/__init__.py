@@ -1,1 +1,1 @@
-"""LARS, the learning rate, and gradients in micro-batches."""
+"""LARS and Muon, groups of parameters, the learning rate, and gradients in micro-batches."""

@@ -45,5 +45,12 @@ def build_schedule(config: OptimConfig, global_batch_size: int, samples_per_epoc
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """lr: of a group whose `lr_scale` is 1 or not given (groups.py)."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    optimizer.defaults["lr"] = lr
+
+
+def learning_rate(optimizer: Optimizer) -> float:
+    """What `set_learning_rate` has set."""
+    return float(optimizer.defaults["lr"])

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from simclr_dist.errors import ConfigError
+from simclr_dist.safe_text import masked
 
 Treatment = Literal["used", "refused", "ignored", "said"]
 
@@ -144,13 +145,18 @@ class Found:
     row: Variables
 
     @property
+    def shown(self) -> str:
+        """The value for people and records, without secrets."""
+        return masked({self.name: self.value})[self.name]
+
+    @property
     def counts(self) -> bool:
         """Whether it must be spoken of."""
         return self.row.treatment != "used" and not self.row.is_silent(self.value)
 
     def __str__(self) -> str:
-        shown = self.value if len(self.value) <= 40 else f"{self.value[:37]}..."
-        return f"{self.name}={shown}: {self.row.meaning}"
+        value = self.shown if len(self.shown) <= 40 else f"{self.shown[:37]}..."
+        return f"{self.name}={value}: {self.row.meaning}"
 
 
 def look_up(name: str) -> Variables | None:
@@ -180,7 +186,7 @@ def sentence(environ: Mapping[str, str]) -> str | None:
     """One line about what is ignored and what changes results; None if there is nothing to say."""
     found = [entry for entry in found_in(environ) if entry.counts]
     parts = [
-        f"{entry.name}={entry.value} is ignored ({entry.row.meaning})"
+        f"{entry.name}={entry.shown} is ignored ({entry.row.meaning})"
         for entry in found
         if entry.row.treatment == "ignored"
     ]

@@ -8,6 +8,7 @@ from typing import Any
 from simclr_dist.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from simclr_dist.data.sources.open import size_on_disk
 from simclr_dist.network.precision import assumed_precision
+from simclr_dist.optim.groups import describe_scales
 from simclr_dist.optim.schedule import peak_learning_rate
 from simclr_dist.plan.memory import DeviceMemory, checkpoint_bytes, device_memory, loader_bytes, shape_of_training
 from simclr_dist.plan.traffic import Collective, collectives
@@ -38,6 +39,8 @@ class Forecast:
     steps_per_epoch: int
     num_steps: int
     peak_learning_rate: float
+    layer_rates: tuple[str, ...]
+    """As multiples of the peak, where the encoder's layers have rates of their own."""
     num_parameters: int
     memory: DeviceMemory
     loader_bytes: int
@@ -124,6 +127,7 @@ def forecast(
         steps_per_epoch=steps_per_epoch,
         num_steps=min(total, train.max_steps or total),
         peak_learning_rate=peak_learning_rate(optim, G),
+        layer_rates=tuple(describe_scales(network, optim)),
         num_parameters=sum(p.numel() for p in network.parameters()),
         memory=device_memory(
             data=data,

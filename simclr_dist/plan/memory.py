@@ -19,7 +19,7 @@ from simclr_dist.loss.memory import workspace_bytes
 from simclr_dist.network.precision import assumed_precision, autocast
 from simclr_dist.network.shape import shape_of_model
 from simclr_dist.network.simclr import SimCLR
-from simclr_dist.optim.build import optimizer_state, parameter_order
+from simclr_dist.optim.build import optimizer_state
 
 _SAFETENSORS = {torch.float32: "F32", torch.int64: "I64"}
 _REST_OF_STATE_JSON = 650  # step, fingerprint, versions
@@ -77,6 +77,7 @@ def device_memory(
             device_type=device_type,
             implementation=loss.implementation,
             gather_dtype=loss.gather_dtype if loss.row_dtype == "float32" else loss.row_dtype,
+            num_views=data.num_views,
             supervised=loss.kind == "supcon",
         ),
     )
@@ -153,7 +154,7 @@ def loader_bytes(data: DataConfig, batch_size_per_device: int) -> int:
 
 def checkpoint_bytes(network: nn.Module, optim: OptimConfig, settings: dict[str, Any]) -> int:
     """The size of one checkpoint on disk. network: its shapes suffice. settings: all of them, as plain values."""
-    state = {"parameter_order": parameter_order(network), "config": settings}
+    state = {"parameter_order": [name for name, _ in network.named_parameters()], "config": settings}
     return (
         safetensors_bytes(network.state_dict())
         + safetensors_bytes(optimizer_state(network, optim))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from torchvision.utils import make_grid
 
 from simclr_dist.report.insight import Confusion, Insight
 from simclr_dist.report.record import Curve
+from simclr_dist.safe_text import printable
 
 GREY = "#858585"
 STYLE: dict[Any, Any] = {
@@ -39,6 +41,7 @@ STYLE: dict[Any, Any] = {
     "xtick.color": GREY,
     "ytick.color": GREY,
 }
+LONGEST_LABEL = 40
 SPARSE_POINTS = 30  # curves of fewer have a mark at each
 
 
@@ -46,16 +49,16 @@ def curve_chart(curves: Mapping[str, Curve], label: str) -> str:
     """One line a run, over images seen."""
     with mpl.rc_context(STYLE):
         figure, axes = _axes(label)
-        for name, curve in curves.items():
+        for curve in curves.values():
             marker = "o" if len(curve.values) < SPARSE_POINTS else None
-            axes.plot(curve.samples_seen, curve.values, marker=marker, markersize=3, linewidth=1.4, label=name)
+            axes.plot(curve.samples_seen, curve.values, marker=marker, markersize=3, linewidth=1.4)
         axes.set_xlabel("images seen")
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid()
         if len(curves) > 1:
             # A leading underscore would hide a run from the legend.
-            axes.legend(axes.get_lines(), list(curves))
+            axes.legend(axes.get_lines(), list(map(_label, curves)))
         return _svg(figure)
 
 
@@ -82,7 +85,7 @@ def map_chart(points: np.ndarray, labels: np.ndarray, class_names: tuple[str, ..
             mine = points[labels == label]
             axes.scatter(mine[:, 0], mine[:, 1], s=9, color=[colour], linewidths=0, rasterized=True)
             if len(class_names) <= 10:
-                axes.scatter([], [], s=20, color=[colour], label=" " + name)
+                axes.scatter([], [], s=20, color=[colour], label=" " + _label(name))
         rest = points[labels < 0]
         axes.scatter(rest[:, 0], rest[:, 1], s=9, color=GREY, linewidths=0, rasterized=True)
         axes.set(xticks=[], yticks=[], title=title)
@@ -101,7 +104,7 @@ def confusion_chart(confusion: Confusion) -> str:
         axes.imshow(share, cmap="viridis", vmin=0, vmax=1)
         axes.set(xlabel="predicted", ylabel="true")
         if C <= 20:
-            ticks, names = list(range(C)), list(confusion.class_names)
+            ticks, names = list(range(C)), list(map(_label, confusion.class_names))
             axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
             axes.set_yticks(ticks, names)
             for (row, column), value in np.ndenumerate(share):
@@ -127,6 +130,10 @@ def row_image(images: Tensor) -> str:
     return _png(torch.cat(parts[:-1], dim=1))
 
 
+def _label(name: str) -> str:
+    return printable(name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…")
+
+
 def _axes(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5, 3), layout="constrained")
     axes = figure.add_subplot()
@@ -136,7 +143,10 @@ def _axes(title: str) -> tuple[Figure, Axes]:
 
 def _svg(figure: Figure) -> str:
     out = io.BytesIO()
-    figure.savefig(out, format="svg", dpi=150, metadata={"Date": None})
+    with warnings.catch_warnings():
+        # A name may be in any script, and many runs or classes may leave no room for the axes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing|constrained_layout not applied")
+        figure.savefig(out, format="svg", dpi=150, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
 
 

@@ -1,9 +1,13 @@
-"""HTML elements. Texts come from runs, which may have come from anybody: whatever is not `Html` already is escaped."""
+"""HTML elements. Texts come from runs, which may have come from anybody: whatever is not `Html` already is escaped,
+shows its control characters, also the marks that turn the direction of writing, and hides what looks like a secret.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+
+from simclr_dist.safe_text import mask, printable
 
 _VOID = {"img", "meta"}
 
@@ -14,14 +18,20 @@ class Html(str):
 
 def element(name: str, *children: str, **attributes: str) -> Html:
     """<name attribute="…">children</name>; `class_` stands for class."""
-    shown = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
+    shown = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(printable(value))}"' for key, value in attributes.items()
+    )
     if name in _VOID:
         return Html(f"<{name}{shown}>")
     return Html(f"<{name}{shown}>{join(children)}</{name}>")
 
 
 def join(parts: Iterable[str]) -> Html:
-    return Html("".join(part if isinstance(part, Html) else escape(part) for part in parts))
+    return Html("".join(part if isinstance(part, Html) else _text(part) for part in parts))
+
+
+def _text(text: str) -> str:
+    return escape(mask(printable(text, keep="\n")))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], **attributes: str) -> Html:

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simclr_dist.evaluation.score_record import name_of
+from simclr_dist.monitor.speed import LAST_INTERVAL, SINCE_START
 from simclr_dist.report import figures
 from simclr_dist.report.html import Html, element, figure, join, table
 from simclr_dist.report.insight import Insight
-from simclr_dist.report.record import RunRecord
+from simclr_dist.report.record import Curve, RunRecord
+from simclr_dist.run.layout import is_share
 
 # In the order of the questions: does it learn, is it healthy, is it fast?
 CHARTS = (
@@ -21,6 +23,7 @@ CHARTS = (
     r"health/contrastive_top1",
     r"health/[hz]_rankme",
     r"health/similarity_.*",
+    r"drift/.*",
     r"train/grad_norm",
     r"speed/images_per_s",
     r"speed/data_wait_share",
@@ -94,7 +97,7 @@ def _results(runs: Mapping[str, RunRecord], insights: Mapping[str, Insight | str
     for name, run in runs.items():
         facts = {"state": f"{run.status.state} at step {run.status.step}" if run.status else "unknown"}
         for evaluation in run.evaluations:
-            facts[name_of(evaluation, "top-1")] = f"{_share(evaluation.get('top1'))} (step {evaluation.get('step')})"
+            facts[name_of(evaluation, "top-1")] = f"{_share(evaluation.get('top1'))} (step {evaluation['step']})"
         for folder, found in run.classifiers.items():
             kind = (
                 f"to {found.get('student')}"
@@ -102,30 +105,32 @@ def _results(runs: Mapping[str, RunRecord], insights: Mapping[str, Insight | str
                 else f"{found.get('num_labels')} labels"
             )
             facts[f"{found.get('method')} ({kind}) top-1, {folder}"] = _share(found.get("top1"))
+        if run.remarks:
+            facts["left out"] = "; ".join(run.remarks)
         insight = insights[name]
         if isinstance(insight, Insight) and insight.confusion is not None:
             fitted = f"linear probe fitted for this page, to {insight.confusion.fitted_to:,} images, top-1"
             facts[fitted] = f"{insight.confusion.top1:.2%} (step {insight.step})"
-        last = {tag: curve.values[-1] for tag, curve in run.curves.items()}
+        last = {tag: curve.values[-1] for tag, curve in run.curves.items() if curve.values}
         for tag, label in (("eval/knn_top1", "kNN while training"), ("eval/probe_top1", "online probe")):
             if tag in last:
                 facts[f"{label}, the last top-1"] = f"{last[tag]:.2%}"
         for tag, label, form in (
-            ("speed/images_per_s_in_all", "images/s in all, evaluations included", "{:,.0f}"),
-            ("speed/images_per_s", "images/s between log lines, median", "{:,.0f}"),
+            (SINCE_START, "images/s since its last start, evaluations and saves left out", "{:,.0f}"),
+            (LAST_INTERVAL, "images/s between log lines, median", "{:,.0f}"),
             ("speed/data_wait_share", "time waiting for data, median", "{:.1%}"),
             ("speed/memory_peak_gib", "peak memory, GiB", "{:.2f}"),
         ):
-            if tag in run.curves:
+            if tag in last:
                 pick = max if "peak" in tag else statistics.median
-                facts[label] = form.format(last[tag] if "in_all" in tag else pick(run.curves[tag].values))
+                facts[label] = form.format(last[tag] if tag == SINCE_START else pick(run.curves[tag].values))
         for key, value in facts.items():
             rows.setdefault(key, {})[name] = value
     return table(["", *runs], [[key, *(values.get(name, "–") for name in runs)] for key, values in rows.items()])
 
 
 def _share(value: Any) -> str:
-    return f"{value:.2%}" if isinstance(value, float) else str(value)
+    return f"{value:.2%}" if is_share(value) else "no accuracy"
 
 
 def _curves(runs: Mapping[str, RunRecord]) -> Html:
@@ -134,9 +139,18 @@ def _curves(runs: Mapping[str, RunRecord]) -> Html:
     for pattern in CHARTS:
         for tag in sorted(tag for tag in tags if re.fullmatch(pattern, tag)):
             curves = {name: run.curves[tag] for name, run in runs.items() if tag in run.curves}
-            last = ", ".join(f"{name} {curve.values[-1]:.4g}" for name, curve in curves.items())
-            charts.append(figure(figures.curve_chart(curves, tag), tag, f"at the end: {last}"))
-    return element("div", *charts, class_="grid") if charts else element("p", "There are no event files.")
+            last = ", ".join(f"{name} {_end_of(curve)}" for name, curve in curves.items())
+            drawn = {name: curve for name, curve in curves.items() if curve.values}
+            chart = figures.curve_chart(drawn, tag) if drawn else None
+            text = f"at the end: {last}"
+            charts.append(figure(chart, tag, text) if chart else element("p", f"{tag}, {text}", class_="note"))
+    return element("div", *charts, class_="grid") if charts else element("p", "log.jsonl has no figures.")
+
+
+def _end_of(curve: Curve) -> str:
+    if not curve.values:
+        return f"none of {curve.not_finite:,} values is finite"
+    return f"{curve.values[-1]:.4g}" + (f" ({curve.not_finite:,} values are not finite)" if curve.not_finite else "")
 
 
 def _side_by_side(insights: Mapping[str, Insight | str], show: Any) -> Html:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,26 @@ from simclr_dist.config import flatten
 from simclr_dist.config.bounded_yaml import read_yaml
 from simclr_dist.errors import ConfigError
 from simclr_dist.run import history
-from simclr_dist.run.layout import RunDir, read_record, read_records
+from simclr_dist.run.layout import NUMBER, RunDir, is_a, read_record, read_records
 from simclr_dist.run.status import Status, read_status
+from simclr_dist.safe_text import masked
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Values of one TensorBoard tag, by the number of images seen."""
+    """The finite values of one tag, by the number of images seen. `not_finite`: how many more there are."""
 
     samples_seen: tuple[int, ...]
     values: tuple[float, ...]
+    not_finite: int = 0
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """settings: flat, "model.encoder" -> value. curves: by TensorBoard tag. evaluations: newest last.
+    """settings: flat, "model.encoder" -> value. curves: by tag. evaluations: newest last.
 
     classifiers: results of `finetune`, `distill` and `recipe`, by the folder of each in the run's folder.
+    remarks: what of its files could not be read.
     """
 
     name: str
@@ -42,6 +45,7 @@ class RunRecord:
     classifiers: Mapping[str, Mapping[str, Any]]
     story: tuple[str, ...] = ()
     """Starts, changes of settings and rewinds, a line each."""
+    remarks: tuple[str, ...] = ()
 
 
 def read_run(path: Path, *, of_run: bool = True) -> RunRecord:
@@ -54,6 +58,8 @@ def read_run(path: Path, *, of_run: bool = True) -> RunRecord:
     run = RunDir(path)
     settings = _settings(run)
     environments = read_records(run.environment)
+    log = read_records(run.log, samples_seen=int)
+    evaluations = read_records(run.evaluations, method=str, step=int)
     results = {
         str(file.parent.relative_to(path)): read_record(file)
         for folder in (run.finetune, run.recipe)
@@ -63,14 +69,22 @@ def read_run(path: Path, *, of_run: bool = True) -> RunRecord:
         path.resolve().name,
         path,
         flatten({str(key): value for key, value in settings.items()}),
-        flatten(environments[-1]) if environments else {},
+        _environment(environments[-1]) if environments else {},
         read_status(path),
-        read_curves(run.tensorboard),
-        tuple(read_records(run.evaluations)),
+        curves_of(log),
+        tuple(evaluations),
         # The linear probe of a recipe has no method: it stands among the evaluations.
         {folder: found for folder, found in results.items() if found and "method" in found},
         tuple(history.tell(path)),
+        tuple(records.remark for records in (log, evaluations, environments) if records.remark),
     )
+
+
+def _environment(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat. Earlier versions recorded values of variables as they were."""
+    variables = facts.get("environment")
+    known = {str(name): str(value) for name, value in variables.items()} if isinstance(variables, dict) else {}
+    return flatten({**facts, **({"environment": masked(known)} if known else {})})
 
 
 def _settings(run: RunDir) -> dict[Any, Any]:
@@ -92,17 +106,16 @@ def _settings(run: RunDir) -> dict[Any, Any]:
     return settings
 
 
-def read_curves(folder: Path) -> dict[str, Curve]:
-    """All scalars of the event files in `folder`, by tag; without points that a resumed run has replaced."""
-    if not folder.is_dir():
-        return {}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
-
-    nothing = {"images": 1, "histograms": 1, "compressedHistograms": 1, "audio": 1, "tensors": 1}
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, **nothing})
-    events.Reload()
+def curves_of(log: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
+    """The curves in the lines of log.jsonl, by tag. Of two values at one place the later one counts."""
+    points: dict[str, dict[int, Any]] = {}
+    for line in log:
+        for tag, value in line.items():
+            if "/" in tag and (value is None or isinstance(value, NUMBER)):
+                points.setdefault(tag, {})[line["samples_seen"]] = value
     curves = {}
-    for tag in events.Tags()["scalars"]:
-        points = events.Scalars(tag)
-        curves[tag] = Curve(tuple(point.step for point in points), tuple(point.value for point in points))
+    for tag, by_place in points.items():
+        finite = sorted((place, float(value)) for place, value in by_place.items() if is_a(value, NUMBER))
+        places, values = zip(*finite, strict=True) if finite else ((), ())
+        curves[tag] = Curve(places, values, len(by_place) - len(finite))
     return curves

@@ -37,6 +37,8 @@ def write_report(
     named = names_of([read_run(path, of_run=isinstance(source, Path)) for path, source in sources.items()])
     insights: dict[str, Insight | str] = {}
     for name, run in named.items():
+        for remark in run.remarks:
+            say(remark)
         try:
             insights[name] = look_into(sources[run.path], train=train, test=test, images=images, device=device)
         except (CheckpointError, DataError) as error:

@@ -21,6 +21,7 @@ from simclr_dist.run.status import State, has_failed, write_status
 from simclr_dist.run.stop_requests import forget_earlier_requests
 from simclr_dist.run.stop_signals import stop_signals
 from simclr_dist.run.watchdog import BACKSTOP_S, Watchdog
+from simclr_dist.safe_text import message
 
 LimitName = Literal["evaluation_s", "save_s"]
 
@@ -118,11 +119,11 @@ class RunGuard:
         set_backstop(max(self._timeout.save_s, self._step_limit_s))
         self.watchdog.doing("closing", self.state.step, self._timeout.save_s, "save_s")
 
-    def _report_hang(self, message: str) -> None:
+    def _report_hang(self, text: str) -> None:
         """Every rank that hangs calls it; the first one writes."""
         if not has_failed(self._run_dir):
-            write_status(self._run_dir, "failed", step=self.state.step, reason="hang", message=message)
-            print(f"\nrank {self._rank}: {message}", file=sys.stderr, flush=True)
+            write_status(self._run_dir, "failed", step=self.state.step, reason="hang", message=text)
+            print(f"\nrank {self._rank}: {message(text)}", file=sys.stderr, flush=True)
 
 
 def set_backstop(limit_s: float) -> None:

@@ -11,11 +11,12 @@ import shutil
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-from simclr_dist.run.layout import RunDir, read_record, write_record
+from simclr_dist.run.layout import RunDir, is_a, read_record, write_record
 
 INTERVAL_S = 10.0
 WRITES_PER_S = 20.0
@@ -89,8 +90,11 @@ class Heartbeats:
         """By rank: its newest heartbeat, and when it was written (st_mtime)."""
         latest = {}
         for rank, path in enumerate(self._files):
-            with suppress(OSError, TypeError):
-                latest[rank] = Heartbeat(**(read_record(path) or {})), path.stat().st_mtime
+            found = read_record(path) or {}
+            known: dict[str, Any] = {field.name: found.get(field.name) for field in fields(Heartbeat)}
+            if all(is_a(value, int if name in ("rank", "pid", "step") else str) for name, value in known.items()):
+                with suppress(OSError):
+                    latest[rank] = Heartbeat(**known), path.stat().st_mtime
         return latest
 
 

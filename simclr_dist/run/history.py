@@ -20,8 +20,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from simclr_dist.run.layout import RunDir, append_record, is_checkpoint, read_record, read_records, step_of
+from simclr_dist.run.layout import (
+    NUMBER,
+    RunDir,
+    append_record,
+    is_a,
+    is_checkpoint,
+    is_share,
+    read_record,
+    read_records,
+    step_of,
+    write_record,
+)
 from simclr_dist.run.status import attempt_name
+from simclr_dist.safe_text import mask
 
 
 def marks(*, milestone: bool, best_knn_top1: float | None) -> dict[str, str]:
@@ -38,7 +50,7 @@ def best_so_far(run_dir: Path) -> tuple[Path, float] | None:
     for path in RunDir(run_dir).list_checkpoints():
         mark = read_record(RunDir.best_mark(path))
         accuracy = mark.get("knn_top1") if mark else None
-        if isinstance(accuracy, int | float) and (best is None or accuracy > best[1]):
+        if is_share(accuracy) and (best is None or accuracy > best[1]):
             best = path, float(accuracy)
     return best
 
@@ -70,21 +82,17 @@ def _mark_what_release_0_1_kept(run_dir: Path) -> list[str]:
     file, there = RunDir(run_dir).kept_by_release_0_1, RunDir(run_dir).list_checkpoints()
     if not file.exists():
         return []
-    kept, problems = read_record(file), []
-    try:
-        milestones = {int(step) for step in kept["milestones"]} if kept else {step_of(path) for path in there}
-        best = None if kept is None or kept["best_step"] is None else int(kept["best_step"])
-        accuracy = float(kept["best_knn_top1"]) if kept else 0.0
-    except (KeyError, TypeError, ValueError):
-        kept, milestones, best, accuracy = None, {step_of(path) for path in there}, None, 0.0
-    if kept is None:
+    kept, problems = read_record(file) or {}, []
+    milestones, best, accuracy = (kept.get(key) for key in ("milestones", "best_step", "best_knn_top1"))
+    if not (isinstance(milestones, list) and is_a(best, int | None) and is_a(accuracy, NUMBER)):
         problems.append(f"{file} is damaged: all {len(there)} checkpoints beside it are kept as milestones")
+        milestones, best = list(map(step_of, there)), None
     try:
         for path in there:
             if step_of(path) in milestones:
                 RunDir.milestone_mark(path).touch()
             if step_of(path) == best:
-                RunDir.best_mark(path).write_text(json.dumps({"knn_top1": accuracy}), encoding="utf-8")
+                write_record(RunDir.best_mark(path), {"knn_top1": accuracy})
         os.rename(file, file.with_suffix(".old"))
     except OSError as error:
         problems.append(f"{file} cannot be taken over: {error.strerror or error}")
@@ -119,7 +127,7 @@ def settle(run_dir: Path) -> list[str]:
     if not events or events[-1]["event"] == "rewound":
         return []
     names, number = events[-1].get("set_aside"), events[-1].get("number")
-    if not isinstance(names, list) or not isinstance(number, int):
+    if not isinstance(names, list) or not is_a(number, int) or not 0 < number < 10**6:
         return []
     return _set_aside(run_dir, [name for name in names if isinstance(name, str) and is_checkpoint(Path(name))], number)
 
@@ -142,7 +150,8 @@ def record_start(run_dir: Path, **facts: Any) -> None:
 
 def tell(run_dir: Path) -> Iterator[str]:
     """The starts, changes of settings and rewinds in lineage.jsonl, a line of text each. The file may be anybody's."""
-    for line in read_records(RunDir(run_dir).lineage):
+    lines = read_records(RunDir(run_dir).lineage)
+    for line in lines:
         when, event = str(line.get("time", "")), line.get("event")
         if event == "start":
             origin = f" from {line['from']}" if line.get("from") else ""
@@ -158,6 +167,8 @@ def tell(run_dir: Path) -> Iterator[str]:
         elif event == "rewind" and isinstance(line.get("set_aside"), list):
             aside = ", ".join(map(str, line["set_aside"]))
             yield f"{when}  went back to {line.get('to')}; rewind {line.get('number')} set aside {aside}"
+    if lines.remark:
+        yield lines.remark
 
 
 def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
@@ -166,7 +177,7 @@ def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else mask(str(value))
 
 
 def record_end(run_dir: Path, state: str, step: int) -> None:

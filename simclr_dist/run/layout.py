@@ -22,14 +22,17 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+import stat
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeGuard, get_args
 
-from simclr_dist.atomic import new_file_beside
+from simclr_dist.atomic import new_file_beside, replaces
 from simclr_dist.bounded_json import parse_json
 
 
@@ -212,56 +215,184 @@ def newest_step(run_dir: Path) -> int:
     return max(map(step_of, RunDir(run_dir).list_checkpoints()), default=0)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Records: JSON objects, one a file or one a line. A run's folder may come from anybody, so a reader passes over what is
+# no record, and counts it.
+
+LARGEST_RECORD_BYTES = 16 << 20
+LARGEST_LINE_BYTES = 1 << 20
+NUMBER = int | float
+
+
+class Records(list[dict[str, Any]]):
+    """The records of a file, in its order, without the lines that are none."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.damaged_lines: list[int] = []
+        """Their numbers, counted from 1."""
+
+    @property
+    def remark(self) -> str | None:
+        """A sentence about what was left out; None where nothing was."""
+        if not self.damaged_lines:
+            return None
+        first = ", ".join(map(str, self.damaged_lines[:5])) + (", …" if len(self.damaged_lines) > 5 else "")
+        one = len(self.damaged_lines) == 1
+        return (
+            f"{self.path}: {len(self.damaged_lines):,} damaged line{' is' if one else 's are'} left out "
+            f"({'line' if one else 'lines'} {first})"
+        )
+
+
+def read_records(path: Path, **entries: Any) -> Records:
+    """The records of a file with one a line; an absent or unreadable file has none.
+
+    entries: types that these entries must have, e.g. attempt=str, step=NUMBER; with `| None` they may be absent. Left
+    out are lines that were not finished, are no JSON object, are longer than LARGEST_LINE_BYTES, are nested too deep
+    (bounded_json.py), or have an entry of another type.
+    """
+    found = Records(path)
+    try:
+        with _open_plain(path) as file:
+            number = 0
+            while line := file.readline(LARGEST_LINE_BYTES + 1):
+                number += 1
+                record = _parsed(line) if len(line) <= LARGEST_LINE_BYTES else None
+                rest = line
+                while len(rest) >= LARGEST_LINE_BYTES and not rest.endswith(b"\n"):
+                    rest = file.readline(LARGEST_LINE_BYTES)
+                if record is not None and all(is_a(record.get(key), kind) for key, kind in entries.items()):
+                    found.append(record)
+                elif line.strip():
+                    found.damaged_lines.append(number)
+    except OSError:
+        pass
+    return found
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The JSON object that a file holds; None where there is no readable one, or one beyond LARGEST_RECORD_BYTES."""
+    try:
+        with _open_plain(path) as file:
+            content = file.read(LARGEST_RECORD_BYTES + 1)
+    except OSError:
+        return None
+    return _parsed(content) if len(content) <= LARGEST_RECORD_BYTES else None
+
+
+def is_a(value: Any, kind: Any) -> TypeGuard[Any]:
+    """isinstance, but True is no number, and neither is one that is not finite or that no float can hold."""
+    if isinstance(value, NUMBER) and not isinstance(value, bool):
+        return isinstance(value, kind) and -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER
+    if isinstance(value, bool):
+        return bool in (kind, *get_args(kind))
+    return isinstance(value, kind)
+
+
+def is_share(value: Any) -> TypeGuard[float]:
+    """Such as an accuracy."""
+    return is_a(value, NUMBER) and 0 <= value <= 1
+
+
+_LARGEST_NUMBER = sys.float_info.max
+
+
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Replaces a file by one JSON object, as a whole. It is not flushed to disk. Raises OSError."""
     temporary = new_file_beside(path)
     try:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(_as_json(record, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds one line of JSON. A single write to a file opened for appending stays whole beside other writers'.
+class RecordFile:
+    """Appends records to a file, a line each. It stays open between them."""
 
-    A line that a killed process left unfinished does not spoil it. Raises OSError.
-    """
-    line = (json.dumps(record) + "\n").encode()
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o640)
-    try:
-        end = os.lseek(descriptor, 0, os.SEEK_END)
-        if end and os.pread(descriptor, 1, end - 1) != b"\n":
+    def __init__(self, path: Path, mode: int = 0o666) -> None:
+        """mode: of a new file, less what the umask takes away. Raises OSError, also where `path` is a link."""
+        self.path = path
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        self._descriptor = os.open(path, flags, mode)
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            self.close()
+            raise OSError(errno.EINVAL, "is no plain file", str(path))
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """A single write to a file opened for appending stays whole beside other writers'.
+
+        A line that a killed process or a full disk left unfinished does not spoil it. Raises OSError.
+        """
+        line = (_as_json(record) + "\n").encode()
+        end = os.lseek(self._descriptor, 0, os.SEEK_END)
+        if end and os.pread(self._descriptor, 1, end - 1) != b"\n":
             line = b"\n" + line
-        if os.write(descriptor, line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    finally:
-        os.close(descriptor)
+        if os.write(self._descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def close(self) -> None:
+        """Twice is no error."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> RecordFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file with one a line. Lines that a killed process left unfinished are passed over.
+def append_record(path: Path, record: Mapping[str, Any], mode: int = 0o666) -> None:
+    """Adds one line, as `RecordFile` does. Raises OSError."""
+    with RecordFile(path, mode) as file:
+        file.append(record)
 
-    An absent or unreadable file has none.
+
+def rewrite_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> str | None:
+    """Replaces a file by those of its records that `keep` wants. What cannot be read goes too: the remark says it.
+
+    Raises OSError.
     """
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    return [value for line in text.splitlines() if isinstance(value := _parsed(line), dict)]
+    records = read_records(path)
+    kept = [record for record in records if keep(record)]
+    if len(kept) < len(records) or records.damaged_lines:
+        with replaces(path) as temporary:
+            temporary.write_text("".join(_as_json(record) + "\n" for record in kept), encoding="utf-8")
+    return records.remark
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """The JSON object that a file holds; None where there is no readable one."""
+def _open_plain(path: Path) -> IO[bytes]:
+    """Only a plain file: a pipe would be waited for, and a device may have no end. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no plain file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def _parsed(content: bytes) -> dict[str, Any] | None:
     try:
-        value = _parsed(path.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
+        value = parse_json(content)
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 
 
-def _parsed(text: str) -> Any:
+def _as_json(record: Mapping[str, Any], indent: int | None = None) -> str:
+    """JSON has no NaN and no infinity: they are written as null."""
     try:
-        return parse_json(text)
+        return json.dumps(record, indent=indent, allow_nan=False)
     except ValueError:
-        return None
+        return json.dumps(_without_nan(record), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    return [_without_nan(entry) for entry in value] if isinstance(value, list | tuple) else value

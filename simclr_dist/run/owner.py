@@ -50,7 +50,7 @@ class Ownership:
 
     def check(self) -> None:
         """Raises OwnershipError if another training has taken over, OSError if the file cannot be read."""
-        entry = _parse(self._file.read_text(encoding="utf-8"))
+        entry = _parse(self._file.read_text(encoding="utf-8", errors="replace"))
         if entry is None or entry.session != self.session:
             raise OwnershipError(
                 f"{self.run_dir}: taken over by {entry or 'another training'}; this training stops and writes no more"
@@ -140,16 +140,20 @@ def _locked(run_dir: Path) -> Iterator[None]:
 def _read(file: Path) -> _Entry | None:
     """None where there is no file or no entry in it. Raises OSError where there is one that cannot be read."""
     try:
-        return _parse(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError):
+        return _parse(file.read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
         return None
 
 
 def _parse(text: str) -> _Entry | None:
     try:
         values = parse_json(text)
+        process = values["process"]
         return _Entry(
-            str(values["session"]), str(values["attempt"]), str(values["since"]), Process(**values["process"])
+            str(values["session"]),
+            str(values["attempt"]),
+            str(values["since"]),
+            Process(str(process["host"]), str(process["machine"]), int(process["pid"]), str(process["start"])),
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None

@@ -23,7 +23,7 @@ def record(run_dir: Path, seed: int, implementations: Mapping[str, str]) -> None
     """
     facts = {"git": git_id(), "versions": versions(), "seed": seed, "attempt": attempt_name()}
     facts["implementations"] = dict(implementations)
-    if spoken_of := {entry.name: entry.value for entry in found_in(os.environ) if entry.counts}:
+    if spoken_of := {entry.name: entry.shown for entry in found_in(os.environ) if entry.counts}:
         facts["environment"] = spoken_of
     append_record(RunDir(run_dir).environment, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
 
@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 
 def drew_from_generator(run_dir: Path) -> bool:
     """Whether the run's last start had dropout masks of torch's generator, as release 0.1 did."""
-    starts = read_records(RunDir(run_dir).environment)
+    starts = read_records(RunDir(run_dir).environment, versions=dict | None)
     return bool(starts) and "dropout" not in (starts[-1].get("versions") or {})
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from simclr_dist.errors import Reason
-from simclr_dist.run.layout import RunDir, read_record, write_record
+from simclr_dist.run.layout import RunDir, is_a, read_record, write_record
+from simclr_dist.safe_text import mask
 
 State = Literal["running", "finished", "preempted", "stopped", "failed"]
 
@@ -44,27 +45,19 @@ def write_status(
     share. attempt: None: this process's own.
     """
     written = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    status = Status(state, reason or "", step, attempt or attempt_name(), message, written)
+    status = Status(state, reason or "", step, attempt or attempt_name(), mask(message), written)
     with suppress(OSError):
         write_record(RunDir(run_dir).status, {**asdict(status), "reason": reason})
 
 
 def read_status(run_dir: Path) -> Status | None:
     """None where there is no readable status yet."""
-    values = read_record(RunDir(run_dir).status)
-    if values is None or "state" not in values:
+    values = read_record(RunDir(run_dir).status) or {}
+    step = values.get("step")
+    if not is_a(values.get("state"), str) or not is_a(step, int | None):
         return None
-    try:
-        return Status(
-            state=str(values["state"]),
-            reason=str(values.get("reason") or ""),
-            step=int(values.get("step") or 0),
-            attempt=str(values.get("attempt") or ""),
-            message=str(values.get("message") or ""),
-            time=str(values.get("time") or ""),
-        )
-    except (ValueError, TypeError):
-        return None
+    texts = {key: str(values.get(key) or "") for key in ("reason", "attempt", "message", "time")}
+    return Status(state=values["state"], step=step or 0, **texts)
 
 
 def has_failed(run_dir: Path) -> bool:

@@ -28,6 +28,7 @@ from pathlib import Path
 from simclr_dist.errors import OwnershipError
 from simclr_dist.run.heartbeat import Heartbeats
 from simclr_dist.run.owner import TOUCH_EVERY_S, Ownership
+from simclr_dist.safe_text import message
 
 BACKSTOP_S = 15.0
 ENDS_PROCESS = ContextVar("ENDS_PROCESS", default=True)
@@ -161,7 +162,7 @@ class Watchdog:
         except OwnershipError as error:
             if not self._ends_process:
                 return  # the next save raises it
-            print(f"\n{error}", file=sys.stderr, flush=True)
+            print(f"\n{message(error)}", file=sys.stderr, flush=True)
             os._exit(2)
         except OSError:  # the next save reports it
             pass

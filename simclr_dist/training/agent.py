@@ -24,6 +24,7 @@ from simclr_dist.run.layout import RunDir, newest_step, write_record
 from simclr_dist.run.output import Recorder
 from simclr_dist.run.owner import refuse_if_owned
 from simclr_dist.run.status import attempt_name, read_status, write_status
+from simclr_dist.safe_text import message
 from simclr_dist.streams import make_output_safe
 
 ACCELERATE = "accelerate.commands.launch"
@@ -52,7 +53,7 @@ def check(run_dir: Path, training: list[str]) -> None:
         if error.reason is not None:
             step = newest_step(run_dir)
             write_status(run_dir, "failed", step=step, reason=error.reason, message=str(error))
-        print(error, file=sys.stderr, flush=True)
+        print(message(error), file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -75,11 +76,11 @@ def launch(run_dir: Path, argv: list[str]) -> int:
     return end.code
 
 
-def say_unless_known(run_dir: Path, message: str) -> None:
+def say_unless_known(run_dir: Path, how: str) -> None:
     """Unless a worker has written down, and so has printed, why this attempt fails."""
     status = read_status(run_dir)
     if status is None or status.attempt != attempt_name() or status.state != "failed":
-        print(message, file=sys.stderr, flush=True)
+        print(message(how), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

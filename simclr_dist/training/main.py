@@ -21,6 +21,7 @@ from simclr_dist.config import Config, load_config
 from simclr_dist.errors import ConfigError, FailedElsewhereError, Reason, UserError
 from simclr_dist.parallel.environment import check_environment
 from simclr_dist.run.stop_signals import SIGNALS
+from simclr_dist.safe_text import message, printable
 from simclr_dist.streams import make_output_safe
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None, trainer_class: type[Trainer] | None = No
             config = load_config(args.config, args.overrides, world_size=int(os.environ.get("WORLD_SIZE", 1)))
         except ConfigError as error:
             if os.environ.get(speaks, "0") == "0":
-                print(error, file=sys.stderr, flush=True)
+                print(message(error), file=sys.stderr, flush=True)
             sys.exit(2)
         train(config, trainer_class)
 
@@ -85,7 +86,7 @@ def train(config: Config, trainer_class: type[Trainer] | None = None) -> None:
         except FailedElsewhereError:
             _leave(2)
         except UserError as error:
-            _report(config, trainer, error.reason, str(error))
+            _report(config, trainer, error.reason, message(error))
             _leave(2)
         except KeyboardInterrupt:
             _report(config, trainer, "crash" if trainer else None, "ended by a second Ctrl-C, without saving")
@@ -101,7 +102,8 @@ def _say_that_it_starts(config: Config) -> None:
     if os.environ.get("RANK", "0") == "0" and not silent:
         several = int(os.environ.get("WORLD_SIZE", 1))
         processes = f"{several} processes" if several > 1 else "1 process"
-        print(f"{config.name}: starting {processes}; importing torch takes some seconds", file=sys.stderr, flush=True)
+        said = f"{config.name}: starting {processes}; importing torch takes some seconds"
+        print(printable(said), file=sys.stderr, flush=True)
 
 
 def _die_with_parent() -> None:
@@ -113,12 +115,12 @@ def _die_with_parent() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _report(config: Config, trainer: object, reason: Reason | None, message: str) -> None:
+def _report(config: Config, trainer: object, reason: Reason | None, text: str) -> None:
     """Prints why this rank fails and writes status.json, unless another rank has failed first: that is the cause."""
     where = f"rank {os.environ.get('RANK', 0)}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    if not record_failure(config, trainer, reason, message):
-        message = "ends, because another rank has failed"
-    print(f"\n{where}{message}", file=sys.stderr, flush=True)
+    if not record_failure(config, trainer, reason, text):
+        text = "ends, because another rank has failed"
+    print(printable(f"\n{where}{text}", keep="\n"), file=sys.stderr, flush=True)
 
 
 def record_failure(config: Config, trainer: object, reason: Reason | None, message: str) -> bool:

@@ -51,7 +51,7 @@ def _recall(config: Config) -> NetworkFacts | None:
     try:
         kept = read_json(_file(config))
         return NetworkFacts(tuple(map(str, kept["unused"])), str(kept["remark"]), int(kept["checkpoint_bytes"]))
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

@@ -10,7 +10,6 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +26,10 @@ from simclr_dist.evaluation.online_probe import OnlineProbe
 from simclr_dist.health.check import HealthCheck, RankFacts
 from simclr_dist.monitor.events import Histograms, Pairs, StepsDone
 from simclr_dist.monitor.monitor import Monitor, memory_peak_gib
+from simclr_dist.monitor.speed import LAST_INTERVAL, Speed
 from simclr_dist.network.flops import peak_flops, train_flops
 from simclr_dist.network.precision import assumed_precision
+from simclr_dist.optim.schedule import learning_rate
 from simclr_dist.parallel import distributed
 from simclr_dist.run.guard import LimitName, RunGuard
 from simclr_dist.run.layout import RunDir, append_record
@@ -72,9 +73,12 @@ class Observer(ABC):
 class Observers:
     """Calls each observer that is due. One that fails is left out from then on, on all ranks."""
 
-    def __init__(self, observers: Sequence[Observer], guard: RunGuard, monitor: Monitor, device: torch.device) -> None:
+    def __init__(
+        self, observers: Sequence[Observer], guard: RunGuard, monitor: Monitor, device: torch.device, speed: Speed
+    ) -> None:
         self._observers = list(observers)
         self._guard = guard
+        self._speed = speed
         self._monitor = monitor
         self._device = device
 
@@ -90,8 +94,10 @@ class Observers:
                 self._call(observer, partial(observer.after_step, finished), finished.step)
 
     def _call(self, observer: Observer, work: Callable[[], None], step: int) -> None:
-        limit = observer.limit
-        with self._guard.busy(observer.name, limit) if limit is not None else nullcontext():
+        if observer.limit is None:
+            self._try(observer, work, step)
+            return
+        with self._guard.busy(observer.name, observer.limit), self._speed.paused():
             self._try(observer, work, step)
 
     def _try(self, observer: Observer, work: Callable[[], None], step: int) -> None:
@@ -176,7 +182,7 @@ class Probe(Observer):
 
 
 class Figures(Observer):
-    """Loss, learning rate and speed, every few steps. Speeds leave out what happens between two epochs."""
+    """Loss, learning rate and speed, every few steps."""
 
     name = "logging"
     setting = "monitor.log_every_steps"
@@ -187,6 +193,7 @@ class Figures(Observer):
         monitor: Monitor,
         loader: Loader,
         device: torch.device,
+        speed: Speed,
         *,
         learning_rate: Callable[[], float],
         masked_duplicates: Callable[[], int],
@@ -199,41 +206,35 @@ class Figures(Observer):
         self._monitor = monitor
         self._loader = loader
         self._device = device
+        self._speed = speed
         self._learning_rate = learning_rate
         self._masked_duplicates = masked_duplicates
         self._temperature = temperature
         self._flops = flops
         self._precision = precision
-        self._interval: tuple[float, float, int] | None = None  # began at, loader's wait then, samples seen then
+        self._waited_s = loader.wait_s  # at the last reading
 
     def is_due(self, finished: FinishedStep) -> bool:
         return True
 
     def after_step(self, finished: FinishedStep) -> None:
-        batch_size = len(finished.batch.labels) * distributed.world_size()
-        if self._interval is None:
-            self._interval = finished.began_s, finished.waited_s, finished.samples_seen - batch_size
         self._monitor.show(StepsDone(finished.step))
         if finished.step % self._every == 0 or finished.is_last:
             loss = {"train/loss": float(finished.result.loss), "train/grad_norm": float(finished.result.grad_norm)}
             # The loss waits for the device: first.
-            values = {**loss, **self._measure(finished, *self._interval), **finished.figures}
+            values = {**loss, **self._measure(finished), **finished.figures}
             self._monitor.log(values, step=finished.step, samples_seen=finished.samples_seen)
-            self._interval = time.monotonic(), self._loader.wait_s, finished.samples_seen
-        if finished.ended_epoch is not None:
-            self._interval = None  # the next one begins with the next step
 
-    def _measure(
-        self, finished: FinishedStep, began_s: float, waited_s: float, samples_before: int
-    ) -> dict[str, float]:
-        elapsed_s = max(time.monotonic() - began_s, 1e-9)
-        images_per_s = (finished.samples_seen - samples_before) / elapsed_s
-        per_device = images_per_s / distributed.world_size()
+    def _measure(self, finished: FinishedStep) -> dict[str, float]:
+        wait_s, self._waited_s = self._loader.wait_s - self._waited_s, self._loader.wait_s
+        share = wait_s / self._speed.interval_s()
+        speeds = self._speed.read(finished.samples_seen)
+        per_device = speeds[LAST_INTERVAL] / distributed.world_size()
         values = {
             "train/lr": self._learning_rate(),
-            "speed/images_per_s": images_per_s,
+            **speeds,
             "speed/images_per_s_per_device": per_device,
-            "speed/data_wait_share": (self._loader.wait_s - waited_s) / elapsed_s,
+            "speed/data_wait_share": share,
             "speed/memory_peak_gib": memory_peak_gib(self._device),
             "health/masked_duplicates": float(self._masked_duplicates()),
         }
@@ -417,10 +418,11 @@ def build_observers(
     parts: Parts,
     augment: Callable[[Batch], Tensor],
     nt_xent: Callable[[Tensor, Tensor], Tensor],
+    speed: Speed,
 ) -> Observers:
     """In the order in which they are called.
 
-    augment, nt_xent: the trainer's own, which a subclass may have exchanged.
+    augment, nt_xent: the trainer's own, which a subclass may have exchanged. speed: of this start of the run.
     """
     device, monitor = parts.device, parts.monitor
     precision = assumed_precision(config.train.precision, device.type)
@@ -465,7 +467,8 @@ def build_observers(
         monitor,
         parts.loader,
         device,
-        learning_rate=lambda: parts.optimizer.param_groups[0]["lr"],
+        speed,
+        learning_rate=lambda: learning_rate(parts.optimizer),
         masked_duplicates=lambda: getattr(nt_xent, "masked_duplicates", 0),
         temperature=(lambda: parts.nt_xent.temperature_now) if config.loss.learn_temperature else None,
         flops=train_flops(parts.forward_flops, config.data.num_views) if parts.forward_flops else None,
@@ -484,4 +487,5 @@ def build_observers(
         parts.guard,
         monitor,
         device,
+        speed,
     )

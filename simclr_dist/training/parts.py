@@ -44,6 +44,7 @@ from simclr_dist.run.guard import RunGuard
 from simclr_dist.run.layout import RunDir
 from simclr_dist.run.state import TrainState
 from simclr_dist.run.watchdog import BACKSTOP_S
+from simclr_dist.safe_text import printable
 from simclr_dist.training.implementations import agree
 from simclr_dist.training.non_finite import NonFinitePolicy
 from simclr_dist.training.precision import decide_precision, with_precision
@@ -242,7 +243,7 @@ def _warn_on(world: World) -> Callable[[str], None]:
 
     def warn(text: str) -> None:
         if world.is_main:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
 
     return warn
 

@@ -24,6 +24,7 @@ from simclr_dist.data.loading.labelled_images import check_loss_labels
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.order import Order
 from simclr_dist.errors import CheckpointError, ConfigError, DataError, UserError
+from simclr_dist.optim.build import unused_settings
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 from simclr_dist.run.layout import is_checkpoint
@@ -74,6 +75,7 @@ def check_training(config: Config, *, images_too: bool = True) -> Checked:
             problems.append(error)
 
     network: list[NetworkFacts] = []
+    collect(lambda: unused_settings(config.optim))
     collect(lambda: _check_network(config, network))
     collect(lambda: _check_run_directory(config, network))
     if network:
@@ -226,6 +228,7 @@ def main(argv: list[str]) -> None:
     network: list[NetworkFacts] = []
     checks: dict[str, Callable[[], str]] = {
         "owner": lambda: _check_owner(config),
+        "optimizer": lambda: unused_settings(config.optim),
         "network": lambda: _check_network(config, network),
         "weights": lambda: _check_weights(config),
         "checkpoints": lambda: _check_run_directory(config, network),

@@ -93,7 +93,7 @@ def refuse_another_training(found: Checkpoint, config: Config, known_as: tuple[s
             ("train.global_batch_size", then.train.global_batch_size, now.train.global_batch_size),
             ("data.order", then.data.order, now.data.order),
             ("optim.optimizer", then.optim.optimizer, now.optim.optimizer),
-            ("loss.learn_temperature", then.loss.learn_temperature, now.loss.learn_temperature),
+            ("loss.learn_temperature", *(str(c.loss.learn_temperature).lower() for c in (then, now))),
             ("the images' fingerprint", found.fingerprint, found.fingerprint if same_images else (known_as or [""])[0]),
         )
         if before != after

@@ -13,17 +13,16 @@ from simclr_dist.config import Config, LossConfig
 from simclr_dist.data import Loader
 from simclr_dist.loss.build import choices
 from simclr_dist.monitor.events import Summary
+from simclr_dist.monitor.speed import SINCE_START, Speed
 from simclr_dist.monitor.terminal import duration
+from simclr_dist.optim.groups import describe_scales, parameter_groups
 from simclr_dist.optim.schedule import peak_learning_rate
 from simclr_dist.parallel.distributed import World
 from simclr_dist.plan.memory import optimizer_state
 from simclr_dist.run.state import TrainState
 from simclr_dist.run.status import State
-from simclr_dist.streams import printable
+from simclr_dist.safe_text import printable
 from simclr_dist.training.parts import Parts
-
-IMAGES_PER_S_IN_ALL = "speed/images_per_s_in_all"
-"""From the start of the training to its end, evaluations and saves included."""
 
 
 def show_start(config: Config, parts: Parts) -> None:
@@ -56,12 +55,14 @@ def show_start(config: Config, parts: Parts) -> None:
         )
 
 
-def show_end(config: Config, parts: Parts, state: State, *, seconds: float, images: int) -> None:
-    """seconds, images: of this start of the run."""
+def show_end(config: Config, parts: Parts, state: State, speed: Speed) -> None:
+    """speed: of this start of the run; its last figure is logged, so that every place has the same one."""
+    images = parts.state.samples_seen - speed.first_sample
     if images:
-        speed = {IMAGES_PER_S_IN_ALL: images / max(seconds, 1e-9)}
-        parts.monitor.log(speed, step=parts.state.step, samples_seen=parts.state.samples_seen)
+        figure = {SINCE_START: speed.since_start(parts.state.samples_seen)}
+        parts.monitor.log(figure, step=parts.state.step, samples_seen=parts.state.samples_seen)
     bank = None if parts.evaluation_images is None else len(parts.evaluation_images.bank)
+    seconds = speed.trained_s() + speed.paused_s, speed.paused_s
     rows = end_rows(config, parts.monitor.latest, seconds=seconds, images=images, bank=bank)
     title = f"{state} at step {parts.state.step} of {parts.last_step}"
     parts.monitor.show(Summary("end", title, rows))
@@ -83,6 +84,7 @@ def start_rows(
         **({"read as": printable(loader.account.layout)} if loader.account is not None else {}),
         "global batch": split_of_batch(G, world, config.train.micro_batch_size),
         "learning rate": f"{config.optim.optimizer}, peak {learning_rate_formula(config)}{warmup}, then {decay}",
+        **learning_rates_of_parts(config, model),
         "loss": loss_in_words(config.loss, config.data.num_views, G),
         "model": f"{config.model.encoder} to {head} dimensions, {parameters:,} parameters"
         + (f", {flops / 1e9:,.4f} GFLOP a view" if flops else ""),
@@ -115,12 +117,16 @@ def weight_rows(config: Config, state: TrainState, network: nn.Module) -> dict[s
 
 
 def end_rows(
-    config: Config, latest: Mapping[str, float], *, seconds: float, images: int, bank: int | None
+    config: Config, latest: Mapping[str, float], *, seconds: tuple[float, float], images: int, bank: int | None
 ) -> dict[str, str]:
-    """seconds, images: of this start of the run; latest: the last figure of each tag; bank: images of kNN's bank."""
+    """seconds, images: of this start of the run, in all and for evaluations and saves; latest: the last figure of each
+    tag; bank: images of kNN's bank.
+    """
     rows = {}
     if images:
-        rows["time"] = f"{duration(seconds)}, {images:,} images, {latest[IMAGES_PER_S_IN_ALL]:,.0f} images/s in all"
+        in_all, paused = map(duration, seconds)
+        rows["time"] = f"{in_all}, of which {paused} for evaluations and saves"
+        rows["speed"] = f"{images:,} images, {latest[SINCE_START]:,.0f} images/s without evaluations and saves"
     evaluation = config.evaluation
     knn = f"k={evaluation.knn_k}, T={evaluation.knn_temperature:g}, {bank or 0:,} training images"
     for name, tag, form in (
@@ -166,6 +172,19 @@ def loss_in_words(loss: LossConfig, num_views: int, global_batch_size: int) -> s
         f"{kind}temperature {loss.temperature:g}{learnt}, {negatives}; guessing gives ln({rows:,}) = "
         f"{math.log(rows):.2f}"
     )
+
+
+def learning_rates_of_parts(config: Config, model: nn.Module) -> dict[str, str]:
+    """What does not learn at the rate of the schedule."""
+    rows, optim = {}, config.optim
+    if optim.optimizer == "muon":
+        groups = parameter_groups(model, optim)
+        others = sum(p.numel() for g in groups if not g.rule.orthogonal for p in g.parameters.values())
+        rows["AdamW for the rest"] = f"{optim.adamw_base_lr / optim.base_lr:g} x that rate, for {others:,} parameters"
+    if scales := describe_scales(model, optim):
+        shown = scales if len(scales) <= 4 else [*scales[:2], f"… {len(scales) - 4} more layers", *scales[-2:]]
+        rows["rates by layer"] = "; ".join(shown)
+    return rows
 
 
 def device_name(device: torch.device) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from simclr_dist.config import Config
 from simclr_dist.data import Batch
 from simclr_dist.health.check import Recording
+from simclr_dist.monitor.speed import Speed
 from simclr_dist.network.keyed_dropout import draw_keys
 from simclr_dist.optim.micro_batch import backward_in_micro_batches
 from simclr_dist.optim.schedule import set_learning_rate
@@ -162,7 +163,7 @@ class Trainer:
             if (request := requests.agreed()) >= Request.STOP:  # heard while the parts were built
                 return self._stop(requests, request)
             self._rebuild_ddp_buckets()
-            observers = build_observers(self.config, self.parts, self.augment, self.nt_xent)
+            observers = build_observers(self.config, self.parts, self.augment, self.nt_xent, self._speed)
             observers.begin(self.state)
             for batch, began_s, waited_s in self._batches():
                 requests.ask(self.parts.saver.wish(self.state.step + 1))
@@ -172,7 +173,8 @@ class Trainer:
                 finished = self._finished_step(batch, result, began_s, waited_s)
                 observers.after_step(finished)
                 request = requests.agreed()
-                self.parts.saver.after_step(finished, self.state, request)
+                with self._speed.paused():
+                    self.parts.saver.after_step(finished, self.state, request)
                 if finished.is_last:
                     return self._end("finished")
                 if request >= Request.STOP:
@@ -193,7 +195,7 @@ class Trainer:
             parts.guard.set_status("running")
             show_start(self.config, parts)
             parts.guard.first_step_begins()
-            self._start_s, self._start_samples = time.monotonic(), self.state.samples_seen
+            self._speed = Speed(self.state.samples_seen)
             yield requests
 
     def _batches(self) -> Iterator[tuple[Batch, float, float]]:
@@ -256,8 +258,7 @@ class Trainer:
         parts.guard.release()
         if state == "finished":
             parts.monitor.finish(self.config.model_dump(mode="json"))
-        images = self.state.samples_seen - self._start_samples
-        if parts.world.is_main and images:
+        if parts.world.is_main and self.state.samples_seen > self._speed.first_sample:
             history.record_end(self.config.run_dir, state, self.state.step)
-        show_end(self.config, parts, state, seconds=time.monotonic() - self._start_s, images=images)
+        show_end(self.config, parts, state, self._speed)
         return state

@@ -107,7 +107,7 @@ class Beton:
         """What `prepare` took from its source and what it left out, where the sidecar says so."""
         try:
             return Account.from_json(self.sidecar["account"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             return None
 
     @cached_property

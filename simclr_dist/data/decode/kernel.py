@@ -51,6 +51,8 @@ _ONE = 1 << _BITS
 _BETWEEN = 6
 
 
+_index = np.uintp  # unsigned, so that the compiled code need not handle negative ones
+
 _bytes_2d, _int32_1d, _int32_2d = types.uint8[:, ::1], types.int32[::1], types.int32[:, ::1]
 
 
@@ -59,7 +61,7 @@ def _resize_weights(n_in, n_out, first, count, weight):  # type: ignore[no-untyp
     """Which of n_in input pixels contribute to each of n_out, and how much: weight [n_out, taps] in units of 2^-14.
 
     Shrinking averages over areas; enlarging interpolates linearly between pixel centres. Rational numbers are kept as
-    integers, and cumulative weights are rounded, so that every row sums to exactly one.
+    integers, and cumulative weights are rounded, so that every row sums to exactly one. A second weight is always set.
     """
     for o in range(n_out):
         if n_in > n_out:
@@ -82,6 +84,7 @@ def _resize_weights(n_in, n_out, first, count, weight):  # type: ignore[no-untyp
             if t < 0 or t >= n_in - 1 or right == 0:
                 first[o] = min(max(t, 0), n_in - 1)
                 weight[o, 0] = _ONE
+                weight[o, 1] = 0
                 count[o] = 1
             else:
                 first[o] = t
@@ -105,7 +108,7 @@ def _resize_weights(n_in, n_out, first, count, weight):  # type: ignore[no-untyp
 def resize_crop(pixels, stride, crop, out, row, first, count, weight):  # type: ignore[no-untyped-def]
     """Resizes one crop (top, left, height, width, flip) of an image to out [S, S, 3].
 
-    pixels: uint8 [1, >= height * stride], rows of `stride` bytes. The others are scratch: row int32 [>= 3 * width],
+    pixels: uint8 [1, >= height * stride], rows of `stride` bytes. The others are scratch: row int32 [>= 3 * width + 3],
     first and count int32 [2, S], weight int32 [2, S, taps].
     """
     top, left, h, w = np.int64(crop[0]), np.int64(crop[1]), np.int64(crop[2]), np.int64(crop[3])
@@ -121,7 +124,7 @@ def resize_crop(pixels, stride, crop, out, row, first, count, weight):  # type: 
         source = pixels[0, base : base + length]
         k = weight[0, y, 0]
         for x in range(length):
-            row[x] = k * np.int32(source[x])
+            row[x] = half_between + k * np.int32(source[x])
         for t in range(1, count[0, y]):
             base += stride
             source = pixels[0, base : base + length]
@@ -129,18 +132,21 @@ def resize_crop(pixels, stride, crop, out, row, first, count, weight):  # type: 
             for x in range(length):
                 row[x] += k * np.int32(source[x])
         for x in range(length):
-            row[x] = (row[x] + half_between) >> np.int32(_BETWEEN)
+            row[x] >>= np.int32(_BETWEEN)
         line = out[y]
-        for x in range(S):
-            p = 3 * first[1, x]
-            r, g, b = half, half, half
-            for t in range(count[1, x]):
-                k = weight[1, x, t]
-                r += k * row[p]
-                g += k * row[p + 1]
-                b += k * row[p + 2]
-                p += 3
-            place = S - 1 - x if crop[4] else x
+        for x in range(_index(S)):
+            # Two taps at once, of which the second may weigh nothing: most crops have no more.
+            p, n = _index(3 * first[1, x]), _index(count[1, x])
+            k, l = weight[1, x, 0], weight[1, x, 1]
+            r = half + k * row[p] + l * row[p + _index(3)]
+            g = half + k * row[p + _index(1)] + l * row[p + _index(4)]
+            b = half + k * row[p + _index(2)] + l * row[p + _index(5)]
+            for t in range(_index(2), n):
+                p_t, k = p + _index(3) * t, weight[1, x, t]
+                r += k * row[p_t]
+                g += k * row[p_t + _index(1)]
+                b += k * row[p_t + _index(2)]
+            place = _index(S) - _index(1) - x if crop[4] else x
             line[place, 0] = np.uint8(r >> shift)
             line[place, 1] = np.uint8(g >> shift)
             line[place, 2] = np.uint8(b >> shift)
@@ -169,7 +175,7 @@ def decode_and_crop(fd, records, crops, out, status, encoded, pixels):  # type: 
     largest = np.int64(1)
     for k in range(b):
         largest = max(largest, records[k, HEIGHT], records[k, WIDTH])
-    row = np.empty(3 * largest, np.int32)
+    row = np.empty(3 * largest + 3, np.int32)
     first = np.empty((2, S), np.int32)
     count = np.empty((2, S), np.int32)
     weight = np.empty((2, S, largest // S + 3), np.int32)

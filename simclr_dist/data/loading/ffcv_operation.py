@@ -1,4 +1,4 @@
-"""Our two crops as an operation of ffcv's own Loader, for pipelines of ffcv transforms.
+"""Our crops as an operation of ffcv's own Loader, for pipelines of ffcv transforms.
 
     crops = TwoCrops("train.beton", size=224, seed=0)
     loader = import_ffcv().Loader("train.beton", ..., pipelines={"image": [SampleIds(), crops]})
@@ -48,10 +48,21 @@ class SampleIds(SimpleRGBImageDecoder):
 
 
 class TwoCrops(Operation):
-    """Sample ids [B] to two random crops each, uint8 [B, 2, S, S, 3]; `epoch` may be changed between epochs."""
+    """Sample ids [B] to random crops, uint8 [B, V, S, S, 3]; `epoch` may be changed between epochs.
+
+    num_views: V; two unless asked for more.
+    """
 
     def __init__(
-        self, path: str | Path, *, size: int, seed: int, scale_min: float = 0.08, flip_p: float = 0.5, epoch: int = 0
+        self,
+        path: str | Path,
+        *,
+        size: int,
+        seed: int,
+        scale_min: float = 0.08,
+        flip_p: float = 0.5,
+        epoch: int = 0,
+        num_views: int = 2,
     ) -> None:
         super().__init__()
         self.epoch = epoch
@@ -60,16 +71,17 @@ class TwoCrops(Operation):
         self._seed = seed
         self._scale_min = scale_min
         self._flip_p = flip_p
+        self._num_views = num_views
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, AllocationQuery]:
-        shape = (2, self._size, self._size, 3)
+        shape = (self._num_views, self._size, self._size, 3)
         state = replace(previous_state, jit_mode=False, shape=shape, dtype=torch.uint8)
         return state, AllocationQuery(shape, torch.uint8)
 
     def generate_code(self) -> Callable:
         def crop(ids: np.ndarray, views: torch.Tensor) -> torch.Tensor:
             ids = np.asarray(ids)
-            view_keys = keys(self._seed, self.epoch, ids[None], np.arange(2)[:, None])
+            view_keys = keys(self._seed, self.epoch, ids[None], np.arange(self._num_views)[:, None])
             views = views[: len(ids)]
             self._images.fill(
                 ids,

@@ -12,7 +12,7 @@ from simclr_dist.data.sources.listing import Found, Listing, Parts, choose_image
 from simclr_dist.data.sources.lists import check_names, number_classes, read_labels, read_names
 from simclr_dist.data.sources.sample_values import Decoding
 from simclr_dist.errors import DataError
-from simclr_dist.streams import printable
+from simclr_dist.safe_text import printable
 
 
 def images_of(listing: Listing, options: SourceOptions, class_names: tuple[str, ...] | None) -> FileImages:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from simclr_dist.data.account import NAMES_SHOWN, SourceOptions
 from simclr_dist.data.sources.listing import Parts
 from simclr_dist.errors import DataError
-from simclr_dist.streams import printable
+from simclr_dist.safe_text import printable
 
 _SPLIT = re.compile(
     r"(?:(?P<trainval>trainval)|(?P<train>train(?:ing)?)|(?P<test>test(?:ing)?)|(?P<val>val(?:id(?:ation)?)?)"
