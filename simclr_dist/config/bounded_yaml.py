@@ -50,7 +50,7 @@ class BoundedLoader(yaml.SafeLoader):
 
 
 def _beyond(what: str, event: yaml.Event) -> yaml.YAMLError:
-    return yaml.MarkedYAMLError(problem=f"the file holds {what}", problem_mark=event.start_mark)
+    return yaml.MarkedYAMLError(problem=f"the file holds {what}", problem_mark=event.start_mark)  # type: ignore[arg-type]
 
 
 def read_text(path: Path) -> str:

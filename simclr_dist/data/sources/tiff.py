@@ -146,7 +146,8 @@ def _read_page(file: _Tables, offset: int, byte_order: str, big: bool) -> tuple[
         dtype = np.dtype(byte_order + _INTEGER_TYPES[kind])
         size = length * dtype.itemsize
         if size > len(value):
-            value = file.read(*struct.unpack(f"{byte_order}{next_format}", value), size)
+            (place,) = struct.unpack(f"{byte_order}{next_format}", value)
+            value = file.read(place, size)
         if len(value) >= size:
             tags[tag] = tuple(np.frombuffer(value, dtype, length).tolist())
     return Page(byte_order, tags), following
