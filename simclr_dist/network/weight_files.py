@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from simclr_dist.errors import CheckpointError
-from simclr_dist.streams import printable
+from simclr_dist.safe_text import printable
 
 MAX_TENSORS = 100_000
 LONGEST_NAME = 1000  # letters; nobody's parameters have such names, and all their ends are looked at
