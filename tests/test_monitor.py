@@ -228,7 +228,14 @@ def test_projector_files_hold_vectors_labels_and_thumbnails(tmp_path: Path) -> N
     assert [e.tensor_name for e in config.embeddings] == ["h_0000000128", "h_0000000064"]  # the newest opens first
     newest = config.embeddings[0]
     np.testing.assert_allclose(np.loadtxt(folder / newest.tensor_path, delimiter="\t"), h.numpy() + 1, rtol=1e-4)
-    assert (folder / newest.metadata_path).read_text().split("\n") == ["cat", "a dog", "two lines", "(no name)", "cat", ""]
+    assert (folder / newest.metadata_path).read_text().split("\n") == [
+        "cat",
+        "a dog",
+        "two lines",
+        "(no name)",
+        "cat",
+        "",
+    ]
     sprite = np.asarray(Image.open(folder / newest.sprite.image_path))
     assert list(newest.sprite.single_image_dim) == [32, 32]
     assert sprite.shape == (96, 96, 3)  # 5 images in a square of 3 x 3
