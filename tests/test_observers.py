@@ -12,6 +12,7 @@ from simclr_dist.data import Batch
 from simclr_dist.errors import DataError
 from simclr_dist.monitor.events import Event, Message, Sink
 from simclr_dist.monitor.monitor import Monitor
+from simclr_dist.monitor.speed import Speed
 from simclr_dist.training.observers import Observer, Observers
 from simclr_dist.training.step import FinishedStep, StepResult
 from tests.distributed.spawn import run_ranks
@@ -29,15 +30,21 @@ class Heard(Sink):
 
 
 class Limits:
-    """Stands for the run's guard: keeps what was done under which time limit."""
+    """Stands for the run's guard: keeps what was done under which time limit. Its clock moves when it is read."""
 
     def __init__(self) -> None:
         self.busy_with: list[tuple[str, str]] = []
+        self.now_s = 0.0
+        self.speed = Speed(0, self.moved)
 
     @contextmanager
     def busy(self, doing: str, limit: str) -> Any:
         self.busy_with.append((doing, limit))
         yield
+
+    def moved(self) -> float:
+        self.now_s += 1.0
+        return self.now_s
 
 
 class Counting(Observer):
@@ -71,7 +78,7 @@ def finished_step(step: int) -> FinishedStep:
 
 def watch(*around: Observer, steps: int = 6) -> tuple[list[str], Limits]:
     heard, limits = Heard(), Limits()
-    observers = Observers(around, limits, Monitor([heard]), torch.device("cpu"))  # type: ignore[arg-type]
+    observers = Observers(around, limits, Monitor([heard]), torch.device("cpu"), limits.speed)  # type: ignore[arg-type]
     for step in range(1, steps + 1):
         observers.after_step(finished_step(step))
     return heard.warnings, limits
@@ -93,6 +100,7 @@ def test_only_observers_with_a_limit_of_their_own_stop_the_clock_of_the_step() -
     warnings, limits = watch(Counting(), Collective())
     assert warnings == []
     assert limits.busy_with == [("evaluating", "evaluation_s")] * 3
+    assert limits.speed.paused_s == 3.0  # and that of the speed
 
 
 def failing_on_one_rank(rank: int, world_size: int) -> tuple[int, list[str]]:

@@ -246,8 +246,8 @@ def hostile_lines(record: dict[str, Any]) -> bytes:
 
 RECORDS = {
     "evaluations.jsonl": {
-        "step": 7, "method": "knn", "k": 5, "temperature": 0.1, "test": "t", "train_images": 12, "test_images": 3,
-        "image_size": 32, "precision": "fp32", "top1": 0.5, "top5": 0.75,
+        "step": 7, "method": "knn", "k": 5, "temperature": 0.1, "train": "d", "test": "t", "train_images": 12,
+        "test_images": 3, "image_size": 32, "precision": "fp32", "top1": 0.5, "top5": 0.75,
     },
     "environment.jsonl": {"time": "now", "git": "abc", "versions": {"torch": "2"}, "environment": {"A": "b"}},
     "log.jsonl": {"step": 1, "samples_seen": 8, "time": 3.0, "train/loss": 1.0, "eval/knn_top1": 0.5},
@@ -345,7 +345,7 @@ def test_accuracies_for_a_card_are_the_whole_ones_and_what_is_left_out_is_said_o
     said: list[str] = []
     figures = known_accuracy(Found, said.append)  # type: ignore[arg-type]
     assert {type(value) for value in figures.values()} <= {int, float}
-    assert figures["knn (k=5) top1 on t; T=0.1, 12 training images, 3 test images, 32 px, fp32"] == 0.5
+    assert figures["knn (k=5) top1 on t; T=0.1, 12 training images of d, 3 test images, 32 px, fp32"] == 0.5
     assert len(said) == 1
 
 

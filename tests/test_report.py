@@ -60,7 +60,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "environment.jsonl").write_text(json.dumps({"git": EVIL, "versions": {"torch": "2.11"}}) + "\n{half")
     (run / "status.json").write_text(json.dumps({"state": EVIL, "step": 7}))
     line = {"step": 7, "method": "linear", "solver": EVIL, "test": "t", "top1": 0.625}
-    knn = {"step": 7, "method": "knn", "k": 5, "temperature": 0.1, "test": "t", "train_images": 1200, "top1": 0.5}
+    knn = {"step": 7, "method": "knn", "k": 5, "temperature": 0.1, "train": "d", "test": "t", "train_images": 1200}
+    knn["top1"] = 0.5
     lines = [{**knn, "step": 3, "top1": 0.25}, knn, line]  # as a training and a command leave them
     (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "met')
     for folder, found in (
@@ -110,7 +111,7 @@ def test_the_page_has_every_section_and_loads_nothing(text: str) -> None:
 
 def test_the_results_have_the_last_figures_of_the_training_beside_their_settings(text: str) -> None:
     results = Page(text).text.partition("Results")[2]
-    assert "knn (k=5) top-1 on t; T=0.1, 1,200 training images50.00% (step 7)" in results
+    assert "knn (k=5) top-1 on t; T=0.1, 1,200 training images of d50.00% (step 7)" in results
     assert "kNN while training, the last top-187.50%" in results
     assert "online probe, the last top-143.75%" in results
     assert re.search(r"linear probe fitted for this page, to 60 images, top-1[0-9.]+% \(step 7\)", results)
