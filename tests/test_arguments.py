@@ -34,7 +34,7 @@ def answer(program: str, command: str, capsys: pytest.CaptureFixture[str]) -> st
         ("launcher", "lokal configs/smoke.yaml", "did you mean local?"),
         ("launcher", "local configs/smoke.yaml --nprocs 2", "did you mean --nproc?"),
         ("launcher", "local", "missing: CONFIG;"),
-        ("simclr-dist", "export", "missing: RUN_OR_CHECKPOINT;"),
+        ("simclr-dist", "export", "missing: RUN_OR_WEIGHTS;"),
         ("train", "", "missing: config;"),
     ],
 )

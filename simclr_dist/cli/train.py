@@ -211,7 +211,7 @@ def _export(config: Config, out: Path) -> list[str]:
             out / "encoder.safetensors",
             format="safetensors",
             license="unspecified",
-            accuracy=known_accuracy(checkpoint),
+            accuracy=known_accuracy(checkpoint, say),
             overwrite=True,
         )
     except UserError as error:
