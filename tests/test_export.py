@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -123,8 +124,9 @@ def test_names_stay_names_on_the_card(tmp_path: Path, license: str) -> None:
     accuracy = {"knn on a|b\n| x | <script>": 0.5}
     card = export(run, tmp_path / 'o"`ut', format="safetensors", license=license, accuracy=accuracy).card.read_text()
     _, front, text = card.split("---\n", 2)
-    assert yaml.safe_load(front).keys() == {"license", "library_name", "tags"}
-    assert yaml.safe_load(front)["license"] == printable(license)
+    facts = yaml.safe_load(front)
+    assert facts.keys() == {"license", "license_name", "library_name", "pipeline_tag", "tags"}
+    assert (facts["license"], facts["license_name"]) == ("other", printable(license))
     assert card.isprintable() or all(c == "\n" or c.isprintable() for c in card)
     assert "<script>" not in text
     assert "<b>" not in text
@@ -182,7 +184,7 @@ def test_self_check_refuses_nan_and_other_widths() -> None:
         ("timm/test_vit", "imagenet"),
     ],
 )
-def test_onnx_runs_with_any_number_of_images(tmp_path: Path, encoder: str, stem: str) -> None:
+def test_onnx_runs_with_any_number_of_images_and_any_size_where_the_network_does(tmp_path: Path, encoder: str, stem: str) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed (extra `export`)")
     if encoder.startswith("timm/"):
@@ -193,11 +195,14 @@ def test_onnx_runs_with_any_number_of_images(tmp_path: Path, encoder: str, stem:
     result = export(run, tmp_path / "encoder.onnx", format="onnx", license="mit")
     session = onnxruntime.InferenceSession(str(result.path), providers=["CPUExecutionProvider"])
     assert session.get_modelmeta().custom_metadata_map["license"] == "mit"
-    for n in (1, 3, 8):
-        images = torch.randn(n, 3, 32, 32)
+    sizes = [(32, 32)] if encoder.startswith("timm/test_vit") else [(32, 32), (48, 80)]
+    assert session.get_modelmeta().custom_metadata_map["free_image_size"] == str(len(sizes) == 2).lower()
+    assert ("32 x 32 pixels only" in result.notes[0]) == (len(sizes) == 1)
+    for n, size in itertools.product((1, 3, 8), sizes):
+        images = torch.randn(n, 3, *size)
         (h,) = session.run(["h"], {"images": images.numpy()})
         with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(h), model.encoder(images), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(torch.from_numpy(h), model.encoder(images), atol=1e-5, rtol=1e-5)
     names: dict = {}
     code = result.card.read_text().split("```python\n")[1].split("```")[0]
     exec(code.replace("encoder.onnx", str(result.path)), names)
