@@ -1,60 +1,52 @@
-"""The loss for pairs of sentences in sentence-transformers: each pair is a positive, all others are negatives.
+"""The loss for pairs of sentences with a model of sentence-transformers: a pair is a positive, all others negatives.
 
-    accelerate launch --cpu --num-processes 2 examples/loop_sentence_pairs.py MODEL
-    python examples/loop_sentence_pairs.py MODEL
+    python -m torch.distributed.run --nproc-per-node 2 examples/loop_sentence_pairs.py MODEL
+    python examples/loop_sentence_pairs.py MODEL           # the same losses: 8 pairs in every step
 
-MODEL is a folder or a name of a model of sentence-transformers. Both commands have 8 pairs in a step, and equal losses.
+MODEL is a folder or a name of a model of sentence-transformers.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import tempfile
-from collections.abc import Iterable
-from typing import Any
 
 import torch
-from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from torch import Tensor, nn
+import torch.distributed as dist
+from sentence_transformers import SentenceTransformer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from simclr_dist.loss import NTXentLoss
 
-PAIRS = Dataset.from_dict(
-    {
-        "anchor": [f"{a} {b}" for a in ("red", "green", "blue", "grey") for b in ("cat", "dog", "bird", "fish")],
-        "positive": [
-            f"{b} that is {a}" for a in ("red", "green", "blue", "grey") for b in ("cat", "dog", "bird", "fish")
-        ],
-    }
-)
-
-
-class PairLoss(nn.Module):
-    """In place of MultipleNegativesRankingLoss: with the negatives of all processes, and the exact gradient."""
-
-    def __init__(self, model: SentenceTransformer) -> None:
-        super().__init__()
-        self.model, self.nt_xent = model, NTXentLoss(temperature=0.05)
-
-    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
-        z = torch.cat([self.model(features)["sentence_embedding"] for features in sentence_features])
-        loss = self.nt_xent(z)
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"loss {loss.item():.6f}", flush=True)
-        return loss
+COLOURS, ANIMALS = ("red", "green", "blue", "grey"), ("cat", "dog", "bird", "fish")
+PAIRS = [(f"{colour} {animal}", f"{animal} that is {colour}") for animal in ANIMALS for colour in COLOURS]
 
 
 def main(path: str) -> None:
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    model = SentenceTransformer(path, device="cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = SentenceTransformerTrainingArguments(
-            folder, max_steps=3, per_device_train_batch_size=8 // processes, learning_rate=0.05, optim="sgd",
-            lr_scheduler_type="constant", report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, seed=0,
-        )  # fmt: skip
-        SentenceTransformerTrainer(model, arguments, train_dataset=PAIRS, loss=PairLoss(model)).train()
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")  # nccl on GPUs
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    encoder = SentenceTransformer(path, device="cpu").train()
+    # The loss uses one embedding of each sentence: parameters that do not reach it get no gradient.
+    model: nn.Module = encoder
+    if processes > 1:
+        model = DistributedDataParallel(encoder, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    nt_xent = NTXentLoss(temperature=0.05)
+
+    for step in range(4):
+        pairs = PAIRS[8 * (step % 2) :][:8][rank::processes]  # this process's part of the step's 8 pairs
+        sentences = [pair[side] for side in (0, 1) for pair in pairs]  # all of side 0, then all of side 1
+        z = model(encoder.tokenize(sentences))["sentence_embedding"]  # [2B, K]
+        loss = nt_xent(z)  # negatives from all processes
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if rank == 0:
+            print(f"step {step} loss {loss.item():.6f}", flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
