@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ import simclr_dist
 from tests.fork_server import ModuleProcess
 
 
-def losses(example: str, processes: int, *arguments: str) -> list[float]:
+def losses(example: str, processes: int) -> list[float]:
     """Those that the main process prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -27,7 +26,7 @@ def losses(example: str, processes: int, *arguments: str) -> list[float]:
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
         env |= {"LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)]
-    started = [ModuleProcess(f"examples.{example}", list(arguments), {**env, **rank}) for rank in ranks]
+    started = [ModuleProcess(f"examples.{example}", [], {**env, **rank}) for rank in ranks]
     try:
         for process in started:
             assert process.wait(200) == 0, process.output()
@@ -37,8 +36,8 @@ def losses(example: str, processes: int, *arguments: str) -> list[float]:
     return [float(value) for value in re.findall(r"loss (\d\S+)", started[0].output())]
 
 
-def check(example: str, *arguments: str, steps: int = 4) -> None:
-    one, two = losses(example, 1, *arguments), losses(example, 2, *arguments)
+def check(example: str, steps: int = 4) -> None:
+    one, two = losses(example, 1), losses(example, 2)
     assert len(one) == steps
     assert len(set(one)) == steps  # it learns, or at least moves
     assert two == pytest.approx(one, abs=5e-4)
@@ -61,32 +60,6 @@ def test_lightning() -> None:
 def test_transformers_trainer() -> None:
     pytest.importorskip("transformers")
     check("loop_hf_trainer")
-
-
-@pytest.mark.distributed
-@pytest.mark.slow  # imports sentence-transformers three times
-@pytest.mark.filterwarnings("ignore")  # those of the library are its own
-def test_sentence_transformers(tmp_path: Path) -> None:
-    pytest.importorskip("sentence_transformers")
-    check("loop_sentence_pairs", str(tiny_sentence_model(tmp_path)))
-
-
-def tiny_sentence_model(folder: Path) -> Path:
-    """One layer, a vocabulary of the example's words, no dropout."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    words = ["red", "green", "blue", "grey", "cat", "dog", "bird", "fish", "that", "is"]
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    torch.manual_seed(0)
-    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    nothing = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    BertModel(BertConfig(vocab_size=5 + len(words), **settings, **nothing)).save_pretrained(folder / "bert")
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder / "bert")
-    transformer = Transformer(str(folder / "bert"))
-    SentenceTransformer(modules=[transformer, Pooling(16)], device="cpu").save(str(folder / "model"))
-    return folder / "model"
 
 
 def test_views_do_not_depend_on_how_they_are_read() -> None:
