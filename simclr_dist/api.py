@@ -189,21 +189,30 @@ class Run:
         *,
         format: Format = "torchvision",
         license: str = "unspecified",
+        crop_share: float | None = None,
         overwrite: bool = False,
+        push_to_hub: str | None = None,
+        public: bool = False,
     ) -> Exported:
-        """The encoder as a file that others can load, and a model card; out: by default RUN/export/encoder.*"""
+        """The encoder as others can load it, and a model card; out: by default in RUN/export.
+
+        Options: those of `simclr_dist.export.export.export`; crop_share None: what fits the training images.
+        """
         from simclr_dist.checkpoint.lineage import find_checkpoint
-        from simclr_dist.evaluation.offline import known_accuracy
-        from simclr_dist.export.export import SUFFIXES, export
+        from simclr_dist.evaluation.offline import crop_share_of, known_accuracy
+        from simclr_dist.export.export import NAMES, export
 
         checkpoint = find_checkpoint(self.path, _say)
         return export(
             checkpoint,
-            out or RunDir(self.path).export / f"encoder{SUFFIXES[format]}",
+            out or RunDir(self.path).export / NAMES[format],
             format=format,
             license=license,
             accuracy=known_accuracy(checkpoint, _say),
+            crop_share=crop_share or crop_share_of(checkpoint, _say),
             overwrite=overwrite,
+            push_to_hub=push_to_hub,
+            public=public,
         )
 
     def report(self, *others: Run, out: str | Path | None = None, device: str | None = None, **options: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from simclr_dist.config import Config
 from simclr_dist.errors import ExportError
 from simclr_dist.export import formats
 from simclr_dist.export.export import check_same_outputs, export
+from simclr_dist.network import encoders
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.safe_text import printable
 from simclr_dist.views.augment import MEAN
@@ -123,8 +125,9 @@ def test_names_stay_names_on_the_card(tmp_path: Path, license: str) -> None:
     accuracy = {"knn on a|b\n| x | <script>": 0.5}
     card = export(run, tmp_path / 'o"`ut', format="safetensors", license=license, accuracy=accuracy).card.read_text()
     _, front, text = card.split("---\n", 2)
-    assert yaml.safe_load(front).keys() == {"license", "library_name", "tags"}
-    assert yaml.safe_load(front)["license"] == printable(license)
+    facts = yaml.safe_load(front)
+    assert facts.keys() == {"license", "license_name", "library_name", "pipeline_tag", "tags"}
+    assert (facts["license"], facts["license_name"]) == ("other", printable(license))
     assert card.isprintable() or all(c == "\n" or c.isprintable() for c in card)
     assert "<script>" not in text
     assert "<b>" not in text
@@ -182,7 +185,7 @@ def test_self_check_refuses_nan_and_other_widths() -> None:
         ("timm/test_vit", "imagenet"),
     ],
 )
-def test_onnx_runs_with_any_number_of_images(tmp_path: Path, encoder: str, stem: str) -> None:
+def test_onnx_runs_with_any_number_of_images_of_any_size(tmp_path: Path, encoder: str, stem: str) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed (extra `export`)")
     if encoder.startswith("timm/"):
@@ -193,15 +196,31 @@ def test_onnx_runs_with_any_number_of_images(tmp_path: Path, encoder: str, stem:
     result = export(run, tmp_path / "encoder.onnx", format="onnx", license="mit")
     session = onnxruntime.InferenceSession(str(result.path), providers=["CPUExecutionProvider"])
     assert session.get_modelmeta().custom_metadata_map["license"] == "mit"
-    for n in (1, 3, 8):
-        images = torch.randn(n, 3, 32, 32)
+    assert session.get_modelmeta().custom_metadata_map["free_image_size"] == "true"
+    assert "any height and width" in result.notes[0]
+    for n, size in itertools.product((1, 3, 8), ((32, 32), (48, 80))):
+        images = torch.randn(n, 3, *size)
         (h,) = session.run(["h"], {"images": images.numpy()})
         with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(h), model.encoder(images), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(torch.from_numpy(h), model.encoder(images), atol=1e-5, rtol=1e-5)
     names: dict = {}
     code = result.card.read_text().split("```python\n")[1].split("```")[0]
     exec(code.replace("encoder.onnx", str(result.path)), names)
     assert names["h"].shape == (1, model.feature_dim)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of onnxscript are its own
+def test_a_network_for_one_size_gives_a_graph_for_one_size_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed (extra `export`)")
+    monkeypatch.setattr(encoders, "_REGISTERED", {})
+    encoders.register("flat", lambda config: (nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8)), 8))
+    run, _ = save_run(tmp_path, encoder="flat")
+    result = export(run, tmp_path / "encoder.onnx", format="onnx")
+    assert "of 32 x 32 pixels only: " in result.notes[0]
+    assert "32 x 32 pixels only" in result.card.read_text()
 
 
 def test_without_onnx_the_way_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,11 @@ from simclr_dist.checkpoint.pretrained import Source, load_pretrained
 from simclr_dist.checkpoint.weights import plan_start
 from simclr_dist.config import DataConfig, ModelConfig, Precision
 from simclr_dist.data.classes import draw_by_class
+from simclr_dist.data.decode.crops import EVALUATION_SHARE
 from simclr_dist.data.loading.labelled_images import LabelledImages, open_labelled, require_labels
+from simclr_dist.data.loading.load_images import are_whole
 from simclr_dist.data.loading.open_images import DatasetInfo
-from simclr_dist.errors import ConfigError, UserError
+from simclr_dist.errors import ConfigError, DataError, UserError
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
 from simclr_dist.evaluation.feature_file import extract_to_file
 from simclr_dist.evaluation.features import Features, digest, pixel_features
@@ -283,3 +285,17 @@ def known_accuracy(checkpoint: Checkpoint, say: Say) -> Mapping[str, float]:
                 if is_share(value := record.get(share)):
                     figures[name_of(record, share)] = value
     return figures
+
+
+def crop_share_of(checkpoint: Checkpoint, say: Callable[[str], None]) -> float:
+    """How much of a picture's shorter side an evaluation sees, for an export to state: all where they are S x S."""
+    data = checkpoint.config.data
+    try:
+        whole = are_whole(data.train, data.image_size)
+    except (DataError, OSError) as error:
+        say(
+            f"{data.train} cannot be looked at ({error}): pictures are taken to be larger than {data.image_size} x "
+            f"{data.image_size}, and cropped to {EVALUATION_SHARE}; otherwise give --crop 1"
+        )
+        return EVALUATION_SHARE
+    return 1.0 if whole else EVALUATION_SHARE

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import yaml
 
 from simclr_dist import __version__
 from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.config import ModelConfig, render_config
+from simclr_dist.export.preprocessing import Preprocessing
 from simclr_dist.network.encoders import (
     NUM_CLASSES,
     TIMM,
@@ -20,35 +22,65 @@ from simclr_dist.network.encoders import (
     torchvision_options,
 )
 from simclr_dist.safe_text import markdown_cell, mask, printable
-from simclr_dist.views.augment import MEAN, STD
+
+_LIBRARIES = {"timm": ("timm", "timm"), "hf": ("transformers", "transformers"), "onnx": ("onnx", "onnxruntime")}
+# Those that model hubs know (huggingface.co/docs/hub/repositories-licenses) and that are used for weights.
+_LICENCES = """
+apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd
+bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0
+cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0
+cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0
+wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0
+gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql
+ofl-1.1 ncsa unlicense zlib pddl unknown other
+"""
 
 
-def instructions(
-    config: ModelConfig, image_size: int, feature_dim: int, format: str, file: str
-) -> tuple[str, tuple[str, ...]]:
-    """The Python lines that load the file, and notes."""
+@dataclass(frozen=True)
+class Loading:
+    """How others use the export, in Python that runs as it stands.
+
+    load: gives the encoder. features: `features(files)`, h [n, D] of picture files as the evaluations here see them;
+    continues `load`. notes: what a user has to know.
+    """
+
+    load: str
+    features: str
+    notes: tuple[str, ...] = ()
+
+
+CLASSIFIER = """from sklearn.linear_model import LogisticRegression
+
+files, labels = ["a.png", "b.png"], [0, 1]  # your pictures and their classes
+classifier = LogisticRegression(max_iter=1000).fit(features(files), labels)
+print(classifier.predict(features(files)))"""
+
+
+def loading(
+    config: ModelConfig, seen: Preprocessing, feature_dim: int, format: str, address: str, one_size: str = ""
+) -> Loading:
+    """For one format. address: the name of the file or folder, or of the repository on a model hub.
+
+    one_size: why a graph takes images of one size only, if it does.
+    """
+    if format == "timm":
+        return _timm_lines(feature_dim, address)
+    if format == "hf":
+        return _transformers_lines(feature_dim, address)
     if format == "onnx":
-        lines = [
-            "import numpy as np",
-            "import onnxruntime",
-            "",
-            f'session = onnxruntime.InferenceSession({json.dumps(file)}, providers=["CPUExecutionProvider"])',
-            f"images = np.zeros((1, 3, {image_size}, {image_size}), np.float32)  # normalised as above",
-            '(h,) = session.run(["h"], {"images": images})',
-        ]
-        return "\n".join(lines), ()
+        return _onnx_lines(seen, feature_dim, address, one_size)
     if format == "safetensors":
         lines = [
             "from simclr_dist.export import load_encoder",
             "",
-            f"encoder, feature_dim = load_encoder({json.dumps(file)})",
+            f"encoder, feature_dim = load_encoder({json.dumps(address)})",
         ]
         notes = []
         if config.encoder in torchvision_names():
             notes = ["The names are torchvision's, without the class layer."]
         elif config.encoder.startswith(TIMM):
             notes = ["The names are timm's, for num_classes=0."]
-        return "\n".join(lines), tuple(notes)
+        return Loading("\n".join(lines), _torch_features(seen, "encoder"), tuple(notes))
     name = class_layer(torchvision_network(config))
     place = "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
     options = ", ".join(f"{key}={value}" for key, value in torchvision_options(config).items())
@@ -60,22 +92,103 @@ def instructions(
         lines += ["model.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)"]
         lines += ["model.maxpool = torch.nn.Identity()"]
         notes += [f"The stem is CIFAR's: a plain {config.encoder} takes the weights only after these two changes."]
-    lines += [f"model.load_state_dict(torch.load({json.dumps(file)}, weights_only=True), strict=True)"]
+    lines += [f"model.load_state_dict(torch.load({json.dumps(address)}, weights_only=True), strict=True)"]
     lines += [
         f"{place} = torch.nn.Identity()  # h [n, {feature_dim}]; or a torch.nn.Linear({feature_dim}, ...) to train"
     ]
-    return "\n".join(lines), tuple(notes)
+    return Loading("\n".join(lines), _torch_features(seen, "model"), tuple(notes))
+
+
+def _timm_lines(feature_dim: int, address: str) -> Loading:
+    load = f"""import timm
+
+model = timm.create_model({json.dumps(address)}, pretrained=True).eval()  # images to h [n, {feature_dim}]"""
+    features = """import torch
+from PIL import Image
+
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+
+
+@torch.no_grad()
+def features(files):
+    return model(torch.stack([transform(Image.open(file).convert("RGB")) for file in files])).numpy()"""
+    notes = (
+        "`num_classes=10` gives it a class layer to train, `features_only=True` the maps of its stages.",
+        "Where timm is installed, AutoModel and AutoImageProcessor of transformers open the same folder or repository.",
+    )
+    return Loading(load, features, notes)
+
+
+def _transformers_lines(feature_dim: int, address: str) -> Loading:
+    load = f"""from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained({json.dumps(address)})
+model = AutoModel.from_pretrained({json.dumps(address)}).eval()"""
+    features = f"""import torch
+from PIL import Image
+
+
+@torch.no_grad()
+def features(files):
+    inputs = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt")
+    return model(**inputs).pooler_output.flatten(1).numpy()  # h [n, {feature_dim}]"""
+    return Loading(load, features, ())
+
+
+def _onnx_lines(seen: Preprocessing, feature_dim: int, address: str, one_size: str) -> Loading:
+    S = seen.image_size
+    load = f"""import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession({json.dumps(address)}, providers=["CPUExecutionProvider"])
+images = np.zeros((1, 3, {S}, {S}), np.float32)  # normalised as above
+(h,) = session.run(["h"], {{"images": images}})  # [n, {feature_dim}]"""
+    features = f"""{_transform(seen)}
+
+
+def features(files):
+    images = np.stack([transform(Image.open(file).convert("RGB")).numpy() for file in files])
+    return session.run(["h"], {{"images": images}})[0]"""
+    size = f"{S} x {S} pixels only: {printable(one_size)}" if one_size else "any height and width"
+    return Loading(load, features, (f"The graph takes any number of images, of {size}.",))
+
+
+def _torch_features(seen: Preprocessing, model: str) -> str:
+    return f"""import torch
+{_transform(seen)}
+
+
+@torch.no_grad()
+def features(files):
+    images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+    return {model}.eval()(images).numpy()"""
+
+
+def _transform(seen: Preprocessing) -> str:
+    return f"""from PIL import Image
+from torchvision import transforms
+
+transform = transforms.Compose(
+    [
+        transforms.Resize({seen.resize_to}),
+        transforms.CenterCrop({seen.image_size}),
+        transforms.ToTensor(),
+        transforms.Normalize({seen.mean}, {seen.std}),
+    ]
+)"""
 
 
 def render_card(
     checkpoint: Checkpoint,
     feature_dim: int,
-    load_with: str,
-    notes: tuple[str, ...],
+    seen: Preprocessing,
+    format: str,
+    lines: Loading,
     license: str,
     accuracy: Mapping[str, float],
 ) -> str:
     """The model card: Markdown with the front matter that model hubs read."""
+    library, tag = _LIBRARIES.get(format, ("simclr_dist", format))
     config = checkpoint.config
     epochs = f"{config.train.epochs} epochs planned, {checkpoint.step} steps and {checkpoint.samples_seen} samples seen"
     trained = (
@@ -90,9 +203,10 @@ def render_card(
     table = f"| Evaluation | Result |\n|---|---|\n{figures}" if figures else "Not measured before the export."
     settings = mask(printable(render_config(config).rstrip(), keep="\n"))
     return f"""---
-license: {_yaml_text(license)}
-library_name: simclr_dist
-tags: [simclr, self-supervised, image-feature-extraction]
+{_front_licence(license)}
+library_name: {library}
+pipeline_tag: image-feature-extraction
+tags: [simclr, self-supervised, image-feature-extraction, {tag}]
 ---
 
 # {markdown_cell(config.name)}
@@ -102,8 +216,8 @@ tags: [simclr, self-supervised, image-feature-extraction]
 | | |
 |---|---|
 | Encoder | {markdown_cell(config.model.encoder)}, {config.model.stem} stem, h of width {feature_dim} |
-{trained}{_origin(checkpoint)}| Input | RGB, {config.data.image_size} px, scaled to 0..1, then (x - mean) / std |
-| Mean, std | {", ".join(map(str, MEAN))}; {", ".join(map(str, STD))} |
+{trained}{_origin(checkpoint)}| Input | RGB, {config.data.image_size} px: {seen.sentence()} |
+| Mean, std | {", ".join(map(str, seen.mean))}; {", ".join(map(str, seen.std))} |
 | Licence | {markdown_cell(license)} |
 | Written by | simclr_dist {__version__} from {checkpoint.path.name} |
 
@@ -113,9 +227,17 @@ tags: [simclr, self-supervised, image-feature-extraction]
 
 ## Loading
 
-{_fenced("python", load_with)}
+{_fenced("python", lines.load)}
 
-{"".join(f"{note}{chr(10)}" for note in notes)}
+{"".join(f"{note}{chr(10)}" for note in lines.notes)}
+## From pictures to features, and to classes
+
+{_fenced("python", lines.features)}
+
+A classifier for your own classes, by scikit-learn:
+
+{_fenced("python", CLASSIFIER)}
+
 ## Configuration
 
 {_fenced("yaml", settings)}
@@ -146,6 +268,15 @@ def _origin(checkpoint: Checkpoint) -> str:
     how_much = f", {100 * share:.1f} % of the encoder" if isinstance(share, int | float) else ""
     known = f"{origin.get('weights')} (sha256 {origin.get('sha256')}{how_much})"
     return f"| {'Began with' if checkpoint.of_run else 'Weights'} | {markdown_cell(known)} |\n"
+
+
+def _front_licence(license: str) -> str:
+    """The lines by which model hubs know a licence; they refuse a card with an identifier that they do not know."""
+    if license.lower() in _LICENCES.split():
+        return f"license: {license.lower()}"
+    if license == "unspecified":
+        return "license: unknown"
+    return f"license: other\nlicense_name: {_yaml_text(license)}"
 
 
 def _yaml_text(text: str) -> str:

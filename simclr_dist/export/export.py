@@ -1,36 +1,54 @@
-"""Writes a trained encoder to a file that others can load, and a model card beside it.
+"""Writes a trained encoder to a file or folder that others can load, and a model card beside it or in it.
 
-Before the file gets its name it is read back, and the outputs of that network must be those of the encoder in memory.
+Before it gets its name it is read back, and the outputs of that network must be those of the encoder in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
-
-from simclr_dist.atomic import replace_text, replaces
+from simclr_dist.atomic import replace_text, replaces, replaces_folder
+from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.checkpoint.pretrained import Source, load_pretrained
+from simclr_dist.data.decode.crops import EVALUATION_SHARE
 from simclr_dist.errors import ExportError
-from simclr_dist.export.card import instructions, render_card
-from simclr_dist.export.formats import write_onnx, write_safetensors, write_torchvision
+from simclr_dist.export import hub
+from simclr_dist.export.card import Loading, loading, render_card
+from simclr_dist.export.folders import CONFIG, PROCESSOR, WEIGHTS, write_timm, write_transformers
+from simclr_dist.export.formats import OnnxGraph, write_onnx, write_safetensors, write_torchvision
+from simclr_dist.export.preprocessing import Preprocessing
+from simclr_dist.export.self_check import check_same_outputs
+from simclr_dist.network.simclr import SimCLR
 
-Format = Literal["torchvision", "safetensors", "onnx"]
-SUFFIXES: dict[Format, str] = {"torchvision": ".pt", "safetensors": ".safetensors", "onnx": ".onnx"}
+Format = Literal["torchvision", "safetensors", "onnx", "timm", "hf"]
+NAMES: dict[Format, str] = {
+    "torchvision": "encoder.pt",
+    "safetensors": "encoder.safetensors",
+    "onnx": "encoder.onnx",
+    "timm": "timm",
+    "hf": "hf",
+}
+"""Of what is written, where nobody chose another: files, and the folders of timm and hf."""
+FOLDERS: tuple[Format, ...] = ("timm", "hf")
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """The file, its card, the Python lines that load it, and what a user has to know."""
+    """The file or folder, its card, the Python lines that load it, and what a user has to know.
+
+    files: all that belongs to it, by the names that they have on a model hub. address: there, if it was uploaded.
+    """
 
     path: Path
     card: Path
     load_with: str
     notes: tuple[str, ...]
+    files: Mapping[str, Path] = field(default_factory=dict)
+    address: str | None = None
 
 
 def export(
@@ -40,39 +58,86 @@ def export(
     format: Format = "torchvision",
     license: str = "unspecified",
     accuracy: Mapping[str, float] | None = None,
+    crop_share: float = EVALUATION_SHARE,
     overwrite: bool = False,
+    push_to_hub: str | None = None,
+    public: bool = False,
     warn: Callable[[str], None] = lambda _: None,
 ) -> Exported:
-    """Writes the encoder of a run or checkpoint to `out`, and its card to `out` + ".md".
+    """Writes the encoder of a run or checkpoint to `out`, and its card to `out` + ".md", or README.md in the folder.
 
     accuracy: measured figures for the card, e.g. {"kNN top-1": 0.83}; shares between 0 and 1.
-    Raises CheckpointError: no valid checkpoint. ExportError: `out` or its card exists, or the format does not know the
-    encoder. RuntimeError: the self-check failed; nothing was written.
+    crop_share: of the shorter side of a picture, for the preprocessing that the export states; 1 where all pictures
+        are of the run's image size, and so stay whole.
+    push_to_hub: a repository, private unless `public`, that the files and the card are uploaded to.
+    Raises CheckpointError: no valid checkpoint. ExportError: `out` or its card exists, the format does not know the
+    encoder, a library is missing, or the upload failed; then the export is on disk. RuntimeError: the self-check
+    failed; nothing was written.
     """
     out = Path(out)
-    card = out.with_name(out.name + ".md")
+    card = out / CARD if format in FOLDERS else out.with_name(out.name + ".md")
+    if push_to_hub is not None:
+        hub.check_repository(push_to_hub)
+    _check_free(out, card, format, overwrite)
+    model, checkpoint = load_pretrained(source, warn)
+    seen = Preprocessing(checkpoint.config.data.image_size, crop_share)
+
+    def describe(one_size: str = "") -> tuple[Loading, str]:
+        address = _address(format, out, push_to_hub)
+        lines = loading(checkpoint.config.model, seen, model.feature_dim, format, address, one_size)
+        return lines, render_card(checkpoint, model.feature_dim, seen, format, lines, license, accuracy or {})
+
+    if format in FOLDERS:
+        write = write_timm if format == "timm" else write_transformers
+        with replaces_folder(out) as folder:
+            write(model.encoder, model.feature_dim, checkpoint.config.model, license, seen, folder)
+            lines, text = describe()
+            (folder / CARD).write_text(text, encoding="utf-8")
+        files = {path.name: path for path in sorted(out.iterdir())}
+    else:
+        lines, text = describe(_write_file(format, model, checkpoint, license, out))
+        replace_text(card, text)
+        files = {out.name: out, CARD: card}
+    address = None
+    if push_to_hub is not None:
+        try:
+            message = f"{checkpoint.config.name}, step {checkpoint.step}"
+            address = hub.push(files, push_to_hub, public=public, message=message)
+        except ExportError as error:
+            raise ExportError(f"{error}\n{out} is written; to try again, add --overwrite") from None
+    return Exported(out, card, lines.load, lines.notes, files, address)
+
+
+def _write_file(format: Format, model: SimCLR, checkpoint: Checkpoint, license: str, out: Path) -> str:
+    """Writes and checks the file. Returns why images of one size only fit, which a graph has to tell; else nothing."""
+    writers: dict[Format, Callable[..., object]]
+    writers = {"torchvision": write_torchvision, "safetensors": write_safetensors, "onnx": write_onnx}
+    with replaces(out) as temporary:
+        written = writers[format](model.encoder, model.feature_dim, checkpoint, license, temporary)
+        read_back = written.read_back if isinstance(written, OnnxGraph) else written
+        check_same_outputs(model.encoder, read_back, checkpoint.config.data.image_size)  # type: ignore[arg-type]
+    return written.one_size if isinstance(written, OnnxGraph) else ""
+
+
+def _address(format: Format, out: Path, repository: str | None) -> str:
+    """What loads it: the name of the file or folder, from where it lies, or of the repository."""
+    if format not in FOLDERS:
+        return out.name
+    if format == "timm":
+        return f"hf-hub:{repository}" if repository else f"local-dir:{out.name}"
+    return repository or out.name
+
+
+def _check_free(out: Path, card: Path, format: Format, overwrite: bool) -> None:
+    """Raises ExportError where something else would be lost."""
     if not overwrite:
         for path in (out, card):
             if path.exists():
                 raise ExportError(f"{path} exists; choose another name with --out, or --overwrite it")
-    model, checkpoint = load_pretrained(source, warn)
-    writers: dict[Format, Callable[..., Callable[[Tensor], Tensor]]]
-    writers = {"torchvision": write_torchvision, "safetensors": write_safetensors, "onnx": write_onnx}
-    with replaces(out) as temporary:
-        read_back = writers[format](model.encoder, model.feature_dim, checkpoint, license, temporary)
-        check_same_outputs(model.encoder, read_back, checkpoint.config.data.image_size)
-    load_with, notes = instructions(
-        checkpoint.config.model, checkpoint.config.data.image_size, model.feature_dim, format, out.name
-    )
-    replace_text(card, render_card(checkpoint, model.feature_dim, load_with, notes, license, accuracy or {}))
-    return Exported(out, card, load_with, notes)
-
-
-@torch.no_grad()
-def check_same_outputs(encoder: nn.Module, read_back: Callable[[Tensor], Tensor], image_size: int) -> None:
-    """RuntimeError unless both give the same h [n, D] for fixed random images, at float32 accuracy."""
-    images = torch.randn(4, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    expected, found = encoder(images), read_back(images)
-    difference = float((expected - found).abs().max()) if expected.shape == found.shape else float("inf")
-    if not difference <= 1e-4 * max(1.0, float(expected.abs().max())):
-        raise RuntimeError(f"self-check failed: the exported encoder differs by {difference:g}; nothing was written")
+    elif format in FOLDERS and out.exists():
+        ours = {WEIGHTS, CONFIG, PROCESSOR, CARD}
+        others = [out] if not out.is_dir() else [path for path in sorted(out.iterdir()) if path.name not in ours]
+        if others:
+            raise ExportError(f"{others[0]} is no part of an export, and would be lost; choose another name with --out")
+    elif out.is_dir():
+        raise ExportError(f"{out} is a folder; name a file with --out")

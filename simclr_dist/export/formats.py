@@ -4,14 +4,17 @@ torchvision   a plain state dict (torch.save), for `torchvision.models.<encoder>
               The encoder has no classifier, so the class layer is filled with zeros: replace it, or train it.
 safetensors   the encoder's weights under the names of its library, without the class layer; configuration, step,
               normalisation and licence are in the file's metadata.
-onnx          the encoder as a graph for onnxruntime and others: float32 `images` [n, 3, S, S], normalised, to `h`
-              [n, D], for any n. The same metadata. Needs the extra `export`.
+onnx          the encoder as a graph for onnxruntime and others: float32 `images` [n, 3, H, W], normalised, to `h`
+              [n, D], for any n, and any size where the network allows it. The same metadata. Needs the extra `export`.
+
+Formats that are folders: folders.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -22,6 +25,7 @@ from simclr_dist import __version__
 from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.config import parse_config
 from simclr_dist.errors import ExportError
+from simclr_dist.export.self_check import ReadBack, check_same_outputs
 from simclr_dist.network.encoders import (
     build_encoder,
     class_layer,
@@ -67,9 +71,16 @@ def load_encoder(path: str | Path) -> tuple[nn.Module, int]:
     return encoder.eval(), feature_dim
 
 
-def write_onnx(
-    encoder: nn.Module, feature_dim: int, checkpoint: Checkpoint, license: str, path: Path
-) -> Callable[[Tensor], Tensor]:
+@dataclass(frozen=True)
+class OnnxGraph:
+    """A graph that was written. one_size: why it takes images of S x S only; empty where any height and width fit."""
+
+    read_back: ReadBack
+    one_size: str = ""
+
+
+def write_onnx(encoder: nn.Module, feature_dim: int, checkpoint: Checkpoint, license: str, path: Path) -> OnnxGraph:
+    """Images of any size where the network takes another one and the graph then gives the same; else of S x S."""
     try:
         import onnx
         import onnxruntime
@@ -77,28 +88,59 @@ def write_onnx(
     except ImportError as error:
         raise ExportError(f"--format onnx needs {error.name}: pip install 'simclr-dist[export]'") from None
     S = checkpoint.config.data.image_size
-    program = torch.onnx.export(
-        encoder,
-        (torch.zeros(2, 3, S, S),),
-        input_names=["images"],
-        output_names=["h"],
-        dynamic_shapes=({0: torch.export.Dim("n")},),
-        dynamo=True,
-        verbose=False,
-    )
-    assert program is not None
-    graph = program.model_proto
-    onnx.helper.set_model_props(graph, metadata(checkpoint, feature_dim, license))
-    onnx.checker.check_model(graph, full_check=True)
-    path.write_bytes(graph.SerializeToString())
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-    def read_back(images: Tensor) -> Tensor:
-        # One image, then the others: any number of images must work.
-        parts = [session.run(["h"], {"images": part.numpy()})[0] for part in (images[:1], images[1:])]
-        return torch.cat([torch.from_numpy(part) for part in parts])
+    def write(size: tuple[int, int], names: dict[int, Any], free_size: bool) -> ReadBack:
+        program = torch.onnx.export(
+            encoder,
+            (torch.zeros(2, 3, *size),),
+            input_names=["images"],
+            output_names=["h"],
+            dynamic_shapes=({0: torch.export.Dim("n")} | names,),
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None
+        graph = program.model_proto
+        facts = metadata(checkpoint, feature_dim, license) | {"free_image_size": str(free_size).lower()}
+        onnx.helper.set_model_props(graph, facts)
+        onnx.checker.check_model(graph, full_check=True)
+        path.write_bytes(graph.SerializeToString())
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-    return read_back
+        def read_back(images: Tensor) -> Tensor:
+            # One image, then the others: any number of images must work.
+            parts = [session.run(["h"], {"images": part.numpy()})[0] for part in (images[:1], images[1:])]
+            return torch.cat([torch.from_numpy(part) for part in parts])
+
+        return read_back
+
+    other = (2 * S, 3 * S)  # not square, so that height and width are known to be free of each other
+    one_size, ort = _refuses(encoder, other), onnxruntime.capi.onnxruntime_pybind11_state
+    failures = (RuntimeError, ValueError, ort.Fail, ort.InvalidArgument, ort.InvalidGraph, ort.RuntimeException)
+    if not one_size:
+        sides = {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+        try:
+            read_back = write((S, 2 * S), sides, free_size=True)
+            check_same_outputs(encoder, read_back, other)
+        except failures as error:
+            one_size = _first_line(error)
+        else:
+            return OnnxGraph(read_back)
+    return OnnxGraph(write((S, S), {}, free_size=False), one_size)
+
+
+@torch.no_grad()
+def _refuses(encoder: nn.Module, size: tuple[int, int]) -> str:
+    """Why the network does not take images of this size; empty where it does."""
+    try:
+        encoder(torch.zeros(1, 3, *size))
+    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+        return _first_line(error)
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def metadata(checkpoint: Checkpoint, feature_dim: int, license: str) -> dict[str, str]:

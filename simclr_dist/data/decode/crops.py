@@ -12,7 +12,7 @@ from simclr_dist.data.randomness import CROP, FLIP, uniform
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
 _TRIES = 10
 _LOG_RATIOS = (math.log(_ASPECT_RATIOS[0]), math.log(_ASPECT_RATIOS[1]))
-_EVALUATION_SHARE = 0.875  # torchvision's ImageNet evaluation: shorter side to 256, then the central 224
+EVALUATION_SHARE = 0.875  # torchvision's ImageNet evaluation: shorter side to 256, then the central 224
 
 
 def random_crops(
@@ -61,9 +61,15 @@ def center_crops(heights: NDArray[np.int64], widths: NDArray[np.int64], size: in
     Images of `size` x `size` stay whole.
     """
     shorter = np.minimum(heights, widths)
-    side = np.maximum(np.rint(_EVALUATION_SHARE * shorter).astype(np.int64), 1)
+    side = np.maximum(np.rint(EVALUATION_SHARE * shorter).astype(np.int64), 1)
     side = np.where((heights == size) & (widths == size), size, side)
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side, np.zeros_like(side)], 1).astype(np.int32)
+
+
+def center_crop_of_share(height: int, width: int, share: float) -> tuple[int, int, int]:
+    """(top, left, side) of the central square of that share of the shorter side."""
+    side = max(round(share * min(height, width)), 1)
+    return (height - side) // 2, (width - side) // 2, side
 
 
 def _exp(x: NDArray[np.float64]) -> NDArray[np.float64]:

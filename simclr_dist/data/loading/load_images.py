@@ -51,3 +51,24 @@ def load_images(
                 yield pixels, torch.from_numpy(images.labels[part]), torch.from_numpy(part.copy())
     finally:
         pool.close()
+
+
+def are_whole(source: str, image_size: int, *, at_most: int = 64) -> bool:
+    """Whether an evaluation leaves the images whole, because they are S x S: looks at some of them, evenly spread.
+
+    Raises DataError.
+    """
+    images = open_images(source, "auto")
+    sizes: list[NDArray[np.int64]] = []
+
+    def crop(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[np.int32]:
+        sizes.extend((heights, widths))
+        return center_crops(heights, widths, image_size)[None]
+
+    try:
+        n = len(images.labels)
+        ids = np.unique(np.linspace(0, n - 1, min(n, at_most)).astype(np.int64)) if n else np.empty(0, np.int64)
+        images.fill(ids, crop, np.empty((1, len(ids), image_size, image_size, 3), np.uint8))
+    finally:
+        images.close()
+    return bool(n) and all((side == image_size).all() for side in sizes)
