@@ -82,7 +82,7 @@ def write_timm(
         raise refused(config, "timm", f"{twin.name} differs for {seen.image_size} px ({_first_line(error)})") from None
     save_file(state, folder / WEIGHTS, {"format": "pt"})
     usual: dict[str, Any] = theirs.pretrained_cfg  # type: ignore[assignment]
-    facts = {
+    facts: dict[str, Any] = {
         "architecture": twin.name,
         "num_classes": 0,
         "num_features": feature_dim,
