@@ -24,8 +24,7 @@ LAYOUT = {
         "loss": ["Multiline", ["train/loss$"]],
         "accuracy of kNN and probe": ["Multiline", ["eval/.*top1$", "train/probe_top[15]$"]],
         "the positive is nearest, among the nearest 5": ["Multiline", ["health/contrastive_top[15]$"]],
-        "learning rate": ["Multiline", ["train/lr$"]],
-        "learnt temperature": ["Multiline", ["train/temperature$"]],
+        "learning rate, learnt temperature": ["Multiline", ["train/lr$", "train/temperature$"]],
     },
     "2 Is what it learns healthy?": {
         "rank of h and z (RankMe)": ["Multiline", ["health/[hz]_rankme$"]],
