@@ -206,8 +206,8 @@ class TestWhoUsesIt:
         """Always refused, for another seed at least: the message says what else differs."""
 
         def config(seed: int) -> SimpleNamespace:
-            section = SimpleNamespace(global_batch_size=8, order="random", optimizer="lars")
-            return SimpleNamespace(seed=seed, train=section, data=section, optim=section)
+            section = SimpleNamespace(global_batch_size=8, order="random", optimizer="lars", learn_temperature=False)
+            return SimpleNamespace(seed=seed, train=section, data=section, optim=section, loss=section)
 
         loader = SimpleNamespace(content_fingerprint="of the content", fingerprint="of release 0.1")
         found = SimpleNamespace(path="there", config=config(1), fingerprint=recorded)

@@ -94,7 +94,9 @@ def test_the_loss_scale_that_a_step_used_is_kept_and_not_the_next_one() -> None:
         scaler.scale = 2048.0  # as it does after many steps without infinity
 
     parts = SimpleNamespace(
-        accelerator=SimpleNamespace(scaler=scaler), optimizer=SimpleNamespace(step=step, step_was_skipped=False)
+        accelerator=SimpleNamespace(scaler=scaler),
+        optimizer=SimpleNamespace(step=step, step_was_skipped=False),
+        nt_xent=SimpleNamespace(limit_temperature=lambda: None),
     )
     trainer = SimpleNamespace(parts=parts, grad_norm=lambda: torch.tensor(1.0))
     x = torch.zeros(1)

@@ -64,10 +64,10 @@ def test_transformers_trainer() -> None:
 
 def test_views_do_not_depend_on_how_they_are_read() -> None:
     """An epoch is an iteration; a step can be entered directly; what is decoded is the trainer's."""
-    with simclr_dist.load_views("synthetic", image_size=16, global_batch_size=256, preset="simclr_cifar") as loader:
+    with simclr_dist.load_views("synthetic", image_size=16, global_batch_size=128, preset="simclr_cifar") as loader:
         first = [(views.clone(), ids) for views, ids in loader]
         assert len(first) == len(loader)
-        assert first[0][0].shape == (2, 256, 3, 16, 16)
+        assert first[0][0].shape == (2, 128, 3, 16, 16)
         assert torch.equal(next(loader.from_step(2))[0], first[2][0])
         second = next(iter(loader))
         assert not torch.equal(second[1], first[0][1])

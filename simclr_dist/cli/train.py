@@ -24,11 +24,10 @@ from simclr_dist.atomic import replace_text
 from simclr_dist.cli.arguments import Commands, add_command, choose_device
 from simclr_dist.cli.pretraining import pretrain
 from simclr_dist.cli.terminal import percent, print_table, say
-from simclr_dist.cli.train_images import images_to_prepare, prepare_images, source_options
 from simclr_dist.cli.train_settings import MINUTES, choose_for, name_of, num_processes_for, with_length
 from simclr_dist.config import Config, load_config
 from simclr_dist.errors import ConfigError, UserError
-from simclr_dist.run.layout import read_record, write_record
+from simclr_dist.run.layout import RunDir, read_record, write_record
 from simclr_dist.run.status import read_status
 from simclr_dist.safe_text import printable
 
@@ -68,8 +67,10 @@ def _run(args: argparse.Namespace) -> int:
     if args.source.endswith((".yaml", ".yml")):
         return _train_configuration(args)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy starts no threads, so workers can be forked
+    from simclr_dist.cli.train_images import images_to_prepare, prepare_images
+
     asked, out = _asked(args), _out(args)
-    config_file = out / "config.yaml"
+    config_file = RunDir(out).config
     is_begun = _is_begun(out, asked) and config_file.exists()
     images = images_to_prepare(args, out)
     if is_begun:
@@ -92,6 +93,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _train_configuration(args: argparse.Namespace) -> int:
+    from simclr_dist.cli.train_images import source_options
+
     unfit = [f"--{name}" for name in ("minutes", "out", "test") if getattr(args, name) is not None]
     unfit += [f"--{name.replace('_', '-')}" for name in source_options(args)]
     if unfit:
@@ -114,6 +117,8 @@ def _train_configuration(args: argparse.Namespace) -> int:
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    from simclr_dist.cli.train_images import source_options
+
     where = {key: os.path.abspath(value) if os.path.exists(value) else value for key, value in _sources(args)}
     return {
         **where,

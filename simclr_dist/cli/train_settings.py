@@ -10,14 +10,16 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simclr_dist.cli.terminal import print_table, say
-from simclr_dist.cli.train_images import Images
 from simclr_dist.config import NAME_PATTERN, Config, flatten, load_config
 from simclr_dist.errors import DataError
 from simclr_dist.plan.defaults import MOST_EPOCHS, Choice, Situation, choose_settings, epochs_in
 from simclr_dist.safe_text import printable
+
+if TYPE_CHECKING:
+    from simclr_dist.cli.train_images import Images
 
 MINUTES = 10.0
 

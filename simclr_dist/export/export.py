@@ -22,6 +22,7 @@ from simclr_dist.export.formats import OnnxGraph, write_onnx, write_safetensors,
 from simclr_dist.export.preprocessing import Preprocessing
 from simclr_dist.export.self_check import check_same_outputs
 from simclr_dist.network.simclr import SimCLR
+from simclr_dist.run.results import require_writable
 
 Format = Literal["torchvision", "safetensors", "onnx", "timm", "hf"]
 NAMES: dict[Format, str] = {
@@ -79,6 +80,7 @@ def export(
     if push_to_hub is not None:
         hub.check_repository(push_to_hub)
     _check_free(out, card, format, overwrite)
+    require_writable(out.parent)
     model, checkpoint = load_pretrained(source, warn)
     seen = Preprocessing(checkpoint.config.data.image_size, crop_share)
 

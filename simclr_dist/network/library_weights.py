@@ -36,9 +36,13 @@ def library_weights(encoder: str, image_size: int | None, say: Callable[[str], N
     )
 
 
+def _torchs_cache() -> Path:
+    return Path(torch.hub.get_dir(), "checkpoints")
+
+
 def _torchvision(name: str, say: Callable[[str], None]) -> Weights:
     published = torchvision.models.get_model_weights(name).DEFAULT
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder = _torchs_cache()
     file = folder / published.url.rpartition("/")[2]
     if not file.exists():
         say(f"downloading {published.url} to {folder}")
@@ -68,7 +72,7 @@ def _timm(name: str, image_size: int | None, say: Callable[[str], None]) -> Weig
         )
     source = f"https://huggingface.co/{known.hf_hub_id}" if known.hf_hub_id else str(known.url)
     cache = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub"
-    cache = Path(cache if known.hf_hub_id else Path(torch.hub.get_dir()) / "checkpoints").expanduser()
+    cache = Path(cache if known.hf_hub_id else _torchs_cache()).expanduser()
     say(f"{name}: weights of {source}, from {cache} or the network")
     with _explained(f"timm/{name}", source, str(cache)):
         network = timm_network(name, image_size, pretrained=True)
