@@ -7,7 +7,6 @@ refuses is named, with the way to convert the file. Nothing here knows which net
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,13 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from simclr_dist.bounded_json import read_json
 from simclr_dist.errors import CheckpointError
 from simclr_dist.safe_text import printable
 
 MAX_TENSORS = 100_000
 LONGEST_NAME = 1000  # letters; nobody's parameters have such names, and all their ends are looked at
 MAX_DEPTH = 20
-MAX_CONFIG_BYTES = 1 << 20
 FOLDER_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 """The weights in a folder as model hubs lay it out, the best first; an index names the parts of large ones."""
 _OTHER_FORMATS = {
@@ -133,12 +132,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     """Empty where there is none."""
     if not file.is_file():
         return {}
-    if file.stat().st_size > MAX_CONFIG_BYTES and not file.name.endswith(".index.json"):
-        raise CheckpointError(f"{file}: {file.stat().st_size:,} bytes are too many for a description")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: is no JSON: {error}") from None
+        found = read_json(file)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: is no JSON that is read: {error}") from None
     return found if isinstance(found, dict) else {}
 
 
