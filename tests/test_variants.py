@@ -1,4 +1,4 @@
-"""Each kind of loss, a learnt temperature, more than two views: the same on any number of processes, and resumed."""
+"""Each kind of loss, optimiser and start, and more views: the same on any number of processes, and resumed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_variant_is_the_same_on_one_two_and_four_processes_and_resumes_wit
                 assert parts.final_bytes() == digests, name
                 assert parts.losses() == curves[world_size], name
         assert len(curves[1]) == STEPS
-        learnt = settings["loss"].get("learn_temperature", False)
+        learnt = settings.get("loss", {}).get("learn_temperature", False)
         assert len(set(temperatures[1])) == (STEPS if learnt else 0), name
         for world_size in (2, 4):
             assert curves[world_size] == pytest.approx(curves[1], rel=1e-4), (name, world_size)

@@ -32,6 +32,14 @@ MORE: dict[str, dict[str, dict[str, Any]]] = {
         "loss": {"kind": "supcon", "learn_temperature": True},
         "optim": {"optimizer": "lars", "base_lr": 0.05},
     },
+    "adam, a slower encoder, a whitened first layer": {
+        "model": {"first_layer": "whitened"},
+        "optim": {"optimizer": "adam", "encoder_lr_scale": 0.5},
+    },
+    "nesterov, frozen layers": {
+        "model": {"freeze": ["encoder.conv1.*", "encoder.bn1.*", "encoder.layer1.*"]},
+        "optim": {"optimizer": "sgd", "nesterov": True, "base_lr": 0.05},
+    },
 }
 
 
@@ -40,7 +48,9 @@ def variants() -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
     found: dict[str, Mapping[str, Mapping[str, Any]]] = {}
     for name, path in sorted(CONFIGURATIONS.items()):
         config = load_config(path, check_data=False)
-        found[name] = {"loss": config.loss.model_dump(), "data": {"num_views": config.data.num_views}}
+        settings = {"loss": config.loss.model_dump(), "data": {"num_views": config.data.num_views}}
+        if settings not in found.values():  # some are variants of the optimiser only
+            found[name] = settings
     return {**found, **MORE}
 
 
