@@ -63,7 +63,7 @@ def main() -> None:
     rows[-1]["before the first step"] = knn(options.work, str(file), own)
     differences = elsewhere(options.work / "weights", options.work, own / "test.beton")
     lines = [
-        f"kNN (k 20, among 5,000) on 5,000 test images of five classes after {steps} steps of 256 images, resnet18, {SIDE} px, two",
+        f"kNN (k 20, among 5,000) of five classes after {steps} steps of 256 images, resnet18, {SIDE} px, two",
         f"processes on {when['device']}, commit {when['commit']}. The weights saw the other five classes only.",
         "",
         "| start | kNN before | kNN after | seconds |",

@@ -49,8 +49,8 @@ class Run:
     """Settings of the next start only."""
     disk: str = ""
     """How the disk behaves in the next start only; see DISKS."""
-    old_log: int = 0
-    """The inode of log.jsonl before the start: every start that goes on replaces the file."""
+    old_log: tuple[int, int] | None = None
+    """Inode and size of log.jsonl before the start."""
 
     @property
     def folder(self) -> Path:
@@ -63,8 +63,7 @@ class Run:
         if self.disk:
             env["PYTHONPATH"] = os.pathsep.join([str(self._disk_module()), env.get("PYTHONPATH", "")])
         self.edits, self.disk = [], ""
-        with contextlib.suppress(FileNotFoundError):
-            self.old_log = (self.folder / "log.jsonl").stat().st_ino
+        self.old_log = self._log_as_it_is()
         with (self.runs_dir / f"{self.name}.log").open("ab") as log:
             self.launcher = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
 
@@ -84,10 +83,15 @@ class Run:
             return 0
 
     def trains(self) -> bool:
+        """Whether this start has written to the log: it is cut, where a step is repeated, or grows."""
+        return self._log_as_it_is() != self.old_log
+
+    def _log_as_it_is(self) -> tuple[int, int] | None:
         try:
-            return (self.folder / "log.jsonl").stat().st_ino != self.old_log
+            log = (self.folder / "log.jsonl").stat()
         except FileNotFoundError:
-            return False
+            return None
+        return log.st_ino, log.st_size
 
     def checkpoints(self) -> list[Path]:
         """Those that count, oldest first."""
