@@ -514,3 +514,19 @@ def test_a_class_layer_is_no_deeper_network() -> None:
     found = weights.match(of_tensors(theirs.state_dict()), encoder)
     assert (found.share, found.deeper) == (1, [])
     assert np.isclose(found.deeper_share, 0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        b"<!DOCTYPE html><title>404</title>",
+        bytes(range(1, 255)),
+        b"",
+    ],
+    ids=["pointer of Git LFS", "page", "noise", "empty"],
+)
+def test_what_no_torch_has_written_is_not_taken_for_an_unsafe_file(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"w\.pth: is no whole file of torch: it begins with b"):
+        read_weights(tmp_path / "w.pth")

@@ -28,6 +28,7 @@ LONGEST_NAME = 1000  # letters; nobody's parameters have such names, and all the
 MAX_DEPTH = 20
 FOLDER_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 """The weights in a folder as model hubs lay it out, the best first; an index names the parts of large ones."""
+_PICKLE = b"\x80"  # torch before 1.6 wrote bare pickles
 _OTHER_FORMATS = {
     ".onnx": "an ONNX graph",
     ".npz": "a numpy archive (JAX or TensorFlow weights)",
@@ -229,6 +230,10 @@ def _load(path: Path) -> Any:
 def _check_container(path: Path) -> None:
     """torch.save compresses nothing: what does may grow without limit."""
     if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            start = file.read(24)
+        if start[:1] != _PICKLE:  # a page of HTML, a pointer of Git LFS, half a download
+            raise CheckpointError(f"{path}: is no whole file of torch: it begins with {start!r}")
         return
     try:
         with zipfile.ZipFile(path) as archive:

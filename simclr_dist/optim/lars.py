@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from simclr_dist.optim.remembered import remembered
+
 
 class LARS(Optimizer):
     """Layer-wise adaptive rates (You et al. 2017, arXiv 1708.03888), as in SimCLR's own code.
@@ -50,12 +52,7 @@ class LARS(Optimizer):
         weights = [p for p in group["params"] if p.grad is not None]
         if not weights:
             return
-        velocities = []
-        for p in weights:
-            state = self.state[p]
-            if "velocity" not in state:
-                state["velocity"] = torch.zeros_like(p)
-            velocities.append(state["velocity"])
+        velocities = remembered(self, weights, "velocity")
         grads = [p.grad for p in weights]
         if group["weight_decay"]:
             grads = list(torch._foreach_add(grads, weights, alpha=group["weight_decay"]))

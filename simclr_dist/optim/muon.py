@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from simclr_dist.optim.remembered import remembered
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, from Jordan's post
 EPS = 1e-7
 
@@ -59,12 +61,7 @@ class Muon(Optimizer):
         weights = [p for p in group["params"] if p.grad is not None]
         if not weights:
             return
-        momenta = []
-        for p in weights:
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            momenta.append(state["momentum_buffer"])
+        momenta = remembered(self, weights, "momentum_buffer")
         grads = [p.grad for p in weights]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
