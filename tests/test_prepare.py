@@ -141,6 +141,7 @@ def test_a_worker_that_dies_is_named(tmp_path: Path) -> None:
 
 FORKED = """
 import os, signal, sys, time
+from contextlib import suppress
 from pathlib import Path
 from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.errors import DataError
@@ -150,10 +151,12 @@ def children():
 
 def progress(done, total):
     own = Path("/proc/self/cmdline").read_bytes()
-    forked.update(pid for pid in children() if Path(f"/proc/{pid}/cmdline").read_bytes() == own)
-    if sys.argv[3] == "kill":
-        for pid in children():
-            os.kill(int(pid), signal.SIGKILL)
+    for pid in children():
+        with suppress(OSError):  # it has ended meanwhile
+            if Path(f"/proc/{pid}/cmdline").read_bytes() == own:
+                forked.add(pid)
+            if sys.argv[3] == "kill":
+                os.kill(int(pid), signal.SIGKILL)
 
 forked = set()
 assert len(os.listdir("/proc/self/task")) == 1
