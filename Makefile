@@ -4,6 +4,7 @@
 # make test-all  both: what CI runs
 #                SLURM for the tests, as root: bash tools/install_slurm.sh
 # make lock      renew requirements.lock
+# make dist     the source archive and the wheel, in dist/; make ffcv-wheel: ffcv's, for machines without a compiler
 # make clean     remove runs and prepared data; `rm -rf .venv` removes the installation
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ ifneq ($(wildcard ../shared/data),)
 export SIMCLR_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo test test-slow test-all lint install lock clean
+.PHONY: demo test test-slow test-all lint install lock dist ffcv-wheel clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -44,6 +45,12 @@ $(VENV)/.installed: requirements.lock pyproject.toml tools/install.sh
 lock: install
 	$(BIN)/uv pip compile --universal --python-version 3.11 --extra ffcv --extra dev --no-emit-index-url \
 	    --custom-compile-command "make lock" pyproject.toml -o requirements.lock
+
+dist: install
+	$(BIN)/python -m build --outdir dist
+
+ffcv-wheel:
+	PYTHON=$(PYTHON) bash tools/build_ffcv_wheel.sh dist
 
 clean:
 	rm -rf runs data/*.beton data/*.beton.json
