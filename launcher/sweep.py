@@ -31,7 +31,8 @@ from launcher.errors import Exit, LaunchError
 from simclr_dist import streams
 from simclr_dist.config import load_config
 from simclr_dist.config.bounded_yaml import read_yaml
-from simclr_dist.run.layout import NUMBER, RunDir, is_a, read_records
+from simclr_dist.run.figures import figures_of
+from simclr_dist.run.layout import RunDir
 from simclr_dist.run.status import read_status
 
 MOST_RUNS = 10_000
@@ -223,11 +224,5 @@ def print_table(runs: list[Run]) -> None:
 
 def last_results(run_dir: Path) -> dict[str, float]:
     """The last logged value of loss and accuracies."""
-    found: dict[str, float] = {}
-    for entry in read_records(RunDir(run_dir).log):
-        found |= {
-            tag: float(value)
-            for tag, value in entry.items()
-            if (tag == "train/loss" or tag.startswith("eval/")) and is_a(value, NUMBER)
-        }
-    return found
+    figures = figures_of(run_dir)
+    return {tag: figure.value for tag, figure in figures.items() if tag == "train/loss" or tag.startswith("eval/")}

@@ -102,12 +102,73 @@ def test_foreign_folders_and_odd_records_are_shown_or_refused_plainly(tmp_path: 
     (odd / "status.json").write_text(json.dumps({"state": "\x1b[31mfine", "step": 7, "time": "now"}))
     lines = [{"event": "start", "step": "\x1b[2J", "changed": [1]}, {"event": "rewind", "set_aside": "x"}, {"event": 3}]
     (odd / "lineage.jsonl").write_text('{"half\n[1]\n' + "".join(json.dumps(line) + "\n" for line in lines))
-    (odd / "log.jsonl").write_text('{"eval/knn_top1": "best"}\n{"eval/knn_top1": 0.25}\n')
+    (odd / "log.jsonl").write_text('{"step": 1, "eval/knn_top1": "best"}\n{"step": 2, "eval/knn_top1": 0.25}\n')
     for done in (runs("list", tmp_path), runs("show", odd)):
         assert done.returncode == 0, done.stderr
         assert "\x1b" not in done.stdout
         assert "[red]odd" in done.stdout
     assert "25.00 %" in runs("list", tmp_path).stdout
+
+
+def record_run(folder: Path, settings: str, *log: dict[str, object]) -> None:
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"name: {folder.name}\n{settings}")
+    (folder / "log.jsonl").write_text("".join(json.dumps({"samples_seen": 1, **line}) + "\n" for line in log))
+
+
+@pytest.fixture
+def four_runs(tmp_path: Path) -> Path:
+    """Two in the folder, one in a sweep's, one that recorded nothing."""
+    folder = tmp_path / "runs"
+    early = {"step": 4, "eval/knn_top1": 0.5, "train/loss": 2.0}
+    record_run(folder / "early", "optim: {base_lr: 0.1, nesterov: true}", early, {"step": 8, "eval/knn_top1": 0.3})
+    record_run(folder / "late", "optim: {base_lr: 0.2}", {"step": 4, "eval/knn_top1": 0.4, "train/loss": 1.0})
+    record_run(folder / "sweep" / "one", "optim: {base_lr: 0.1}", {"step": 2, "train/loss": 3.0, "eval/knn_top1": None})
+    record_run(folder / "nothing", "")
+    (folder / "sweep" / "one" / "evaluations.jsonl").write_text('{"method": "linear", "step": 2, "top1": 0.75}\n')
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "order"),
+    [
+        ((), ["early", "late", "nothing", "sweep/one"]),
+        (("--sort", "eval/knn_top1"), ["early", "late", "nothing", "sweep/one"]),
+        (("--sort", "train/loss"), ["sweep/one", "early", "late", "nothing"]),
+        (("--sort", "train/loss", "--lowest"), ["late", "early", "sweep/one", "nothing"]),
+        (("--sort", "evaluate/linear_top1"), ["sweep/one", "early", "late", "nothing"]),
+    ],
+)
+def test_runs_are_sorted_by_the_best_value_of_a_figure(
+    four_runs: Path, options: tuple[str, ...], order: list[str]
+) -> None:
+    done = runs("list", four_runs, *options, "--json")
+    assert done.returncode == 0, done.stderr
+    assert [str(Path(run["run"]).relative_to(four_runs)) for run in json.loads(done.stdout)["runs"]] == order
+    table = words(runs("list", four_runs, *options).stdout)
+    assert [line.split()[0] for line in table.splitlines() if re.match(rf" ?({'|'.join(order)}) ", line)] == order
+
+
+def test_a_figure_that_no_run_has_is_refused_with_those_there_are(four_runs: Path) -> None:
+    refused = runs("list", four_runs, "--sort", "eval/accuracy")
+    assert refused.returncode == 2
+    assert "no run has recorded it; there are: eval/knn_top1, evaluate/linear_top1, train/loss" in refused.stderr
+
+
+def test_runs_are_compared_by_what_differs_and_the_best_checkpoint_is_named(four_runs: Path) -> None:
+    checkpoint = four_runs / "early" / "checkpoints" / "step_00000004"
+    checkpoint.mkdir()
+    pair = [four_runs / "late", four_runs / "early"]
+    shown = words(runs("compare", *pair).stdout)
+    assert re.search(r"optim.base_lr 0.1 0.2 ", shown)
+    assert re.search(r"optim.nesterov True - ", shown)
+    assert re.search(r"eval/knn_top1 30.00 % 40.00 % ", shown)
+    assert f"{pair[1]}: best eval/knn_top1 50.00 % at step 4 ({checkpoint})" in shown
+    assert f"{pair[0]}: best eval/knn_top1 40.00 % at step 4 (no checkpoint of that step)" in shown
+    found = json.loads(runs("compare", *pair, "--sort", "train/loss", "--lowest", "--json").stdout)["runs"]
+    assert [run["best"]["value"] for run in found] == [1.0, 2.0]
+    assert found[0]["settings"] == {"optim.base_lr": 0.2, "optim.nesterov": None}
+    assert "no run there" in runs("compare", four_runs).stderr
 
 
 def test_listing_needs_no_torch(tmp_path: Path) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from simclr_dist.cli.arguments import Commands, add_command
 from simclr_dist.cli.terminal import percent, print_table, say
 from simclr_dist.errors import CheckpointError, ConfigError
 from simclr_dist.run import history
+from simclr_dist.run.figures import Figure, checkpoint_of, figures_of, is_run, runs_in
 from simclr_dist.run.layout import RunDir, is_share, read_records, step_of
 from simclr_dist.run.status import Status, read_status
 from simclr_dist.safe_text import printable
@@ -19,9 +22,32 @@ from simclr_dist.safe_text import printable
 
 def register(commands: Commands) -> None:
     runs = commands.add_parser("runs", help="list runs, show the history of one, go back in one")
-    actions = runs.add_subparsers(dest="action", required=True, metavar="list|show|rewind")
-    listing = add_command(actions, "list", _run_list, help="one line for each run in a folder")
+    actions = runs.add_subparsers(dest="action", required=True, metavar="list|compare|show|rewind")
+    listing = add_command(
+        actions,
+        "list",
+        _run_list,
+        help="one line for each run in a folder, and in the folders in it",
+        epilog="example: simclr-dist runs list runs --sort eval/knn_top1",
+    )
     listing.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path("runs"), help="default: runs")
+    listing.add_argument("--sort", metavar="FIGURE", help="by the best value of this figure, the highest first")
+    compare = add_command(
+        actions,
+        "compare",
+        _run_compare,
+        help="where the settings of runs differ, and their figures side by side",
+        epilog="example: simclr-dist runs compare runs/one runs/two --sort eval/knn_top1",
+    )
+    compare.add_argument("run_dirs", metavar="RUN", nargs="+", type=Path)
+    compare.add_argument(
+        "--sort", metavar="FIGURE", default="eval/knn_top1", help="what is best (default: %(default)s)"
+    )
+    for action in (listing, compare):
+        action.add_argument(
+            "--lowest", action="store_true", help="the lowest value of FIGURE is the best, as of a loss"
+        )
+        action.add_argument("--json", action="store_true", help="print JSON instead")
     show = add_command(actions, "show", _run_show, help="checkpoints, starts, rewinds and changed settings of a run")
     show.add_argument("run_dir", metavar="RUN", type=Path)
     rewind = add_command(
@@ -42,30 +68,48 @@ def register(commands: Commands) -> None:
 def _run_list(args: argparse.Namespace) -> int:
     if not args.folder.is_dir():
         raise ConfigError([f"{args.folder}: no such folder; give the one that holds your runs"])
-    folders = sorted(path for path in args.folder.iterdir() if _is_run(RunDir(path)))
-    if not folders:
+    folders = list(runs_in(args.folder))
+    if not folders and not args.json:
         say(f"{args.folder}: no runs in it")
         return 0
-    columns = ("run", "state", "step", "checkpoints", "best kNN", "size", "last sign of life")
-    print_table("", columns, [_row(RunDir(path)) for path in folders])
+    figure = args.sort or "eval/knn_top1"
+    best = {folder: found.get(figure) for folder, found in _figures(folders, args.sort).items()}
+    if args.sort:
+        folders = _best_first(folders, best, args.lowest)
+    if args.json:
+        entries = [{**_facts(folder), "best": _best(folder, best[folder], args.lowest)} for folder in folders]
+        print(json.dumps({"figure": figure, "runs": entries}, indent=1))
+        return 0
+    title = "best kNN" if figure == "eval/knn_top1" else f"best {printable(figure)}"
+    columns = ("run", "state", "step", "checkpoints", title, "size", "last sign of life")
+    rows = [_row(folder, args.folder, figure, best[folder], args.lowest) for folder in folders]
+    print_table("", columns, rows)
     return 0
 
 
-def _is_run(run: RunDir) -> bool:
-    return any(path.exists() for path in (run.status, run.config, run.checkpoints))
-
-
-def _row(run: RunDir) -> Sequence[str]:
-    status, saved, best = read_status(run.path), run.list_checkpoints(), _best_knn(run)
+def _row(folder: Path, base: Path, name: str, figure: Figure | None, lowest: bool) -> Sequence[str]:
+    facts = _facts(folder)
     return (
-        printable(run.path.name),
-        printable(_state(run, status)),
-        f"{step_of(saved[-1]) if saved else status.step if status else 0:,}",
-        str(len(saved)),
-        percent(best) if best is not None else "-",
-        _size(run.path),
-        printable(status.time if status else "-"),
+        printable(str(folder.relative_to(base))),
+        printable(facts["state"]),
+        f"{facts['step']:,}",
+        str(facts["checkpoints"]),
+        _shown(name, figure.best(lowest=lowest)[0] if figure else None),
+        _size(folder),
+        printable(facts["time"] or "-"),
     )
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    run, status = RunDir(folder), read_status(folder)
+    saved = run.list_checkpoints()
+    return {
+        "run": str(folder),
+        "state": _state(run, status),
+        "step": step_of(saved[-1]) if saved else status.step if status else 0,
+        "checkpoints": len(saved),
+        "time": status.time if status else None,
+    }
 
 
 def _state(run: RunDir, status: Status | None) -> str:
@@ -76,15 +120,94 @@ def _state(run: RunDir, status: Status | None) -> str:
     return f"{status.state} ({status.reason})" if status.reason else status.state
 
 
-def _best_knn(run: RunDir) -> float | None:
-    """Of all evaluations during the training."""
-    found = [line.get("eval/knn_top1") for line in read_records(run.log)]
-    return max((value for value in found if is_share(value)), default=None)
+def _figures(folders: Sequence[Path], wanted: str | None) -> dict[Path, dict[str, Figure]]:
+    """Of each run. Raises ConfigError where none of them has the figure that is `wanted`."""
+    found = {folder: figures_of(folder) for folder in folders}
+    there = sorted({name for figures in found.values() for name in figures})
+    if folders and wanted is not None and wanted not in there:
+        raise ConfigError([f"--sort {wanted}: no run has recorded it; there are: {', '.join(there) or 'none'}"])
+    return found
+
+
+def _best_first(folders: Sequence[Path], figures: Mapping[Path, Figure | None], lowest: bool) -> list[Path]:
+    """Runs without the figure come last."""
+
+    def place(folder: Path) -> tuple[bool, float]:
+        figure = figures[folder]
+        value = figure.best(lowest=lowest)[0] if figure else 0.0
+        return figure is None, value if lowest else -value
+
+    return sorted(folders, key=place)
+
+
+def _best(folder: Path, figure: Figure | None, lowest: bool) -> dict[str, Any] | None:
+    """checkpoint: None where that of this step is not there, or no longer."""
+    if figure is None:
+        return None
+    value, step = figure.best(lowest=lowest)
+    checkpoint = checkpoint_of(folder, step)
+    return {"value": value, "step": step, "checkpoint": str(checkpoint) if checkpoint else None}
+
+
+def _shown(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return percent(value) if "top" in name and is_share(value) else f"{value:.4g}"
+
+
+def _run_compare(args: argparse.Namespace) -> int:
+    from simclr_dist.report.record import read_run
+
+    for folder in args.run_dirs:
+        if not is_run(folder):
+            raise ConfigError([f"{folder}: no run there"])
+    figures = _figures(args.run_dirs, None)
+    best = {folder: found.get(args.sort) for folder, found in figures.items()}
+    folders = _best_first(list(figures), best, args.lowest)
+    settings = _differing([read_run(folder).settings for folder in folders])
+    if args.json:
+        entries = [
+            {
+                **_facts(folder),
+                "best": _best(folder, best[folder], args.lowest),
+                "settings": {key: values[i] for key, values in settings.items()},
+                "figures": {name: figure.value for name, figure in figures[folder].items()},
+            }
+            for i, folder in enumerate(folders)
+        ]
+        print(json.dumps({"figure": args.sort, "runs": entries}, indent=1, default=str))
+        return 0
+    columns = ("", *(printable(folder.resolve().name) for folder in folders))
+    rows = [(key, *("-" if value is None else str(value) for value in values)) for key, values in settings.items()]
+    print_table("settings that differ" if rows else "all settings are the same", columns, _printable(rows))
+    names = sorted({name for found in figures.values() for name in found if not name.startswith(("speed/", "time/"))})
+    rows = [(name, *(_newest(name, figures[folder].get(name)) for folder in folders)) for name in names]
+    print_table("newest figures", columns, _printable(rows))
+    for folder in folders:
+        if found := _best(folder, best[folder], args.lowest):
+            value, where = _shown(args.sort, found["value"]), found["checkpoint"] or "no checkpoint of that step"
+            print(printable(f"{folder}: best {args.sort} {value} at step {found['step']:,} ({where})"))
+    return 0
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Setting -> its value in each run, None where it has none; without the settings that are the same in all."""
+    keys = sorted({key for of_run in settings for key in of_run} - {"name"})
+    values = {key: [of_run.get(key) for of_run in settings] for key in keys}
+    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _newest(name: str, figure: Figure | None) -> str:
+    return _shown(name, figure.value if figure else None)
+
+
+def _printable(rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    return [tuple(map(printable, row)) for row in rows]
 
 
 def _run_show(args: argparse.Namespace) -> int:
     run = RunDir(args.run_dir)
-    if not _is_run(run):
+    if not is_run(run.path):
         raise ConfigError([f"{run.path}: no run there"])
     rows = list(_checkpoints(run))
     print(printable(str(run.path)), flush=True)
@@ -133,7 +256,7 @@ def _run_rewind(args: argparse.Namespace) -> int:
     from simclr_dist.run.owner import claim
 
     run = RunDir(args.run_dir)
-    if not _is_run(run):
+    if not is_run(run.path):
         raise ConfigError([f"{run.path}: no run there"])
     ownership = claim(run.path)
     try:
