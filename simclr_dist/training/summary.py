@@ -75,12 +75,14 @@ def start_rows(
     G, epoch = config.train.global_batch_size, loader.order.steps_per_epoch
     size, head = config.data.image_size, config.model.head_out_dim
     parameters = sum(p.numel() for p in model.parameters())
+    evaluated = f" (evaluations: {config.evaluation.image_size} px)" if config.evaluation_data != config.data else ""
     left_out = loader.num_samples - epoch * G
     warmup = f" after {config.optim.warmup_epochs:g} epochs" if config.optim.warmup_epochs else ""
     decay = "half a cosine to 0" if config.optim.schedule == "cosine" else "constant"
     return {
-        "data": f"{config.data.train}: {loader.num_samples:,} images, {config.data.num_views} views of {size} px, "
-        f"{epoch:,} steps an epoch" + (f"; each epoch leaves out another {left_out:,}" if left_out else ""),
+        "data": f"{config.data.train}: {loader.num_samples:,} images, {config.data.num_views} views of {size} px"
+        f"{evaluated}, {epoch:,} steps an epoch"
+        + (f"; each epoch leaves out another {left_out:,}" if left_out else ""),
         **({"read as": printable(loader.account.layout)} if loader.account is not None else {}),
         "global batch": split_of_batch(G, world, config.train.micro_batch_size),
         "learning rate": f"{config.optim.optimizer}, peak {learning_rate_formula(config)}{warmup}, then {decay}",
@@ -131,7 +133,7 @@ def end_rows(
     knn = f"k={evaluation.knn_k}, T={evaluation.knn_temperature:g}, {bank or 0:,} training images"
     for name, tag, form in (
         ("loss", "train/loss", "{:.4f}"),
-        ("kNN top-1", "eval/knn_top1", f"{{:.2%}} ({knn}, {config.data.image_size} px)"),
+        ("kNN top-1", "eval/knn_top1", f"{{:.2%}} ({knn}, {config.evaluation_data.image_size} px)"),
         ("online probe top-1", "eval/probe_top1", "{:.2%}"),
         ("waited for data", "speed/data_wait_share", "{:.0%} of the last steps' time"),
         ("peak memory", "speed/memory_peak_gib", "{:.2f} GiB"),
