@@ -74,7 +74,7 @@ class ModelConfig(Section):
     first_layer: Literal["random", "whitened"] = Field(
         "random", description="`whitened`: the first convolution begins with filters from data.train's own patches."
     )
-    head_layers: Literal[2, 3] = Field(2, description="2: SimCLR v1; 3: SimCLR v2.")
+    head_layers: Literal[1, 2, 3] = Field(2, description="1: a linear projection; 2: SimCLR v1; 3: SimCLR v2.")
     head_hidden_dim: Count | None = Field(None, description="null: as wide as h.")
     head_out_dim: Count = Field(128, description="K, the width of z.")
     head_batch_norm: Literal["all", "hidden", "none"] = Field("all", description="Layers followed by BatchNorm.")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from simclr_dist.checkpoint.lineage import list_checkpoints
-from simclr_dist.config import Config, LossConfig
+from simclr_dist.config import Config, LossConfig, ModelConfig
 from simclr_dist.data import Loader
 from simclr_dist.loss.build import choices
 from simclr_dist.monitor.events import Summary
@@ -88,8 +88,8 @@ def start_rows(
         "learning rate": f"{config.optim.optimizer}, peak {learning_rate_formula(config)}{warmup}, then {decay}",
         **learning_rates_of_parts(config, model),
         "loss": loss_in_words(config.loss, config.data.num_views, G),
-        "model": f"{config.model.encoder} to {head} dimensions, {parameters:,} parameters"
-        + (f", {flops / 1e9:,.4f} GFLOP a view" if flops else ""),
+        "model": f"{config.model.encoder}, {_head_in_words(config.model)} to {head} dimensions, "
+        f"{parameters:,} parameters" + (f", {flops / 1e9:,.4f} GFLOP a view" if flops else ""),
         "device": f"{world.size} x {device_name(device)}, {config.train.precision}"
         + (", compiled" if config.train.compile else ""),
         "memory": f"{_mib(kept_bytes(config, model))} a device for parameters, gradients and optimiser; `simclr-dist "
@@ -144,6 +144,10 @@ def end_rows(
         rows["checkpoint"] = str(newest)
     rows["curves"] = f"tensorboard --logdir {config.runs_dir}"
     return rows
+
+
+def _head_in_words(model: ModelConfig) -> str:
+    return "linearly projected" if model.head_layers == 1 else f"by a head of {model.head_layers} layers"
 
 
 def split_of_batch(global_batch_size: int, world: World, micro_batch_size: int | None) -> str:
