@@ -218,6 +218,71 @@ def test_the_figure_of_a_command_stands_beside_its_settings(run: Path, capsys: p
         call("evaluate", "knn", run, "--device", "cpu", "--max-train", 2, "--k", 1)
 
 
+def other_size(run: Path, image_size: int) -> Path:
+    """The same run, whose evaluations see images of another side than its views are of."""
+    model, checkpoint = load_pretrained(run)
+    settings = checkpoint.config.model_dump()
+    settings |= {"name": "other", "evaluation": settings["evaluation"] | {"image_size": image_size}}
+    return save_checkpoint(Config.model_validate(settings), model)
+
+
+def test_every_evaluation_sees_images_of_its_own_side(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether the configuration or --image-size names it; the record says it, and what was asked without it stays."""
+
+    def scored(*arguments: object) -> dict:
+        assert call(*arguments, "--json", "--device", "cpu") == 0
+        return json.loads(capsys.readouterr().out)
+
+    plain, other = scored("evaluate", "knn", run), other_size(run, 24)
+    by_config, asked = scored("evaluate", "knn", other), scored("evaluate", "knn", run, "--image-size", 24)
+    assert (plain["image_size"], by_config["image_size"], asked["image_size"]) == (16, 24, 24)
+    assert by_config["scores"] == asked["scores"]
+    _, checkpoint = load_pretrained(run)
+    encoder = build_model(checkpoint.config.model).encoder
+    encoder.load_state_dict({k[8:]: v for k, v in checkpoint.model_state.items() if k.startswith("encoder.")})
+    for side, folder in ((16, run), (24, run), (24, other)):  # each side has its entry
+        fingerprint = describe(checkpoint.config.data.train).content_fingerprint
+        assert (folder / "features" / cache_key(digest(encoder), fingerprint, side, "fp32")).is_dir()
+    assert len(list((run / "features").iterdir())) == 4
+
+    out = tmp_path / "encoder.safetensors"
+    assert call("export", other, "--format", "safetensors", "--out", out) == 0
+    card = out.with_name("encoder.safetensors.md").read_text()
+    assert all(said in card for said in ("RGB, 24 px", "2 views of 16 px", "CenterCrop(24)", "test images, 24 px"))
+    data = checkpoint.config.data
+    capsys.readouterr()
+    assert scored("evaluate", "knn", out, "--train", data.train, "--test", data.test)["image_size"] == 24
+    assert call("export", other, "--format", "safetensors", "--out", out, "--overwrite", "--image-size", 16) == 0
+    card = out.with_name("encoder.safetensors.md").read_text()
+    capsys.readouterr()
+    assert "RGB, 16 px: the shorter side resized to 16, " in card  # these pictures stay whole
+
+    capsys.readouterr()
+    assert call("embed", other, data.test, tmp_path / "x.npz", "--device", "cpu") == 0
+    assert "seen at 24 px" in capsys.readouterr().out
+    picture = sorted(Path(data.test).rglob("*.png"))[3]
+    elsewhere = shutil.copy(picture, tmp_path / "picture.png")
+    nearest = ("neighbours", tmp_path / "x.npz", elsewhere, "--k", 1)
+    assert call(*nearest, "--json", "--checkpoint", run) == 0  # whose own evaluations see 16 px
+    (found,) = json.loads(capsys.readouterr().out)
+    assert Path(found["name"]).name == picture.name
+    assert found["similarity"] == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ConfigError, match="--image-size: 16, but the embeddings are of images of 24 px"):
+        call(*nearest, "--image-size", 16)
+    with pytest.raises(ConfigError, match="--image-size: 4 is not between 8 and 1024"):
+        call("evaluate", "knn", run, "--image-size", 4)
+
+    tuned = scored("finetune", other, "--freeze", "--epochs", 1, "--out", tmp_path / "tuned")
+    assert tuned["image_size"] == 24
+    classifier = tmp_path / "tuned" / "classifier.safetensors"
+    student = scored("distill", classifier, "--student-width", 8, "--epochs", 1, "--out", tmp_path / "student")
+    assert student["image_size"] == 24
+    config = parse_config(load_classifier(tmp_path / "student" / "classifier.safetensors").config_json)
+    assert (config.data.image_size, config.evaluation_data.image_size, config.model.image_size) == (24, 24, 24)
+
+
 def test_finetune_then_distill(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ("--json", "--device", "cpu", "--batch-size", 15, "--epochs", 6, "--lr", 2.0)
     assert call("finetune", run, "--labels", 0.5, "--from", "head", *common) == 0

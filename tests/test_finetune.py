@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from simclr_dist.config import Config, ModelConfig, parse_config
 from simclr_dist.data.loading.load_images import load_images
 from simclr_dist.data.loading.open_images import DatasetInfo, describe
-from simclr_dist.errors import CheckpointError, DataError
+from simclr_dist.errors import CheckpointError, ConfigError, DataError
 from simclr_dist.evaluation.features import digest
 from simclr_dist.few_labels.classifier import Classifier, accuracy, load_classifier, save_classifier
 from simclr_dist.few_labels.distill import distil, distillation_loss
@@ -288,6 +288,12 @@ def test_starting_from_the_head_keeps_its_first_layer(head_layers: int) -> None:
         expected = head.relu1(head.bn1(head.linear1(model.encoder(x))))  # type: ignore[operator]
         torch.testing.assert_close(classifier.backbone(x), expected)
     assert classifier.fc.in_features == 24
+
+
+def test_a_linear_head_has_no_layer_to_start_from() -> None:
+    with pytest.raises(ConfigError, match=r"a head of one layer \(model.head_layers: 1\) gives z.*from the encoder"):
+        Classifier(make_model(head_layers=1), 3, "head")
+    assert Classifier(make_model(head_layers=1), 3).fc.in_features == 16
 
 
 def test_epochs_follow_the_paper() -> None:

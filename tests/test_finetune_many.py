@@ -303,7 +303,7 @@ def test_a_student_of_another_image_size_is_refused(folder: Path, tmp_path: Path
     content["runs_dir"], content["data"]["image_size"] = str(tmp_path / "runs"), 24
     config = Config.model_validate(content)
     run = save_checkpoint(config, build_model(config.model))
-    with pytest.raises(ConfigError, match=r"--student-from .*: was trained on images of 24 px, the teacher on 16 px"):
+    with pytest.raises(ConfigError, match=r"--student-from .*: is evaluated on images of 24 px, the teacher on 16 px"):
         distill_classifier(
             tmp_path / "teacher" / "classifier.safetensors", tmp_path / "s", settings(), student_from=run, say=print
         )

@@ -26,6 +26,9 @@ def test_h_and_z_have_their_widths(encoder: str, stem: str, width: int, feature_
 @pytest.mark.parametrize(
     ("layers", "batch_norm", "expected"),
     [
+        (1, "all", ["Linear", "BatchNorm1d"]),
+        (1, "hidden", ["Linear"]),
+        (1, "none", ["Linear"]),
         (2, "all", ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]),
         (2, "none", ["Linear", "ReLU", "Linear"]),
         (3, "hidden", ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]),
@@ -38,6 +41,19 @@ def test_heads_have_their_layers(layers: int, batch_norm: str, expected: list[st
         if isinstance(part, nn.Linear):
             assert (part.bias is None) == isinstance(following, nn.BatchNorm1d)
     assert head(torch.randn(5, 8)).shape == (5, 4)
+
+
+def test_a_head_of_one_layer_is_a_linear_projection() -> None:
+    """Whatever head_hidden_dim says; normalised over the batch where head_batch_norm does."""
+    h = torch.randn(32, 8)
+    plain = build_projection_head(8, 3, 4, layers=1, batch_norm="none")
+    linear = nn.Linear(8, 4)
+    linear.load_state_dict({"weight": plain.linear1.weight, "bias": plain.linear1.bias})
+    torch.testing.assert_close(plain(h), linear(h))
+    normalised = build_projection_head(8, 3, 4, layers=1, batch_norm="all")
+    z = h @ normalised.linear1.weight.T
+    expected = (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(normalised(h), expected)
 
 
 @pytest.mark.parametrize(

@@ -232,23 +232,25 @@ def without_time(record: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("world_size", "max_train"), [(1, None), (2, 40)])
+@pytest.mark.parametrize(("world_size", "max_train", "image_size"), [(1, None, None), (2, 40, 24)])
 def test_while_training_and_afterwards_a_checkpoint_has_one_figure(
     images: Path,
     tmp_path: Path,
     world_size: int,
     max_train: int | None,
+    image_size: int | None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Beside the same settings: k, temperature, the bank, the size of images, the precision."""
-    settings = (f"evaluation.knn_max_train={max_train or 'null'}",)
+    settings = (f"evaluation.knn_max_train={max_train or 'null'}", f"evaluation.image_size={image_size or 'null'}")
     training = watch(images, tmp_path, "", world_size, *settings)
     online = json.loads((training.run_dir / "evaluations.jsonl").read_text().splitlines()[-1])
     assert online["train_images"] == (max_train or 512)
+    assert online["image_size"] == (image_size or 32)
     assert {"k", "temperature", "train_images", "test_images", "image_size", "precision"} <= online.keys()
     logged = [json.loads(line) for line in (training.run_dir / "log.jsonl").read_text().splitlines()]
     assert online["top1"] == [line["eval/knn_top1"] for line in logged if "eval/knn_top1" in line][-1]
-    beside = f"{online['top1']:.2%} (k=5, T=0.1, {max_train or 512} training images, 32 px)"
+    beside = f"{online['top1']:.2%} (k=5, T=0.1, {max_train or 512} training images, {image_size or 32} px)"
     assert re.search(rf"kNN top-1 +{re.escape(beside)}", training.output[0])
     more = ("--max-train", str(max_train)) if max_train else ()
     assert evaluated(training.run_dir, capsys, *more) == without_time(online)

@@ -58,6 +58,23 @@ def test_networks_that_read_values_while_they_are_built_are_tried_too() -> None:
     assert all(parameter.is_meta for parameter in tried.network.parameters())
 
 
+def test_a_network_for_one_size_is_evaluated_at_no_other_and_a_setting_without_effect_is_named(
+    images: Path, tmp_path: Path
+) -> None:
+    def at(encoder: str, image_size: int) -> None:
+        check_training(configured(images, tmp_path, f"model.encoder={encoder}", f"evaluation.image_size={image_size}"))
+
+    said = check_training(configured(images, tmp_path, "model.head_layers=1", "evaluation.image_size=48")).remarks
+    assert said == ("model.head_layers=1: this setting changes nothing with it: model.head_hidden_dim=128",)
+    at("regnet_y_400mf", 64)  # which reads values while it is built
+    with pytest.raises(ConfigError, match=r"evaluation.image_size: 48, but vit_b_16 is built for images of 32 px"):
+        at("vit_b_16", 48)
+    pytest.importorskip("timm")
+    at("timm/vit_tiny_patch16_224", 32)
+    with pytest.raises(ConfigError, match=r"evaluation.image_size: 48, but timm/vit_tiny\S+ is built for images of 32"):
+        at("timm/vit_tiny_patch16_224", 48)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_an_unused_parameter_is_named_on_any_number_of_processes_and_trains_on(
     images: Path, tmp_path: Path, world_size: int

@@ -181,6 +181,10 @@ BAD = {
     "a share twice": ({**RECIPE, "labels": [0.1, 0.1]}, "names a share twice"),
     "no shares": ({**RECIPE, "labels": []}, "labels: "),
     "no such configuration": ({**RECIPE, "pretrain": {"config": "no.yaml"}}, "no.yaml: no such file"),
+    "a linear head to start from": (
+        {**RECIPE, "pretrain": {"config": "tiny.yaml", "overrides": ["model.head_layers=1"]}},
+        "finetune.start: start from the head: a head of one layer",
+    ),
     "an override that is none": (
         {**RECIPE, "pretrain": {"config": "tiny.yaml", "overrides": ["model.widht=8"]}},
         "model.widht: unknown key; did you mean `width`?",

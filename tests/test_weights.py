@@ -420,7 +420,7 @@ def test_runs_checkpoints_and_exports_of_ours_bring_their_head(tmp_path: Path) -
     assert checkpoint.config.name == "tiny"
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(h_of(found.encoder, images), h_of(model.encoder, images), rtol=0, atol=0)
-    with pytest.raises(ConfigError, match="knows its own encoder and image size"):
+    with pytest.raises(ConfigError, match="knows its own encoder; leave out"):
         load_pretrained(ForeignEncoder(str(run), "resnet18"))
 
 

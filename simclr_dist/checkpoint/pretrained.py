@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from simclr_dist.checkpoint.files import Checkpoint, check_names
 from simclr_dist.checkpoint.lineage import find_checkpoint
 from simclr_dist.checkpoint.weights import fit, is_ours, open_weights
-from simclr_dist.config import Config, ModelConfig, parse_config
+from simclr_dist.config import LARGEST_SIDE, SMALLEST_SIDE, Config, ModelConfig, parse_config
 from simclr_dist.errors import ConfigError
 from simclr_dist.network import guess
 from simclr_dist.network.library_weights import PRETRAINED
 from simclr_dist.network.simclr import SimCLR, build_model
+from simclr_dist.network.trial import check_evaluation_size
 from simclr_dist.network.weight_files import Weights
 
 USUAL_SIZE = 224
@@ -38,25 +39,47 @@ class ForeignEncoder:
 Source = str | Path | Checkpoint | ForeignEncoder
 
 
-def load_pretrained(source: Source, warn: Callable[[str], None] = lambda _: None) -> tuple[SimCLR, Checkpoint]:
+def load_pretrained(
+    source: Source, warn: Callable[[str], None] = lambda _: None, image_size: int | None = None
+) -> tuple[SimCLR, Checkpoint]:
     """A trained network on the CPU, in eval mode, and where it comes from.
 
     source: a run or a checkpoint; a file or folder of weights of any origin, whose projection head is not trained.
-    Raises CheckpointError, or ConfigError where it is not known of which encoder the weights are.
+    image_size: side at which the encoder is to see images, which the configuration that is returned says then as its
+        evaluation.image_size; None: as that of the run says, of other weights as they or `source` say.
+    Raises CheckpointError, or ConfigError where it is not known of which encoder the weights are, or where the encoder
+    takes no such images.
     """
+    if image_size is not None and not SMALLEST_SIDE <= image_size <= LARGEST_SIDE:
+        raise ConfigError([f"--image-size: {image_size} is not between {SMALLEST_SIDE} and {LARGEST_SIDE}"])
+    model, checkpoint = _load(source, warn, image_size)
+    config = checkpoint.config
+    if image_size is not None:
+        config = config.model_copy(
+            update={"evaluation": config.evaluation.model_copy(update={"image_size": image_size})}
+        )
+    check_evaluation_size(
+        *(config.model, model, config.evaluation_data.image_size),
+        trained_at=config.data.image_size,
+        asked_by="evaluation.image_size" if image_size is None else "--image-size",
+    )
+    return model.eval(), replace(checkpoint, config=config)
+
+
+def _load(source: Source, warn: Callable[[str], None], image_size: int | None) -> tuple[SimCLR, Checkpoint]:
     if isinstance(source, ForeignEncoder):
         path = Path(source.path).expanduser()
         if source.path != PRETRAINED and is_ours(path):
-            raise ConfigError([f"--encoder: {path} knows its own encoder and image size; leave these options out"])
-        return _load_foreign(source, warn)
+            raise ConfigError([f"--encoder: {path} knows its own encoder; leave out what says more of it"])
+        return _load_foreign(replace(source, image_size=image_size or source.image_size), warn)
     if not isinstance(source, Checkpoint) and not _is_of_run(Path(source)):
-        return _load_foreign(ForeignEncoder(str(source)), warn)
+        return _load_foreign(ForeignEncoder(str(source), image_size=image_size), warn)
     checkpoint = find_checkpoint(source, warn)
     model = build_model(checkpoint.config.model)
     state = {name: x for name, x in checkpoint.model_state.items() if not name.startswith("loss.")}
     check_names(checkpoint.path, "model", state, model.state_dict())
     model.load_state_dict(state)
-    return model.eval(), checkpoint
+    return model, checkpoint
 
 
 def checkpoint_of(source: Source, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -82,9 +105,10 @@ def _load_foreign(source: ForeignEncoder, warn: Callable[[str], None]) -> tuple[
     start.load_into(model)
     for sentence in start.sentences:
         warn(sentence)
-    warn(f"{config.model.encoder} at {config.data.image_size} px, images normalised with ImageNet's mean and deviation")
+    size = source.image_size or config.evaluation_data.image_size
+    warn(f"{config.model.encoder} at {size} px, images normalised with ImageNet's mean and deviation")
     path = Path(source.path if source.path != PRETRAINED else f"pretrained_{config.name}")
-    return model.eval(), Checkpoint(
+    return model, Checkpoint(
         path, config, 0, 0, "", model_state={}, optimizer_state={}, started_from=start.record, of_run=False
     )
 

@@ -29,11 +29,20 @@ def add_command(
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, name: str = "source", **texts: Any) -> None:
-    """What is evaluated, and what must be known of weights that no run of ours has made. Read by `source_of`."""
+    """What is evaluated, and what must be known of weights that no run of ours has made. Read by `source_of`.
+
+    --image-size is for both, and handed on by itself.
+    """
     parser.add_argument(name, **{"metavar": "RUN_OR_WEIGHTS", "help": SOURCE_HELP, **texts})
+    parser.add_argument(
+        "--image-size",
+        type=positive_int,
+        metavar="S",
+        help="side at which the encoder sees images (default: evaluation.image_size of the run, else data.image_size; "
+        "of weights from elsewhere theirs, else 224)",
+    )
     group = parser.add_argument_group("weights from elsewhere (docs/guides/starting_from_weights.md)")
     group.add_argument("--encoder", metavar="NAME", help="what they are of, as model.encoder names it")
-    group.add_argument("--image-size", type=positive_int, metavar="S", help="of images (default: theirs, else 224)")
     group.add_argument("--stem", choices=("imagenet", "cifar"), help="of a ResNet (default: imagenet)")
     group.add_argument("--weights-partial", action="store_true", help="also where they are of a part of the encoder")
 
@@ -41,7 +50,7 @@ def add_source_arguments(parser: argparse.ArgumentParser, name: str = "source", 
 def source_of(args: argparse.Namespace, name: str = "source") -> Source:
     """What `add_source_arguments` has read; a path as it is where nothing else is said."""
     path = getattr(args, name)
-    if not (args.encoder or args.image_size or args.stem or args.weights_partial):
+    if not (args.encoder or args.stem or args.weights_partial):
         return str(path)
     return foreign(str(path), args)
 

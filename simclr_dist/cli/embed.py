@@ -64,10 +64,12 @@ def _run_embed(args: argparse.Namespace) -> int:
         device=choose_device(args.device),
         precision=args.precision,
         batch_size=args.batch_size,
+        image_size=args.image_size,
         say=say,
     )
     save_embeddings(args.out, embeddings)
-    print(f"{args.out}: {embeddings.h.shape[0]} images, h of width {embeddings.h.shape[1]}")
+    n, width = embeddings.h.shape
+    print(f"{args.out}: {n} images, h of width {width}, seen at {embeddings.image_size} px")
     return 0
 
 
@@ -77,9 +79,10 @@ def _run_neighbours(args: argparse.Namespace) -> int:
 
     embeddings = load_embeddings(args.embeddings)
     args.checkpoint = args.checkpoint or embeddings.checkpoint
-    found = neighbours_of(
-        embeddings, query_embedding(embeddings, args.query, checkpoint=source_of(args, "checkpoint")), args.k
+    query = query_embedding(
+        embeddings, args.query, checkpoint=source_of(args, "checkpoint"), image_size=args.image_size
     )
+    found = neighbours_of(embeddings, query, args.k)
     if args.json:
         print(json.dumps([asdict(neighbour) for neighbour in found]))
         return 0

@@ -100,6 +100,7 @@ def _run(args: argparse.Namespace) -> int:
         k=args.k if with_knn else None,
         temperature=args.temperature if with_knn else None,
         max_train=args.max_train if with_knn else None,
+        image_size=args.image_size,
         solver="lbfgs" if with_knn else args.solver,
         seed=0 if with_knn else args.seed,
         precision=args.precision,

@@ -50,7 +50,7 @@ def register(commands: Commands) -> None:
         metavar="SHARE",
         type=share,
         help="of a picture's shorter side that its preprocessing keeps (default: 1 where the training images are of "
-        "the run's image size, else 0.875, as evaluations do it)",
+        "the image size, else 0.875, as evaluations do it)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it to the Hugging Face Hub; extra `hf`")
@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace) -> int:
     checkpoint, out, crop_share = checkpoint_of(source, say), args.out, args.crop
     if checkpoint is not None:
         source, out = checkpoint, out or RunDir.of_checkpoint(checkpoint.path).export / name
-        crop_share = crop_share or crop_share_of(checkpoint, say)
+        crop_share = crop_share or crop_share_of(checkpoint, args.image_size, say)
     if out is None:
         raise ExportError(f"{args.source}: is of no run, so name the file to write with --out")
     exported = export(
@@ -78,6 +78,7 @@ def _run(args: argparse.Namespace) -> int:
         format=args.format,
         license=args.license,
         accuracy=known_accuracy(checkpoint, say) if checkpoint else None,
+        image_size=args.image_size,
         crop_share=crop_share or EVALUATION_SHARE,
         overwrite=args.overwrite,
         push_to_hub=args.push_to_hub,

@@ -150,6 +150,7 @@ def _run_finetune(args: argparse.Namespace) -> int:
             freeze=args.freeze,
             train=args.train,
             test=args.test,
+            image_size=args.image_size,
             say=say,
         )
     return _show(args, result, f"{result['num_labels']} labels", out)
@@ -196,6 +197,7 @@ def _show(args: argparse.Namespace, result: dict[str, Any], what: str, out: Path
         print(json.dumps(result))
         return 0
     rows = [(what, percent(result["top1"]), percent(result["top5"]))]
-    print_table(f"{result['method']} on {result['test']}", ("", "top-1", "top-5"), rows)
+    px = f", {result['image_size']} px" if "image_size" in result else ""  # release 0.1 did not write it down
+    print_table(f"{result['method']} on {result['test']}{px}", ("", "top-1", "top-5"), rows)
     print(out)
     return 0

@@ -61,6 +61,7 @@ def _run(args: argparse.Namespace) -> int:
     from simclr_dist.data.loading.open_images import describe
     from simclr_dist.plan.forecast import Speed, forecast
     from simclr_dist.plan.measure import measure_loader, measure_step
+    from simclr_dist.training.network_facts import network_facts
 
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     world_size = args.gpus or here or 1
@@ -73,6 +74,7 @@ def _run(args: argparse.Namespace) -> int:
     num_images = args.images or describe(data.train).num_samples
     if num_images < train.global_batch_size:
         raise ConfigError([f"train.global_batch_size: {train.global_batch_size} is more than the {num_images} images"])
+    network_facts(config)  # refuses what the network cannot take
     speed, step = Speed(args.images_per_s), None
     if args.measure:
         images = train.global_batch_size // world_size
@@ -123,7 +125,10 @@ def _run(args: argparse.Namespace) -> int:
         }
         print(json.dumps(values, indent=1))
     else:
-        print("\n".join(f"{key:15} {text}".rstrip() for key, text in render(found, bottleneck, step)))
+        rows = [*render(found, bottleneck, step)]
+        if (size := config.evaluation_data.image_size) != data.image_size:
+            rows.append(("evaluations", f"see images of {size} px; views are of {data.image_size} px"))
+        print("\n".join(f"{key:15} {text}".rstrip() for key, text in rows))
     return 0
 
 

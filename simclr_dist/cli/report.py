@@ -51,6 +51,14 @@ def _run(args: argparse.Namespace) -> int:
     out = args.out or args.runs[0] / "report.html"
     require_writable(out.parent)
     device = choose_device(args.device)
-    size = write_report(runs, out, train=args.train, test=args.test, images=args.images, device=device, say=say)
+    size = write_report(
+        *(runs, out),
+        train=args.train,
+        test=args.test,
+        images=args.images,
+        image_size=args.image_size,
+        device=device,
+        say=say,
+    )
     print(f"{out}: {size / 1e6:.1f} MB")
     return 0

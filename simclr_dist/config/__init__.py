@@ -1,7 +1,9 @@
 """What to learn: the configuration of a run, read from YAML and `key=value`, checked before anything starts."""
 
 from simclr_dist.config.schema import (
+    LARGEST_SIDE,
     NAME_PATTERN,
+    SMALLEST_SIDE,
     AugmentConfig,
     CheckpointConfig,
     Config,
@@ -27,7 +29,9 @@ from simclr_dist.config.yaml_source import compose_config, load_config, load_sec
 from simclr_dist.errors import ConfigError
 
 __all__ = [
+    "LARGEST_SIDE",
     "NAME_PATTERN",
+    "SMALLEST_SIDE",
     "AugmentConfig",
     "CheckpointConfig",
     "Config",

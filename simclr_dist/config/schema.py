@@ -23,6 +23,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]  # with 1 an average never takes in 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+SMALLEST_SIDE, LARGEST_SIDE = 8, 1024
+Side = Annotated[int, Field(ge=SMALLEST_SIDE, le=LARGEST_SIDE)]
 Precision = Literal["fp32", "bf16", "fp16"]
 PrecisionSetting = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -37,7 +39,7 @@ class DataConfig(Section):
     loader: Literal["auto", "ffcv", "folder", "synthetic"] = Field(
         "auto", description="`auto`: by the kind of `train`; a .beton file needs ffcv."
     )
-    image_size: Annotated[int, Field(ge=8, le=1024)] = Field(description="Side of a view in pixels.")
+    image_size: Side = Field(description="Side of a view in pixels.")
     num_views: Annotated[int, Field(ge=2, le=64)] = Field(
         2, description="V: random crops of an image, which is decoded once; each pair of them is a positive."
     )
@@ -72,7 +74,7 @@ class ModelConfig(Section):
     first_layer: Literal["random", "whitened"] = Field(
         "random", description="`whitened`: the first convolution begins with filters from data.train's own patches."
     )
-    head_layers: Literal[2, 3] = Field(2, description="2: SimCLR v1; 3: SimCLR v2.")
+    head_layers: Literal[1, 2, 3] = Field(2, description="1: a linear projection; 2: SimCLR v1; 3: SimCLR v2.")
     head_hidden_dim: Count | None = Field(None, description="null: as wide as h.")
     head_out_dim: Count = Field(128, description="K, the width of z.")
     head_batch_norm: Literal["all", "hidden", "none"] = Field("all", description="Layers followed by BatchNorm.")
@@ -162,6 +164,9 @@ class EvaluationConfig(Section):
     train: str | None = Field(
         None, description="Labelled images for kNN's bank and `evaluate`, where data.train has none; null: data.train."
     )
+    image_size: Side | None = Field(
+        None, description="Side at which evaluations and exports see whole images; null: data.image_size."
+    )
     knn_every_epochs: Count | None = Field(None, description="Online kNN on data.test; null: never.")
     knn_k: Count = 200
     knn_temperature: Positive = 0.1
@@ -243,6 +248,11 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
+
+    @property
+    def evaluation_data(self) -> DataConfig:
+        """`data` as evaluations and exports see it: its image_size is theirs, not that of the views."""
+        return self.data.model_copy(update={"image_size": self.evaluation.image_size or self.data.image_size})
 
     @model_validator(mode="before")
     @classmethod

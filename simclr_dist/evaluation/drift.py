@@ -44,16 +44,25 @@ class Likeness:
     rankme: float
     uniformity: float
     neighbours: tuple[tuple[int, ...], ...]
+    image_size: int | None = None
+    """Side in pixels; None: not written down, by release 0.1."""
 
     def to_record(self) -> dict[str, Any]:
         rows = [" ".join(map(str, row)) for row in self.neighbours]
-        return {"images": self.images, "rankme": self.rankme, "uniformity": self.uniformity, "neighbours": rows}
+        return {
+            "images": self.images,
+            "rankme": self.rankme,
+            "uniformity": self.uniformity,
+            "neighbours": rows,
+            "image_size": self.image_size,
+        }
 
     @classmethod
     def from_record(cls, record: Any) -> Likeness | None:
         try:
             rows = tuple(tuple(map(int, row.split())) for row in record["neighbours"][:QUERIES])
-            found = cls(str(record["images"]), float(record["rankme"]), float(record["uniformity"]), rows)
+            size = record.get("image_size")
+            found = cls(str(record["images"]), float(record["rankme"]), float(record["uniformity"]), rows, size)
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
         return found if math.isfinite(found.rankme) and math.isfinite(found.uniformity) else None
@@ -76,6 +85,7 @@ def likeness(
         float(rankme(features.h)),
         float(uniformity(features.h[None].double())),
         tuple(_neighbours(features.h, features.sample_ids)),
+        data.image_size,
     )
 
 
@@ -117,7 +127,7 @@ class DriftGuard:
         if now is None:
             return {}, ""
         figures = {"drift/h_rankme": now.rankme, "drift/h_uniformity": now.uniformity}
-        if start is None or start.images != now.images:
+        if start is None or start.images != now.images or start.image_size not in (None, now.image_size):
             return figures, ""
         if (kept := neighbours_kept(start, now)) is not None:
             figures["drift/neighbours_kept"] = kept

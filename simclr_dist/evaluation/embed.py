@@ -16,7 +16,7 @@ from simclr_dist.data.loading.load_images import load_images
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.sources.decoding import decode
 from simclr_dist.data.sources.open import open_source
-from simclr_dist.errors import CheckpointError, DataError
+from simclr_dist.errors import CheckpointError, ConfigError, DataError
 from simclr_dist.evaluation.embeddings_file import Embeddings
 from simclr_dist.evaluation.features import digest, extract_features
 from simclr_dist.evaluation.knn import nearest
@@ -38,15 +38,19 @@ def embed(
     device: torch.device | str,
     precision: Precision | None = None,
     batch_size: int | None = None,
+    image_size: int | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Embeddings:
-    """h of every image of `source` (a folder with or without class folders, an archive, a .beton file)."""
-    model, loaded = load_pretrained(checkpoint, say)
-    config = loaded.config
+    """h of every image of `source` (a folder with or without class folders, an archive, a .beton file).
+
+    image_size: side at which the encoder sees them; None: as evaluations of its run do.
+    """
+    model, loaded = load_pretrained(checkpoint, say, image_size)
+    config, size = loaded.config, loaded.config.evaluation_data.image_size
     info = describe(source)
     features = extract_features(
         model.encoder.to(device),
-        load_images(source, config.data.image_size, batch_size=batch_size or config.evaluation.batch_size),
+        load_images(source, size, batch_size=batch_size or config.evaluation.batch_size),
         device=device,
         precision=precision or assumed_precision(config.train.precision, torch.device(device).type),
         normalize=normalize,
@@ -60,6 +64,7 @@ def embed(
         digest(model.encoder),
         source,
         info.content_fingerprint,
+        size,
     )
 
 
@@ -82,13 +87,22 @@ def neighbours_of(embeddings: Embeddings, h: NDArray[np.float32], k: int) -> lis
 
 
 def query_embedding(
-    embeddings: Embeddings, query: str, *, checkpoint: Source | None = None, device: torch.device | str = "cpu"
+    embeddings: Embeddings,
+    query: str,
+    *,
+    checkpoint: Source | None = None,
+    image_size: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> NDArray[np.float32]:
     """h [D] of `query`: one of the embedded images by its name, or any image file, embedded now.
 
-    checkpoint: where the encoder is now, if it has moved. Raises DataError; CheckpointError when the encoder is not
-    the one that made the embeddings.
+    checkpoint: where the encoder is now, if it has moved. image_size: for embeddings that do not say at which side
+    images were seen. Raises DataError; CheckpointError when the encoder is not the one that made the embeddings;
+    ConfigError when image_size is not theirs.
     """
+    if image_size and embeddings.image_size and image_size != embeddings.image_size:
+        seen = f"the embeddings are of images of {embeddings.image_size} px"
+        raise ConfigError([f"--image-size: {image_size}, but {seen}: leave it out"])
     if query in embeddings.names:
         return embeddings.h[embeddings.names.index(query)]
     try:
@@ -96,10 +110,10 @@ def query_embedding(
             pixels = decode(file).pixels
     except (OSError, DataError) as error:
         raise DataError(f"{query}: neither an embedded image's name nor a readable image: {error}") from None
-    model, loaded = load_pretrained(checkpoint or embeddings.checkpoint)
+    model, loaded = load_pretrained(checkpoint or embeddings.checkpoint, image_size=embeddings.image_size or image_size)
     if digest(model.encoder) != embeddings.encoder_digest:
         raise CheckpointError(f"{loaded.path}: its encoder is not the one that made these embeddings; embed again")
-    image = _center_crop(pixels, loaded.config.data.image_size)
+    image = _center_crop(pixels, loaded.config.evaluation_data.image_size)
     batch = (image[None], torch.tensor([-1]), torch.tensor([0]))
     features = extract_features(model.encoder.to(device), [batch], device=device, normalize=normalize)
     return features.h[0].numpy()

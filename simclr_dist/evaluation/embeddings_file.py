@@ -1,7 +1,7 @@
 """Embeddings on disk, as .npz or .parquet, without pickles.
 
 .npz       arrays h float32 [n, D], labels int64 [n] (-1: none), names [n], class_names [C], and how they were made:
-           checkpoint, encoder_digest, source, data_fingerprint
+           checkpoint, encoder_digest, source, data_fingerprint, image_size (release 0.1: without it)
 .parquet   columns name, label, h (a list of D float32); the rest as JSON under "simclr_dist" in the schema's metadata
 """
 
@@ -36,6 +36,8 @@ class Embeddings:
     encoder_digest: str
     source: str
     data_fingerprint: str
+    image_size: int | None = None
+    """Side at which the encoder saw the images, in pixels; None: not known."""
 
 
 def check_format(path: Path) -> None:
@@ -53,6 +55,8 @@ def save_embeddings(path: Path, embeddings: Embeddings) -> None:
         if path.suffix == ".npz":
             with temporary.open("wb") as file:
                 entries = {name: _as_array(getattr(embeddings, name)) for name in (*_ARRAYS, *_TEXTS)}
+                if embeddings.image_size is not None:
+                    entries["image_size"] = np.asarray(embeddings.image_size)
                 np.savez(file, allow_pickle=False, **entries)
         else:
             _write_parquet(temporary, embeddings)
@@ -80,9 +84,10 @@ def _read_npz(path: Path) -> Embeddings:
             raise ValueError(f"an array in it expands to more than {_EXPANSION} times its size")
     with path.open("rb") as file, np.load(file, allow_pickle=False) as entries:
         arrays = {name: entries[name] for name in (*_ARRAYS, *_TEXTS)}
+        size = int(entries["image_size"]) if "image_size" in entries else None
     names, class_names = (tuple(arrays[name].astype(str).tolist()) for name in ("names", "class_names"))
     texts = {name: str(arrays[name]) for name in _TEXTS}
-    return Embeddings(arrays["h"], arrays["labels"], names, class_names, **texts)
+    return Embeddings(arrays["h"], arrays["labels"], names, class_names, **texts, image_size=size)
 
 
 def _as_array(value: Any) -> np.ndarray:
@@ -96,7 +101,7 @@ def _write_parquet(path: Path, embeddings: Embeddings) -> None:
     # UTF-8 has no letters for undecodable bytes of a file's name.
     names = [name.encode("utf-8", "backslashreplace").decode() for name in embeddings.names]
     table = arrow.table({"name": names, "label": embeddings.labels, "h": h})
-    about = {name: getattr(embeddings, name) for name in ("class_names", *_TEXTS)}
+    about = {name: getattr(embeddings, name) for name in ("class_names", *_TEXTS, "image_size")}
     parquet.write_table(table.replace_schema_metadata({"simclr_dist": json.dumps(about)}), path)
 
 
@@ -111,6 +116,7 @@ def _read_parquet(path: Path) -> Embeddings:
         tuple(table["name"].to_pylist()),
         tuple(map(str, about["class_names"])),
         **{name: str(about[name]) for name in _TEXTS},
+        image_size=None if about.get("image_size") is None else int(about["image_size"]),
     )
 
 

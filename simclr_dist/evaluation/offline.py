@@ -120,6 +120,7 @@ def evaluate(
     k: int | None = None,
     temperature: float | None = None,
     max_train: int | None = None,
+    image_size: int | None = None,
     solver: Literal["lbfgs", "sgd"] = "lbfgs",
     seed: int = 0,
     precision: Precision | None = None,
@@ -135,6 +136,7 @@ def evaluate(
     """Scores of the trained encoder, with `baselines` also of raw pixels and of the encoder before training (first).
 
     Values left None come from the checkpoint's configuration; training images from `evaluation.train`, else data.train.
+    image_size: side at which the encoder sees images; None: evaluation.image_size, else data.image_size.
     max_train: kNN looks at this many of them only, those that it looks at while training with evaluation.knn_max_train.
     cache "run": the folder `features` beside the record. out: the folder for both; None: that of the run. Weights from
     elsewhere (ForeignEncoder) have no run: without `out` nothing is kept.
@@ -144,8 +146,8 @@ def evaluate(
     written, `say` gets one warning. Raises CheckpointError, ConfigError, DataError.
     """
     found = same_on_all_ranks(source, device, say)
-    model, checkpoint, images = run_on_all_ranks(lambda: _open(found, train, test, say), device)
-    config = checkpoint.config
+    model, checkpoint, images = run_on_all_ranks(lambda: _open(found, train, test, image_size, say), device)
+    config, data = checkpoint.config, checkpoint.config.evaluation_data
     if images.classes.sentence:
         say(images.classes.sentence)
     run, keeping = results_dir(checkpoint.path if checkpoint.of_run else None, out), Keeping(say)
@@ -186,7 +188,7 @@ def evaluate(
                 encoder.to(device),
                 source,
                 info,
-                config.data,
+                data,
                 device=device,
                 precision=settings["precision"],
                 batch_size=batch_size or config.evaluation.batch_size,
@@ -201,7 +203,7 @@ def evaluate(
 
     scores = []
     if baselines:
-        train_pixels, test_pixels = run_on_all_ranks(lambda: _pixels(images, config.data), device, catch=Exception)
+        train_pixels, test_pixels = run_on_all_ranks(lambda: _pixels(images, data), device, catch=Exception)
         untrained = run_on_all_ranks(lambda: _before_training(config.model, config.data, config.seed, say), device)
         scores.append(score("raw pixels", train_pixels, relabelled(test_pixels, images.classes)))
         scores.append(score(untrained[0], *features(untrained[1])))
@@ -213,7 +215,7 @@ def evaluate(
         method=method,
         train_images=int(np.isin(trained[0].sample_ids.numpy(), bank).sum()),
         test_images=len(trained[1]),
-        image_size=config.data.image_size,
+        image_size=data.image_size,
         **settings,
         top1=scores[-1].top1,
         top5=scores[-1].top5,
@@ -228,8 +230,10 @@ def evaluate(
     return scores, record
 
 
-def _open(source: Source, train: str | None, test: str | None, say: Say) -> tuple[SimCLR, Checkpoint, LabelledImages]:
-    model, checkpoint = load_pretrained(source, say)
+def _open(
+    source: Source, train: str | None, test: str | None, image_size: int | None, say: Say
+) -> tuple[SimCLR, Checkpoint, LabelledImages]:
+    model, checkpoint = load_pretrained(source, say, image_size)
     config = checkpoint.config
     if not checkpoint.of_run and train is None:
         raise ConfigError([f"{checkpoint.path}: is of no run, so name labelled images with --train and --test"])
@@ -287,15 +291,18 @@ def known_accuracy(checkpoint: Checkpoint, say: Say) -> Mapping[str, float]:
     return figures
 
 
-def crop_share_of(checkpoint: Checkpoint, say: Callable[[str], None]) -> float:
-    """How much of a picture's shorter side an evaluation sees, for an export to state: all where they are S x S."""
-    data = checkpoint.config.data
+def crop_share_of(checkpoint: Checkpoint, image_size: int | None, say: Callable[[str], None]) -> float:
+    """How much of a picture's shorter side an evaluation sees, for an export to state: all where they are S x S.
+
+    image_size: S; None: that of the run's evaluations.
+    """
+    source, S = checkpoint.config.data.train, image_size or checkpoint.config.evaluation_data.image_size
     try:
-        whole = are_whole(data.train, data.image_size)
+        whole = are_whole(source, S)
     except (DataError, OSError) as error:
         say(
-            f"{data.train} cannot be looked at ({error}): pictures are taken to be larger than {data.image_size} x "
-            f"{data.image_size}, and cropped to {EVALUATION_SHARE}; otherwise give --crop 1"
+            f"{source} cannot be looked at ({error}): pictures are taken to be larger than {S} x {S}, and cropped to "
+            f"{EVALUATION_SHARE}; otherwise give --crop 1"
         )
         return EVALUATION_SHARE
     return 1.0 if whole else EVALUATION_SHARE

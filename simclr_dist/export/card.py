@@ -193,8 +193,8 @@ def render_card(
     epochs = f"{config.train.epochs} epochs planned, {checkpoint.step} steps and {checkpoint.samples_seen} samples seen"
     trained = (
         f"| Trained on | {markdown_cell(config.data.train)} (fingerprint {markdown_cell(checkpoint.fingerprint)}) |\n"
-        f"| Training | {epochs}; global batch {config.train.global_batch_size}, {config.data.num_views} views, "
-        f"temperature {_temperature(checkpoint)} |\n"
+        f"| Training | {epochs}; global batch {config.train.global_batch_size}, {config.data.num_views} views of "
+        f"{config.data.image_size} px, temperature {_temperature(checkpoint)} |\n"
     )
     introduction = _METHOD[config.loss.kind]
     if not checkpoint.of_run:
@@ -216,7 +216,7 @@ tags: [simclr, self-supervised, image-feature-extraction, {tag}]
 | | |
 |---|---|
 | Encoder | {markdown_cell(config.model.encoder)}, {config.model.stem} stem, h of width {feature_dim} |
-{trained}{_origin(checkpoint)}| Input | RGB, {config.data.image_size} px: {seen.sentence()} |
+{trained}{_origin(checkpoint)}| Input | RGB, {seen.image_size} px: {seen.sentence()} |
 | Mean, std | {", ".join(map(str, seen.mean))}; {", ".join(map(str, seen.std))} |
 | Licence | {markdown_cell(license)} |
 | Written by | simclr_dist {__version__} from {checkpoint.path.name} |

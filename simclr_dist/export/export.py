@@ -59,6 +59,7 @@ def export(
     format: Format = "torchvision",
     license: str = "unspecified",
     accuracy: Mapping[str, float] | None = None,
+    image_size: int | None = None,
     crop_share: float = EVALUATION_SHARE,
     overwrite: bool = False,
     push_to_hub: str | None = None,
@@ -68,8 +69,8 @@ def export(
     """Writes the encoder of a run or checkpoint to `out`, and its card to `out` + ".md", or README.md in the folder.
 
     accuracy: measured figures for the card, e.g. {"kNN top-1": 0.83}; shares between 0 and 1.
-    crop_share: of the shorter side of a picture, for the preprocessing that the export states; 1 where all pictures
-        are of the run's image size, and so stay whole.
+    image_size: side of the images for the preprocessing that the export states; None: that of the run's evaluations.
+    crop_share: of the shorter side of a picture, for the same; 1 where all pictures are of that size and stay whole.
     push_to_hub: a repository, private unless `public`, that the files and the card are uploaded to.
     Raises CheckpointError: no valid checkpoint. ExportError: `out` or its card exists, the format does not know the
     encoder, a library is missing, or the upload failed; then the export is on disk. RuntimeError: the self-check
@@ -81,8 +82,8 @@ def export(
         hub.check_repository(push_to_hub)
     _check_free(out, card, format, overwrite)
     require_writable(out.parent)
-    model, checkpoint = load_pretrained(source, warn)
-    seen = Preprocessing(checkpoint.config.data.image_size, crop_share)
+    model, checkpoint = load_pretrained(source, warn, image_size)
+    seen = Preprocessing(checkpoint.config.evaluation_data.image_size, crop_share)
 
     def describe(one_size: str = "") -> tuple[Loading, str]:
         address = _address(format, out, push_to_hub)
@@ -117,7 +118,7 @@ def _write_file(format: Format, model: SimCLR, checkpoint: Checkpoint, license: 
     with replaces(out) as temporary:
         written = writers[format](model.encoder, model.feature_dim, checkpoint, license, temporary)
         read_back = written.read_back if isinstance(written, OnnxGraph) else written
-        check_same_outputs(model.encoder, read_back, checkpoint.config.data.image_size)  # type: ignore[arg-type]
+        check_same_outputs(model.encoder, read_back, checkpoint.config.evaluation_data.image_size)  # type: ignore[arg-type]
     return written.one_size if isinstance(written, OnnxGraph) else ""
 
 

@@ -33,6 +33,7 @@ from simclr_dist.network.encoders import (
     torchvision_names,
     torchvision_network,
 )
+from simclr_dist.network.trial import refuses
 from simclr_dist.views.augment import MEAN, STD
 
 
@@ -87,7 +88,7 @@ def write_onnx(encoder: nn.Module, feature_dim: int, checkpoint: Checkpoint, lic
         import onnxscript  # noqa: F401  torch writes ONNX with it
     except ImportError as error:
         raise ExportError(f"--format onnx needs {error.name}: pip install 'simclr-dist[export]'") from None
-    S = checkpoint.config.data.image_size
+    S = checkpoint.config.evaluation_data.image_size
 
     def write(size: tuple[int, int], names: dict[int, Any], free_size: bool) -> ReadBack:
         program = torch.onnx.export(
@@ -115,7 +116,7 @@ def write_onnx(encoder: nn.Module, feature_dim: int, checkpoint: Checkpoint, lic
         return read_back
 
     other = (2 * S, 3 * S)  # not square, so that height and width are known to be free of each other
-    one_size, ort = _refuses(encoder, other), onnxruntime.capi.onnxruntime_pybind11_state
+    one_size, ort = refuses(encoder, other), onnxruntime.capi.onnxruntime_pybind11_state
     failures = (RuntimeError, ValueError, ort.Fail, ort.InvalidArgument, ort.InvalidGraph, ort.RuntimeException)
     if not one_size:
         sides = {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
@@ -127,16 +128,6 @@ def write_onnx(encoder: nn.Module, feature_dim: int, checkpoint: Checkpoint, lic
         else:
             return OnnxGraph(read_back)
     return OnnxGraph(write((S, S), {}, free_size=False), one_size)
-
-
-@torch.no_grad()
-def _refuses(encoder: nn.Module, size: tuple[int, int]) -> str:
-    """Why the network does not take images of this size; empty where it does."""
-    try:
-        encoder(torch.zeros(1, 3, *size))
-    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
-        return _first_line(error)
-    return ""
 
 
 def _first_line(error: Exception) -> str:
@@ -152,7 +143,7 @@ def metadata(checkpoint: Checkpoint, feature_dim: int, license: str) -> dict[str
         "encoder": checkpoint.config.model.encoder,
         "stem": checkpoint.config.model.stem,
         "feature_dim": str(feature_dim),
-        "image_size": str(checkpoint.config.data.image_size),
+        "image_size": str(checkpoint.config.evaluation_data.image_size),
         "mean": " ".join(map(str, MEAN)),
         "std": " ".join(map(str, STD)),
         "step": str(checkpoint.step),

@@ -20,13 +20,17 @@ from torch import Tensor, nn
 from simclr_dist.atomic import replaces
 from simclr_dist.bounded_json import parse_json
 from simclr_dist.config import Precision, parse_config
-from simclr_dist.errors import CheckpointError
+from simclr_dist.errors import CheckpointError, ConfigError
 from simclr_dist.evaluation.features import ImageBatch, Normalize, extract_features
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 
 Start = Literal["encoder", "head"]
+HEAD_IS_LINEAR = (
+    "start from the head: a head of one layer (model.head_layers: 1) gives z, which the loss compares, and has no "
+    "layer before that to keep; start from the encoder"
+)
 
 
 class Classifier(nn.Module):
@@ -34,6 +38,7 @@ class Classifier(nn.Module):
 
     `backbone` is the encoder, with start "head" followed by the first layer of the projection head. The linear map `fc`
     on top begins at zero. Where modules of `model` draw by key (network/random_layers.py), they do so here.
+    Raises ConfigError for start "head" where the head has that layer only.
     """
 
     def __init__(self, model: SimCLR, num_classes: int, start: Start = "encoder") -> None:
@@ -44,6 +49,8 @@ class Classifier(nn.Module):
         self.backbone: nn.Module = model.encoder
         if start == "head":
             names = [name for name, _ in model.projection_head.named_children()]
+            if "linear2" not in names:
+                raise ConfigError([HEAD_IS_LINEAR])
             first = [model.projection_head.get_submodule(name) for name in names[: names.index("linear2")]]
             width = first[0].out_features  # type: ignore[assignment]
             self.backbone = nn.Sequential(model.encoder, *first)

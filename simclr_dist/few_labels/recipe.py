@@ -26,7 +26,7 @@ from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.config import Count, ModelConfig, NonNegative, Positive, Section, flatten
 from simclr_dist.errors import ConfigError
 from simclr_dist.evaluation.offline import Say, evaluate
-from simclr_dist.few_labels.classifier import Start
+from simclr_dist.few_labels.classifier import HEAD_IS_LINEAR, Start
 from simclr_dist.few_labels.train import Settings, distill_classifier, finetune_checkpoint
 from simclr_dist.few_labels.unfinished import differences
 from simclr_dist.network.shape import shape_of_model
@@ -90,6 +90,8 @@ def check_recipe(recipe: Recipe, path: Path, model: ModelConfig, test: str | Non
         problems.append(f"{path}: labels: {list(recipe.labels)} names a share twice")
     if test is None:
         problems.append(f"{path}: accuracy is measured on data.test: add data.test=FILE to pretrain.overrides")
+    if recipe.finetune.start == "head" and model.head_layers == 1:
+        problems.append(f"{path}: finetune.start: {HEAD_IS_LINEAR}")
     for i, student in enumerate(recipe.distill):
         try:
             shape_of_model(ModelConfig.model_validate({**model.model_dump(), **student.changes()}))

@@ -96,18 +96,20 @@ def finetune_checkpoint(
     freeze: bool = False,
     train: str | None = None,
     test: str | None = None,
+    image_size: int | None = None,
     say: Say,
 ) -> dict[str, Any]:
     """Fine-tunes the encoder of a checkpoint with a share of the labels, or with freeze only a classifier on top.
 
-    subset_file: take these samples instead of drawing `share` by the settings' seed. Returns what result.json holds.
+    subset_file: take these samples instead of drawing `share` by the settings' seed. image_size: of crops and test
+    images; None: that of the run's evaluations. Returns what result.json holds.
     What was begun in `out` with the same settings is continued, what was finished there is not repeated.
     Raises CheckpointError, ConfigError, DataError, FloatingPointError, StoppedError.
     """
     device = settings.device
     found = same_on_all_ranks(source, device, say)
-    model, checkpoint = run_on_all_ranks(lambda: load_pretrained(found, say), device)
-    config = checkpoint.config
+    model, checkpoint = run_on_all_ranks(lambda: load_pretrained(found, say, image_size), device)
+    config, data = checkpoint.config, checkpoint.config.evaluation_data
     if not checkpoint.of_run:
         if train is None:
             raise ConfigError([f"{checkpoint.path}: is of no run, so name labelled images with --train and --test"])
@@ -147,8 +149,8 @@ def finetune_checkpoint(
             out,
             asked=asked,
             about={"checkpoint": str(checkpoint.path)},
-            classifier=_classifier(model, images, start, config.data, settings, say),
-            data=config.data,
+            classifier=_classifier(model, images, start, data, settings, say),
+            data=data,
             test_batch_size=config.evaluation.batch_size,
             config_json=config.model_dump_json(),
             images=images,
@@ -192,10 +194,12 @@ def distill_classifier(
         lambda: _images_for_students(source, test or config.data.test, teacher.class_names, teacher_file), device
     )
     torch.manual_seed(settings.seed)
-    section = ModelConfig.model_validate({**config.model.model_dump(), **(student or {})})
+    data = config.evaluation_data  # of the teacher's crops, and so of the student's
+    given = {"image_size": data.image_size, **(student or {})}
+    section = ModelConfig.model_validate({**config.model.model_dump(), **given})
     begin = None if student_from is None else same_on_all_ranks(student_from, device, say)
-    model, checkpoint = run_on_all_ranks(lambda: _student(section, config.data.image_size, begin, say), device)
-    student_config = checkpoint.config if checkpoint else config.model_copy(update={"model": section})
+    model, checkpoint = run_on_all_ranks(lambda: _student(section, data.image_size, begin, say), device)
+    student_config = checkpoint.config if checkpoint else config.model_copy(update={"model": section, "data": data})
     ids = None
     if subset_file is not None:
         ids = run_on_main(lambda: load_subset(subset_file, images.train_info).ids, device)
@@ -225,8 +229,8 @@ def distill_classifier(
                 "teacher": str(teacher_file),
                 "student_from": None if checkpoint is None else str(checkpoint.path),
             },
-            classifier=_classifier(model, images, "encoder", student_config.data, settings, say),
-            data=student_config.data,
+            classifier=_classifier(model, images, "encoder", student_config.evaluation_data, settings, say),
+            data=student_config.evaluation_data,
             test_batch_size=student_config.evaluation.batch_size,
             config_json=student_config.model_dump_json(),
             images=images,
@@ -247,15 +251,15 @@ def _name_of(ids: Sequence[int]) -> str:
 def _student(
     section: ModelConfig, image_size: int, student_from: Source | None, say: Say
 ) -> tuple[SimCLR, Checkpoint | None]:
-    """A fresh network, or that of a checkpoint, which must have been trained at `image_size`."""
+    """A fresh network, or that of a checkpoint, whose evaluations must see images of `image_size`."""
     if student_from is None:
         return build_model(section), None
     model, checkpoint = load_pretrained(student_from, say)
-    if (size := checkpoint.config.data.image_size) != image_size:
+    if (size := checkpoint.config.evaluation_data.image_size) != image_size:
         raise ConfigError(
             [
-                f"--student-from {checkpoint.path}: was trained on images of {size} px, the teacher on {image_size} "
-                f"px, and both see the same crops: take a student of data.image_size={image_size}"
+                f"--student-from {checkpoint.path}: is evaluated on images of {size} px, the teacher on {image_size} "
+                f"px, and both see the same crops: take a student of evaluation.image_size={image_size}"
             ]
         )
     return model, checkpoint
@@ -329,6 +333,7 @@ class _Job:
             "weight_decay": self.training.weight_decay,
             "batch_size": min(self.settings.batch_size, len(self.ids)),
             "precision": self.training.precision,
+            "image_size": self.data.image_size,
             "train_fingerprint": self.images.train_info.content_fingerprint,
             "test_fingerprint": self.images.test_info.content_fingerprint,
         }

@@ -76,7 +76,8 @@ class Unfinished:
             raise CheckpointError(f"{self.path}: is no unfinished training: {error}; {advice}") from None
         if not whole:
             raise CheckpointError(f"{self.path}: its content has changed since it was written; {advice}")
-        if changes := differences(asked, self.asked):
+        known = {key: value for key, value in self.asked.items() if key in asked}  # release 0.1 wrote down less
+        if changes := differences(asked, known):
             raise ConfigError(
                 [f"{self.path} is half of another training ({'; '.join(changes)}): undo the change, or {advice}"]
             )

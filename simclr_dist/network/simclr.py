@@ -59,7 +59,8 @@ def build_model(config: ModelConfig) -> SimCLR:
 def build_projection_head(in_dim: int, hidden_dim: int, out_dim: int, *, layers: int, batch_norm: str) -> nn.Sequential:
     """g: `layers` linear maps with ReLU between (2: SimCLR v1, section 4.2; 3: SimCLR v2, arXiv 2006.10029 section 3).
 
-    batch_norm: "all" also normalises z, as the authors' code does; "hidden" does not; "none" has biases instead.
+    hidden_dim: not looked at where there is one layer. batch_norm: "all" also normalises z, as the authors' code does;
+    "hidden" does not; "none" has biases instead.
     """
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     for i in range(1, layers + 1):

@@ -52,6 +52,35 @@ def try_model(config: ModelConfig, image_size: int) -> Tried:
             return Tried(network, _try_with_values(config, image_size))
 
 
+def check_evaluation_size(
+    config: ModelConfig, network: SimCLR, image_size: int, *, trained_at: int, asked_by: str = "evaluation.image_size"
+) -> None:
+    """Raises ConfigError where the encoder of `network`, which may have shapes only, takes no image of that side."""
+    if image_size == trained_at:
+        return
+    reason = refuses(network.encoder, (image_size, image_size))
+    if reason and next(network.parameters()).is_meta:  # an operation that needs values is no reason
+        reason = refuses(build_model(config).encoder, (image_size, image_size))
+    if reason:
+        raise ConfigError(
+            [
+                f"{asked_by}: {image_size}, but {config.encoder} is built for images of {trained_at} px, those of its "
+                f"training: leave it out ({reason})"
+            ]
+        )
+
+
+@torch.no_grad()
+def refuses(encoder: nn.Module, size: tuple[int, int]) -> str:
+    """Why the encoder, in evaluation mode, does not take images of this height and width; empty where it does."""
+    parameter = next(encoder.parameters(), torch.empty(0))
+    try:
+        encoder.eval()(torch.zeros(1, 3, *size, device=parameter.device))
+    except Exception as error:  # libraries and one's own encoders raise whatever they like
+        return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return ""
+
+
 def freeze(network: nn.Module, names: tuple[str, ...]) -> None:
     """Takes parameters out of training, as if they were constants."""
     for name in names:

@@ -80,15 +80,22 @@ class Insight:
 
 
 def look_into(
-    run: Source, *, train: str | None = None, test: str | None = None, images: int, device: torch.device
+    run: Source,
+    *,
+    train: str | None = None,
+    test: str | None = None,
+    images: int,
+    image_size: int | None = None,
+    device: torch.device,
 ) -> Insight:
     """Of the run's newest checkpoint, or of weights from elsewhere.
 
-    images: how many of its training images, and of its test images, are looked at.
+    images: how many of its training images, and of its test images, are looked at. image_size: side at which the
+    encoder sees them; None: as evaluations of the run do. Views are those of the training.
 
     Raises CheckpointError, DataError.
     """
-    model, checkpoint = load_pretrained(run)
+    model, checkpoint = load_pretrained(run, image_size=image_size)
     model.to(device)
     config = checkpoint.config
     if not checkpoint.of_run:
@@ -96,9 +103,9 @@ def look_into(
             raise DataError(f"{checkpoint.path}: is of no run, so name images with --train and --test")
         model.projection_head = nn.Sequential()  # the one there is was never trained: h takes the place of z
     given = {key: value for key, value in (("train", train), ("test", test)) if value is not None}
-    data = config.data.model_copy(update=given)
+    views, data = (section.model_copy(update=given) for section in (config.data, config.evaluation_data))
     batch_size = config.evaluation.batch_size
-    pairs, z = _views(data, config.augment, config.seed, model, device)
+    pairs, z = _views(views, config.augment, config.seed, model, device)
     positives, negatives = similarities(z)
     insight = Insight(checkpoint.step, pairs, positives, negatives, [])
     if not checkpoint.of_run:

@@ -24,12 +24,13 @@ def write_report(
     train: str | None = None,
     test: str | None = None,
     images: int = 5000,
+    image_size: int | None = None,
     device: torch.device,
     say: Callable[[str], None],
 ) -> int:
     """The number of characters of the page. runs: or weights from elsewhere.
 
-    train, test: None: those of each run. images: of each of them to look at.
+    train, test: None: those of each run. images: of each of them to look at, at side image_size.
 
     A run without a usable checkpoint or images is shown without them, which `say` is told. Raises DataError.
     """
@@ -40,7 +41,9 @@ def write_report(
         for remark in run.remarks:
             say(remark)
         try:
-            insights[name] = look_into(sources[run.path], train=train, test=test, images=images, device=device)
+            insights[name] = look_into(
+                sources[run.path], train=train, test=test, images=images, image_size=image_size, device=device
+            )
         except (CheckpointError, DataError) as error:
             if isinstance(sources[run.path], ForeignEncoder):
                 raise  # of these there is nothing else to show

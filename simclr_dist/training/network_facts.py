@@ -30,17 +30,18 @@ class NetworkFacts:
 
 
 def network_facts(config: Config) -> NetworkFacts:
-    """Raises ConfigError where the encoder is unknown, or cannot take such images."""
+    """Raises ConfigError where the encoder is unknown, or cannot take the images of trainings or evaluations."""
     if (known := _recall(config)) is not None:
         return known
     from simclr_dist.network.encoders import is_from_library
-    from simclr_dist.network.trial import try_model
+    from simclr_dist.network.trial import check_evaluation_size, try_model
     from simclr_dist.plan.memory import checkpoint_bytes, shape_of_training
 
-    tried = try_model(config.model, config.data.image_size)
+    tried, size = try_model(config.model, config.data.image_size), config.evaluation_data.image_size
+    check_evaluation_size(config.model, tried.network, size, trained_at=config.data.image_size)
     network = shape_of_training(config.model, config.loss) if config.loss.learn_temperature else tried.network
-    size = checkpoint_bytes(network, config.optim, config.model_dump(mode="json"))
-    found = NetworkFacts(tried.unused, tried.remark, size)
+    num_bytes = checkpoint_bytes(network, config.optim, config.model_dump(mode="json"))
+    found = NetworkFacts(tried.unused, tried.remark, num_bytes)
     if is_from_library(config.model.encoder):
         with suppress(OSError, RuntimeError):  # a home directory that cannot be written to, or none
             replace_text(_file(config), json.dumps(asdict(found)))
@@ -60,7 +61,7 @@ def _file(config: Config) -> Path:
     package = Path(simclr_dist.__file__).parent
     code = [path for room in ("network", "optim") for path in sorted((package / room).glob("*.py"))]
     settings = [config.model.model_dump(mode="json"), config.optim.model_dump(mode="json"), config.data.image_size]
-    settings += [config.loss.learn_temperature]
+    settings += [config.loss.learn_temperature, config.evaluation_data.image_size]
     digest = hashlib.sha256(json.dumps([settings, versions()]).encode())
     for path in code:
         digest.update(path.read_bytes())

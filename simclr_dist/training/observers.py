@@ -432,7 +432,7 @@ def build_observers(
     if images is not None:
         evaluation = OnlineEvaluation(
             images,
-            data=config.data,
+            data=config.evaluation_data,
             evaluation=config.evaluation,
             precision=precision,
             device=device,
@@ -448,7 +448,7 @@ def build_observers(
         show_gallery(
             parts.encoder,
             monitor,
-            data=config.data,
+            data=config.evaluation_data,
             batch_size=batch_size,
             precision=precision,
             samples_seen=samples_seen,
@@ -460,7 +460,9 @@ def build_observers(
     drift = None if origin is None else DriftGuard(origin)
 
     def measure_likeness() -> Likeness | None:
-        return likeness(parts.encoder, config.data, batch_size=batch_size, precision=precision, device=device)
+        return likeness(
+            parts.encoder, config.evaluation_data, batch_size=batch_size, precision=precision, device=device
+        )
 
     figures = Figures(
         config.monitor.log_every_steps,

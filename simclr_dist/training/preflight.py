@@ -18,7 +18,7 @@ import torch
 
 from simclr_dist.checkpoint.files import read_facts
 from simclr_dist.checkpoint.lineage import list_checkpoints
-from simclr_dist.config import Config, load_config
+from simclr_dist.config import Config, ModelConfig, load_config
 from simclr_dist.data.loading.evaluation_labels import check_evaluation_labels
 from simclr_dist.data.loading.labelled_images import check_loss_labels
 from simclr_dist.data.loading.open_images import describe
@@ -76,6 +76,7 @@ def check_training(config: Config, *, images_too: bool = True) -> Checked:
 
     network: list[NetworkFacts] = []
     collect(lambda: unused_settings(config.optim))
+    collect(lambda: _unused_of_head(config.model))
     collect(lambda: _check_network(config, network))
     collect(lambda: _check_run_directory(config, network))
     if network:
@@ -125,6 +126,12 @@ def _check_owner(config: Config) -> str:
     if config.run_dir.is_dir():
         refuse_if_owned(config.run_dir)
     return ""
+
+
+def _unused_of_head(model: ModelConfig) -> str:
+    if model.head_layers > 1 or model.head_hidden_dim is None:
+        return ""
+    return f"model.head_layers=1: this setting changes nothing with it: model.head_hidden_dim={model.head_hidden_dim}"
 
 
 def _check_network(config: Config, network: list[NetworkFacts]) -> str:
@@ -229,6 +236,7 @@ def main(argv: list[str]) -> None:
     checks: dict[str, Callable[[], str]] = {
         "owner": lambda: _check_owner(config),
         "optimizer": lambda: unused_settings(config.optim),
+        "head": lambda: _unused_of_head(config.model),
         "network": lambda: _check_network(config, network),
         "weights": lambda: _check_weights(config),
         "checkpoints": lambda: _check_run_directory(config, network),

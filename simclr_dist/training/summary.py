@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from simclr_dist.checkpoint.lineage import list_checkpoints
-from simclr_dist.config import Config, LossConfig
+from simclr_dist.config import Config, LossConfig, ModelConfig
 from simclr_dist.data import Loader
 from simclr_dist.loss.build import choices
 from simclr_dist.monitor.events import Summary
@@ -75,19 +75,21 @@ def start_rows(
     G, epoch = config.train.global_batch_size, loader.order.steps_per_epoch
     size, head = config.data.image_size, config.model.head_out_dim
     parameters = sum(p.numel() for p in model.parameters())
+    evaluated = f" (evaluations: {config.evaluation.image_size} px)" if config.evaluation_data != config.data else ""
     left_out = loader.num_samples - epoch * G
     warmup = f" after {config.optim.warmup_epochs:g} epochs" if config.optim.warmup_epochs else ""
     decay = "half a cosine to 0" if config.optim.schedule == "cosine" else "constant"
     return {
-        "data": f"{config.data.train}: {loader.num_samples:,} images, {config.data.num_views} views of {size} px, "
-        f"{epoch:,} steps an epoch" + (f"; each epoch leaves out another {left_out:,}" if left_out else ""),
+        "data": f"{config.data.train}: {loader.num_samples:,} images, {config.data.num_views} views of {size} px"
+        f"{evaluated}, {epoch:,} steps an epoch"
+        + (f"; each epoch leaves out another {left_out:,}" if left_out else ""),
         **({"read as": printable(loader.account.layout)} if loader.account is not None else {}),
         "global batch": split_of_batch(G, world, config.train.micro_batch_size),
         "learning rate": f"{config.optim.optimizer}, peak {learning_rate_formula(config)}{warmup}, then {decay}",
         **learning_rates_of_parts(config, model),
         "loss": loss_in_words(config.loss, config.data.num_views, G),
-        "model": f"{config.model.encoder} to {head} dimensions, {parameters:,} parameters"
-        + (f", {flops / 1e9:,.4f} GFLOP a view" if flops else ""),
+        "model": f"{config.model.encoder}, {_head_in_words(config.model)} to {head} dimensions, "
+        f"{parameters:,} parameters" + (f", {flops / 1e9:,.4f} GFLOP a view" if flops else ""),
         "device": f"{world.size} x {device_name(device)}, {config.train.precision}"
         + (", compiled" if config.train.compile else ""),
         "memory": f"{_mib(kept_bytes(config, model))} a device for parameters, gradients and optimiser; `simclr-dist "
@@ -131,7 +133,7 @@ def end_rows(
     knn = f"k={evaluation.knn_k}, T={evaluation.knn_temperature:g}, {bank or 0:,} training images"
     for name, tag, form in (
         ("loss", "train/loss", "{:.4f}"),
-        ("kNN top-1", "eval/knn_top1", f"{{:.2%}} ({knn}, {config.data.image_size} px)"),
+        ("kNN top-1", "eval/knn_top1", f"{{:.2%}} ({knn}, {config.evaluation_data.image_size} px)"),
         ("online probe top-1", "eval/probe_top1", "{:.2%}"),
         ("waited for data", "speed/data_wait_share", "{:.0%} of the last steps' time"),
         ("peak memory", "speed/memory_peak_gib", "{:.2f} GiB"),
@@ -142,6 +144,10 @@ def end_rows(
         rows["checkpoint"] = str(newest)
     rows["curves"] = f"tensorboard --logdir {config.runs_dir}"
     return rows
+
+
+def _head_in_words(model: ModelConfig) -> str:
+    return "linearly projected" if model.head_layers == 1 else f"by a head of {model.head_layers} layers"
 
 
 def split_of_batch(global_batch_size: int, world: World, micro_batch_size: int | None) -> str:
