@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr_dist.loss import NTXentLoss, implementations
-from simclr_dist.loss.tiled import Tiles, spans, triangle
+from simclr_dist.loss.enumeration import Within, rectangle
+from simclr_dist.loss.tiled import Tiles
 from simclr_dist.optim.micro_batch import backward_in_micro_batches
 from simclr_dist.parallel import distributed
 
@@ -92,8 +93,8 @@ def floor(symmetric: bool) -> Loss:
         z = F.normalize(z.detach(), dim=1)
         size = min(len(z), 512 if z.device.type == "cpu" else 4096)
         gradient, buffer = torch.zeros_like(z), z.new_empty(size * size)
-        parts = spans(0, len(z), size)
-        tiles = list(triangle(len(z), size)) if symmetric else [(i, j) for i in parts for j in parts]
+        whole = slice(0, len(z))
+        tiles = list(Within(0, 1, len(z), size).own() if symmetric else rectangle(whole, whole, size))
         for with_gradient in (False, True):
             for i, j in tiles:
                 rows, columns = z[i], z[j]
@@ -128,17 +129,16 @@ class FullColumns(Tiles):
     """Every rank sums its own rows against all columns, to show what dividing the pairs saves."""
 
     def sums(self) -> Tensor:
-        n, own = self.batch.num_rows, self.batch.own
-        sums = self.z.new_zeros(n)
-        for i, j in triangle(n, self.size):
+        own = self.batch.own
+        sums = self.z.new_zeros(self.batch.num_rows)
+        for i, j in self.tiles.own():
             e = self._exp(i, self.z, j, own.start, self._tile_to_keep() if self.keeps_tiles else self._e)
             sums[i] += e.sum(1)
             if i != j:
                 sums[j] += e.sum(0)
         self.all = self.batch.all_rows().to(self.z.dtype)
-        for j in (*spans(0, own.start, self.size), *spans(own.stop, len(self.all), self.size)):
-            for i in spans(0, n, self.size):
-                sums[i] += self._exp(i, self.all, j, 0, self._e).sum(1)
+        for i, j in self.tiles.others():
+            sums[i] += self._exp(i, self.all, j, 0, self._e).sum(1)
         return distributed.all_gather(sums)
 
 

@@ -47,6 +47,32 @@ def test_similarities_are_those_of_pairs(z: Tensor) -> None:
     assert np.sort(found.negatives, 1) == pytest.approx(np.sort(negatives, 1), abs=1e-6)
 
 
+GROUPS = [i % 20 for i in range(M)]  # three pairs of images belong together
+
+
+@pytest.mark.parametrize("groups", [None, GROUPS])
+@pytest.mark.parametrize("across", [False, True])
+def test_negatives_are_those_of_the_loss(z: Tensor, across: bool, groups: list[int] | None) -> None:
+    """Pairs across views, and rows of one group, which are no negatives of one another."""
+    unit, of_image, V = F.normalize(z.double(), dim=2), groups or list(range(M)), len(z)
+    found = health.similarities(z, across=across, groups=None if groups is None else torch.tensor(groups) + 2**40)
+    hits, seen = [], 0
+    for v, i in itertools.product(range(V), range(M)):
+        row = sorted(
+            float(unit[v, i] @ unit[w, j])
+            for w, j in itertools.product(range(V), range(M))
+            if of_image[j] != of_image[i] and (w != v or not across)
+        )
+        mine = found.negatives[v * M + i]
+        assert np.sort(mine[~mine.isnan()]) == pytest.approx(row, abs=1e-6)
+        positives = [float(unit[v, i] @ unit[w, i]) for w in range(V) if w != v]
+        assert found.positives[v * M + i].tolist() == pytest.approx(positives, abs=1e-6)
+        hits += [sum(n > p for n in row) < 5 for p in positives]
+        seen += len(row)
+    assert int((~found.negatives.isnan()).sum()) == seen
+    assert float(health.contrastive_accuracy(found, 5)) == pytest.approx(sum(hits) / len(hits))
+
+
 @pytest.mark.parametrize("k", [1, 5])
 def test_contrastive_accuracy_counts_rows_whose_positive_is_near(z: Tensor, k: int) -> None:
     positives, negatives = pairs_by_hand(z)
@@ -198,7 +224,7 @@ def test_sample_is_the_same_for_any_number_of_ranks(num_images: int, world_size:
     assert torch.equal(torch.stack(parts).sum(0), sample_of_rank(0, 1, num_images))
 
 
-def examined(rank: int, world_size: int) -> Findings:
+def examined(rank: int, world_size: int, groups: Tensor | None = None, **options: Any) -> Findings:
     """A step of a small network with global BatchNorm on 32 images, looked at."""
     network = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4)).double()
     generator = torch.Generator().manual_seed(3)
@@ -209,12 +235,19 @@ def examined(rank: int, world_size: int) -> Findings:
     B = 32 // world_size
     own = views[:, rank * B : (rank + 1) * B].flatten(0, 1)
     model: nn.Module = network if world_size == 1 else nn.parallel.DistributedDataParallel(network)
-    check = HealthCheck(2, network, World(rank, world_size))
+    check = HealthCheck(2, network, World(rank, world_size), **options)
     with check.record(2) as recording:
         z = model(own)
         z.square().mean().backward()
     assert recording is not None
-    return check.examine(recording, own.sin(), z, RankFacts(data_wait_share=0.1 * rank, memory_peak_gib=float(rank)))
+    facts = RankFacts(data_wait_share=0.1 * rank, memory_peak_gib=float(rank))
+    mine = None if groups is None else groups[rank * B : (rank + 1) * B]
+    return check.examine(recording, own.sin(), z, facts, group_ids=mine)
+
+
+def examined_in_groups(rank: int, world_size: int) -> Findings:
+    """Beyond float32's integers, so that 2**40 and 2**40 + 1 are two groups."""
+    return examined(rank, world_size, torch.arange(32) // 2 % 11 + 2**40, across=True)
 
 
 def norms_of_rank(rank: int, world_size: int) -> tuple[float, float, float]:
@@ -257,6 +290,7 @@ def crafted(rank: int, world_size: int) -> Findings:
 def everything_of_rank(rank: int, world_size: int) -> dict[str, Any]:
     return {
         "examined": examined(rank, world_size),
+        "examined in groups": examined_in_groups(rank, world_size),
         "norms": norms_of_rank(rank, world_size),
         "apart": ranks_apart(rank, world_size),
         "crafted": crafted(rank, world_size),
@@ -284,6 +318,24 @@ def test_values_are_the_same_on_one_and_two_ranks(two_ranks: list[Any]) -> None:
     assert first.scalars["ranks/memory_peak_gib_max"] == 1
     assert first.scalars["ranks/grad_norm_min"] < first.scalars["ranks/grad_norm_max"]
     assert first.scalars["ranks/grad_disagreement"] > 0
+
+
+@pytest.mark.distributed
+def test_groups_and_pairs_across_are_the_same_on_one_and_two_ranks_too(two_ranks: list[Any]) -> None:
+    alone, of_all = examined_in_groups(0, 1), examined(0, 1)
+    found = {tag: two_ranks[0]["examined in groups"].scalars[tag] for tag in alone.scalars}
+    assert found == pytest.approx(alone.scalars, rel=1e-6)
+    counted = {
+        name: sum(f.histograms["health/similarity_of_negatives"].counts)
+        for name, f in (("in groups", alone), ("of all", of_all))
+    }
+    together = sum((torch.arange(32) // 2 % 11 == group).sum().item() ** 2 for group in range(11))
+    assert counted == {"in groups": 2 * (32 * 32 - together), "of all": 64 * 62}
+    assert alone.scalars["health/contrastive_top1"] >= of_all.scalars["health/contrastive_top1"]
+    one_group = examined(0, 1, torch.zeros(32, dtype=torch.int64))
+    assert one_group.scalars["health/contrastive_top1"] == 1
+    assert "health/similarity_of_negatives" not in one_group.histograms
+    assert "health/similarity_negative" not in one_group.scalars
 
 
 @pytest.mark.distributed

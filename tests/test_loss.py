@@ -5,18 +5,21 @@ Over several processes: tests/distributed/test_loss_*.py. GPU: test_loss_triton.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from simclr_dist.config import LossConfig
 from simclr_dist.loss import NonFiniteError, NTXentLoss, SupConLoss, nt_xent, tiled
 from simclr_dist.loss.agreement import Settings
 from simclr_dist.loss.build import build_loss, choices
+from simclr_dist.loss.enumeration import PAIRS, Across, Pairs, Within
 
 IMPLEMENTATIONS = ["plain", "tiled", "tiled by 3"]
 
@@ -72,6 +75,22 @@ def sup_con_by_loops(x: Tensor, temperature: float, labels: Tensor, num_views: i
         for p in positives:
             total -= ((z[i] @ z[p] / temperature).exp() / denominator).log() / len(positives) / N
     return total
+
+
+def clip_by_cross_entropy(
+    x: Tensor, temperature: Tensor, groups: Tensor | None = None, decoupled: bool = False
+) -> Tensor:
+    """The mean of both directions of view 0 [G, K] against view 1; groups [G] are no negatives of one another."""
+    s = torch.stack(unit(x)).unflatten(0, (2, -1))
+    s = s[0] @ s[1].T / temperature
+    own = torch.eye(len(s), dtype=torch.bool)
+    hidden = own if groups is None else groups[:, None] == groups
+    s = s.masked_fill(hidden & ~own, -torch.inf)
+    if not decoupled:
+        return (F.cross_entropy(s, own.nonzero()[:, 1]) + F.cross_entropy(s.T, own.nonzero()[:, 1])) / 2
+    some = ~hidden.all(1)  # a row without negatives adds nothing
+    negatives = [x.masked_fill(own, -torch.inf)[some].logsumexp(1) for x in (s, s.T)]
+    return sum(((log_q - s.diagonal()[some]).sum() for log_q in negatives), s.new_zeros(())) / (2 * len(s))
 
 
 def value_and_gradients(function: Callable[..., Tensor], x: Tensor, temperature: float) -> list[Tensor]:
@@ -158,15 +177,59 @@ def test_duplicates_are_no_negatives_and_are_counted(implementation: str, ids: l
     assert int(loss.masked_duplicates) == count
 
 
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_pairs_across_are_cross_entropy_in_both_directions(implementation: str, batch: str, temperature: float) -> None:
+    x = BATCHES[batch]
+    found = value_and_gradients(
+        lambda z, tau: nt_xent(z, tau, pairs="across", implementation=implementation), x, temperature
+    )
+    assert_close(found, value_and_gradients(clip_by_cross_entropy, x, temperature))
+
+
+GROUPS = [[0, 1, 2, 3, 4, 5, 6], [5, 1, 5, -3, 1, 5, 9], [2**40, 7, 2**40 + 2**32, -(2**40), 7, 2**40, 0], [4] * 7]
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_rows_of_one_group_are_no_negatives_and_keep_their_positive(
+    implementation: str, groups: list[int], decoupled: bool, temperature: float
+) -> None:
+    x, numbers = random_rows(14, 6), torch.tensor(groups)
+    options = {"decoupled": decoupled, "implementation": implementation}
+    within = value_and_gradients(lambda z, tau: nt_xent(z, tau, group_ids=numbers, **options), x, temperature)
+    assert_close(
+        within, value_and_gradients(lambda z, tau: nt_xent_by_loops(z, tau, numbers, 2, decoupled), x, temperature)
+    )
+    across = value_and_gradients(
+        lambda z, tau: nt_xent(z, tau, pairs="across", group_ids=numbers, **options), x, temperature
+    )
+    assert_close(
+        across, value_and_gradients(lambda z, tau: clip_by_cross_entropy(z, tau, numbers, decoupled), x, temperature)
+    )
+
+
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_groups_of_one_are_no_groups_and_the_groups_count_before_the_samples(pairs: Pairs) -> None:
+    x = random_rows(14, 6, torch.float32)
+    loss = NTXentLoss(0.2, pairs=pairs)
+    alone = value_and_gradients(lambda z, _: loss(z), x, 0.2)
+    for ids in ({"group_ids": torch.arange(7)}, {"sample_ids": [3] * 7, "group_ids": range(7)}):
+        for a, b in zip(value_and_gradients(lambda z, _, ids=ids: loss(z, **ids), x, 0.2), alone, strict=True):
+            assert torch.equal(a, b)
+    together = loss(x, torch.arange(7), group_ids=[0, 0, 1, 2, 3, 4, 4])
+    assert int(loss.masked_duplicates) == 2
+    assert float(together) < float(alone[0])
+
+
 def test_gradcheck(implementation: str) -> None:
     x = random_rows(10, 4).requires_grad_()
     tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     ids = torch.tensor([0, 1, 0, 2, 3])
-    for decoupled in (False, True):
-        assert torch.autograd.gradcheck(
-            lambda z, t, decoupled=decoupled: nt_xent(z, t, ids, decoupled=decoupled, implementation=implementation),
-            (x, tau),
-        )
+    for decoupled, pairs in itertools.product((False, True), PAIRS):
+        options = {"decoupled": decoupled, "pairs": pairs, "implementation": implementation}
+        assert torch.autograd.gradcheck(lambda z, t, options=options: nt_xent(z, t, ids, **options), (x, tau))
     sup_con = SupConLoss(0.3, implementation, learn_temperature=True).double()  # type: ignore[arg-type]
     assert torch.autograd.gradcheck(lambda z, log_tau: sup_con(z, ids), (x, sup_con.log_temperature))
 
@@ -191,6 +254,35 @@ def test_identical_rows_cost_log_of_the_number_of_choices(implementation: str, N
     assert nt_xent(rows, implementation=implementation).item() == pytest.approx(math.log(N - 1), rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", [Within, Across])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("num_rows", "size"), [(2, 2), (6, 2), (10, 3), (10, 16)])
+def test_all_ranks_together_have_a_tile_for_every_pair_once(
+    kind: type[Within | Across], world_size: int, num_rows: int, size: int
+) -> None:
+    """Of Within those of a row with itself, and in its own block both of two rows of a tile, beside."""
+    N, B = num_rows * world_size, num_rows // 2
+    view = torch.arange(N) // B % 2
+    wanted = torch.ones(N, N) if kind is Within else (view[:, None] != view).float()
+    once, of_all_columns = torch.zeros(N, N), torch.zeros(N, N)
+    for rank in range(world_size):
+        tiles, first = kind(rank, world_size, num_rows, size), rank * num_rows
+        for own, (i, j) in [*((True, t) for t in tiles.own()), *((False, t) for t in tiles.shared())]:
+            assert i.stop - i.start <= size
+            assert j.stop - j.start <= size
+            rows = slice(i.start + first, i.stop + first)
+            columns = slice(j.start + first, j.stop + first) if own else j
+            once[rows, columns] += 1
+            if rows != columns:
+                once[columns, rows] += 1
+            if own:
+                of_all_columns[rows, columns] = of_all_columns[columns, rows] = 1
+        for i, j in tiles.others():
+            of_all_columns[i.start + first : i.stop + first, j] += 1
+    assert torch.equal(once, wanted)
+    assert torch.equal(of_all_columns, wanted)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Float32 and less
 
@@ -200,11 +292,13 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("rows", [512, 1300])
-def test_float32_gradient_is_exact_to_a_millionth(rows: int) -> None:
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_float32_gradient_is_exact_to_a_millionth(rows: int, pairs: Pairs) -> None:
     x = random_rows(rows, 32, torch.float32)
-    expected = value_and_gradients(lambda z, t: nt_xent(z, t, implementation="plain"), x.double(), 0.1)
+    plain = {"pairs": pairs, "implementation": "plain"}
+    expected = value_and_gradients(lambda z, t: nt_xent(z, t, **plain), x.double(), 0.1)
     for name in ("plain", "tiled"):
-        found = value_and_gradients(lambda z, t, name=name: nt_xent(z, t, implementation=name), x, 0.1)
+        found = value_and_gradients(lambda z, t, name=name: nt_xent(z, t, pairs=pairs, implementation=name), x, 0.1)
         assert relative_error(found[0], expected[0]) < 1e-6
         assert relative_error(found[1], expected[1]) < 1e-6
         assert relative_error(found[2], expected[2]) < 1e-5
@@ -261,6 +355,9 @@ def test_low_temperatures_stay_finite_and_right_in_float32(batch: str, temperatu
     expected = value_and_gradients(lambda z, t: nt_xent_by_loops(z, t, None), x.double(), temperature)
     found = value_and_gradients(lambda z, t: nt_xent(z, t, implementation="tiled"), x, temperature)
     assert_close([g.double() for g in found], expected, tolerance=1e-4)
+    expected = value_and_gradients(clip_by_cross_entropy, x.double(), temperature)
+    found = value_and_gradients(lambda z, t: nt_xent(z, t, pairs="across", implementation="tiled"), x, temperature)
+    assert_close([g.double() for g in found], expected, tolerance=1e-4)
 
 
 def test_a_temperature_beyond_float64_is_refused_with_a_way_out() -> None:
@@ -306,11 +403,13 @@ def test_a_learned_temperature_is_kept_between_its_limits_and_the_code_is_chosen
 KINDS = ("nt_xent", "dcl", "supcon")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_views", [2, 4])
-def test_guessing_costs_the_logarithm_of_what_the_summary_says(kind: str, num_views: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "num_views", "pairs"),
+    [*((kind, V, "within") for kind in KINDS for V in (2, 4)), ("nt_xent", 2, "across"), ("dcl", 2, "across")],
+)
+def test_guessing_costs_the_logarithm_of_what_the_summary_says(kind: str, num_views: int, pairs: Pairs) -> None:
     """Where all rows are alike, nothing is known: the value of each kind of loss is ln of the rows it chooses among."""
-    config, G = LossConfig(kind=kind, temperature=0.3), 6  # type: ignore[arg-type]
+    config, G = LossConfig(kind=kind, pairs=pairs, temperature=0.3), 6  # type: ignore[arg-type]
     z, labels = torch.full((num_views * G, 5), 0.4, dtype=torch.float64), torch.tensor([0, 0, 1, -1, 2, -1])
     value = build_loss(config, num_views)(z, labels if kind == "supcon" else torch.arange(G))
     assert float(value) == pytest.approx(math.log(choices(config, num_views, G)), rel=1e-12)
@@ -368,6 +467,9 @@ def test_rows_may_be_a_view_of_something_larger(implementation: str) -> None:
         (torch.zeros(4, 4), {"sample_ids": [0, 1, 2]}, r"3 sample ids \(or labels\) for 2 images"),
         (torch.zeros(4, 4, dtype=torch.int64), {}, "z must be float16, bfloat16, float32 or float64"),
         (torch.zeros(4, 4), {"num_views": 1}, "num_views is 1; a positive needs at least 2 views"),
+        (torch.zeros(6, 4), {"num_views": 3, "pairs": "across"}, "view 0 with view 1; num_views must be 2, found 3"),
+        (torch.zeros(4, 4), {"pairs": "between"}, "unknown pairs 'between'; known: within, across"),
+        (torch.zeros(4, 4), {"group_ids": [0, 1, 2]}, r"3 sample ids \(or labels\) for 2 images"),
         (torch.zeros(4, 4), {"temperature": 0.0}, "the temperature is 0.0; it must be a positive number"),
         (torch.zeros(4, 4), {"temperature": math.nan}, "the temperature is nan"),
         (torch.zeros(4, 4), {"sample_ids": torch.arange(4)}, r"4 sample ids \(or labels\) for 2 images"),
@@ -393,6 +495,7 @@ def test_what_cannot_be_used_is_refused_in_words(z: Tensor, options: dict, messa
         (lambda z: nt_xent(z.numpy()), r"z must be a tensor .*, found a ndarray$"),
         (lambda z: nt_xent(z, "0.1"), "the temperature must be a number, found '0.1'"),
         (lambda z: SupConLoss()(z, None), "needs labels .* use NTXentLoss"),
+        (lambda z: SupConLoss(pairs="across")(z, [0, 1]), "argument 'pairs'"),
     ],
 )
 def test_mistakes_in_the_call_are_named(call: Callable[[Tensor], Tensor], message: str) -> None:

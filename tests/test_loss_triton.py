@@ -17,6 +17,7 @@ from torch import Tensor
 from simclr_dist.config import load_config
 from simclr_dist.loss import NTXentLoss, implementations, nt_xent
 from simclr_dist.loss.batch import GlobalBatch
+from simclr_dist.loss.enumeration import Pairs
 from simclr_dist.loss.implementations import Choice, choose
 from simclr_dist.loss.tiled import Tiles
 from simclr_dist.parallel.distributed import World
@@ -38,14 +39,16 @@ def unit_rows(n: int, K: int, row_dtype: torch.dtype = torch.float32, seed: int 
 # ---------------------------------------------------------------------------------------------------------------------
 # The arithmetic
 
-# B, V, K, whether there are duplicates, row dtype, what is hidden: less than a block and more, padded widths and whole
-# ones, the width whose blocks are the smallest; one image, which is one key for all rows
+# B, V, K, whether there are duplicates, row dtype, what is hidden, pairs: less than a block and more, padded widths and
+# whole ones, the width whose blocks are the smallest; one image, which is one key for all rows
 BATCHES = [
-    (1, 2, 3, False, torch.float32, "image"),
-    (5, 3, 16, True, torch.float32, "image"),
-    (5, 3, 16, True, torch.float32, "self"),
-    (33, 2, 24, True, torch.bfloat16, "image"),
-    (24, 2, 200, False, torch.float32, "image"),
+    (1, 2, 3, False, torch.float32, "image", "within"),
+    (5, 3, 16, True, torch.float32, "image", "within"),
+    (5, 3, 16, True, torch.float32, "self", "within"),
+    (33, 2, 24, True, torch.bfloat16, "image", "within"),
+    (24, 2, 200, False, torch.float32, "image", "within"),
+    (1, 2, 3, False, torch.float32, "image", "across"),
+    (70, 2, 24, True, torch.float32, "image", "across"),
 ]
 
 
@@ -55,12 +58,15 @@ def errors_in_the_interpreter(rank: int, world_size: int) -> list[tuple[float, f
     from simclr_dist.loss.triton_kernels import Kernels
 
     found = []
-    for B, V, K, duplicates, row_dtype, hide in BATCHES:
+    for B, V, K, duplicates, row_dtype, hide, pairs in BATCHES:
         z = unit_rows(V * B, K, row_dtype)
         ids = torch.arange(B) // (2 if duplicates else 1) + 2**40
-        kernels = Kernels(GlobalBatch(z, lambda z=z: z, ids, 0.2, V, row_dtype=row_dtype), hide)
+        kernels = Kernels(GlobalBatch(z, lambda z=z: z, ids, 0.2, V, row_dtype=row_dtype, pairs=pairs), hide)
         keys = ids.repeat(V) if hide == "image" else torch.arange(V * B)
         e = (z.double() @ z.double().T / 0.2).exp() * (keys[:, None] != keys)
+        if pairs == "across":
+            view = torch.arange(V).repeat_interleave(B)
+            e = e * (view[:, None] != view)
         sums = kernels.sums()
         a = 1 / e.sum(1).clamp(min=1e-30) * (e.sum(1) > 0)
         gradient = kernels.gradient_rows(a.float())
@@ -79,8 +85,8 @@ def test_kernels_are_as_exact_as_float32_in_the_interpreter() -> None:
         assert max(errors) < 1e-6, batch
 
 
-def counted_products(rank: int, world_size: int, parts: int) -> dict[str, int]:
-    """Floating-point operations of the matrix products, by kernel, for one tile of rows and two of columns."""
+def counted_products(rank: int, world_size: int, parts: int, pairs: Pairs) -> dict[str, int]:
+    """Floating-point operations of the matrix products, by kernel, for four tiles of 64 x 64."""
     use_interpreter()
     from triton.runtime.interpreter import interpreter_builder
 
@@ -93,10 +99,8 @@ def counted_products(rank: int, world_size: int, parts: int) -> dict[str, int]:
         counted[kernel] += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
         return create_dot(a, b, *args)
 
-    z = unit_rows(64, 16)
-    kernels = Kernels(
-        GlobalBatch(z, lambda: z, None, 0.2, 2, row_dtype=torch.float32 if parts == 2 else torch.bfloat16), "self"
-    )
+    z, row_dtype = unit_rows(128, 16), torch.float32 if parts == 2 else torch.bfloat16
+    kernels = Kernels(GlobalBatch(z, lambda: z, None, 0.2, 2, row_dtype=row_dtype, pairs=pairs), "image")
     with mock.patch.object(interpreter_builder, "create_dot", count):
         kernel = "sums"
         sums = kernels.sums()
@@ -108,8 +112,10 @@ def counted_products(rank: int, world_size: int, parts: int) -> dict[str, int]:
 @pytest.mark.parametrize(("parts", "sums", "gradient"), [(2, 3, 6), (1, 1, 3)])
 def test_rows_of_16_bits_need_4_products_instead_of_9(parts: int, sums: int, gradient: int) -> None:
     """At N = 65,536 and K = 128: 4.4 TFLOP instead of 9.9."""
-    product = 2 * 64 * 64 * 16
-    assert run_ranks(1, counted_products, parts) == [{"sums": sums * product, "gradient": gradient * product}]
+    product = 4 * 2 * 64 * 64 * 16
+    found = run_ranks(1, counted_products, parts, "within")
+    assert found == [{"sums": sums * product, "gradient": gradient * product}]
+    assert run_ranks(1, counted_products, parts, "across") == [{name: n // 2 for name, n in found[0].items()}]
     of_n_65536 = 2 * 65536**2 * 128 * (sums + gradient) / 1e12
     assert of_n_65536 == pytest.approx({2: 9.9, 1: 4.4}[parts], abs=0.05)
 

@@ -18,6 +18,7 @@ from simclr_dist.checkpoint.files import take_snapshot, write_checkpoint
 from simclr_dist.config import Config, LossConfig, ModelConfig, load_config
 from simclr_dist.loss import NTXentLoss
 from simclr_dist.loss.build import build_loss
+from simclr_dist.loss.enumeration import Pairs
 from simclr_dist.loss.memory import workspace_bytes
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
 from simclr_dist.network.simclr import build_model
@@ -195,15 +196,18 @@ def test_loss_workspace_is_within_a_factor_of_what_the_loss_holds(implementation
     assert live.peak < predicted < 1.4 * live.peak
 
 
-@pytest.mark.parametrize(("kind", "num_views"), [("supcon", 2), ("supcon", 4), ("dcl", 4)])
-def test_loss_workspace_of_the_variants_is_within_a_factor_too(kind: str, num_views: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "num_views", "pairs"),
+    [("supcon", 2, "within"), ("supcon", 4, "within"), ("dcl", 4, "within"), ("nt_xent", 2, "across")],
+)
+def test_loss_workspace_of_the_variants_is_within_a_factor_too(kind: str, num_views: int, pairs: Pairs) -> None:
     z = torch.randn(num_views * 512, 128, requires_grad=True)
     z.grad = torch.zeros_like(z)
-    loss = build_loss(LossConfig(kind=kind), num_views)  # type: ignore[arg-type]
+    loss = build_loss(LossConfig(kind=kind, pairs=pairs), num_views)  # type: ignore[arg-type]
     with LiveBytes() as live:
         loss(z, torch.arange(512)).backward()
     found = workspace_bytes(
-        len(z), 128, world_size=1, device_type="cpu", num_views=num_views, supervised=kind == "supcon"
+        len(z), 128, world_size=1, device_type="cpu", num_views=num_views, supervised=kind == "supcon", pairs=pairs
     )
     assert live.peak < found < 1.4 * live.peak
 

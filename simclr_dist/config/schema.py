@@ -97,6 +97,10 @@ class LossConfig(Section):
     kind: Literal["nt_xent", "dcl", "supcon"] = Field(
         "nt_xent", description="`dcl`: the positive is not in the denominator; `supcon`: data.train's labels decide."
     )
+    pairs: Literal["within", "across"] = Field(
+        "within",
+        description="`within`: all rows of other images are negatives; `across`: those of the other view only (CLIP).",
+    )
     temperature: Positive = Field(0.1, description="Where a learnt one begins.")
     learn_temperature: bool = Field(False, description="Its logarithm is trained like a bias: no weight decay.")
     temperature_min: Positive = Field(0.02, description="A learnt one goes no lower; CLIP's limit is 0.01.")
@@ -283,6 +287,12 @@ class Config(Section):
             raise ValueError(
                 f"loss.temperature ({loss.temperature:g}) must lie between loss.temperature_min "
                 f"({loss.temperature_min:g}) and loss.temperature_max ({loss.temperature_max:g}): a learnt one stays so"
+            )
+        if loss.pairs == "across" and (loss.kind == "supcon" or self.data.num_views != 2):
+            what = f"data.num_views is {self.data.num_views}" if loss.kind != "supcon" else "loss.kind is supcon"
+            raise ValueError(
+                f"loss.pairs=across compares the two views of nt_xent or dcl with each other, but {what}: set it back, "
+                "or set loss.pairs to within"
             )
         if self.optim.optimizer == "sgd" and self.optim.nesterov and not self.optim.momentum:
             raise ValueError("optim.nesterov looks ahead along the momentum: set optim.momentum above 0")

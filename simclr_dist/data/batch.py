@@ -24,6 +24,8 @@ class Batch:
     views: uint8 [V, B, H, W, 3]; view 0 of all images, then view 1, and so on.
     sample_ids: int64 [B], the images' numbers in their dataset.
     labels: int64 [B], -1 where there is none; only SupCon uses them.
+    group_ids: int64 [B], the same for samples of equal content, captions of one image, and the like: the loss makes
+        them no negatives of one another. None: each sample is of its own kind. SupCon goes by labels.
     epoch: with the seed and the ids it determines every random draw.
     """
 
@@ -33,6 +35,7 @@ class Batch:
     epoch: int
     # The ids again, on the host: random parameters are drawn there, and reading ids back would wait for the device.
     host_ids: NDArray[np.int64] = field(default=None, repr=False, compare=False)  # type: ignore[arg-type]
+    group_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.host_ids is None:
@@ -42,7 +45,8 @@ class Batch:
         views, ids, labels = (
             x.to(device, non_blocking=non_blocking) for x in (self.views, self.sample_ids, self.labels)
         )
-        return Batch(views, ids, labels, self.epoch, self.host_ids)
+        groups = None if self.group_ids is None else self.group_ids.to(device, non_blocking=non_blocking)
+        return Batch(views, ids, labels, self.epoch, self.host_ids, groups)
 
 
 class Loader(Protocol):

@@ -62,11 +62,15 @@ class Recording:
 class HealthCheck:
     """every: steps between two checks; None: never. All ranks must call `record` and `examine` together."""
 
-    def __init__(self, every: int | None, model: nn.Module, world: World, *, num_views: int = 2) -> None:
+    def __init__(
+        self, every: int | None, model: nn.Module, world: World, *, num_views: int = 2, across: bool = False
+    ) -> None:
+        """across: the loss compares a row with those of the other view only."""
         self._every = every
         self._model = model
         self._world = world
         self._num_views = num_views
+        self._across = across
         self._norms = health.tracking_norms(model)
         self._collapse, self._starvation, self._divergence = Alarm(PATIENCE), Alarm(PATIENCE), Alarm(1)
 
@@ -96,14 +100,22 @@ class HealthCheck:
 
     @torch.no_grad()
     def examine(
-        self, recording: Recording, h: Tensor, z: Tensor, facts: RankFacts, *, grad_scale: float = 1.0
+        self,
+        recording: Recording,
+        h: Tensor,
+        z: Tensor,
+        facts: RankFacts,
+        *,
+        group_ids: Tensor | None = None,
+        grad_scale: float = 1.0,
     ) -> Findings:
-        """After a recorded step. h [V*B, D], z [V*B, K], view after view; grad_scale: the GradScaler's factor.
+        """After a recorded step. h [V*B, D], z [V*B, K], view after view; group_ids int64 [B], as the loss has them;
+        grad_scale: the GradScaler's factor.
 
         What fails on one rank fails on all: the first raises its own exception, the others FailedElsewhereError.
         """
 
-        def prepare() -> tuple[Tensor, Tensor, Tensor]:
+        def prepare() -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
             if recording.failure is not None:
                 raise recording.failure
             assert recording.local_norm is not None
@@ -113,28 +125,32 @@ class HealthCheck:
             own[0, :2] = torch.stack([recording.local_norm, recording.averaged_norm])
             V = self._num_views
             h_sample = own_sample(h[None, : len(h) // V], self._world)  # one view will do
-            z_sample = own_sample(z.unflatten(0, (V, -1)), self._world, max(MAX_ROWS // V, 2))
-            return h_sample, z_sample, own
+            images = max(MAX_ROWS // V, 2)
+            z_sample = own_sample(z.unflatten(0, (V, -1)), self._world, images)
+            groups = None if group_ids is None else own_sample(group_ids[None, :, None], self._world, images)
+            return h_sample, z_sample, groups, own
 
-        h_sample, z_sample, own = run_on_all_ranks(prepare, z.device, catch=Exception)
+        h_sample, z_sample, groups, own = run_on_all_ranks(prepare, z.device, catch=Exception)
         h_sample = distributed.all_reduce_sum_(h_sample)[0]
         z_sample = distributed.all_reduce_sum_(z_sample)
+        if groups is not None:
+            groups = distributed.all_reduce_sum_(groups).flatten()
         ranks = distributed.all_gather(own)  # [W, 4]
         if not self._world.is_main:
             return Findings()
         found = Findings()
-        self._check_space(h_sample, z_sample, found)
+        self._check_space(h_sample, z_sample, groups, found)
         self._check_batch_norm(recording, found)
         self._check_ranks(ranks.cpu(), grad_scale, found)
         return found
 
-    def _check_space(self, h: Tensor, z: Tensor, found: Findings) -> None:
-        """h [M, D], z [V, M, K]."""
-        near = health.similarities(z)
+    def _check_space(self, h: Tensor, z: Tensor, groups: Tensor | None, found: Findings) -> None:
+        """h [M, D], z [V, M, K], groups [M]."""
+        near = health.similarities(z, across=self._across, groups=groups)
+        negatives = near.negatives if groups is None else near.negatives[~near.negatives.isnan()]
         h_spread, z_spread = health.spread(h), health.spread(z.flatten(0, 1))
         values = {
             "health/similarity_positive": near.positives.mean(),
-            "health/similarity_negative": near.negatives.mean(),
             "health/contrastive_top1": health.contrastive_accuracy(near, 1),
             "health/contrastive_top5": health.contrastive_accuracy(near, 5),
             "health/alignment": health.alignment(near),
@@ -146,9 +162,12 @@ class HealthCheck:
             "health/h_rankme": health.rankme(h),
             "health/z_rankme": health.rankme(z[0]),
         }
+        if negatives.numel():  # a batch of one group has none
+            values["health/similarity_negative"] = negatives.mean()
         found.scalars |= to_numbers(values)
         found.histograms["health/similarity_of_positives"] = health.histogram(near.positives)
-        found.histograms["health/similarity_of_negatives"] = health.histogram(near.negatives)
+        if negatives.numel():
+            found.histograms["health/similarity_of_negatives"] = health.histogram(negatives)
         spread, rank = found.scalars["health/z_std_mean"], found.scalars["health/h_rankme"]
         if self._collapse.rings(spread < COLLAPSED_SPREAD or rank < COLLAPSED_RANK):
             found.warnings.append(
@@ -192,7 +211,8 @@ class HealthCheck:
 
 
 def own_sample(x: Tensor, world: World, num_images: int = MAX_IMAGES) -> Tensor:
-    """This rank's part of a sample of the global batch: x [V, B, d] -> [V, M, d] in float32 at least, zeros elsewhere.
+    """This rank's part of a sample of the global batch: x [V, B, d] -> [V, M, d], floats in float32 at least, zeros
+    elsewhere.
 
     The M = min(G, num_images) images are spread evenly over the global batch (whose image r*B + b is image b of rank
     r), the same for any number of ranks. The sum over ranks is the whole sample.
@@ -203,7 +223,8 @@ def own_sample(x: Tensor, world: World, num_images: int = MAX_IMAGES) -> Tensor:
     # Sample j is image floor(j G / M). It lies on rank r if r B <= j G / M < (r + 1) B.
     first, stop = -(-world.rank * M // W), -(-(world.rank + 1) * M // W)
     own = torch.arange(first, stop, device=x.device) * G // M - world.rank * B
-    sample = x.new_zeros((V, M, d), dtype=torch.promote_types(x.dtype, torch.float32))
+    dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else x.dtype
+    sample = x.new_zeros((V, M, d), dtype=dtype)
     sample[:, first:stop] = x[:, own].to(sample.dtype)
     return sample
 

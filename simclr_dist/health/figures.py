@@ -27,22 +27,33 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 
 @dataclass(frozen=True)
 class Similarities:
-    """Cosines of all rows: positives [V*M, V-1], with the other views; negatives [V*M, V*(M-1)], with the rest."""
+    """Cosines of all rows: positives [V*M, V-1], with the other views; negatives [V*M, ...], with all other rows that
+    the loss compares a row with, NaN where such a row is of its group.
+    """
 
     positives: Tensor
     negatives: Tensor
 
 
-def similarities(z: Tensor) -> Similarities:
-    """z [V, M, K], not necessarily of length one, M >= 2."""
+def similarities(z: Tensor, *, across: bool = False, groups: Tensor | None = None) -> Similarities:
+    """z [V, M, K], not necessarily of length one, M >= 2.
+
+    across: negatives are rows of another view only. groups [M]: rows of one group are no negatives of one another.
+    """
     V, M, _ = z.shape
     n = V * M
     rows = F.normalize(z.flatten(0, 1), dim=1)
     s = (rows @ rows.T).clamp_(-1, 1)  # rounding may leave the interval
-    image = torch.arange(M, device=z.device).repeat(V)
-    same = image[:, None] == image
-    negatives = s[~same].view(n, n - V)
-    return Similarities(s[same.fill_diagonal_(False)].view(n, V - 1), negatives)
+    row = torch.arange(n, device=z.device)
+    same = row[:, None] % M == row % M
+    compared = ~same
+    if across:
+        compared &= row[:, None] // M != row // M
+    negatives = s
+    if groups is not None:
+        of_row = groups.repeat(V)
+        negatives = s.masked_fill(of_row[:, None] == of_row, math.nan)
+    return Similarities(s[same.fill_diagonal_(False)].view(n, V - 1), negatives[compared].view(n, -1))
 
 
 def contrastive_accuracy(found: Similarities, k: int) -> Tensor:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from simclr_dist.loss.batch import GlobalBatch, computing_dtype, gather_batch, row_lengths
+from simclr_dist.loss.enumeration import PAIRS, Pairs
 from simclr_dist.loss.implementations import CODES, Choice, check_name, choose
 from simclr_dist.loss.tiled import LARGEST_EXPONENT
 from simclr_dist.parallel import distributed
@@ -55,9 +56,14 @@ class Settings:
     gather_dtype: torch.dtype
     row_dtype: torch.dtype
     grad_reduction: str = "mean"
+    pairs: Pairs = "within"
 
     def __post_init__(self) -> None:
         check_name(self.implementation)
+        if self.pairs not in PAIRS:
+            raise ValueError(f"unknown pairs {self.pairs!r}; known: {', '.join(PAIRS)}")
+        if self.pairs == "across" and self.num_views != 2:
+            raise ValueError(f"pairs='across' compares view 0 with view 1; num_views must be 2, found {self.num_views}")
         for name, dtype in (("gather_dtype", self.gather_dtype), ("row_dtype", self.row_dtype)):
             if dtype not in DTYPES:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, DTYPES))}, found {dtype}")
@@ -81,6 +87,7 @@ class Settings:
             temperature=temperature,
             num_all_rows=num_rows * distributed.world_size(),
             row_dtype=self.rounding,
+            pairs=self.pairs,
         )
 
 
@@ -148,9 +155,9 @@ def _say_what_runs(choice: Choice, code: str) -> Choice:
 def _batch_under(
     terms: Header, own: Header, z: Tensor, lengths: Tensor, ids: Tensor | None, settings: Settings
 ) -> GlobalBatch:
-    temperature = own.temperature
+    temperature, pairs = own.temperature, settings.pairs
     if own.terms_without_choices() != terms.terms_without_choices():
-        temperature = 1.0
+        temperature, pairs = 1.0, "within"
         z = torch.zeros(terms.rows, terms.width, dtype=DTYPES[terms.dtype], device=z.device)
         lengths = row_lengths(z)
         ids = None if terms.num_ids < 0 else torch.zeros(terms.num_ids, dtype=torch.int64, device=z.device)
@@ -164,6 +171,7 @@ def _batch_under(
         wide_ids=bool(terms.wide_ids),
         grad_reduction=settings.grad_reduction,
         code=CODES[terms.code],
+        pairs=pairs,
     )
 
 
@@ -209,6 +217,7 @@ class Header:
     num_ids: int  # -1: no ids; else negative: see _FAULTS_OF_IDS
     row_dtype: int  # index in DTYPES: what rows are rounded to
     code: int  # index in CODES: this rank's choice
+    pairs: int  # index in PAIRS
     temperature_bits: int  # of the float64
     # Known to the device alone:
     wide_ids: int = 0
@@ -221,8 +230,8 @@ class Header:
         return value
 
     def terms(self) -> Header:
-        """What the collectives depend on. The temperature is not among it: it may change from step to step."""
-        return replace(self, temperature_bits=0, num_bad_rows=0, first_bad_row=0)
+        """What the collectives depend on. Temperature and pairs are not among it: they may change from step to step."""
+        return replace(self, temperature_bits=0, pairs=0, num_bad_rows=0, first_bad_row=0)
 
     def terms_without_choices(self) -> Header:
         """What a rank cannot do otherwise than it is."""
@@ -270,6 +279,7 @@ def _own_header(
         num_ids=num_ids,
         row_dtype=DTYPES.index(settings.rounding),
         code=CODES.index("plain"),  # of what no code can compute; any other is refused at low temperatures
+        pairs=PAIRS.index(settings.pairs),
         temperature_bits=struct.unpack("<q", struct.pack("<d", tau))[0],
     )
     if _fault_in(header) is not None:
@@ -336,6 +346,7 @@ _MUST_AGREE = {
     "num_ids": "the number of sample ids or labels (-1: none)",
     "row_dtype": "what the rows of z are rounded to",
     "temperature": "the temperature",
+    "pairs": "pairs",
     "code": "the implementation",
 }
 
@@ -344,6 +355,8 @@ def _in_words(header: Header, name: str) -> Any:
     value = getattr(header, name)
     if name in ("dtype", "row_dtype"):
         return DTYPES[value]
+    if name == "pairs":
+        return PAIRS[value]
     if name == "code":  # tiles on one rank, kernels on another: all take tiles
         return "plain" if CODES[value] == "plain" else "another than plain"
     return value

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from simclr_dist.loss.enumeration import Pairs
 from simclr_dist.parallel import distributed
 
 SHORTEST_ROW = 1e-12  # F.normalize's; a shorter row has no direction
@@ -32,7 +33,7 @@ class GlobalBatch:
 
     z: Tensor  # [n, K], unit rows of this rank, float32 or float64, differentiable
     all_rows: Callable[[], Tensor]  # waits for the rows [N, K] of all ranks
-    ids: Tensor | None  # [G], the id of each image of the global batch
+    ids: Tensor | None  # [G]: images with the same id are no negatives of one another
     temperature: float
     num_views: int
     rank: int = 0
@@ -40,6 +41,7 @@ class GlobalBatch:
     grad_scale: float = 1.0  # factor on this rank's gradients: W where the training loop averages over ranks
     row_dtype: torch.dtype = torch.float32  # what the rows were rounded to
     code: str = "tiled"  # of implementations.CODES, the same on every rank
+    pairs: Pairs = "within"
 
     @property
     def num_rows(self) -> int:
@@ -52,6 +54,12 @@ class GlobalBatch:
     @property
     def num_images(self) -> int:
         return self.z.shape[0] // self.num_views
+
+    @property
+    def view_of_row(self) -> Tensor:
+        """[N]"""
+        rows = torch.arange(self.num_all_rows, device=self.z.device)
+        return rows // self.num_images % self.num_views
 
     @property
     def own(self) -> slice:
@@ -116,6 +124,7 @@ def gather_batch(
     wide_ids: bool,
     grad_reduction: str,
     code: str,
+    pairs: Pairs,
 ) -> GlobalBatch:
     """Starts gathering z [V*B, K] and ids [B]; all ranks have agreed on the rest. The host waits for nothing.
 
@@ -141,6 +150,7 @@ def gather_batch(
         grad_scale=distributed.world_size() if grad_reduction == "mean" else 1,
         row_dtype=row_dtype,
         code=code,
+        pairs=pairs,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from simclr_dist.loss.batch import GlobalBatch
+from simclr_dist.loss.enumeration import Pairs
 from simclr_dist.loss.tiled import LARGEST_EXPONENT, Tiles
 
 Implementation = Literal["auto", "plain", "tiled", "triton"]
@@ -63,6 +64,7 @@ def choose(
     temperature: float,
     num_all_rows: int,
     row_dtype: torch.dtype,
+    pairs: Pairs = "within",
 ) -> Choice:
     """What `name` means for this process and a z [.., width] of `dtype`. Asks no other rank.
 
@@ -83,12 +85,12 @@ def choose(
     elif not fits:
         obstacle = f"exp(1/temperature) at temperature {temperature:g} exceeds float32"
     else:
-        obstacle = obstacle_to_triton(device, width, row_dtype)
+        obstacle = obstacle_to_triton(device, width, row_dtype, pairs)
     return Choice("triton", row_dtype) if obstacle is None else Choice(tiles, row_dtype, obstacle)
 
 
 @cache
-def obstacle_to_triton(device: torch.device, width: int, row_dtype: torch.dtype) -> str | None:
+def obstacle_to_triton(device: torch.device, width: int, row_dtype: torch.dtype, pairs: Pairs = "within") -> str | None:
     """Why the kernels cannot be used on this device; None if they can.
 
     Compiles them for rows of this width and compares them with `Tiles`, once per process. No other rank takes part.
@@ -100,7 +102,8 @@ def obstacle_to_triton(device: torch.device, width: int, row_dtype: torch.dtype)
 
         rows = torch.randn(150, width, generator=torch.Generator().manual_seed(0))
         z = torch.nn.functional.normalize(rows, dim=1).to(row_dtype).float().to(device)
-        batch = GlobalBatch(z, lambda: z, torch.arange(75, device=device) // 2, 0.2, 2, row_dtype=row_dtype)
+        ids = torch.arange(75, device=device) // 2
+        batch = GlobalBatch(z, lambda: z, ids, 0.2, 2, row_dtype=row_dtype, pairs=pairs)
         return disagreement(Kernels(batch, "image"), Tiles(batch, "image"))
     except Exception as error:  # compilers and drivers raise anything; `Tiles` is used then
         return f"{type(error).__name__}: {error}"

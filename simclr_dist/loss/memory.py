@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from simclr_dist.loss.enumeration import Pairs
 from simclr_dist.loss.tiled import tile_bytes
 
 PLAIN_MATRICES = 6  # N x N at once, masks among them
@@ -20,6 +21,7 @@ def workspace_bytes(
     gather_dtype: str = "float32",
     num_views: int = 2,
     supervised: bool = False,
+    pairs: Pairs = "within",
 ) -> int:
     """Of one of `world_size` ranks with z float32 [num_rows, width]: O(N K), tiles or kernels, a few numbers a row.
 
@@ -33,7 +35,7 @@ def workspace_bytes(
     if world_size > 1 and gather_dtype != "float32":
         gathered += 2 * (N + n) * K
     by_tiles = device_type == "cpu" or implementation == "tiled"
-    tiles = tile_bytes(n, device_type) if by_tiles else 2 * KERNEL_PARTS * N * K + 4 * n * K
+    tiles = tile_bytes(n, device_type, pairs) if by_tiles else 2 * KERNEL_PARTS * N * K + 4 * n * K
     numbers = NUMBERS_PER_ROW + NUMBERS_PER_PAIR * (num_views - 2)
     of_classes = 4 * (N // 2) * K if supervised else 0
     # Unit rows, and two products of all rows with their positives while the value is computed.

@@ -14,6 +14,11 @@ positives per row, a_i = mean_p 1 / (Q_i + P_ip) and m_ip = Q_i / (Q_i + P_ip) /
 The positive is part of no sum. Where it is much larger than the negatives, the usual form, softmax minus one-hot,
 subtracts nearly equal numbers and loses their digits; this form does not.
 
+Pairs "within": the negatives of a row are all rows of other images. "across": those of the other view only, so that
+two towers, images and texts, say, are compared with each other alone. E is then that of a bipartite graph, symmetric
+as before: the formulas stay, the sums have fewer terms. With S the similarities [G, G] of view 0 and view 1, this is
+(cross_entropy(S, arange) + cross_entropy(S.T, arange)) / 2, the loss of CLIP (Radford et al. 2021, arXiv:2103.00020).
+
 The decoupled loss (DCL; Yeh et al. 2022, arXiv:2110.06848) leaves P out of the denominator:
 L = mean of log(Q_i) - s_ip, hence a_i = 1 / Q_i and m_ip = 1 / (V - 1).
 """
@@ -21,6 +26,7 @@ L = mean of log(Q_i) - s_ip, hence a_i = 1 / Q_i and m_ip = 1 / (V - 1).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -30,6 +36,7 @@ from simclr_dist.loss import plain
 from simclr_dist.loss.agreement import Settings, check_types, over_all_ranks
 from simclr_dist.loss.batch import GlobalBatch
 from simclr_dist.loss.contrastive import ContrastiveLoss
+from simclr_dist.loss.enumeration import Pairs
 from simclr_dist.loss.implementations import Choice, Implementation, exponentials
 from simclr_dist.loss.known_gradient import with_gradient
 
@@ -39,7 +46,9 @@ def nt_xent(
     temperature: float | Tensor = 0.1,
     sample_ids: Tensor | Sequence[int] | None = None,
     *,
+    group_ids: Tensor | Sequence[int] | None = None,
     num_views: int = 2,
+    pairs: Pairs = "within",
     decoupled: bool = False,
     implementation: Implementation = "auto",
     gather_dtype: torch.dtype = torch.float32,
@@ -47,21 +56,24 @@ def nt_xent(
     grad_reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
     """`NTXentLoss` as a function; the temperature may be a tensor that requires a gradient."""
-    settings = Settings(num_views, implementation, gather_dtype, row_dtype, grad_reduction)
-    (loss, _), _ = _nt_xent(z, temperature, sample_ids, decoupled, settings)
+    settings = Settings(num_views, implementation, gather_dtype, row_dtype, grad_reduction, pairs)
+    ids = sample_ids if group_ids is None else group_ids
+    (loss, _), _ = _nt_xent(z, temperature, ids, decoupled, settings)
     return loss
 
 
 class NTXentLoss(ContrastiveLoss):
     """The loss of SimCLR over the global batch. Settings: see `ContrastiveLoss`.
 
+    pairs: which rows are compared: "within" all of them, "across" those of view 0 with those of view 1 (CLIP).
     decoupled: leave the positive out of the denominator (DCL).
 
     Call with z [V*B, K], not normalised, all rows of view 0 first, and optionally sample_ids int64 [B]: images with
-    the same id are then not negatives of each other. Returns the mean over the *global* batch, the same number on
-    every rank, in float32 (float64 for float64). The gradient on this rank's z is that of the global mean, times W
-    for "mean": after DDP's averaging, exactly the gradient of one process with the whole batch. The same
-    holds for `log_temperature` if this module is inside the one that DDP wraps.
+    the same id are then not negatives of each other. group_ids int64 [B], in their place, say the same of samples that
+    belong together: equal texts, captions of one image. A row's own positive stays. Returns the mean over the *global*
+    batch, the same number on every rank, in float32 (float64 for float64). The gradient on this rank's z is that of the
+    global mean, times W for "mean": after DDP's averaging, exactly the gradient of one process with the whole batch.
+    The same holds for `log_temperature` if this module is inside the one that DDP wraps.
 
     Raises ValueError on every rank if any rank's z, ids or settings do not fit; NonFiniteError (a ValueError) if
     any row anywhere is NaN or infinite. All ranks must call it together.
@@ -73,18 +85,25 @@ class NTXentLoss(ContrastiveLoss):
         implementation: Implementation = "auto",
         gather_dtype: torch.dtype = torch.float32,
         *,
+        pairs: Pairs = "within",
         decoupled: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(temperature, implementation, gather_dtype, **settings)
+        self.settings = replace(self.settings, pairs=pairs)
         self.decoupled = decoupled
         self.masked_duplicates = torch.zeros((), dtype=torch.int64)
         """How many images of the last global batch have an id that occurs earlier in it (int64, on z's device)."""
 
-    def forward(self, z: Tensor, sample_ids: Tensor | Sequence[int] | None = None) -> Tensor:
-        (loss, self.masked_duplicates), choice = _nt_xent(
-            z, self.temperature, sample_ids, self.decoupled, self.settings
-        )
+    def forward(
+        self,
+        z: Tensor,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        *,
+        group_ids: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        ids = sample_ids if group_ids is None else group_ids
+        (loss, self.masked_duplicates), choice = _nt_xent(z, self.temperature, ids, self.decoupled, self.settings)
         self._note(choice)
         return loss
 
@@ -92,7 +111,7 @@ class NTXentLoss(ContrastiveLoss):
 def _nt_xent(
     z: Tensor,
     temperature: float | Tensor,
-    sample_ids: Tensor | Sequence[int] | None,
+    ids: Tensor | Sequence[int] | None,
     decoupled: bool,
     settings: Settings,
 ) -> tuple[tuple[Tensor, Tensor], Choice]:
@@ -106,7 +125,7 @@ def _nt_xent(
         return _symmetric(batch, tau, decoupled), batch.duplicates
 
     with torch.autocast(z.device.type, enabled=False):
-        return over_all_ranks("NT-Xent", compute, z, temperature, sample_ids, settings)
+        return over_all_ranks("NT-Xent", compute, z, temperature, ids, settings)
 
 
 def _symmetric(batch: GlobalBatch, temperature: Tensor, decoupled: bool) -> Tensor:

@@ -15,7 +15,8 @@ from simclr_dist.loss.known_gradient import scale_gradient
 def nt_xent(batch: GlobalBatch, temperature: Tensor, *, decoupled: bool) -> Tensor:
     """The mean over all pairs (row i, other view p of its image) of log(1 + Q_i / P_ip).
 
-    P_ip = exp(s_ip), Q_i the sum of exp(s_ij) over the negatives j: all rows of other images.
+    P_ip = exp(s_ip), Q_i the sum of exp(s_ij) over the negatives j: all rows of other images, of pairs "across" those
+    of the other view.
     """
     similarity = _similarities(batch, temperature)
     image = batch.per_row(torch.arange(batch.num_images * batch.world_size, device=similarity.device))
@@ -24,6 +25,9 @@ def nt_xent(batch: GlobalBatch, temperature: Tensor, *, decoupled: bool) -> Tens
     if batch.ids is not None:
         ids = batch.per_row(batch.ids)
         hidden = ids[:, None] == ids
+    if batch.pairs == "across":
+        view = batch.view_of_row
+        hidden = hidden | (view[:, None] == view)
     # The most negative finite number instead of -inf: a row without any negative then costs 0, not NaN.
     lowest = torch.finfo(similarity.dtype).min
     log_q = similarity.masked_fill(hidden, lowest).logsumexp(1)

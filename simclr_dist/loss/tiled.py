@@ -1,28 +1,21 @@
 """Sums of exp(similarity) in tiles: few of them in memory at once, and by symmetry each pair of rows only once.
 
-E_ij = exp(z_i.z_j / temperature) is symmetric. One process needs the tiles on and above the diagonal only, each for its
-rows and, transposed, for its columns. Over ranks, each pair of blocks is summed by one of its two ranks:
+E_ij = exp(z_i.z_j / temperature) is symmetric, so a tile of pairs counts for its rows and, transposed, for its columns.
+enumeration.py says which tiles those of a rank are.
 
-    W = 4         columns of rank                 own      the block of this rank itself: upper triangle
-                   0    1    2    3               ►        summed by this rank, for its rows and for the
-            0   │ own │  ►  │ ► / │     │                  other rank's (its columns)
-    rows    1   │     │ own │  ►  │ ► / │         ► /      opposite ranks of an even W: the lower rank takes
-    of      2   │ / ► │     │ own │  ►  │                  the upper half of its rows, the higher rank the
-    rank    3   │  ►  │ / ► │     │ own │                  right half of its columns: together one block
-
-Sums: one matrix product and one exp2 for half of the elements; an all-reduce of N numbers adds up the ranks' sums.
-Gradient: every rank computes its rows against all columns, its own block again by the triangle. No collective.
+Sums: one matrix product and one exp2 for each pair of rows; an all-reduce of N numbers adds up the ranks' sums.
+Gradient: every rank computes its rows against all columns, its own block again from one side only. No collective.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from simclr_dist.loss.batch import GlobalBatch
+from simclr_dist.loss.enumeration import Enumeration, Pairs, enumerate_tiles
 from simclr_dist.parallel import distributed
 
 # exp(1/temperature) * N must stay inside the type's range (float32: e^88, float64: e^709).
@@ -35,7 +28,7 @@ class Tiles:
     hide: "image" for all rows of the row's own image (and of its duplicates), "self" for the row itself only.
     """
 
-    def __init__(self, batch: GlobalBatch, hide: str, tile_size: int | None = None) -> None:
+    def __init__(self, batch: GlobalBatch, hide: str) -> None:
         self.batch = batch
         self.z = batch.z.detach()
         if batch.code == "tiled in float64":
@@ -43,10 +36,10 @@ class Tiles:
         self.all = self.z
         self.exp2_scale = math.log2(math.e) / batch.temperature  # exp2 is several times faster than exp
         n = batch.num_rows
-        self.size = min(n, tile_size or _tile_size(n, self.z.device.type))
+        self.tiles = _tiles_of(batch.pairs, n, self.z.device.type, batch.rank, batch.world_size)
         self.keeps_tiles = _keeps_tiles(n, self.z.device.type)
         self.kept: list[Tensor] = []
-        self._e, self._w = (self.z.new_empty(self.size**2) for _ in range(2))
+        self._e, self._w = (self.z.new_empty(self.tiles.size**2) for _ in range(2))
         self.diagonals = range(1) if hide == "self" else range(1 - batch.num_views, batch.num_views)
         self.keys = None
         # On a GPU, asking whether there are duplicates makes the host wait; comparing all ids does not.
@@ -58,14 +51,14 @@ class Tiles:
         n, W, own = self.batch.num_rows, self.batch.world_size, self.batch.own
         sums = self.z.new_zeros(n * W)
         own_sums = sums[own]
-        for i, j in triangle(n, self.size):  # while the rows of the other ranks arrive
+        for i, j in self.tiles.own():  # while the rows of the other ranks arrive
             e = self._exp(i, self.z, j, own.start, self._tile_to_keep() if self.keeps_tiles else self._e)
             own_sums[i] += e.sum(1)
             if i != j:
                 own_sums[j] += e.sum(0)
         if W > 1:
             self.all = self.batch.all_rows().to(self.z.dtype)
-            for i, j in share_of_pairs(self.batch.rank, W, n, self.size):
+            for i, j in self.tiles.shared():
                 e = self._exp(i, self.all, j, 0, self._e)
                 own_sums[i] += e.sum(1)
                 sums[j] += e.sum(0)
@@ -74,11 +67,11 @@ class Tiles:
 
     def gradient_rows(self, a: Tensor) -> Tensor:
         """[n, K]: for every row i of this rank the sum over j of E_ij (a_i + a_j) z_j; a [N]. After `sums`."""
-        n, own = self.batch.num_rows, self.batch.own
+        own = self.batch.own
         gradient = torch.zeros_like(self.z)
         own_a = a[own]
         kept = iter(self.kept)
-        for i, j in triangle(n, self.size):
+        for i, j in self.tiles.own():
             if self.keeps_tiles:
                 e = _shape(next(kept), self.z[i], self.z[j])
             else:
@@ -88,10 +81,9 @@ class Tiles:
             if i != j:
                 gradient[j].addmm_(w.T, self.z[i])
         self.kept.clear()
-        for j in (*spans(0, own.start, self.size), *spans(own.stop, len(a), self.size)):
-            for i in spans(0, n, self.size):
-                w = self._weigh(self._exp(i, self.all, j, 0, self._e), own_a[i], a[j])
-                gradient[i].addmm_(w, self.all[j])
+        for i, j in self.tiles.others():
+            w = self._weigh(self._exp(i, self.all, j, 0, self._e), own_a[i], a[j])
+            gradient[i].addmm_(w, self.all[j])
         return gradient
 
     def _tile_to_keep(self) -> Tensor:
@@ -135,38 +127,13 @@ def _keeps_tiles(num_rows: int, device_type: str) -> bool:
     return num_rows**2 <= 1 << 20 and device_type == "cpu"
 
 
-def tile_bytes(num_rows: int, device_type: str) -> int:
+def _tiles_of(pairs: Pairs, num_rows: int, device_type: str, rank: int = 0, world_size: int = 1) -> Enumeration:
+    longest = num_rows // 2 if pairs == "across" else num_rows
+    return enumerate_tiles(pairs, rank, world_size, num_rows, min(longest, _tile_size(num_rows, device_type)))
+
+
+def tile_bytes(num_rows: int, device_type: str, pairs: Pairs = "within") -> int:
     """Bytes of the float32 tiles that `Tiles` holds at once, for z [num_rows, K]."""
-    size = min(num_rows, _tile_size(num_rows, device_type))
-    kept = sum(1 for _ in triangle(num_rows, size)) if _keeps_tiles(num_rows, device_type) else 0
-    return (2 + kept) * 4 * size**2
-
-
-def spans(start: int, stop: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
-
-
-def triangle(n: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """The tiles of an n x n block on and above its diagonal."""
-    parts = spans(0, n, size)
-    for at, i in enumerate(parts):
-        for j in parts[at:]:
-            yield i, j
-
-
-def share_of_pairs(rank: int, world_size: int, n: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """Tiles outside its own block that this rank sums: (its rows, counted from 0; columns, counted globally).
-
-    Over all ranks they cover each unordered pair of rows of different ranks once.
-    """
-    blocks = [((rank + k) % world_size, slice(0, n), slice(0, n)) for k in range(1, (world_size + 1) // 2)]
-    if world_size % 2 == 0:
-        other, half = (rank + world_size // 2) % world_size, n // 2
-        if rank < other:
-            blocks.append((other, slice(0, half), slice(0, n)))
-        else:
-            blocks.append((other, slice(0, n), slice(half, n)))
-    for other, rows, columns in blocks:
-        for i in spans(rows.start, rows.stop, size):
-            for j in spans(other * n + columns.start, other * n + columns.stop, size):
-                yield i, j
+    tiles = _tiles_of(pairs, num_rows, device_type)
+    kept = sum(1 for _ in tiles.own()) if _keeps_tiles(num_rows, device_type) else 0
+    return (2 + kept) * 4 * tiles.size**2

@@ -15,6 +15,12 @@ parts always, scaled by 2^14 to the middle of float16's range.
 With few rows the columns are cut into chunks too, so that every multiprocessor has work; the chunks' sums are added
 afterwards, in a fixed order: no atomics. Every rank sums its own rows, and an all-gather of N numbers joins the sums.
 
+Pairs are divided into segments: rows that follow each other, and the columns they meet, which do too.
+
+    within     1 segment: the rows of this rank, and all columns
+    across     2 segments, in an order of all rows by view, then by rank: this rank's rows of view s, and the columns of
+               the other view. Half of the pairs, so half of the products.
+
 Importing this module needs triton. `implementations.py` compares the kernels with `Tiles` before they are used. Tests
 run them by triton's interpreter on the CPU, and compile them for GPUs that are not there.
 """
@@ -89,17 +95,21 @@ class Kernels:
         self.parts = 1 if batch.row_dtype.itemsize == 2 else 2
         self.width = padded_width(self.z.shape[1])
         self.tile = choose_tile(self.width, self.parts, _capability(self.z.device))
+        self.segments = batch.num_views if batch.pairs == "across" else 1
+        self.rows_of_segment = batch.num_rows // self.segments
+        self.columns_of_segment = batch.num_all_rows // self.segments
         if hide == "self":
             self.keys = torch.arange(batch.num_all_rows, dtype=torch.int32, device=self.z.device)
         else:
             self.keys = batch.per_row(batch.image_keys)
+        self.keys = self._by_segment(self.keys)
 
     def sums(self) -> Tensor:
         """[N]: for every row of the global batch the sum of its E."""
         self.all = self.batch.all_rows()
-        self._rows = float16_parts(self.all, self.parts, self.width)
+        self._rows = float16_parts(self._by_segment(self.all), self.parts, self.width)
         grid, chunk = self._grid()
-        partial = self.z.new_empty(grid[1], self.batch.num_rows)
+        partial = self.z.new_empty(grid[1], self.batch.num_rows)  # rows of this rank, by view: by segment
         _sums_kernel[grid](*self._arguments(chunk), partial, **self._constants())
         sums = partial.sum(0)
         # The batch decides, not the process group: a rank's trial of the kernels must not wait for the others.
@@ -112,20 +122,29 @@ class Kernels:
         """
         grid, chunk = self._grid()
         partial = self.z.new_empty(grid[1], self.batch.num_rows, self.width)
-        _gradient_kernel[grid](*self._arguments(chunk), a.contiguous(), partial, **self._constants())
+        _gradient_kernel[grid](*self._arguments(chunk), self._by_segment(a).contiguous(), partial, **self._constants())
         return partial.sum(0)[:, : self.z.shape[1]]
 
-    def _grid(self) -> tuple[tuple[int, int], int]:
-        """(blocks of rows, chunks of columns), and the columns of a chunk."""
-        row_blocks = triton.cdiv(len(self.z), self.tile.rows)
-        column_blocks = triton.cdiv(len(self.all), self.tile.columns)
-        chunks = num_chunks(row_blocks, column_blocks, _multiprocessors(self.z.device))
+    def _by_segment(self, x: Tensor) -> Tensor:
+        """x [N, ...] of all rows, in the order of the segments."""
+        if self.segments == 1:
+            return x
+        batch = self.batch
+        by_rank = x.view(batch.world_size, batch.num_views, batch.num_images, *x.shape[1:])
+        return by_rank.transpose(0, 1).reshape(x.shape)
+
+    def _grid(self) -> tuple[tuple[int, int, int], int]:
+        """(blocks of rows, chunks of columns, segments), and the columns of a chunk."""
+        row_blocks = triton.cdiv(self.rows_of_segment, self.tile.rows)
+        column_blocks = triton.cdiv(self.columns_of_segment, self.tile.columns)
+        chunks = num_chunks(row_blocks * self.segments, column_blocks, _multiprocessors(self.z.device))
         chunk = triton.cdiv(column_blocks, chunks) * self.tile.columns
-        return (row_blocks, triton.cdiv(len(self.all), chunk)), chunk
+        return (row_blocks, triton.cdiv(self.columns_of_segment, chunk), self.segments), chunk
 
     def _arguments(self, chunk: int) -> tuple[Any, ...]:
         exp2_scale = math.log2(math.e) / self.batch.temperature
-        return self._rows, self.keys, self.batch.own.start, len(self.z), len(self.all), chunk, exp2_scale
+        n, M = self.rows_of_segment, self.columns_of_segment
+        return self._rows, self.keys, self.batch.rank * n, n, len(self.all), M, chunk, exp2_scale
 
     def _constants(self) -> dict[str, Any]:
         return {**constants(self.width, self.parts, self.tile), **self.tile.options()}
@@ -160,7 +179,7 @@ def _capability(device: torch.device) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernels. Numbers of rows are arguments like any other: the program that the trial compiles is the training's.
 
-_jit = triton.jit(do_not_specialize=["own_start", "n", "N", "chunk"])
+_jit = triton.jit(do_not_specialize=["own_start", "n", "N", "M", "chunk"])
 
 
 @triton.jit
@@ -179,9 +198,10 @@ def _hidden_exp(s, key_i, key_j, real_j, exp2_scale):  # type: ignore[no-untyped
 def _sums_kernel(  # type: ignore[no-untyped-def]
     rows,  # [PARTS, N, K]
     keys,  # [N]
-    own_start,
-    n,
+    own_start,  # of this rank's rows, in segment 0
+    n,  # rows of this rank in a segment
     N,
+    M,  # columns of a segment
     chunk,
     exp2_scale,
     sums,  # [chunks, n]
@@ -190,6 +210,8 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
+    segment, segments = tl.program_id(2), tl.num_programs(2)
+    own_start += segment * M
     first = tl.program_id(0) * TILE_ROWS
     i = first + tl.arange(0, TILE_ROWS)
     key_i = tl.load(keys + own_start + i, mask=i < n, other=-1)
@@ -197,27 +219,29 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
     if PARTS == 2:
         lo_i = _load(rows, own_start + first, own_start + n, 1, N, K, TILE_ROWS)
     total = tl.zeros([TILE_ROWS], tl.float32)
-    begin = tl.program_id(1) * chunk
-    for start in range(begin, min(begin + chunk, N), TILE_COLUMNS):
+    end = (segments - segment) * M
+    begin = end - M + tl.program_id(1) * chunk
+    for start in range(begin, min(begin + chunk, end), TILE_COLUMNS):
         j = start + tl.arange(0, TILE_COLUMNS)
-        key_j = tl.load(keys + j, mask=j < N, other=-1)
-        hi_j = _load(rows, start, N, 0, N, K, TILE_COLUMNS)
+        key_j = tl.load(keys + j, mask=j < end, other=-1)
+        hi_j = _load(rows, start, end, 0, N, K, TILE_COLUMNS)
         s = tl.dot(hi_i, tl.trans(hi_j))
         if PARTS == 2:
-            lo_j = _load(rows, start, N, 1, N, K, TILE_COLUMNS)
+            lo_j = _load(rows, start, end, 1, N, K, TILE_COLUMNS)
             s = tl.dot(lo_i, tl.trans(hi_j), s)
             s = tl.dot(hi_i, tl.trans(lo_j), s)
-        total += tl.sum(_hidden_exp(s, key_i, key_j, j < N, exp2_scale), 1)
-    tl.store(sums + tl.program_id(1) * n + i, total, mask=i < n)
+        total += tl.sum(_hidden_exp(s, key_i, key_j, j < end, exp2_scale), 1)
+    tl.store(sums + (tl.program_id(1) * segments + segment) * n + i, total, mask=i < n)
 
 
 @_jit
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     rows,  # [PARTS, N, K]
     keys,  # [N]
-    own_start,
-    n,
+    own_start,  # of this rank's rows, in segment 0
+    n,  # rows of this rank in a segment
     N,
+    M,  # columns of a segment
     chunk,
     exp2_scale,
     a,  # [N]
@@ -227,6 +251,8 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
+    segment, segments = tl.program_id(2), tl.num_programs(2)
+    own_start += segment * M
     first = tl.program_id(0) * TILE_ROWS
     i = first + tl.arange(0, TILE_ROWS)
     key_i = tl.load(keys + own_start + i, mask=i < n, other=-1)
@@ -235,22 +261,23 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     if PARTS == 2:
         lo_i = _load(rows, own_start + first, own_start + n, 1, N, K, TILE_ROWS)
     total = tl.zeros([TILE_ROWS, K], tl.float32)
-    begin = tl.program_id(1) * chunk
-    for start in range(begin, min(begin + chunk, N), TILE_COLUMNS):
+    end = (segments - segment) * M
+    begin = end - M + tl.program_id(1) * chunk
+    for start in range(begin, min(begin + chunk, end), TILE_COLUMNS):
         j = start + tl.arange(0, TILE_COLUMNS)
-        key_j = tl.load(keys + j, mask=j < N, other=-1)
-        a_j = tl.load(a + j, mask=j < N, other=0.0) * WEIGHT_SCALE
-        hi_j = _load(rows, start, N, 0, N, K, TILE_COLUMNS)
+        key_j = tl.load(keys + j, mask=j < end, other=-1)
+        a_j = tl.load(a + j, mask=j < end, other=0.0) * WEIGHT_SCALE
+        hi_j = _load(rows, start, end, 0, N, K, TILE_COLUMNS)
         s = tl.dot(hi_i, tl.trans(hi_j))
         if PARTS == 2:
-            lo_j = _load(rows, start, N, 1, N, K, TILE_COLUMNS)
+            lo_j = _load(rows, start, end, 1, N, K, TILE_COLUMNS)
             s = tl.dot(lo_i, tl.trans(hi_j), s)
             s = tl.dot(hi_i, tl.trans(lo_j), s)
-        weight = _hidden_exp(s, key_i, key_j, j < N, exp2_scale) * (a_i[:, None] + a_j[None, :])
+        weight = _hidden_exp(s, key_i, key_j, j < end, exp2_scale) * (a_i[:, None] + a_j[None, :])
         hi = weight.to(tl.float16)
         total = tl.dot(hi, hi_j, total)
         total = tl.dot((weight - hi.to(tl.float32)).to(tl.float16), hi_j, total)
         if PARTS == 2:
             total = tl.dot(hi, lo_j, total)
-    place = (tl.program_id(1) * n + i[:, None]) * K + tl.arange(0, K)[None, :]
+    place = ((tl.program_id(1) * segments + segment) * n + i[:, None]) * K + tl.arange(0, K)[None, :]
     tl.store(gradient + place, total / WEIGHT_SCALE, mask=(i < n)[:, None])

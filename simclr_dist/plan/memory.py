@@ -79,6 +79,7 @@ def device_memory(
             gather_dtype=loss.gather_dtype if loss.row_dtype == "float32" else loss.row_dtype,
             num_views=data.num_views,
             supervised=loss.kind == "supcon",
+            pairs=loss.pairs,
         ),
     )
 

@@ -284,6 +284,7 @@ class Health(Observer):
             result.h,
             result.z,
             RankFacts(share, memory_peak_gib(self._device)),
+            group_ids=finished.batch.group_ids,
             grad_scale=result.loss_scale,
         )
         if distributed.rank() == 0:

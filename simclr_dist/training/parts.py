@@ -194,7 +194,10 @@ def build(config: Config) -> Parts:
         guard=guard,
     )
     non_finite = NonFinitePolicy(config.train, config.run_dir, world.rank, network, device, monitor.warn)
-    health = HealthCheck(config.monitor.health_every_steps, network, world, num_views=config.data.num_views)
+    across = config.loss.pairs == "across"
+    health = HealthCheck(
+        config.monitor.health_every_steps, network, world, num_views=config.data.num_views, across=across
+    )
     return Parts(
         config=config,
         precision_reason=decided.reason,

@@ -11,7 +11,7 @@ from torch import nn
 from simclr_dist.checkpoint.lineage import list_checkpoints
 from simclr_dist.config import Config, LossConfig, ModelConfig
 from simclr_dist.data import Loader
-from simclr_dist.loss.build import choices
+from simclr_dist.loss.build import choices, negatives
 from simclr_dist.monitor.events import Summary
 from simclr_dist.monitor.speed import SINCE_START, Speed
 from simclr_dist.monitor.terminal import duration
@@ -171,12 +171,13 @@ def loss_in_words(loss: LossConfig, num_views: int, global_batch_size: int) -> s
     rows = choices(loss, num_views, global_batch_size)
     kind = {"nt_xent": "", "dcl": "decoupled, ", "supcon": "supervised, "}[loss.kind]
     learnt = f", learnt between {loss.temperature_min:g} and {loss.temperature_max:g}" if loss.learn_temperature else ""
-    negatives = f"{num_views * (global_batch_size - 1):,} negatives a row"
+    against = f"{negatives(loss, num_views, global_batch_size):,} negatives a row"
+    if loss.pairs == "across":
+        against += ", all of the other view"
     if loss.kind == "supcon":
-        negatives = f"each row against {rows:,} others, those of its class are positives"
+        against = f"each row against {rows:,} others, those of its class are positives"
     return (
-        f"{kind}temperature {loss.temperature:g}{learnt}, {negatives}; guessing gives ln({rows:,}) = "
-        f"{math.log(rows):.2f}"
+        f"{kind}temperature {loss.temperature:g}{learnt}, {against}; guessing gives ln({rows:,}) = {math.log(rows):.2f}"
     )
 
 

@@ -125,8 +125,10 @@ class Trainer:
         return self.parts.schedule(self.state.samples_seen)
 
     def _ids_of_loss(self, batch: Batch) -> Tensor:
-        """[B]: what the loss is called with beside z. SupCon compares classes, the others images."""
-        return batch.labels if self.config.loss.kind == "supcon" else batch.sample_ids
+        """[B]: what the loss is called with beside z. SupCon compares classes, the others images or groups of them."""
+        if self.config.loss.kind == "supcon":
+            return batch.labels
+        return batch.sample_ids if batch.group_ids is None else batch.group_ids
 
     def _row_keys(self, batch: Batch) -> Tensor | None:
         """[V, B, 2] for the modules that draw by key; None: there are none."""

@@ -62,6 +62,10 @@ FAULTS: dict[str, tuple[Callable[[int], Tensor], str]] = {
         lambda rank: nt_xent(ones(rank), implementation="plain" if rank else "tiled"),
         "disagree about the implementation",
     ),
+    "pairs": (
+        lambda rank: nt_xent(ones(rank), pairs="across" if rank else "within"),
+        "disagree about pairs: within on rank 0, across on rank 1",
+    ),
     "too cold": (lambda rank: nt_xent(ones(rank), 0.001), "too low for exp() in float64"),
     "not finite": (
         lambda rank: nt_xent(poisoned(rank)),
@@ -106,6 +110,8 @@ def losses_of_changing_batches(rank: int, world_size: int, ahead: bool) -> tuple
         lambda z: SupConLoss()(z, [0, 1, 1, rank]),
         lambda z: nt_xent(z, 0.1, ids % 7 + rank),
         lambda z: nt_xent(z, 0.01),  # in float64
+        lambda z: nt_xent(z, 0.1),
+        lambda z: nt_xent(z, 0.1, pairs="across"),  # other tiles, the same collectives
     ]
     happened: list[str] = []
 
@@ -142,7 +148,7 @@ LOSS = ["sums", "gradient"]
 
 def test_the_host_waits_once_a_step_and_after_the_loss_was_queued() -> None:
     _, orders = losses_of_changing_batches(0, 1, False)
-    assert orders == [[*LOSS, "wait"]] * 8
+    assert orders == [[*LOSS, "wait"]] * 10
 
     expected = [values for values, _ in run_ranks(3, losses_of_changing_batches, False)]
     for rank, (values, orders) in enumerate(run_ranks(3, losses_of_changing_batches, True)):
@@ -156,3 +162,4 @@ def test_the_host_waits_once_a_step_and_after_the_loss_was_queued() -> None:
         assert orders[5] == ["wait", *LOSS]
         assert orders[6] == [*LOSS, "wait"]
         assert orders[7][-3:] == ["wait", *LOSS]
+        assert orders[9] == [*LOSS, "wait"]

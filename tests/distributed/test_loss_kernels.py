@@ -22,6 +22,8 @@ CASES: dict[str, dict[str, Any]] = {
     "duplicates": {"ids": [0, 1, 2, 0, 2**40, 0]},
     "three views, decoupled": {"num_views": 3, "decoupled": True},
     "supervised": {"ids": [0, 1, -1, 0, -1, 1], "supervised": True},
+    "across": {"B": 36, "pairs": "across"},
+    "across, groups, decoupled": {"ids": [0, 1, 2, 0, -(2**40), 0], "pairs": "across", "decoupled": True},
     "bfloat16 rows": {"row_dtype": torch.bfloat16},
 }
 # Rows of 16 bits change the result: docs/loss.md. On these few rows, with a temperature of 0.2.

@@ -47,6 +47,28 @@ LOSSES: dict[str, dict[str, Any]] = {
     "supervised": {"ids": True, "supervised": True},
     "supervised, plain": {"ids": True, "supervised": True, "implementation": "plain"},
     "micro-batches": {"micro_batch_size": 2},
+    "across": {"pairs": "across", "temperature": 0.1},
+    "across, plain": {"pairs": "across", "implementation": "plain"},
+    "across, temperature 0.01, learned, duplicates": {
+        "pairs": "across",
+        "temperature": 0.01,
+        "learn_temperature": True,
+        "ids": True,
+    },
+    "across, decoupled, groups beyond int32, learned temperature, micro-batches": {
+        "pairs": "across",
+        "decoupled": True,
+        "ids": True,
+        "id_offset": 2**40,
+        "learn_temperature": True,
+        "micro_batch_size": 2,
+    },
+    "across, groups, learned temperature, plain": {
+        "pairs": "across",
+        "ids": True,
+        "learn_temperature": True,
+        "implementation": "plain",
+    },
     "four views, decoupled, learned temperature, micro-batches": {
         "num_views": 4,
         "decoupled": True,
