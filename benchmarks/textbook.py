@@ -2,9 +2,9 @@
 
     python -m benchmarks.textbook --train data/cifar10_train.beton --test data/cifar10_test.beton
 
-Both are trained as their configurations say, in one process with one thread. The demo runs to its end; the example, whose
-learning rate is constant, is stopped after as many CPU seconds. CPU seconds are those of the steps and their images, of
-all threads, without start, evaluation and saves. Then kNN, both among the same images. Writes a table to --out.
+Both are trained as their configurations say, in one process with one thread. The demo runs to its end; the example,
+whose learning rate is constant, is stopped after as many CPU seconds. CPU seconds are those of the steps and their
+images, of all threads, without start, evaluation and saves. Then kNN, both among the same images. Writes a table to --out.
 """
 
 from __future__ import annotations
