@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simclr_dist.loss import NTXentLoss
+from simclr_dist.loss.enumeration import PAIRS, Pairs
 from simclr_dist.parallel import distributed
 from tests.devices import CUDA, needs_cuda, on_every_device, unwritten_memory_is_nan
 from tests.distributed.spawn import run_ranks
@@ -44,13 +45,17 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def definition(z: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def definition(z: Tensor, ids: Tensor, temperature: float, pairs: Pairs = "within") -> tuple[Tensor, Tensor]:
     """Value and gradient of the mean of log(1 + Q_i / P_i), in float64 on the CPU."""
     z = z.detach().cpu().double().requires_grad_()
     unit, B = F.normalize(z, dim=1), len(ids)
     s = unit @ unit.T / temperature
     of_row = ids.cpu().repeat(2)
-    q = s.masked_fill(of_row[:, None] == of_row, -torch.inf).logsumexp(1)
+    hidden = of_row[:, None] == of_row
+    if pairs == "across":
+        view = torch.arange(2 * B) // B
+        hidden |= view[:, None] == view
+    q = s.masked_fill(hidden, -torch.inf).logsumexp(1)
     positive = s[torch.arange(2 * B), torch.arange(2 * B).roll(B)]
     loss = F.softplus(q - positive).mean()
     loss.backward()
@@ -70,18 +75,26 @@ def assert_it_ran(loss: NTXentLoss, implementation: str) -> None:
 
 @ways
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("pairs", PAIRS)
 @pytest.mark.parametrize(("B", "K", "temperature"), [(1, 128, 0.5), (37, 100, 0.1), (160, 128, 0.5), (70, 256, 0.07)])
 def test_value_and_gradient_are_those_of_float64(
-    device: str, implementation: str, dtype: torch.dtype, B: int, K: int, temperature: float, generator: torch.Generator
+    device: str,
+    implementation: str,
+    dtype: torch.dtype,
+    B: int,
+    K: int,
+    temperature: float,
+    pairs: Pairs,
+    generator: torch.Generator,
 ) -> None:
     z = torch.randn(2 * B, K, generator=generator).to(device, dtype).requires_grad_()
     ids = torch.randint(0, 2 * B, (B,), generator=generator)
     if B > 1:
         ids[1] = ids[0]  # at least one duplicate
-    expected, expected_gradient = definition(z, ids, temperature)
+    expected, expected_gradient = definition(z, ids, temperature, pairs)
     if dtype == torch.float64 and implementation == "triton":
         pytest.skip("the kernels are for float32")
-    loss = NTXentLoss(temperature, implementation)  # type: ignore[arg-type]
+    loss = NTXentLoss(temperature, implementation, pairs=pairs)  # type: ignore[arg-type]
     with warnings.catch_warnings(), unwritten_memory_is_nan():
         warnings.simplefilter("error")  # a fall-back would be a failure here
         value = loss(z, ids.to(device))
@@ -139,22 +152,23 @@ def test_rows_of_16_bits_cost_what_is_documented_and_no_more(
     assert abs(float(value.detach()) - float(expected)) <= 2e-6 * max(1.0, float(expected))
 
 
+@pytest.mark.parametrize("pairs", PAIRS)
 @pytest.mark.parametrize("implementation", ["tiled", "triton"])
 @pytest.mark.parametrize("device", [CUDA])
 def test_a_large_batch_fits_and_agrees_with_float64(
-    device: str, implementation: str, generator: torch.Generator
+    device: str, implementation: str, pairs: Pairs, generator: torch.Generator
 ) -> None:
     """16,384 rows: several tiles, every multiprocessor busy; the similarities alone would be 1 GiB."""
     z = torch.randn(16384, 128, generator=generator).to(device).requires_grad_()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    loss = NTXentLoss(0.1, implementation)  # type: ignore[arg-type]
+    loss = NTXentLoss(0.1, implementation, pairs=pairs)  # type: ignore[arg-type]
     value = loss(z)
     value.backward()
     assert_it_ran(loss, implementation)
     assert torch.cuda.max_memory_allocated() - before < 2**28
     exact = z.detach().double().requires_grad_()
-    expected = NTXentLoss(0.1, "tiled")(exact)
+    expected = NTXentLoss(0.1, "tiled", pairs=pairs)(exact)
     expected.backward()
     assert z.grad is not None
     assert exact.grad is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import simclr_dist
 from tests.fork_server import ModuleProcess
 
 
-def losses(example: str, processes: int) -> list[float]:
+def losses(example: str, processes: int, *arguments: str) -> list[float]:
     """Those that the main process prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -26,7 +27,7 @@ def losses(example: str, processes: int) -> list[float]:
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
         env |= {"LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)]
-    started = [ModuleProcess(f"examples.{example}", [], {**env, **rank}) for rank in ranks]
+    started = [ModuleProcess(f"examples.{example}", list(arguments), {**env, **rank}) for rank in ranks]
     try:
         for process in started:
             assert process.wait(200) == 0, process.output()
@@ -36,8 +37,8 @@ def losses(example: str, processes: int) -> list[float]:
     return [float(value) for value in re.findall(r"loss (\d\S+)", started[0].output())]
 
 
-def check(example: str, steps: int = 4) -> None:
-    one, two = losses(example, 1), losses(example, 2)
+def check(example: str, *arguments: str, steps: int = 4) -> None:
+    one, two = losses(example, 1, *arguments), losses(example, 2, *arguments)
     assert len(one) == steps
     assert len(set(one)) == steps  # it learns, or at least moves
     assert two == pytest.approx(one, abs=5e-4)
@@ -60,6 +61,27 @@ def test_lightning() -> None:
 def test_transformers_trainer() -> None:
     pytest.importorskip("transformers")
     check("loop_hf_trainer")
+
+
+@pytest.mark.distributed
+@pytest.mark.slow  # imports sentence-transformers three times
+def test_sentence_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    check("loop_sentence_transformers", tiny_sentence_model(tmp_path))
+
+
+def tiny_sentence_model(folder: Path) -> str:
+    """A BERT with random weights: it becomes one with mean pooling. Dropout would depend on the number of processes."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    words = ["a", "that", "is", "red", "green", "blue", "grey", "cat", "dog", "bird", "fish"]
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=32).save_pretrained(folder)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    random = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=16, max_position_embeddings=32, **shape, **random)).save_pretrained(folder)
+    return str(folder)
 
 
 def test_views_do_not_depend_on_how_they_are_read() -> None:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 import simclr_dist
 from simclr_dist.config import Config, DataConfig, LossConfig, load_config
+from simclr_dist.data import Batch
 from simclr_dist.data.loading.labelled_images import check_loss_labels
 from simclr_dist.errors import CheckpointError, ConfigError, DataError
+from simclr_dist.trainer import Trainer
 from simclr_dist.training.summary import loss_in_words
 from tests.conftest import REPOSITORY
 from tests.training import Training
@@ -97,6 +103,26 @@ def test_a_temperature_begins_between_its_limits(tmp_path: Path) -> None:
     assert smoke(tmp_path, "loss.temperature=5").loss.temperature == 5  # one that stays has no limits
 
 
+def test_pairs_across_are_for_two_views_and_no_labels(tmp_path: Path) -> None:
+    across = "loss.pairs=across"
+    assert smoke(tmp_path, across, "loss.kind=dcl").loss.pairs == "across"
+    with pytest.raises(ConfigError, match=r"loss.pairs=across compares the two views .*, but data.num_views is 3"):
+        smoke(tmp_path, across, "data.num_views=3")
+    with pytest.raises(ConfigError, match=r"loss.pairs=across .* nt_xent or dcl .*, but loss.kind is supcon"):
+        smoke(tmp_path, across, "loss.kind=supcon")
+
+
+def test_the_loss_is_called_with_groups_where_a_batch_has_them_and_with_classes_for_supcon() -> None:
+    ids, labels, groups = (torch.arange(4) + 10 * i for i in range(3))
+    alone = Batch(torch.zeros(2, 4, 1, 1, 3, dtype=torch.uint8), ids, labels, epoch=0)
+    together = replace(alone, group_ids=groups).to("cpu", non_blocking=True)
+    for kind, expected in (("nt_xent", (ids, groups)), ("dcl", (ids, groups)), ("supcon", (labels, labels))):
+        trainer = Trainer.__new__(Trainer)
+        trainer.config = cast("Config", SimpleNamespace(loss=LossConfig(kind=kind)))  # type: ignore[arg-type]
+        for batch, wanted in zip((alone, together), expected, strict=True):
+            assert torch.equal(trainer._ids_of_loss(batch), wanted)
+
+
 def folder_of(root: Path, classes: dict[str, int]) -> str:
     for name, count in classes.items():
         (root / name).mkdir(parents=True)
@@ -130,5 +156,9 @@ def test_the_summary_says_what_a_row_is_compared_with() -> None:
     )
     assert "each row against 127 others, those of its class are positives; guessing gives ln(127) = " in loss_in_words(
         LossConfig(kind="supcon"), 2, 64
+    )
+    across = loss_in_words(LossConfig(kind="dcl", pairs="across"), 2, 64)
+    assert across == (
+        "decoupled, temperature 0.1, 63 negatives a row, all of the other view; guessing gives ln(63) = 4.14"
     )
     assert math.log(127) == pytest.approx(4.84, abs=5e-3)

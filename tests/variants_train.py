@@ -36,6 +36,11 @@ MORE: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"first_layer": "whitened"},
         "optim": {"optimizer": "adam", "encoder_lr_scale": 0.5},
     },
+    "pairs across, learnt, in micro-batches": {
+        "model": {"encoder": "mixed", "head_batch_norm": "none"},
+        "loss": {"pairs": "across", "learn_temperature": True},
+        "train": {"micro_batch_size": 4},
+    },
     "nesterov, frozen layers": {
         "model": {"freeze": ["encoder.conv1.*", "encoder.bn1.*", "encoder.layer1.*"]},
         "optim": {"optimizer": "sgd", "nesterov": True, "base_lr": 0.05},

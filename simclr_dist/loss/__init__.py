@@ -12,6 +12,7 @@ Works in any PyTorch program, with torch.distributed and without. `docs/loss.md`
 
     agreement.py        what all ranks agree on: one check a step, and the code that computes the loss
     batch.py            the global batch: normalised, gathered
+    enumeration.py      which pairs of rows are compared, and which rank computes which tiles of them
     plain.py            the definitions, by autograd on all N x N similarities
     tiled.py            sums of exp(similarity) in tiles, each similarity computed once
     triton_kernels.py   the same sums on a GPU
