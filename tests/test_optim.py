@@ -183,7 +183,7 @@ def test_muons_updates_are_the_iteration_in_float64_and_nearly_orthogonal(shape:
         u, s, v = np.linalg.svd(matrix / np.linalg.norm(matrix), full_matrices=False)
         for _ in range(5):
             s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5  # what the iteration does to each singular value
-        assert np.abs(update - u @ np.diag(s) @ v).max() < 0.03
+        assert np.abs(update - u @ np.diag(s) @ v).max() < 1e-5  # float32; bfloat16 gave 0.03
         assert 0.5 < np.linalg.svd(update, compute_uv=False).min() < np.linalg.svd(update, compute_uv=False).max() < 1.4
 
 

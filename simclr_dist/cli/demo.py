@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from simclr_dist.cli.arguments import Commands, add_command
+from simclr_dist.cli.arguments import Commands, add_command, choose_device
 from simclr_dist.cli.prepare import prepare_with_progress
 from simclr_dist.cli.pretraining import pretrain
-from simclr_dist.cli.terminal import print_table
+from simclr_dist.cli.terminal import print_table, say
 from simclr_dist.config import load_config
 from simclr_dist.run.layout import NUMBER, RunDir, is_a, read_records
 from simclr_dist.run.status import read_status
@@ -54,9 +53,7 @@ def _run(args: argparse.Namespace) -> int:
         print("`make demo` continues from there")
         return 0
 
-    knn, linear = (_evaluate(method, run.path)["scores"] for method in ("knn", "linear"))
-    rows = [(name, f"{knn[name]['top1']:.1%}", f"{linear[name]['top1']:.1%}") for name in knn]
-    print_table("", ("top-1 accuracy of", "kNN", "linear probe"), rows)
+    _show_scores(run.path)
     print(closing_line(read_records(run.log), time.monotonic() - started))
     print(f"The run lies in {run.path}; remove it to start again from the beginning.")
     print(f"Its curves and images: {Path(sys.executable).with_name('tensorboard')} --logdir {run.path.parent}")
@@ -72,7 +69,16 @@ def closing_line(log: Sequence[Mapping[str, Any]], seconds: float) -> str:
     return f"{trained}the demo, from images to this table: {seconds:.0f} s"
 
 
-def _evaluate(method: str, run_dir: Path) -> dict[str, Any]:
-    """What `simclr-dist evaluate METHOD RUN --baselines --json` prints."""
-    command = [sys.executable, "-m", "simclr_dist.cli", "evaluate", method, str(run_dir), "--baselines", "--json"]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+def _show_scores(run_dir: Path) -> None:
+    """In this process, which has imported torch already. The second evaluation finds the features of the first."""
+    from simclr_dist.evaluation.offline import evaluate
+
+    score = partial(evaluate, run_dir, baselines=True, device=choose_device(None), say=say)
+    (knn, facts), (linear, _) = score(method="knn"), score(method="linear")
+    print_table(
+        "",
+        ("top-1 accuracy of", "kNN", "linear probe"),
+        [(one.name, f"{one.top1:.1%}", f"{other.top1:.1%}") for one, other in zip(knn, linear, strict=True)],
+        f"{facts['test_images']:,} test images of {facts['image_size']} px; kNN: k {facts['k']} among "
+        f"{facts['train_images']:,}",
+    )

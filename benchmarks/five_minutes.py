@@ -1,0 +1,253 @@
+"""How much does an encoder learn of CIFAR-10 in five minutes on two cores, from nothing? One row a recipe.
+
+    simclr-dist prepare cifar10-jpeg.tar.xz data/cifar10_train.beton --split train
+    simclr-dist prepare cifar10-jpeg.tar.xz data/cifar10_test.beton --split test
+    python -m benchmarks.five_minutes                                  the demo's recipe and the controls, three seeds
+    python -m benchmarks.five_minutes --row demo --row "16 channels" --seeds 1
+    python -m benchmarks.five_minutes --cpu-seconds 600                on a machine that others use as well
+    python -m benchmarks.five_minutes --list                           all rows
+
+A row is configs/cifar10_demo.yaml with other settings, and trains through the launcher on two processes. The learning
+rate falls to zero at the end, so the length is chosen before: two short trainings tell what a step of the row costs,
+and it gets the whole epochs that fit into the budget. The budget is for steps alone: starting, evaluating and saving
+are left out. --cpu-seconds counts the time of all the training's processes. --epochs fixes the length by hand, to
+compare recipes at equal images. Scores: kNN (k 20, all training images) and linear probe, at evaluation.image_size.
+
+The row "lightly" has lightly's views and loss in the same trainer (benchmarks/lightly_trainer.py) and needs lightly.
+Writes a table and a JSON file to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.report import RESULTS, circumstances, write
+from simclr_dist.config import load_config
+
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cifar10_demo.yaml"
+NUM_IMAGES = 50_000
+SHORT, LONG = 8, 40
+"""Steps of the two trainings that tell the cost of a step."""
+ALONE = (
+    "evaluation.knn_every_epochs=null",
+    "evaluation.online_probe=false",
+    "checkpoint.every_min=null",
+    "monitor.image_pairs=0",
+    "monitor.health_every_steps=null",
+    "monitor.terminal=quiet",
+)
+"""Nothing but steps."""
+ADAMW = ("optim.optimizer=adamw", "optim.base_lr=2.0e-3", "optim.muon_momentum=0.95", "optim.muon_ns_steps=5")
+BEFORE = ("data.image_size=24", "evaluation.image_size=null", "model.first_layer=random", *ADAMW)
+"""The demo's recipe of release 0.1."""
+
+
+@dataclass(frozen=True)
+class Row:
+    settings: tuple[str, ...] = ()
+    module: str | None = None
+    """A trainer of its own; None: simclr_dist.train, by the launcher."""
+
+
+ROWS = {
+    "before": Row(BEFORE),
+    "demo": Row(),
+    "lightly": Row(module="benchmarks.lightly_trainer"),
+    "lightly, before": Row(BEFORE, "benchmarks.lightly_trainer"),
+    # What was tried besides, each against "demo":
+    "AdamW": Row(ADAMW),
+    "random first layer": Row(("model.first_layer=random",)),
+    "24 px, tested at 32": Row(("data.image_size=24", "evaluation.image_size=32")),
+    "tested at 16 px": Row(("evaluation.image_size=16",)),
+    "16 channels": Row(("model.width=16",)),
+    "24 channels": Row(("model.width=24",)),
+    "48 channels": Row(("model.width=48",)),
+    "rate 0.1": Row(("optim.base_lr=0.1",)),
+    "momentum 0.9": Row(("optim.muon_momentum=0.9",)),
+    "5 Newton-Schulz steps": Row(("optim.muon_ns_steps=5",)),
+    "batch 128": Row(("train.global_batch_size=128",)),
+    "batch 512": Row(("train.global_batch_size=512",)),
+    "temperature 0.07": Row(("loss.temperature=0.07",)),
+    "temperature 0.2": Row(("loss.temperature=0.2",)),
+    "DCL": Row(("loss.kind=dcl",)),
+    "crops from 0.1": Row(("augment.crop_scale_min=0.1",)),
+    "crops from 0.3": Row(("augment.crop_scale_min=0.3",)),
+    "4 views, batch 128": Row(("data.num_views=4", "train.global_batch_size=128")),
+    "head of 3 layers": Row(("model.head_layers=3",)),
+    "head to 128": Row(("model.head_out_dim=128",)),
+    "no weight decay": Row(("optim.weight_decay=0.0",)),
+    "compiled": Row(("train.compile=true",)),
+}
+SHOWN = ("before", "demo")
+
+
+@dataclass(frozen=True)
+class Seconds:
+    wall: float
+    cpu: float
+    """Of all processes together."""
+
+    def __sub__(self, other: Seconds) -> Seconds:
+        return Seconds(self.wall - other.wall, self.cpu - other.cpu)
+
+    def __truediv__(self, n: int) -> Seconds:
+        return Seconds(self.wall / n, self.cpu / n)
+
+
+def epochs_within(budget: Seconds, step: Seconds, steps_per_epoch: int) -> int:
+    """The whole epochs that fit in, one at least. budget: infinite where it does not count. step: what one costs."""
+    steps = min(budget.wall / step.wall, budget.cpu / step.cpu)
+    return max(1, int(steps / steps_per_epoch))
+
+
+def main() -> None:
+    args = _arguments()
+    if args.list:
+        print("\n".join(f"{name:24} {' '.join(row.settings)}" for name, row in ROWS.items()))
+        return
+    names = args.row or SHOWN
+    budget = Seconds(math.inf if args.cpu_seconds else args.seconds, args.cpu_seconds or math.inf)
+    facts = circumstances(vars(args))
+    found: list[dict[str, Any]] = []
+    for name in names:
+        for one in measured(name, ROWS[name], budget, args):
+            found.append(one)
+            print(json.dumps(one), flush=True)
+    lines = table(found, facts, args)
+    print("\n".join(lines))
+    write("five_minutes", args.out, {**facts, "length": said_length(args), "trainings": found}, lines)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", default="data/cifar10_train.beton")
+    parser.add_argument("--test", default="data/cifar10_test.beton")
+    parser.add_argument("--row", action="append", choices=ROWS, metavar="NAME", help=f"default: {' and '.join(SHOWN)}")
+    parser.add_argument("--seeds", type=int, default=3)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, default=300, help="by the clock (default: 300)")
+    length.add_argument("--cpu-seconds", type=float, help="of all processes of the training")
+    length.add_argument("--epochs", type=int, help="of each row, whatever they take")
+    parser.add_argument("--nproc", type=int, default=2, help="processes")
+    parser.add_argument("--list", action="store_true", help="print all rows and their settings")
+    parser.add_argument("--work", type=Path, default=Path("runs/five_minutes"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def said_length(args: argparse.Namespace) -> str:
+    if args.epochs:
+        return f"{args.epochs} epochs, as asked for"
+    budget = f"{args.cpu_seconds:g} CPU seconds" if args.cpu_seconds else f"{args.seconds:g} s by the clock"
+    return f"the whole epochs that fit into {budget}, by the cost of a step between {SHORT} and {LONG} steps"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A training
+
+
+def measured(name: str, row: Row, budget: Seconds, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What the training of each seed took and scored."""
+    stem = f"{re.sub('[^a-z0-9]+', '_', name.lower())}_{os.getpid()}"
+    G = load_config(CONFIG, settings(row, args, f"name={stem}")).train.global_batch_size
+    short = train(row, args, f"name={stem}_{SHORT}_steps", f"train.max_steps={SHORT}")  # starting, above all
+    epochs = args.epochs
+    if epochs is None:
+        long = train(row, args, f"name={stem}_{LONG}_steps", f"train.max_steps={LONG}")
+        epochs = epochs_within(budget, (long - short) / (LONG - SHORT), NUM_IMAGES // G)
+    steps = epochs * (NUM_IMAGES // G)
+    for seed in range(args.seeds):
+        run = f"{stem}_seed_{seed}"
+        further = train(row, args, f"name={run}", f"train.epochs={epochs}", f"seed={seed}") - short
+        per_step = further / (steps - SHORT)
+        yield {
+            "row": name,
+            "settings": row.settings,
+            "seed": seed,
+            "epochs": epochs,
+            "images": steps * G,
+            "wall_s": per_step.wall * steps,
+            "cpu_s": per_step.cpu * steps,
+            **scores(args.work / run),
+        }
+
+
+def settings(row: Row, args: argparse.Namespace, *more: str) -> list[str]:
+    """Overrides of CONFIG."""
+    return [f"data.train={args.train}", f"data.test={args.test}", f"runs_dir={args.work}", *ALONE, *row.settings, *more]
+
+
+def train(row: Row, args: argparse.Namespace, *more: str) -> Seconds:
+    """What all processes of a whole training took. Raises CalledProcessError."""
+    words = [str(CONFIG), *settings(row, args, "resume=none", *more)]
+    program = ["launcher", "local", "--nproc", str(args.nproc), *words]
+    if row.module:  # the launcher starts simclr_dist.train only
+        program = ["torch.distributed.run", "--standalone", f"--nproc-per-node={args.nproc}", "-m", row.module, *words]
+    threads = max(1, len(os.sched_getaffinity(0)) // args.nproc)
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads)}
+    begin = _clocks()
+    subprocess.run([sys.executable, "-m", *program], check=True, env=env, stdout=subprocess.DEVNULL)
+    return _clocks() - begin
+
+
+def _clocks() -> Seconds:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Seconds(time.monotonic(), children.ru_utime + children.ru_stime)
+
+
+def scores(run: Path) -> dict[str, float]:
+    from simclr_dist.evaluation.offline import evaluate
+
+    score = partial(evaluate, run, cache=None, device=torch.device("cpu"), say=lambda _: None)
+    knn, record = score(method="knn", k=20)
+    linear, _ = score(method="linear")
+    return {"image_size": record["image_size"], "knn": knn[-1].top1, "linear": linear[-1].top1}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def table(found: Sequence[dict[str, Any]], facts: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    lines = [
+        f"CIFAR-10 from nothing, {args.nproc} processes on {facts['device']}, commit {facts['commit']}; length:",
+        f"{said_length(args)}.",
+        "kNN: k 20 among all training images. Mean of the seeds, and their deviation.",
+        "",
+        "| recipe | seeds | images | wall s | CPU s | tested at | kNN | linear |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in dict.fromkeys(one["row"] for one in found):
+        own = [one for one in found if one["row"] == name]
+        first = own[0]
+        wall, cpu = (statistics.mean(one[clock] for one in own) for clock in ("wall_s", "cpu_s"))
+        lines.append(
+            f"| {name} | {len(own)} | {first['images']:,} | {wall:.0f} | {cpu:.0f} | {first['image_size']} px "
+            f"| {_percent([one['knn'] for one in own])} | {_percent([one['linear'] for one in own])} |"
+        )
+    return lines
+
+
+def _percent(shares: Sequence[float]) -> str:
+    deviation = f" ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+    return f"{100 * statistics.mean(shares):.1f}{deviation} %"
+
+
+if __name__ == "__main__":
+    main()
