@@ -1,10 +1,10 @@
-"""The first example of textbooks beside the demo's recipe, each with the CPU time of the demo's whole training.
+"""The first example of textbooks beside the demo's recipe, each with the CPU time of the demo's training.
 
     python -m benchmarks.textbook --train data/cifar10_train.beton --test data/cifar10_test.beton
 
 Both are trained as their configurations say, in one process with one thread. The demo runs to its end; the example,
-whose learning rate is constant, is stopped after as many CPU seconds. CPU seconds are those of the steps and their
-images, of all threads, without start, evaluation and saves. Then kNN, both among the same images. Writes a table to --out.
+whose learning rate is constant, is stopped after as many CPU seconds: those of the steps and their images, of
+all threads, without start, evaluation and saves. Then kNN, both among the same images. Writes a table to --out.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", default="data/cifar10_train.beton")
     parser.add_argument("--test", default="data/cifar10_test.beton")
+    parser.add_argument("--epochs", type=int, help="of the demo, whose schedule fits them (default: its own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/textbook"))
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -67,8 +68,8 @@ def main() -> None:
     torch.set_num_threads(1)
     named = {"train": Path(options.train).name, "test": Path(options.test).name}
     when = circumstances(vars(options) | named)
-    demo = row(options, "cifar10_demo", math.inf)
-    rows = [row(options, "cifar10_textbook", demo["cpu_seconds"]), demo]
+    demo = row(options, "cifar10_demo", math.inf, {"train.epochs": options.epochs} if options.epochs else {})
+    rows = [row(options, "cifar10_textbook", demo["cpu_seconds"], {}), demo]
     lines = [
         f"kNN (k 20, among 5,000) on CIFAR-10 after the same CPU time, seed {options.seed}; one thread, fp32,",
         f"{when['device']}, commit {when['commit']}, torch {when['torch']}.",
@@ -84,8 +85,8 @@ def main() -> None:
     write("textbook", options.out, {**when, "rows": rows}, lines)
 
 
-def row(options: argparse.Namespace, name: str, budget_s: float) -> dict[str, Any]:
-    given = {"data.train": options.train, "data.test": options.test, "seed": options.seed}
+def row(options: argparse.Namespace, name: str, budget_s: float, changes: dict[str, Any]) -> dict[str, Any]:
+    given = {"data.train": options.train, "data.test": options.test, "seed": options.seed, **changes}
     config = load_config(CONFIGS / f"{name}.yaml", {**SETTINGS, **given, "runs_dir": str(options.work)})
 
     class Contestant(Clocked):

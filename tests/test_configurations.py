@@ -1,0 +1,72 @@
+"""Every configuration that ships is listed for newcomers, planned, and trains. pytest tests/test_configurations.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import simclr_dist
+from simclr_dist.cli import main
+from simclr_dist.config import Config, load_config
+from tests.conftest import REPOSITORY
+from tests.test_evaluate import save_images
+
+CONFIGS = REPOSITORY / "configs"
+TRAININGS = sorted(path for folder in (CONFIGS, CONFIGS / "variants") for path in folder.glob("*.yaml"))
+SMALLER = {"resnet50": "resnet18", "vit_b_16": "timm/vit_tiny_patch16_224"}
+"""Networks for the steps on a CPU; what is planned is the network of the file."""
+
+
+def test_the_page_of_configurations_lists_every_one_once() -> None:
+    page = (REPOSITORY / "docs" / "configurations.md").read_text()
+    for path in CONFIGS.rglob("*.yaml"):
+        assert page.count(f"[{path.stem}](../{path.relative_to(REPOSITORY)})") == 1, path
+
+
+def small(path: Path, folder: Path) -> Config:
+    """The configuration, on made images of 32 px, 8 at once, for two steps."""
+    config = load_config(path, check_data=False)
+    settings = {
+        "runs_dir": str(folder / "runs"),
+        "data.image_size": 32,
+        "model.encoder": SMALLER.get(config.model.encoder, config.model.encoder),
+        "train.global_batch_size": 8,
+        "train.max_steps": 2,
+        "train.precision": "fp32",
+        "evaluation.knn_k": 2,
+    }
+    if config.data.train != "synthetic":
+        settings |= {"data.train": str(folder / "train")} | (
+            {"data.test": str(folder / "test")} if config.data.test else {}
+        )
+    if config.evaluation.train:
+        settings["evaluation.train"] = str(folder / "train")
+    if config.evaluation.knn_max_train:
+        settings["evaluation.knn_max_train"] = 20
+    if config.model.weights:
+        settings["model.weights"] = str(folder / "resnet18.pth")
+    return load_config(path, settings)
+
+
+def test_every_configuration_is_planned_and_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One test over all: imports and kernels are met once. Networks of 100 MB and more are exchanged for small ones."""
+    pytest.importorskip("timm")
+    for seed, name in enumerate(("train", "test")):
+        save_images(tmp_path / name, 10, seed)
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    for path in TRAININGS:
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", str(path), "--gpus", "8", "--images", "50000", "--json"])
+        assert ended.value.code == 0, path
+        planned = json.loads(capsys.readouterr().out)
+        config = small(path, tmp_path)
+        run = simclr_dist.pretrain(config)
+        assert (run.state, run.step) == ("finished", 2), path
+        logged = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+        assert planned["num_steps"] > 0
+        if config.evaluation.knn_every_epochs:
+            assert any("eval/knn_top1" in line for line in logged), path
