@@ -82,8 +82,8 @@ def main() -> None:
     demo = row(options, "cifar10_demo", options.cpu_seconds or math.inf, changes)
     rows = [row(options, "cifar10_textbook", demo["cpu_seconds"], {}), demo]
     lines = [
-        f"kNN (k 20, among {options.bank:,}) of {options.test_images:,} test images of CIFAR-10 after the same CPU time,",
-        f"seed {options.seed}; one thread, fp32,",
+        f"kNN (k 20, among {options.bank:,}) of {options.test_images:,} test images of CIFAR-10 after the same CPU",
+        f"time, seed {options.seed}, one thread, fp32,",
         f"{when['device']}, commit {when['commit']}, torch {when['torch']}.",
         "",
         "| configuration | CPU seconds | steps | images seen | kNN top-1 |",
