@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from simclr_dist.health.collapse import collapse
 from simclr_dist.run.layout import NUMBER, RunDir, is_a, read_records
@@ -14,7 +15,6 @@ PARTS = 10
 SMALLEST_PART = 5  # lines of the log
 IDLE_PARTS = 4  # without an improvement, at the end
 STANDARD_ERRORS = 2
-CHECKS_IN_A_ROW = 3
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Course:
     idle_since: int | None = None
     """The loss has not fallen since."""
     collapsed_since: int | None = None
-    """By the last three health checks and those before them."""
+    """By the last health checks; None where the last one found nothing."""
 
 
 def course_of(run: RunDir, last_step: int | None = None) -> Course:
@@ -60,14 +60,11 @@ def idle_since(steps: Sequence[int], losses: Sequence[float]) -> int | None:
     return steps[len(losses) * (best + 1) // PARTS - 1]
 
 
-def _collapsed_since(lines: Sequence[dict[str, object]]) -> int | None:
-    since, bad = None, 0
+def _collapsed_since(lines: Sequence[Mapping[str, Any]]) -> int | None:
+    since: int | None = None
     for line in lines:
         rank, spread = line.get("health/h_rankme"), line.get("health/z_std_mean")
-        if not is_a(rank, NUMBER) or not is_a(spread, NUMBER):
-            continue
-        if collapse(float(rank), 0, float(spread)):
-            since, bad = (line["step"] if bad == 0 else since), bad + 1
-        else:
-            since, bad = None, 0
-    return since if bad >= CHECKS_IN_A_ROW else None  # type: ignore[return-value]
+        if is_a(rank, NUMBER) and is_a(spread, NUMBER):
+            fallen = collapse(rank, 0, spread)
+            since = (since if since is not None else line["step"]) if fallen else None
+    return since

@@ -47,7 +47,7 @@ class Figures:
     """Of h unless they say otherwise; see simclr_dist/health/figures.py."""
 
     contrastive_top1: float
-    """Of pairs of views among all images, the mean of V/2 pairs. This one ranks."""
+    """Of pairs of views among all images, the mean of V/2 pairs. This one ranks, the others explain."""
     neighbours_shared: float
     """Of the 10 nearest images of one view, those that are the nearest of another view too."""
     alignment: float
@@ -60,16 +60,11 @@ class Figures:
     @classmethod
     def of(cls, h: Tensor, z: Tensor | None) -> Figures:
         """h [V, M, D], z [V, M, K]; V even."""
-        pairs = [(pair, health.similarities(pair)) for pair in h.split(2)]
-
-        def mean(figure: Callable[[Tensor, health.Similarities], Tensor]) -> float:
-            return float(torch.stack([figure(*pair) for pair in pairs]).mean())
-
         return cls(
-            mean(lambda _, near: health.contrastive_accuracy(near, 1)),
-            mean(lambda pair, _: health.neighbours_shared(pair[0], pair[1])),
-            mean(lambda _, near: health.alignment(near)),
-            mean(lambda pair, _: health.uniformity(pair)),
+            _contrastive_top1(h),
+            float(health.neighbours_shared(h[0], h[1])),
+            float(health.alignment(health.similarities(h[:2]))),
+            float(health.uniformity(h[:2])),
             float(health.rankme(h[0])),
             float(health.lidar(h)),
             float(health.alpha_req(h[0])),
@@ -233,25 +228,28 @@ class _Judge:
             # A whitened first layer looks at training images, which may be elsewhere: those shown do as well.
             data = config.data.model_copy(update={"train": self.images.source, "loader": "auto"})
             _, encoder = before_training(config.model, data, config.seed, self.say)
-            h, _ = self._encode(encoder.to(self.device), None, config.data, VIEWS)
-            self.untrained[key] = Figures.of(h, None).contrastive_top1
+            h, _ = self._encode(encoder.to(self.device), None, config.data, 2)
+            self.untrained[key] = _contrastive_top1(h)
         return self.untrained[key]
 
     def _kept(self, h: Tensor, checkpoint: Checkpoint) -> tuple[float | None, int | None]:
         """neighbours_shared with the run's checkpoint before this one, and its step. h [M, D] of the first view."""
-        earlier = [path for path in _line_of(checkpoint) if step_of(path) < checkpoint.step]
+        run = RunDir.of_checkpoint(checkpoint.path)
+        earlier = [path for path in run.list_checkpoints() if step_of(path) < checkpoint.step]
+        if not (checkpoint.of_run and earlier):
+            return None, None
         try:
-            before, found = load_pretrained(str(earlier[-1])) if earlier else (None, checkpoint)
-        except UserError:  # a training beside has removed it
+            model, found = load_pretrained(str(earlier[-1]))
+        except UserError:  # damaged, or a training beside has removed it
             return None, None
-        if before is None:
-            return None, None
-        then, _ = self._encode(before.encoder.to(self.device), None, found.config.data, VIEWS)
+        then, _ = self._encode(model.encoder.to(self.device), None, found.config.data, 1)
         return float(health.neighbours_shared(h, then[0])), found.step
 
 
-def _line_of(checkpoint: Checkpoint) -> list[Path]:
-    return RunDir.of_checkpoint(checkpoint.path).list_checkpoints() if checkpoint.of_run else []
+def _contrastive_top1(h: Tensor) -> float:
+    """h [V, M, D], V even."""
+    found = [health.contrastive_accuracy(health.similarities(pair), 1) for pair in h.split(2)]
+    return float(torch.stack(found).mean())
 
 
 def _name_of(source: Source) -> str:
@@ -271,7 +269,7 @@ def _choose(data: str | None, checkpoint: Checkpoint, images: int) -> ChosenImag
 def _unknown(name: str, error: UserError, course: Course) -> Verdict:
     seen = ""
     if course.collapsed_since is not None:
-        seen = f"; its log says that it has collapsed since step {course.collapsed_since:,}"
+        seen = f"; by its last health checks it has collapsed, since step {course.collapsed_since:,}"
     elif course.last_step:
         seen = f"; its log has come to step {course.last_step:,}"
     return Verdict(name, "not known", f"not known: {error}{seen}")

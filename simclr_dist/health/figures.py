@@ -91,9 +91,13 @@ def uniformity(z: Tensor) -> Tensor:
 def rankme(x: Tensor) -> Tensor:
     """exp of the entropy of the singular values of x [M, d], between 1 and min(M, d)."""
     x = x.double()
-    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
-    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    singular = torch.linalg.eigvalsh(_smaller_gram(x)).clamp_min(0).sqrt()
     return _effective_rank(singular)
+
+
+def _smaller_gram(x: Tensor) -> Tensor:
+    """Has the squares of the singular values of x [M, d] as its eigenvalues."""
+    return x @ x.T if len(x) < x.shape[1] else x.T @ x
 
 
 def _effective_rank(spectrum: Tensor) -> Tensor:
@@ -124,15 +128,15 @@ def lidar(x: Tensor) -> Tensor:
 def alpha_req(x: Tensor) -> Tensor:
     """a, where the eigenvalues of the covariance of x [M, d] fall as i^-a; near 1 is said to be good.
 
-    Fitted by least squares of logarithms to the eigenvalues from number min(10, d/8) to min(100, d/2): the first are
-    those of a few strong directions, the last are noise. NaN where these are not above 0.
+    Fitted by least squares of logarithms to the eigenvalues from number min(10, d/8) to min(100, d/2), d at most M: the
+    first are those of a few strong directions, the last are noise. Not finite where these are 0.
     """
     x = x.double() - x.double().mean(0)
-    d = x.shape[1]
-    eigenvalues = torch.linalg.eigvalsh(x.T @ x / len(x)).flip(0)
-    first, last = max(min(10, d // 8), 1), max(min(100, d // 2), 3)
-    i = torch.arange(first, last + 1, device=x.device, dtype=torch.float64)[: d - first + 1].log()
+    d = min(x.shape)
+    eigenvalues = torch.linalg.eigvalsh(_smaller_gram(x)).flip(0)
+    first, last = max(min(10, d // 8), 1), min(max(min(100, d // 2), 3), d)
     fallen = eigenvalues[first - 1 : last].log()
+    i = torch.arange(first, last + 1, device=x.device, dtype=torch.float64).log()
     i = i - i.mean()
     return -(i @ (fallen - fallen.mean())) / (i @ i)
 
