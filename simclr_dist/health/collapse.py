@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 LEAST_SPREAD = 0.1
-LEAST_RANK = 2.0
+LEAST_RANK = 3.0  # an encoder may be in use with h in few dimensions, but not in so few
 
 
 def collapse(h_rank: float, h_width: int, z_spread: float | None) -> str:

@@ -118,10 +118,12 @@ def lidar(x: Tensor) -> Tensor:
     within = (x - centres).flatten(0, 1)
     between = centres - centres.mean(0)
     S_w, S_b = within.T @ within / len(within), between.T @ between / len(between)
-    S_w.diagonal().add_(1e-4 * S_w.diagonal().mean() + torch.finfo(torch.float64).tiny)
+    least = 1e-9 * S_b.diagonal().mean() + torch.finfo(torch.float64).tiny  # where views do not differ at all
+    S_w.diagonal().add_(1e-4 * S_w.diagonal().mean() + least)
     # The same eigenvalues as those of L^-1 S_b L^-T, where S_w = L L^T.
-    half = torch.linalg.solve_triangular(torch.linalg.cholesky(S_w), S_b, upper=False)
-    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(S_w), half.mT, upper=False)
+    L = torch.linalg.cholesky(S_w)
+    half = torch.linalg.solve_triangular(L, S_b, upper=False)
+    whitened = torch.linalg.solve_triangular(L, half.mT, upper=False)
     return _effective_rank(torch.linalg.eigvalsh(whitened).clamp_min(0))
 
 
