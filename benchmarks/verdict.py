@@ -85,8 +85,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a_tau_5": {"loss.temperature": 5.0},
     "a_no_augment": NO_AUGMENT,
     "a_flips": {**NO_AUGMENT, "augment.flip_p": 0.5},
-    "a_crops_no_colour": {"augment.jitter_p": 0.0, "augment.grayscale_p": 0.0},
-    "a_colour_no_crops": {"augment.crop_scale_min": 1.0},
     "a_head_2": {"model.head_out_dim": 2},
     "a_width_4": {"model.width": 4},
     "a_60_steps": {"train.max_steps": 60},
@@ -97,11 +95,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "b_base": {},
     "b_lr_3e-5": {"optim.base_lr": 3e-5},
     "b_tau_0.02": {"loss.temperature": 0.02},
-    "b_tau_2": {"loss.temperature": 2.0},
     "b_nothing": NO_AUGMENT,
     "b_grey": {"augment.grayscale_p": 1.0},
-    "b_crops_0.01": {"augment.crop_scale_min": 0.01},
-    "b_blur_only": {**NO_AUGMENT, "augment.blur_p": 1.0},
     "b_width_8": {"model.width": 8},
     "b_20_steps": {"train.max_steps": 20},
     "b_lars_300": {"optim.optimizer": "lars", "optim.base_lr": 300.0},
@@ -109,11 +104,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "b_no_norm": {**NO_NORM, "optim.base_lr": 0.001},
     "b_no_norm_sgd_10": {**NO_NORM, "optim.optimizer": "sgd", "optim.base_lr": 10.0},
     "b_no_norm_lr_3": {**NO_NORM, "optim.base_lr": 3.0, "train.max_steps": 100},
-    "b_vit": {"model.encoder": "small_vit", "optim.base_lr": 0.001},
     "b_vit_lr_0.1": {"model.encoder": "small_vit", "optim.base_lr": 0.1},
+    "a_crops_no_colour": {"augment.jitter_p": 0.0, "augment.grayscale_p": 0.0},
+    "a_colour_no_crops": {"augment.crop_scale_min": 1.0},
+    "b_tau_2": {"loss.temperature": 2.0},
+    "b_blur_only": {**NO_AUGMENT, "augment.blur_p": 1.0},
+    "b_crops_0.01": {"augment.crop_scale_min": 0.01},
+    "b_vit": {"model.encoder": "small_vit", "optim.base_lr": 0.001},
 }
 IMAGES = 5000
-FIGURES = ("contrastive_top1", "neighbours_shared", "alignment", "uniformity", "rankme", "lidar", "alpha_req")
+FIGURES = ("neighbours_shared", "contrastive_top1", "alignment", "uniformity", "rankme", "lidar", "alpha_req")
 LOWER_IS_BETTER = ("alignment", "uniformity")
 ALARM = re.compile(r"step (\d+): the representation has collapsed")
 
@@ -174,12 +174,10 @@ def run(name: str, changes: Mapping[str, Any], args: argparse.Namespace) -> dict
         "step": checkpoint.step,
         "linear": linear_top1(model.encoder, size, args.train, args.test),
         "linear_untrained": _untrained_top1(config.model.model_dump_json(), size, config.seed, args.train, args.test),
-        "state": verdict.state,
-        "sentence": verdict.sentence,
-        "untrained_top1": verdict.untrained_top1,
+        "collapsed": verdict.state == "collapsed",
         "alarm_step": int(alarm[1]) if alarm else None,
         "failure": failure,
-        **{figure: value if value is None or np.isfinite(value) else None for figure, value in figures.items()},
+        **{figure: figures[figure] if np.isfinite(figures[figure]) else None for figure in FIGURES},
     }
 
 
@@ -262,14 +260,14 @@ def render(rows: Sequence[Mapping[str, Any]], agreement: Mapping[str, Mapping[st
             for half, found in agreement.items()
         ),
         "",
-        f"| run | steps | linear | untrained | {names} | verdict | alarm at step |",
+        f"| run | steps | linear | untrained | {names} | collapsed | alarm at step |",
         "|---|---:|---:|---:|" + "---:|" * len(FIGURES) + "---|---:|",
     ]
     for row in sorted(rows, key=lambda row: -row["linear"]):
         figures = " | ".join(f"{row[name]:.3g}" if row[name] is not None else "-" for name in FIGURES)
         lines.append(
             f"| {row['name']} | {row['step']} | {row['linear']:.1%} | {row['linear_untrained']:.1%} | {figures} | "
-            f"{row['state']} | {row['alarm_step'] or '-'} |"
+            f"{'yes' if row['collapsed'] else 'no'} | {row['alarm_step'] or '-'} |"
         )
     return lines
 

@@ -33,8 +33,8 @@ def register(commands: Commands) -> None:
         help="is it learning, has it collapsed, which run is better; without labels",
         description=(
             "Look at runs without a label, best first. All are shown the same views of the same images, at the side\n"
-            "that each was trained with. They are ranked by `found`: how often an image's other view is the nearest\n"
-            "of all. Runs may be in progress. What is found is no failure: the exit code is 0."
+            "that each was trained with. They are ranked by how many of an image's 10 nearest neighbours are the same\n"
+            "in two views of it. Runs may be in progress. What is found is no failure: the exit code is 0."
         ),
         epilog="example: simclr-dist verdict runs/cifar10_demo runs/longer --data data/cifar10_test.beton",
     )
@@ -99,13 +99,14 @@ def _finite(value: float | None) -> float | None:
 
 
 def _show(found: Comparison) -> None:
-    columns = ("run", "step", "found", "neighbours", "alignment", "uniformity", "RankMe", "LiDAR", "alpha", "D", "px")
+    columns = ("run", "step", "neighbours", "top-1", "alignment", "uniformity", "RankMe", "LiDAR", "alpha", "D", "px")
     print_table(
         f"{found.images.count:,} images of {found.images.source}, the same views for all; best first",
         columns,
         [_row(verdict) for verdict in found.verdicts],
-        f"found: an image's other view is the nearest; differences below {percent(found.chance)} are chance. Compare "
-        "RankMe, LiDAR and alpha only where D is the same, and all figures with caution where px differ",
+        f"neighbours: those of the 10 nearest that two views of an image share; below {percent(found.chance)} a "
+        "difference is chance. top-1: its other view is the nearest of all. Compare RankMe, LiDAR and alpha only where "
+        "D is the same, and everything with caution where px differ",
     )
     for verdict in found.verdicts:
         kept = (
@@ -114,8 +115,8 @@ def _show(found: Comparison) -> None:
             else (f"; {verdict.neighbours_kept:.0%} of nearest neighbours are those of step {verdict.compared_step:,}")
         )
         print(printable(f"{verdict.name}: {verdict.sentence}{kept}"))
-    for note in found.notes:
-        say(note)
+    if found.note:
+        say(found.note)
 
 
 def _row(verdict: Verdict) -> tuple[str, ...]:
@@ -125,8 +126,8 @@ def _row(verdict: Verdict) -> tuple[str, ...]:
     return (
         verdict.name,
         f"{verdict.step:,}",
-        percent(figures.contrastive_top1),
         percent(figures.neighbours_shared),
+        percent(figures.contrastive_top1),
         f"{figures.alignment:.2f}",
         f"{figures.uniformity:.2f}",
         f"{figures.rankme:.1f}",

@@ -1,9 +1,8 @@
 """Is a run learning, has it collapsed, which of several is better? Without a label.
 
-All encoders are shown the same views of the same images (evaluation/views.py). They are ranked by one figure, the
-contrastive task on h: the share of views whose nearest neighbour among all the views of the other images and the one
-other view of their own is the latter. docs/results.md has how well it agrees with linear accuracy, and how badly others
-do.
+All encoders are shown the same views of the same images (evaluation/views.py). They are ranked by one figure: how many
+of an image's 10 nearest neighbours by h in one view are its neighbours in another view too. docs/evaluation.md has how
+well that agrees with linear accuracy, and how badly others do.
 
 Letters: M images, V views of each, D width of h, K of z.
 """
@@ -35,7 +34,6 @@ from simclr_dist.run.layout import RunDir, step_of
 IMAGES = 2000
 VIEWS = 4  # the least of which LiDAR makes sense; and two pairs
 SMALLEST = 50  # of fewer images no figure means anything
-EASY = 0.9
 STANDARD_ERRORS = 2
 
 Say = Callable[[str], None]
@@ -46,10 +44,12 @@ State = Literal["learning", "not learning", "collapsed", "not known"]
 class Figures:
     """Of h unless they say otherwise; see simclr_dist/health/figures.py."""
 
-    contrastive_top1: float
-    """Of pairs of views among all images, the mean of V/2 pairs. This one ranks, the others explain."""
     neighbours_shared: float
-    """Of the 10 nearest images of one view, those that are the nearest of another view too."""
+    """Of the 10 nearest neighbours in one view, those that are neighbours in another. This one ranks."""
+    neighbours_error: float
+    """Standard error of that."""
+    contrastive_top1: float
+    """Of pairs of views among all images, the mean of V/2 pairs."""
     alignment: float
     uniformity: float
     rankme: float
@@ -60,10 +60,11 @@ class Figures:
     @classmethod
     def of(cls, h: Tensor, z: Tensor | None) -> Figures:
         """h [V, M, D], z [V, M, K]; V even."""
+        near = [health.similarities(pair) for pair in h.split(2)]
         return cls(
-            _contrastive_top1(h),
-            float(health.neighbours_shared(h[0], h[1])),
-            float(health.alignment(health.similarities(h[:2]))),
+            *_neighbours(h),
+            float(torch.stack([health.contrastive_accuracy(found, 1) for found in near]).mean()),
+            float(health.alignment(near[0])),
             float(health.uniformity(h[:2])),
             float(health.rankme(h[0])),
             float(health.lidar(h)),
@@ -86,8 +87,8 @@ class Verdict:
     figures: Figures | None = None
     trained_on_images: bool = False
     """The images shown are its training images."""
-    untrained_top1: float | None = None
-    """contrastive_top1 of the encoder before its training."""
+    before_training: float | None = None
+    """neighbours_shared of the encoder with which the run began."""
     neighbours_kept: float | None = None
     """neighbours_shared with the checkpoint before this one."""
     compared_step: int | None = None
@@ -104,23 +105,19 @@ class Comparison:
     """Of each image."""
 
     @property
-    def notes(self) -> list[str]:
-        """What a reader of the figures should know."""
+    def note(self) -> str:
+        """What a reader of the figures should know; empty: nothing more."""
         seen = [verdict.name for verdict in self.verdicts if verdict.trained_on_images]
-        best = max((verdict.figures.contrastive_top1 for verdict in self.verdicts if verdict.figures), default=0.0)
-        notes = []
-        if seen:
-            others = " and the others have not" if len(seen) < len(self.verdicts) else ""
-            notes.append(f"{', '.join(seen)} trained on {self.images.source}{others}; --data names held-out images")
-        if best > EASY:
-            notes.append(f"{best:.0%} found is near the most there can be: more images (--images) tell good runs apart")
-        return notes
+        if not seen:
+            return ""
+        others = ", the others were not" if len(seen) < len(self.verdicts) else ""
+        return f"{', '.join(seen)}: trained on these images{others}; --data names held-out ones"
 
     @property
     def chance(self) -> float:
-        """Differences of contrastive_top1 below this are chance: two standard errors, where the best run stands."""
-        best = max((verdict.figures.contrastive_top1 for verdict in self.verdicts if verdict.figures), default=0.0)
-        return chance(best, best, self.images.count)
+        """Differences of neighbours_shared below this are chance: two standard errors, where the best run stands."""
+        first = next(verdict.figures for verdict in self.verdicts if verdict.figures)
+        return _chance(first.neighbours_error, first.neighbours_error)
 
 
 def compare(
@@ -141,7 +138,7 @@ def compare(
     ConfigError or DataError for images that do not do.
     """
     shown: ChosenImages | None = None
-    untrained: dict[tuple[str, int, int], float] = {}
+    before: dict[tuple[str, int, int], tuple[float, float]] = {}
     found, failures = list[Verdict](), list[UserError]()
     for source in sources:
         name = _name_of(source)
@@ -152,7 +149,7 @@ def compare(
             found.append(_unknown(name, error, course_of(RunDir(Path(name)))))
             continue
         shown = shown or _choose(data, checkpoint, images)
-        judge = _Judge(shown, untrained, precision, batch_size or checkpoint.config.evaluation.batch_size, device, say)
+        judge = _Judge(shown, before, precision, batch_size or checkpoint.config.evaluation.batch_size, device, say)
         try:
             found.append(judge(name, model.to(device), checkpoint))
         except UserError as error:
@@ -161,20 +158,20 @@ def compare(
     if not any(verdict.figures for verdict in found):
         raise failures[0]
     assert shown is not None
-    found.sort(key=lambda verdict: verdict.figures.contrastive_top1 if verdict.figures else -1.0, reverse=True)
+    found.sort(key=lambda verdict: verdict.figures.neighbours_shared if verdict.figures else -1.0, reverse=True)
     return Comparison(shown, found)
 
 
-def chance(p: float, q: float, num_images: int) -> float:
-    """Two standard errors of the difference of two shares of images."""
-    return STANDARD_ERRORS * math.sqrt((p * (1 - p) + q * (1 - q)) / num_images)
+def _chance(error: float, other_error: float) -> float:
+    """What the difference of two figures with these standard errors must exceed to mean something."""
+    return STANDARD_ERRORS * math.hypot(error, other_error)
 
 
 @dataclass(frozen=True)
 class _Judge:
     images: ChosenImages
-    untrained: dict[tuple[str, int, int], float]
-    """contrastive_top1 of encoders before training, by what they depend on: runs of a sweep share them."""
+    before: dict[tuple[str, int, int], tuple[float, float]]
+    """neighbours_shared of encoders before training, and its error, by what they depend on."""
     precision: Precision
     batch_size: int
     device: torch.device
@@ -192,7 +189,7 @@ class _Judge:
         kept, compared_step = self._kept(h[0], checkpoint)
         self.say(f"{name}: step {checkpoint.step}, {VIEWS * h.shape[1]:,} views, {time.monotonic() - begin:.1f} s")
         course = course_of(RunDir.of_checkpoint(checkpoint.path), checkpoint.step) if checkpoint.of_run else Course()
-        state, sentence = _judged(figures, before, h.shape[2], course, h.shape[1])
+        state, sentence = _judged(figures, *before, h.shape[2], course)
         return Verdict(
             name,
             state,
@@ -202,7 +199,7 @@ class _Judge:
             image_size=data.image_size,
             figures=figures,
             trained_on_images=data.train == self.images.source,
-            untrained_top1=before,
+            before_training=before[0],
             neighbours_kept=kept,
             compared_step=compared_step,
         )
@@ -221,16 +218,16 @@ class _Judge:
             device=self.device,
         )
 
-    def _before(self, checkpoint: Checkpoint) -> float:
+    def _before(self, checkpoint: Checkpoint) -> tuple[float, float]:
         config = checkpoint.config
         key = config.model.model_dump_json(), config.data.image_size, config.seed
-        if key not in self.untrained:
+        if key not in self.before:
             # A whitened first layer looks at training images, which may be elsewhere: those shown do as well.
             data = config.data.model_copy(update={"train": self.images.source, "loader": "auto"})
             _, encoder = before_training(config.model, data, config.seed, self.say)
             h, _ = self._encode(encoder.to(self.device), None, config.data, 2)
-            self.untrained[key] = _contrastive_top1(h)
-        return self.untrained[key]
+            self.before[key] = _neighbours(h)
+        return self.before[key]
 
     def _kept(self, h: Tensor, checkpoint: Checkpoint) -> tuple[float | None, int | None]:
         """neighbours_shared with the run's checkpoint before this one, and its step. h [M, D] of the first view."""
@@ -243,13 +240,13 @@ class _Judge:
         except UserError:  # damaged, or a training beside has removed it
             return None, None
         then, _ = self._encode(model.encoder.to(self.device), None, found.config.data, 1)
-        return float(health.neighbours_shared(h, then[0])), found.step
+        return float(health.neighbours_shared(h, then[0]).mean()), found.step
 
 
-def _contrastive_top1(h: Tensor) -> float:
-    """h [V, M, D], V even."""
-    found = [health.contrastive_accuracy(health.similarities(pair), 1) for pair in h.split(2)]
-    return float(torch.stack(found).mean())
+def _neighbours(h: Tensor) -> tuple[float, float]:
+    """neighbours_shared of the first two views of h [V, M, D], and its standard error."""
+    shares = health.neighbours_shared(h[0], h[1]).double()
+    return float(shares.mean()), float(shares.std()) / math.sqrt(len(shares))
 
 
 def _name_of(source: Source) -> str:
@@ -275,18 +272,14 @@ def _unknown(name: str, error: UserError, course: Course) -> Verdict:
     return Verdict(name, "not known", f"not known: {error}{seen}")
 
 
-def _judged(figures: Figures, before: float, width: int, course: Course, num_images: int) -> tuple[State, str]:
-    top1 = figures.contrastive_top1
-    fallen = collapse(figures.rankme, width, figures.z_spread)
-    found = f"an image's other view is found in {top1:.1%} of cases, by the untrained encoder in {before:.1%}"
-    if fallen:
+def _judged(figures: Figures, before: float, before_error: float, width: int, course: Course) -> tuple[State, str]:
+    if fallen := collapse(figures.rankme, width, figures.z_spread):
         since = f", since step {course.collapsed_since:,}" if course.collapsed_since is not None else ""
         return "collapsed", f"collapsed{since}: {fallen}"
-    if top1 <= before + chance(top1, before, num_images):
-        worse = top1 < before - chance(top1, before, num_images)
-        return (
-            "not learning",
-            f"{'worse than before its training' if worse else 'has learnt nothing that shows'}: {found}",
-        )
+    now, enough = figures.neighbours_shared, _chance(figures.neighbours_error, before_error)
+    shared = f"two views of an image share {now:.1%} of their nearest neighbours, before training {before:.1%}"
+    if now <= before + enough:
+        change = "worse than" if now < before - enough else "no better than"
+        return "not learning", f"{change} before training: {shared}"
     idle = f"; has stopped improving since step {course.idle_since:,}" if course.idle_since is not None else ""
-    return "learning", f"learning: {found}; h uses {figures.rankme:.0f} of {width} dimensions{idle}"
+    return "learning", f"learning: {shared}; h uses {figures.rankme:.0f} of {width} dimensions{idle}"

@@ -144,12 +144,12 @@ def alpha_req(x: Tensor) -> Tensor:
 
 
 def neighbours_shared(a: Tensor, b: Tensor, k: int = 10) -> Tensor:
-    """The share of each row's k nearest other rows by cosine in a [M, d] that are among its k nearest in b [M, d'].
+    """[M]: of each row's k nearest other rows by cosine in a [M, d], the share that is so in b [M, d'] too.
 
     a and b are of the same M images: two of their views, or two encoders. Unrelated ones share k / (M - 1).
     """
     first, second = (_nearest_others(x, k) for x in (a, b))
-    return (first[:, :, None] == second[:, None]).any(2).float().mean()
+    return (first[:, :, None] == second[:, None]).any(2).float().mean(1)
 
 
 def _nearest_others(x: Tensor, k: int) -> Tensor:
