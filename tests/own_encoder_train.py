@@ -1,4 +1,5 @@
-"""`simclr_dist.train` with encoders of its own: `with_spare` has a layer that nothing uses, `broken` cannot run."""
+"""`simclr_dist.train` with encoders of its own: `with_spare` has a layer that nothing uses, `broken` cannot run,
+`flat` has an h of one dimension."""
 
 from __future__ import annotations
 
@@ -29,8 +30,18 @@ def broken(config: ModelConfig) -> tuple[nn.Module, int]:
     return Broken(8, stride=2), 32
 
 
+class Flat(SmallResNet):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).mean(1, keepdim=True).expand(-1, self.feature_dim)
+
+
+def flat(config: ModelConfig) -> tuple[nn.Module, int]:
+    return Flat(8, stride=2), 32
+
+
 register("with_spare", with_spare)
 register("broken", broken)
+register("flat", flat)
 
 if __name__ == "__main__":
     train.main()

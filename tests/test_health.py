@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simclr_dist.health import figures as health
-from simclr_dist.health.check import Findings, HealthCheck, RankFacts, own_sample
+from simclr_dist.health.check import WATCH_PATIENCE, Findings, HealthCheck, RankFacts, own_sample
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
 from simclr_dist.parallel.distributed import World
 from tests.distributed.spawn import run_ranks
@@ -99,6 +99,58 @@ def test_uniformity_of_even_and_collapsed_directions() -> None:
     assert float(health.uniformity(torch.ones(2, M, K))) == pytest.approx(0, abs=1e-5)
     even = torch.randn(2, 4000, 256, generator=torch.Generator().manual_seed(0))
     assert float(health.uniformity(even)) == pytest.approx(-4 + 2 * 4 / 256, abs=0.02)  # E exp(4 s), s of variance 1/d
+
+
+def test_lidar_is_the_rank_of_linear_discriminant_analysis() -> None:
+    """By the square root of S_w and sums over views, as the paper has it."""
+    x = np.random.default_rng(0).normal(size=(4, 60, 1, 7)) * 0.3 + np.random.default_rng(1).normal(size=(60, 1, 7))
+    x = x[:, :, 0] * np.linspace(0.1, 2, 7)
+    S_w, S_b, centre = np.zeros((7, 7)), np.zeros((7, 7)), x.mean((0, 1))
+    for i in range(60):
+        mean = x[:, i].mean(0)
+        S_b += np.outer(mean - centre, mean - centre) / 60
+        for view in x[:, i]:
+            S_w += np.outer(view - mean, view - mean) / 240
+    S_w += 1e-4 * np.trace(S_w) / 7 * np.eye(7)
+    eigenvalues, vectors = np.linalg.eigh(S_w)
+    root = vectors @ np.diag(eigenvalues**-0.5) @ vectors.T
+    p = np.linalg.eigvalsh(root @ S_b @ root)
+    p = p / p.sum() + 1e-7
+    assert float(health.lidar(torch.tensor(x))) == pytest.approx(math.exp(-(p * np.log(p)).sum()))
+
+
+def test_lidar_counts_the_directions_that_tell_images_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, noise = torch.randn(4000, 6, generator=generator), torch.randn(4, 4000, 6, generator=generator)
+    assert float(health.lidar(image + 0.01 * noise)) == pytest.approx(6, rel=0.01)
+    assert float(health.lidar(3e4 * (image + 0.01 * noise))) == pytest.approx(6, rel=0.01)  # whatever the scale
+    image[:, 1:] = 0  # the other directions differ between views only: their rest of 1/V is no signal
+    assert float(health.lidar(image + 0.01 * noise)) == pytest.approx(1, rel=0.01)
+    assert float(health.lidar(torch.ones(4, 20, 6))) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("a", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("shape", [(80, 40), (30, 90)])
+def test_alpha_req_is_the_power_of_a_spectrum(a: float, shape: tuple[int, int]) -> None:
+    M, d = shape
+    generator = np.random.default_rng(0)
+    u = np.linalg.qr(generator.normal(size=(M, M)))[0]
+    u = np.linalg.qr((u - u.mean(0))[:, : min(M - 1, d)])[0]  # columns of mean 0
+    v = np.linalg.qr(generator.normal(size=(d, d)))[0][: u.shape[1]]
+    x = 7 + u @ np.diag(np.arange(1, u.shape[1] + 1.0) ** (-a / 2)) @ v
+    assert float(health.alpha_req(torch.tensor(x))) == pytest.approx(a, rel=1e-6)
+
+
+def test_neighbours_shared_are_those_that_scikit_learn_finds_in_both() -> None:
+    from sklearn.neighbors import NearestNeighbors  # type: ignore[import-untyped]
+
+    a = np.random.default_rng(0).normal(size=(90, 6))
+    b = a[:, :4] + 0.5 * np.random.default_rng(1).normal(size=(90, 4))  # another width: two encoders
+    found = [NearestNeighbors(n_neighbors=5, metric="cosine").fit(x).kneighbors(return_distance=False) for x in (a, b)]
+    expected = [len(set(i) & set(j)) / 5 for i, j in zip(*found, strict=True)]
+    assert 0.1 < np.mean(expected) < 0.9
+    assert health.neighbours_shared(torch.tensor(a), torch.tensor(b), 5).tolist() == pytest.approx(expected)
+    assert health.neighbours_shared(torch.tensor(a), torch.tensor(3 * a), 5).tolist() == [1] * 90
 
 
 @pytest.mark.parametrize("shape", [(40, 9), (9, 40)])
@@ -368,18 +420,29 @@ def test_collapse_is_told_once_an_episode() -> None:
     generator = torch.Generator().manual_seed(0)
     well = torch.randn(64, 16, generator=generator)
     collapsed = torch.ones(64, 16) + 0.001 * well
-    patient = Patient()
-    told = [patient.examine(well, z) for z in (well, collapsed, collapsed, collapsed, collapsed, well, collapsed)]
-    assert [len(w) for w in told] == [0, 0, 0, 1, 0, 0, 0]
-    assert "collapsed" in told[3][0]
+    check = HealthCheck(100, nn.Linear(3, 3), World())
+    course = [well, *[collapsed] * (WATCH_PATIENCE + 2), well, *[collapsed] * (WATCH_PATIENCE - 1)]
+    told = [check.watch(well, z) for z in course]
+    assert [i for i, warning in enumerate(told) if warning] == [WATCH_PATIENCE]
+    assert "collapsed: z is nearly the same for different images, its spread is 0.00 of 1" in told[WATCH_PATIENCE]
 
 
 def test_collapse_of_h_to_one_dimension_is_told() -> None:
     well = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
     line = well[:, :1] * torch.ones(64, 16)
-    patient = Patient()
-    told = [patient.examine(line, well) for _ in range(3)]
-    assert [len(w) for w in told] == [0, 0, 1]
+    check = HealthCheck(100, nn.Linear(3, 3), World())
+    told = [check.watch(line, well) for _ in range(WATCH_PATIENCE)]
+    assert [bool(warning) for warning in told] == [False] * (WATCH_PATIENCE - 1) + [True]
+    assert "h lies in 1.0 of 16 dimensions" in told[-1]
+
+
+def test_collapse_is_told_within_100_steps_whatever_the_interval_of_checks() -> None:
+    for every in (1, 7, 100, 5000):
+        check = HealthCheck(every, nn.Linear(3, 3), World())
+        watched = [step for step in range(1, 1001) if check.is_watched(step)]
+        gaps = [b - a for a, b in zip(watched, watched[WATCH_PATIENCE:], strict=False)]
+        assert max(gaps) <= 100
+    assert not HealthCheck(None, nn.Linear(3, 3), World()).is_watched(10)
 
 
 def test_waiting_for_data_is_told() -> None:

@@ -29,6 +29,7 @@ from simclr_dist.cli import (
     report,
     runs,
     train,
+    verdict,
 )
 from simclr_dist.errors import FailedElsewhereError, StoppedError, UserError
 from simclr_dist.safe_text import message
@@ -85,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
         prepare,
         inspect,
         evaluate,
+        verdict,
         export,
         finetune,
         embed,

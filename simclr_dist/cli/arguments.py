@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simclr_dist.argument_types import positive_int
@@ -53,6 +54,14 @@ def source_of(args: argparse.Namespace, name: str = "source") -> Source:
     if not (args.encoder or args.stem or args.weights_partial):
         return str(path)
     return foreign(str(path), args)
+
+
+def sources_of(args: argparse.Namespace, name: str) -> list[Path | ForeignEncoder]:
+    """Of several: the options that describe weights from elsewhere are for those that are no run."""
+    return [
+        path if path.is_dir() and not (path / "config.json").exists() else foreign(str(path), args)
+        for path in getattr(args, name)
+    ]
 
 
 def foreign(path: str, args: argparse.Namespace) -> ForeignEncoder:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from simclr_dist.argument_types import positive_int
-from simclr_dist.cli.arguments import Commands, add_command, add_source_arguments, choose_device, foreign
+from simclr_dist.cli.arguments import Commands, add_command, add_source_arguments, choose_device, sources_of
 from simclr_dist.cli.terminal import say
 from simclr_dist.errors import ConfigError
 from simclr_dist.run.results import require_writable
@@ -42,10 +42,7 @@ def _run(args: argparse.Namespace) -> int:
     check_requirements()
     from simclr_dist.report.write import write_report
 
-    runs = [
-        path if path.is_dir() and not (path / "config.json").exists() else foreign(str(path), args)
-        for path in args.runs
-    ]
+    runs = sources_of(args, "runs")
     if args.out is None and not args.runs[0].is_dir():
         raise ConfigError([f"{args.runs[0]}: is of no run, so name the page to write with --out"])
     out = args.out or args.runs[0] / "report.html"

@@ -20,14 +20,13 @@ from torch import nn
 from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.checkpoint.lineage import same_on_all_ranks
 from simclr_dist.checkpoint.pretrained import Source, load_pretrained
-from simclr_dist.checkpoint.weights import plan_start
-from simclr_dist.config import DataConfig, ModelConfig, Precision
+from simclr_dist.config import DataConfig, Precision
 from simclr_dist.data.classes import draw_by_class
 from simclr_dist.data.decode.crops import EVALUATION_SHARE
 from simclr_dist.data.loading.labelled_images import LabelledImages, open_labelled, require_labels
 from simclr_dist.data.loading.load_images import are_whole
 from simclr_dist.data.loading.open_images import DatasetInfo
-from simclr_dist.errors import ConfigError, DataError, UserError
+from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
 from simclr_dist.evaluation.feature_file import extract_to_file
 from simclr_dist.evaluation.features import Features, digest, pixel_features
@@ -36,9 +35,9 @@ from simclr_dist.evaluation.labels import relabelled
 from simclr_dist.evaluation.linear import linear_probe
 from simclr_dist.evaluation.readable_images import ReadableImages
 from simclr_dist.evaluation.score_record import name_of, score_record
-from simclr_dist.evaluation.untrained import untrained_encoder
+from simclr_dist.evaluation.untrained import before_training
 from simclr_dist.network.precision import assumed_precision
-from simclr_dist.network.simclr import SimCLR, build_model
+from simclr_dist.network.simclr import SimCLR
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 from simclr_dist.run.layout import RunDir, append_record, is_share, read_records
@@ -204,7 +203,7 @@ def evaluate(
     scores = []
     if baselines:
         train_pixels, test_pixels = run_on_all_ranks(lambda: _pixels(images, data), device, catch=Exception)
-        untrained = run_on_all_ranks(lambda: _before_training(config.model, config.data, config.seed, say), device)
+        untrained = run_on_all_ranks(lambda: before_training(config.model, config.data, config.seed, say), device)
         scores.append(score("raw pixels", train_pixels, relabelled(test_pixels, images.classes)))
         scores.append(score(untrained[0], *features(untrained[1])))
     trained = features(model.encoder)
@@ -262,19 +261,6 @@ def _pixels(images: LabelledImages, data: DataConfig) -> list[Features]:
         pixel_features(ReadableImages.of(source, data, 512)(np.arange(info.num_samples)), normalize=normalize)
         for source, info in ((images.train, images.train_info), (images.test, images.test_info))
     ]
-
-
-def _before_training(model: ModelConfig, data: DataConfig, seed: int, say: Say) -> tuple[str, nn.Module]:
-    """A name, and the encoder with the initial values of the run; random ones where model.weights have gone."""
-    if model.weights is not None:
-        try:
-            torch.manual_seed(seed)  # of what the weights lack
-            network = build_model(model)
-            plan_start(model, network, say).load_into(network)
-            return "encoder as given", network.encoder
-        except UserError as error:
-            say(f"model.weights cannot be read any more, so the baseline is the untrained encoder: {error}")
-    return "untrained encoder", untrained_encoder(model, data, seed)
 
 
 def known_accuracy(checkpoint: Checkpoint, say: Say) -> Mapping[str, float]:

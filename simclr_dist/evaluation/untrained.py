@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
 
+from simclr_dist.checkpoint.weights import plan_start
 from simclr_dist.config import DataConfig, ModelConfig
 from simclr_dist.data.classes import draw_by_class
 from simclr_dist.data.loading.load_images import load_images
 from simclr_dist.data.loading.open_images import describe
-from simclr_dist.errors import DataError
+from simclr_dist.errors import DataError, UserError
 from simclr_dist.network.first_layer import NUM_IMAGES, first_convolution, whiten
 from simclr_dist.network.simclr import build_model
 from simclr_dist.views.augment import STD
+
+
+def before_training(
+    model: ModelConfig, data: DataConfig, seed: int, say: Callable[[str], None]
+) -> tuple[str, nn.Module]:
+    """A name, and the encoder with the initial values of the run; random ones where model.weights have gone.
+
+    Raises ConfigError or DataError.
+    """
+    if model.weights is not None:
+        try:
+            torch.manual_seed(seed)  # of what the weights lack
+            network = build_model(model)
+            plan_start(model, network, say).load_into(network)
+            return "encoder as given", network.encoder
+        except UserError as error:
+            say(f"model.weights cannot be read any more, so the baseline is the untrained encoder: {error}")
+    return "untrained encoder", untrained_encoder(model, data, seed)
 
 
 def untrained_encoder(model: ModelConfig, data: DataConfig, seed: int) -> nn.Module:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr_dist.health import figures as health
+from simclr_dist.health.collapse import collapse
 from simclr_dist.health.figures import Alarm, Histogram
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.distributed import World
@@ -22,9 +23,10 @@ from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 
 MAX_IMAGES = 1024  # a rank of up to 1,024; a millisecond on a GPU, and one eigenvalue problem
 MAX_ROWS = 2048  # of z: all views of fewer images, where there are more than two
-PATIENCE = 3  # checks in a row before an alarm: a young network may look collapsed for a moment
-COLLAPSED_SPREAD = 0.1
-COLLAPSED_RANK = 2.0
+PATIENCE = 3  # checks in a row before an alarm: one slow disk is no starvation
+WATCH_EVERY = 10  # steps; at every check where these come more often
+WATCHED_IMAGES = 64  # one small eigenvalue problem
+WATCH_PATIENCE = 5  # a young network may look collapsed for a moment
 STARVING_SHARE = 0.5
 SAME_GRADIENT = 1e-3
 
@@ -72,11 +74,15 @@ class HealthCheck:
         self._num_views = num_views
         self._across = across
         self._norms = health.tracking_norms(model)
-        self._collapse, self._starvation, self._divergence = Alarm(PATIENCE), Alarm(PATIENCE), Alarm(1)
+        self._collapse, self._starvation, self._divergence = Alarm(WATCH_PATIENCE), Alarm(PATIENCE), Alarm(1)
 
     def is_due(self, step: int) -> bool:
         """Whether the step that makes `step` steps complete is one to look at."""
         return self._every is not None and step % self._every == 0
+
+    def is_watched(self, step: int) -> bool:
+        """Whether `watch` looks for a collapse at this step; it is cheaper than all figures, so it looks more often."""
+        return self._every is not None and step % min(self._every, WATCH_EVERY) == 0
 
     @contextmanager
     def record(self, step: int) -> Iterator[Recording | None]:
@@ -144,6 +150,34 @@ class HealthCheck:
         self._check_ranks(ranks.cpu(), grad_scale, found)
         return found
 
+    @torch.no_grad()
+    def watch(self, h: Tensor, z: Tensor) -> str:
+        """A warning when the representation has been collapsed for some time; empty on all ranks but the first.
+
+        h [V*B, D], z [V*B, K], view after view. What fails on one rank fails on all, as in `examine`.
+        """
+
+        def prepare() -> tuple[Tensor, Tensor]:
+            V = self._num_views
+            h_sample = own_sample(h[None, : len(h) // V], self._world, WATCHED_IMAGES)
+            return h_sample, own_sample(z.unflatten(0, (V, -1)), self._world, WATCHED_IMAGES)
+
+        h_sample, z_sample = run_on_all_ranks(prepare, z.device, catch=Exception)
+        h_sample = distributed.all_reduce_sum_(h_sample)[0]
+        z_sample = distributed.all_reduce_sum_(z_sample)
+        if not self._world.is_main:
+            return ""
+        figures = {"rank": health.rankme(h_sample), "spread": health.spread(z_sample.flatten(0, 1)).mean()}
+        numbers = to_numbers(figures)
+        fallen = collapse(numbers["rank"], h_sample.shape[1], numbers["spread"])
+        if not self._collapse.rings(bool(fallen)):
+            return ""
+        return (
+            f"the representation has collapsed: {fallen}. It rarely recovers by itself. Usual causes: a learning rate "
+            "too high, a warm-up too short, a temperature that does not fit, views too much alike. health/ in "
+            "TensorBoard shows when it began"
+        )
+
     def _check_space(self, h: Tensor, z: Tensor, groups: Tensor | None, found: Findings) -> None:
         """h [M, D], z [V, M, K], groups [M]."""
         near = health.similarities(z, across=self._across, groups=groups)
@@ -168,14 +202,6 @@ class HealthCheck:
         found.histograms["health/similarity_of_positives"] = health.histogram(near.positives)
         if negatives.numel():
             found.histograms["health/similarity_of_negatives"] = health.histogram(negatives)
-        spread, rank = found.scalars["health/z_std_mean"], found.scalars["health/h_rankme"]
-        if self._collapse.rings(spread < COLLAPSED_SPREAD or rank < COLLAPSED_RANK):
-            found.warnings.append(
-                "the representation has collapsed: different images get nearly the same vector "
-                f"(spread of z {spread:.2f} of 1, h uses {rank:.1f} of {h.shape[1]} dimensions). It rarely recovers by "
-                "itself. Usual causes: a learning rate too high, a warm-up too short, a temperature that does not fit, "
-                "views too much alike. health/ in TensorBoard shows when it began"
-            )
 
     def _check_batch_norm(self, recording: Recording, found: Findings) -> None:
         if self._norms:

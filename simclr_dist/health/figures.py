@@ -3,7 +3,11 @@
 Letters: M images, V views of each, K width of z, D width of h. z_i are unit rows, s_ij = z_i.z_j.
 
     alignment, uniformity    Wang & Isola 2020, arXiv:2005.10242, eq. 1 and 2 (alpha = 2, t = 2)
+    contrastive_accuracy     the instance discrimination of Wu et al. 2018, arXiv:1805.01978, among M images
+    neighbours_shared        the mutual nearest neighbours of Huh et al. 2024, arXiv:2405.07987, appendix
     rankme                   Garrido et al. 2023, arXiv:2210.02885, eq. 1; the effective rank of Roy & Vetterli 2007
+    lidar                    Thilak et al. 2023, arXiv:2312.04000, eq. 4 and 5
+    alpha_req                Agrawal et al. 2022, "alpha-ReQ", NeurIPS, section 3: the decay of h's covariance
     spread                   Chen & He 2021, arXiv:2011.10566, section 4.1: 0 where everything has collapsed
     gradient_disagreement    the noise over signal of McCandlish et al. 2018, arXiv:1812.06162, between ranks
 """
@@ -87,10 +91,70 @@ def uniformity(z: Tensor) -> Tensor:
 def rankme(x: Tensor) -> Tensor:
     """exp of the entropy of the singular values of x [M, d], between 1 and min(M, d)."""
     x = x.double()
-    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
-    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    p = singular / singular.sum().clamp_min(torch.finfo(torch.float64).tiny) + 1e-7
+    singular = torch.linalg.eigvalsh(_smaller_gram(x)).clamp_min(0).sqrt()
+    return _effective_rank(singular)
+
+
+def _smaller_gram(x: Tensor) -> Tensor:
+    """Has the squares of the singular values of x [M, d] as its eigenvalues."""
+    return x @ x.T if len(x) < x.shape[1] else x.T @ x
+
+
+def _effective_rank(spectrum: Tensor) -> Tensor:
+    """exp of the entropy of a spectrum's shares."""
+    p = spectrum / spectrum.sum().clamp_min(torch.finfo(torch.float64).tiny) + 1e-7
     return (-(p * p.log()).sum()).exp()
+
+
+def lidar(x: Tensor) -> Tensor:
+    """RankMe among images, in units of how much the views of an image differ: x [V, M, d], between 1 and d.
+
+    exp of the entropy of the eigenvalues of S_w^-1/2 S_b S_w^-1/2. S_b [d, d]: the covariance of the M images' mean
+    views; S_w: the mean over images of the covariance of their views, with 1e-4 of its mean variance added on the
+    diagonal (the paper adds 1e-4 itself, whatever the features' scale). Wants V >= 4, and V M several times d.
+    """
+    x = x.double()
+    centres = x.mean(0)
+    within = (x - centres).flatten(0, 1)
+    between = centres - centres.mean(0)
+    S_w, S_b = within.T @ within / len(within), between.T @ between / len(between)
+    least = 1e-9 * S_b.diagonal().mean() + torch.finfo(torch.float64).tiny  # where views do not differ at all
+    S_w.diagonal().add_(1e-4 * S_w.diagonal().mean() + least)
+    # The same eigenvalues as those of L^-1 S_b L^-T, where S_w = L L^T.
+    L = torch.linalg.cholesky(S_w)
+    half = torch.linalg.solve_triangular(L, S_b, upper=False)
+    whitened = torch.linalg.solve_triangular(L, half.mT, upper=False)
+    return _effective_rank(torch.linalg.eigvalsh(whitened).clamp_min(0))
+
+
+def alpha_req(x: Tensor) -> Tensor:
+    """a, where the eigenvalues of the covariance of x [M, d] fall as i^-a; near 1 is said to be good.
+
+    Fitted by least squares of logarithms to the eigenvalues from number min(10, d/8) to min(100, d/2), d at most M: the
+    first are those of a few strong directions, the last are noise. Not finite where these are 0.
+    """
+    x = x.double() - x.double().mean(0)
+    d = min(x.shape)
+    eigenvalues = torch.linalg.eigvalsh(_smaller_gram(x)).flip(0)
+    first, last = max(min(10, d // 8), 1), min(max(min(100, d // 2), 3), d)
+    fallen = eigenvalues[first - 1 : last].log()
+    i = torch.arange(first, last + 1, device=x.device, dtype=torch.float64).log()
+    i = i - i.mean()
+    return -(i @ (fallen - fallen.mean())) / (i @ i)
+
+
+def neighbours_shared(a: Tensor, b: Tensor, k: int = 10) -> Tensor:
+    """[M]: of each row's k nearest other rows by cosine in a [M, d], the share that is so in b [M, d'] too.
+
+    a and b are of the same M images: two of their views, or two encoders. Unrelated ones share k / (M - 1).
+    """
+    first, second = (_nearest_others(x, k) for x in (a, b))
+    return (first[:, :, None] == second[:, None]).any(2).float().mean(1)
+
+
+def _nearest_others(x: Tensor, k: int) -> Tensor:
+    unit = F.normalize(x, dim=1)
+    return (unit @ unit.T).fill_diagonal_(-torch.inf).topk(min(k, len(x) - 1), dim=1).indices
 
 
 def spread(x: Tensor) -> Tensor:

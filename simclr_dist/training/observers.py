@@ -23,7 +23,7 @@ from simclr_dist.evaluation.drift import DriftGuard, Likeness, likeness
 from simclr_dist.evaluation.gallery import show_gallery
 from simclr_dist.evaluation.online import OnlineEvaluation, OnlineScores
 from simclr_dist.evaluation.online_probe import OnlineProbe
-from simclr_dist.health.check import HealthCheck, RankFacts
+from simclr_dist.health.check import HealthCheck, RankFacts, Recording
 from simclr_dist.monitor.events import Histograms, Pairs, StepsDone
 from simclr_dist.monitor.monitor import Monitor, memory_peak_gib
 from simclr_dist.monitor.speed import LAST_INTERVAL, Speed
@@ -271,16 +271,24 @@ class Health(Observer):
     def is_due(self, finished: FinishedStep) -> bool:
         if self._last is None:
             self._last = finished.began_s, finished.waited_s
-        return finished.result.recording is not None
+        if finished.result.skipped:
+            return False
+        return finished.result.recording is not None or self._check.is_watched(finished.step)
 
     def after_step(self, finished: FinishedStep) -> None:
+        watched = self._check.is_watched(finished.step)
+        if watched and (warning := self._check.watch(finished.result.h, finished.result.z)):
+            self._monitor.warn(f"step {finished.step}: {warning}")
+        if finished.result.recording is not None:
+            self._examine(finished, finished.result.recording)
+
+    def _examine(self, finished: FinishedStep, recording: Recording) -> None:
         result, started_s, wait_s = finished.result, time.monotonic(), self._loader.wait_s
-        assert result.recording is not None
         assert self._last is not None
         since_s, waited_s = self._last
         share = (wait_s - waited_s) / max(started_s - since_s, 1e-9)
         findings = self._check.examine(
-            result.recording,
+            recording,
             result.h,
             result.z,
             RankFacts(share, memory_peak_gib(self._device)),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.data.randomness import CROP, FLIP, uniform
+from simclr_dist.data.randomness import CROP, FLIP, keys, uniform
 
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
 _TRIES = 10
@@ -53,6 +54,18 @@ def random_crops(
         table[waiting, :4] = np.stack([(h_max - h) // 2, (w_max - w) // 2, h, w], axis=1)
     table[:, 4] = uniform(keys, FLIP) < flip_p
     return table.reshape(*shape, 5)
+
+
+def keyed_crops(
+    seed: int, epoch: int, *, num_views: int, scale_min: float, flip_p: float
+) -> Callable[[NDArray[np.int64]], Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.int32]]]:
+    """The random crops [V, b, 5] of sample ids [b], once their heights and widths are known."""
+
+    def of_images(ids: NDArray[np.int64]) -> Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.int32]]:
+        view_keys = keys(seed, epoch, ids[None], np.arange(num_views)[:, None])
+        return lambda heights, widths: random_crops(view_keys, heights, widths, scale_min=scale_min, flip_p=flip_p)
+
+    return of_images
 
 
 def center_crops(heights: NDArray[np.int64], widths: NDArray[np.int64], size: int) -> NDArray[np.int32]:

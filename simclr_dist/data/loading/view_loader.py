@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from simclr_dist.config import AugmentConfig, DataConfig
 from simclr_dist.data.batch import Batch, Loader
-from simclr_dist.data.decode.crops import random_crops
-from simclr_dist.data.loading.decode_pool import CropRule, CropRuleOf, DecodePool, Images
+from simclr_dist.data.decode.crops import keyed_crops
+from simclr_dist.data.loading.decode_pool import CropRuleOf, DecodePool, Images
 from simclr_dist.data.loading.open_images import open_images
 from simclr_dist.data.loading.pinned_memory import PinnedSlots
 from simclr_dist.data.order import Order
-from simclr_dist.data.randomness import keys
 from simclr_dist.errors import DataError
 from simclr_dist.parallel.distributed import World
 from simclr_dist.parallel.threads import default_num_threads
@@ -136,20 +135,16 @@ class ViewLoader:
         for step in count(first_step):
             epoch, step_of_epoch = divmod(step, self.order.steps_per_epoch)
             ids = self.order.sample_ids(epoch, step_of_epoch, self._world.rank, self._world.size)
-            yield ids, self._random_crops(epoch)
-
-    def _random_crops(self, epoch: int) -> CropRuleOf:
-        def crop(ids: NDArray[np.int64]) -> CropRule:
-            view_keys = keys(self.order.seed, epoch, ids[None], np.arange(self._num_views)[:, None])
-            return lambda heights, widths: random_crops(
-                view_keys,
-                heights,
-                widths,
-                scale_min=self._augmentation.crop_scale_min,
-                flip_p=self._augmentation.flip_p,
+            yield (
+                ids,
+                keyed_crops(
+                    self.order.seed,
+                    epoch,
+                    num_views=self._num_views,
+                    scale_min=self._augmentation.crop_scale_min,
+                    flip_p=self._augmentation.flip_p,
+                ),
             )
-
-        return crop
 
     def close(self) -> None:
         """Ends the threads. May be called twice; iterators of a closed loader raise DataError."""
