@@ -169,10 +169,14 @@ class TrainConfig(Section):
     on_non_finite: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does.")
     max_skipped_steps: Count = Field(3, description="Non-finite steps in a row that `skip` forgives.")
 
-    def images_at_once(self, world_size: int) -> int:
-        """How many images a device holds activations of."""
-        share = self.global_batch_size // world_size
-        return self.global_batch_size // self.virtual_shards if self.virtual_shards else self.micro_batch_size or share
+    @property
+    def images_of_shard(self) -> int | None:
+        return self.global_batch_size // self.virtual_shards if self.virtual_shards else None
+
+    @property
+    def images_of_part(self) -> int | None:
+        """How many images a device computes at once: a shard or a micro-batch; None: all of its share."""
+        return self.images_of_shard or self.micro_batch_size
 
 
 class EvaluationConfig(Section):

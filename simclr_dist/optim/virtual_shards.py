@@ -40,10 +40,14 @@ class TreeSum:
             shards *= 2
         self._subtrees.append((shards, x))
 
-    def total(self) -> Tensor:
-        """[n], the same on every rank. All ranks together; each has added a power of two of vectors."""
+    def of_rank(self) -> Tensor:
+        """[n]: of the vectors that this rank has added, a power of two of them."""
         ((_, own),) = self._subtrees
-        return distributed.all_reduce_tree(own)
+        return own
+
+    def total(self) -> Tensor:
+        """[n], the same on every rank. All ranks together."""
+        return distributed.all_reduce_tree(self.of_rank())
 
 
 class VirtualShards:

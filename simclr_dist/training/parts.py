@@ -172,7 +172,11 @@ def build(config: Config) -> Parts:
         steps_per_epoch * config.train.global_batch_size,
         config.train.epochs,
     )
-    probe = None if probe_classes is None else OnlineProbe(simclr.feature_dim, probe_classes, device)
+    probe = (
+        None
+        if probe_classes is None
+        else OnlineProbe(simclr.feature_dim, probe_classes, device, config.train.images_of_shard)
+    )
     state = run_on_all_ranks(lambda: restore(checkpoint, config, loader, network, optimizer, probe), device)
     if checkpoint is None:
         state.started_from = start_from_weights(simclr, config, device)
