@@ -5,14 +5,17 @@ Arguments as for `simclr_dist.train`; a name ends with that of its variant. See 
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
+
+import torch
 
 import simclr_dist
 from simclr_dist.config import load_config
 from tests import random_layers_train  # noqa: F401 - registers its encoder
 
-STEPS = 5
+STEPS = 3
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "lars, clipped, whitened, head's BatchNorm, the probe": {
         "model": {"first_layer": "whitened", "head_batch_norm": "all"},
@@ -41,6 +44,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # a fork does not look at it
     base = load_config(sys.argv[1], sys.argv[2:])
     for at, settings in enumerate(VARIANTS.values()):
         simclr_dist.pretrain(base, name=f"{base.name}-{at}", **settings)
