@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -124,10 +125,9 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> None:
     report = circumstances({name: str(value) for name, value in vars(args).items() if name not in ("train", "test")})
     rows = [row for row in ROWS if row.side != "lightly" or importlib.util.find_spec("lightly")]
-    for start, world_size in ((1, 1), (2, 1), (1, 2), (1, 4)):
+    for seed, (start, world_size) in itertools.product(range(args.seeds), ((1, 1), (2, 1), (1, 2), (1, 4))):
         jobs = [
             (row.key, seed, row.worlds.index(world_size))
-            for seed in range(args.seeds)
             for row in rows
             if world_size in row.worlds and row.start == start and not result_file(args.work, row, seed).exists()
         ]

@@ -48,7 +48,8 @@ def collectives(
     n, N, K = num_views * B, num_views * B * world_size, model.head_out_dim
     gradients = sum(p.nbytes for p in network.parameters())
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if train.virtual_shards is not None:
+    if train.virtual_shards is not None:  # every rank has the whole gradient of the loss's own parameters
+        gradients = sum(p.nbytes for name, p in network.named_parameters() if not name.startswith("loss."))
         moments = sum(4 * 2 * m.num_features for m in norms)
         return [
             Collective("loss: labels" if loss.kind == "supcon" else "loss: sample ids", "all_gather", 8 * B),
