@@ -22,8 +22,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "optim": {"optimizer": "lars", "base_lr": 1.0, "max_grad_norm": 0.5},
         "evaluation": {"online_probe": True},
     },
-    "muon, three views, bf16": {
+    "muon, three views, plain dcl, bf16": {
         "data": {"num_views": 3},
+        "loss": {"kind": "dcl", "implementation": "plain"},
         "optim": {"optimizer": "muon", "muon_ns_steps": 3},
         "train": {"precision": "bf16"},
     },
@@ -32,13 +33,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "loss": {"learn_temperature": True},
         "optim": {"optimizer": "adamw", "layer_decay": 0.8},
     },
-    "supcon, views by torch, rounded rows": {
+    "supcon of rounded rows, views by torch, fp16": {
         "loss": {"kind": "supcon", "gather_dtype": "bfloat16"},
         "augment": {"implementation": "torch", "blur_p": 0.5},
         "optim": {"optimizer": "sgd"},
-    },
-    "plain dcl, fp16": {
-        "loss": {"kind": "dcl", "implementation": "plain"},
         "train": {"precision": "fp16", "on_non_finite": "skip"},
     },
 }
