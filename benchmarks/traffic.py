@@ -20,6 +20,8 @@ class CountTraffic(TorchDispatchMode):
             name, others = function._opname, self.world_size - 1
             if name == "_allgather_base_":
                 sent = others * args[1].nbytes
+            elif name == "alltoall_base_":
+                sent = others / self.world_size * args[1].nbytes
             elif name == "allreduce_":
                 sent = 2 * others / self.world_size * sum(x.nbytes for x in args[0])
             else:

@@ -24,6 +24,7 @@ from simclr_dist.network.batchnorm import convert_to_global_batch_norm
 from simclr_dist.network.simclr import build_model
 from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.micro_batch import backward_in_micro_batches
+from simclr_dist.optim.virtual_shards import VirtualShards
 from simclr_dist.plan.forecast import LINK_BYTES_PER_S, Forecast, Speed, forecast
 from simclr_dist.plan.measure import measure_step
 from simclr_dist.plan.memory import (
@@ -267,9 +268,12 @@ def step_traffic(rank: int, world_size: int, config: Config) -> list[tuple[str, 
         model.add_module("loss", nt_xent)
     model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=buffers, gradient_as_bucket_view=True)
     requests = Requests(Path("nowhere"), cpu)
+    shards = VirtualShards(model.module, config.train.virtual_shards or 1)
     with CountTraffic(world_size) as traffic:
         requests.announce()
-        if config.train.micro_batch_size:
+        if config.train.virtual_shards:
+            shards.backward(views, ids, nt_xent, begin_shard=torch.manual_seed, loss_parameters=nt_xent.parameters())
+        elif config.train.micro_batch_size:
             backward_in_micro_batches(
                 model,
                 views,
@@ -290,9 +294,10 @@ def step_traffic(rank: int, world_size: int, config: Config) -> list[tuple[str, 
         (2, []),
         (2, ["train.micro_batch_size=16", "loss.gather_dtype=bfloat16"]),
         (2, ["train.micro_batch_size=16", "loss.kind=supcon", "data.num_views=3", "loss.learn_temperature=true"]),
+        (2, ["train.virtual_shards=4", "model.batch_norm=per_shard", "loss.learn_temperature=true"]),
         pytest.param(4, [], marks=pytest.mark.slow),
     ],
-    ids=["2 ranks", "micro-batches", "supcon of three views", "4 ranks"],
+    ids=["2 ranks", "micro-batches", "supcon of three views", "virtual shards", "4 ranks"],
 )
 @pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")
 def test_a_step_sends_what_the_plan_says(world_size: int, overrides: list[str]) -> None:

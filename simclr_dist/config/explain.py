@@ -46,6 +46,10 @@ def cross_checks(
                 f"{where}: train.micro_batch_size: {micro_batch} does not divide the "
                 f"{global_batch // world_size} images of each process"
             )
+    shards = get("train", "virtual_shards")
+    if world_size and isinstance(shards, int) and shards > 0 and shards % world_size:
+        where = _place(("train", "virtual_shards"), origins, path)
+        problems.append(f"{where}: {shards_over_processes(shards, world_size)}")
     if check_data:
         for keys in (("data", "train"), ("data", "test"), ("evaluation", "train")):
             source = get(*keys)
@@ -55,6 +59,14 @@ def cross_checks(
                     f"make it with `simclr-dist prepare SOURCE {source}`"
                 )
     return problems
+
+
+def shards_over_processes(shards: int, world_size: int) -> str:
+    """What is wrong where `shards % world_size`."""
+    return (
+        f"train.virtual_shards: {shards} shards do not divide over {world_size} processes; use a power of two of "
+        f"processes, at most {shards}"
+    )
 
 
 def _place(key_path: KeyPath, origins: dict[KeyPath, str], path: Path) -> str:

@@ -78,7 +78,9 @@ class ModelConfig(Section):
     head_hidden_dim: Count | None = Field(None, description="null: as wide as h.")
     head_out_dim: Count = Field(128, description="K, the width of z.")
     head_batch_norm: Literal["all", "hidden", "none"] = Field("all", description="Layers followed by BatchNorm.")
-    batch_norm: Literal["global", "per_device"] = Field("global", description="Statistics over all devices, or each.")
+    batch_norm: Literal["global", "per_device", "per_shard"] = Field(
+        "global", description="Statistics over all devices, of each, or of each of train.virtual_shards."
+    )
     weights: str | None = Field(
         None,
         description="Weights to start from: a file, a folder or a run of whatever origin, `pretrained`: those that the "
@@ -153,6 +155,10 @@ class TrainConfig(Section):
     micro_batch_size: Count | None = Field(
         None, description="Images a device holds activations of at once; null: all of its share (see docs)."
     )
+    virtual_shards: Count | None = Field(
+        None,
+        description="The same bytes on any number of processes up to this power of two; see docs/reliability.md.",
+    )
     epochs: Count
     max_steps: Count | None = Field(None, description="Stop early, without changing the learning rate's course.")
     precision: PrecisionSetting = Field(
@@ -162,6 +168,15 @@ class TrainConfig(Section):
     channels_last: bool = True
     on_non_finite: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does.")
     max_skipped_steps: Count = Field(3, description="Non-finite steps in a row that `skip` forgives.")
+
+    @property
+    def images_of_shard(self) -> int | None:
+        return self.global_batch_size // self.virtual_shards if self.virtual_shards else None
+
+    @property
+    def images_of_part(self) -> int | None:
+        """How many images a device computes at once: a shard or a micro-batch; None: all of its share."""
+        return self.images_of_shard or self.micro_batch_size
 
 
 class EvaluationConfig(Section):
@@ -294,6 +309,7 @@ class Config(Section):
                 f"loss.pairs=across compares the two views of nt_xent or dcl with each other, but {what}: set it back, "
                 "or set loss.pairs to within"
             )
+        self._shards_fit()
         if self.optim.optimizer == "sgd" and self.optim.nesterov and not self.optim.momentum:
             raise ValueError("optim.nesterov looks ahead along the momentum: set optim.momentum above 0")
         if self.optim.warmup_epochs >= self.train.epochs and self.optim.schedule == "cosine":
@@ -302,6 +318,31 @@ class Config(Section):
                 f"train.epochs ({self.train.epochs})"
             )
         return self
+
+    def _shards_fit(self) -> None:
+        shards, train, batch_norm = self.train.virtual_shards, self.train, self.model.batch_norm
+        if shards is None:
+            if batch_norm == "per_shard":
+                raise ValueError("model.batch_norm=per_shard needs train.virtual_shards: how many shards a batch has")
+            return
+        if shards & (shards - 1):
+            raise ValueError(f"train.virtual_shards ({shards}) must be a power of two")
+        if train.global_batch_size % shards:
+            raise ValueError(
+                f"train.global_batch_size ({train.global_batch_size}) does not divide into {shards} "
+                "train.virtual_shards of equal size"
+            )
+        if batch_norm != "per_shard":
+            raise ValueError(
+                f"train.virtual_shards computes each shard alone, BatchNorm too: set model.batch_norm=per_shard, found "
+                f"{batch_norm}"
+            )
+        if train.micro_batch_size is not None:
+            raise ValueError("train.virtual_shards: shards are micro-batches: leave train.micro_batch_size out")
+        if train.precision == "auto":
+            raise ValueError(
+                "train.virtual_shards: train.precision=auto is decided by a measurement: set fp32, bf16 or fp16"
+            )
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simclr_dist.optim.virtual_shards import TreeSum
 from simclr_dist.parallel import distributed
 
 LEARNING_RATE = 1e-3
@@ -29,13 +30,17 @@ class OnlineProbe:
     fails on one rank alone: the others learn of it by the same sum, and `recent_accuracy` tells them all.
     """
 
-    def __init__(self, feature_dim: int, num_classes: int, device: torch.device | str) -> None:
+    def __init__(
+        self, feature_dim: int, num_classes: int, device: torch.device | str, images_of_shard: int | None = None
+    ) -> None:
+        """images_of_shard: add up in shards, so that the sums do not depend on W (optim/virtual_shards.py)."""
         self.weight = nn.Parameter(torch.zeros(num_classes, feature_dim, device=device))
         self.bias = nn.Parameter(torch.zeros(num_classes, device=device))
         self._optimizer = torch.optim.Adam([self.weight, self.bias], lr=LEARNING_RATE)
         self._counts = torch.zeros(3, device=device)  # labelled views, hits of the first, of the first five
         self._failures = torch.zeros(1, device=device)  # updates that failed on some rank
         self._failure: Exception | None = None  # of this rank
+        self._images_of_shard = images_of_shard
         self.has_failed = False
 
     @torch.no_grad()
@@ -47,7 +52,8 @@ class OnlineProbe:
             self._failure = error
             own = self.weight.new_zeros(self.weight.numel() + self.weight.shape[0] + 4)
             own[-1] = 1
-        sums = distributed.all_reduce_sum_(own)
+        add_up = distributed.all_reduce_tree if self._images_of_shard else distributed.all_reduce_sum_
+        sums = add_up(own)
         self._counts += sums[-4:-1]
         self._failures += sums[-1]
         mean = sums[:-4] / sums[-4].clamp_min(1)
@@ -57,6 +63,15 @@ class OnlineProbe:
 
     def _own_sums(self, h: Tensor, labels: Tensor) -> Tensor:
         """Of this rank: the gradient of weight and bias, labelled views, hits of the first and of the first five, 0."""
+        size = self._images_of_shard or len(labels)
+        sums = TreeSum()
+        for rows, known_as in zip(
+            h.unflatten(0, (-1, len(labels))).split(size, dim=1), labels.split(size), strict=True
+        ):
+            sums.add(self._sums(rows.flatten(0, 1), known_as))
+        return sums.of_rank()
+
+    def _sums(self, h: Tensor, labels: Tensor) -> Tensor:
         h, y = h.detach().float(), labels.to(h.device).repeat(len(h) // len(labels))
         known = y >= 0
         logits = self._logits(h)

@@ -81,7 +81,7 @@ def backward_in_micro_batches(
     gradients = z.grad.unflatten(0, (num_views, -1)).split(micro_batch_size, dim=1)
 
     no_sync = getattr(model, "no_sync", nullcontext)
-    with _running_statistics_stay(model):
+    with running_statistics_stay(model):
         for i, micro_batch in enumerate(micro_batches):
             _set_random_state(views.device, random_states[i])
             is_last = i + 1 == len(micro_batches)
@@ -104,7 +104,8 @@ def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None])
         torch.cuda.set_rng_state(state[1], device)
 
 
-def _tracking(model: nn.Module) -> list[BatchNorm]:
+def tracking_norms(model: nn.Module) -> list[BatchNorm]:
+    """Those whose running statistics move in a forward pass."""
     return [m for m in model.modules() if isinstance(m, BatchNorm) and m.training and m.track_running_stats]
 
 
@@ -115,7 +116,7 @@ def _running_statistics_move_once(model: nn.Module) -> Iterator[Callable[[], Non
     Call what it yields before each pass. The k-th pass moves them by 1/k: a mean, whose step the host need not read.
     """
     before = []
-    for norm in _tracking(model):
+    for norm in tracking_norms(model):
         before.append((norm, norm.momentum, [buffer.clone() for buffer in norm.buffers(recurse=False)]))
     passes = 0
 
@@ -137,8 +138,9 @@ def _running_statistics_move_once(model: nn.Module) -> Iterator[Callable[[], Non
 
 
 @contextmanager
-def _running_statistics_stay(model: nn.Module) -> Iterator[None]:
-    norms = _tracking(model)
+def running_statistics_stay(model: nn.Module) -> Iterator[None]:
+    """Whatever forward passes are made inside."""
+    norms = tracking_norms(model)
     for norm in norms:
         norm.track_running_stats = False
     try:

@@ -47,7 +47,8 @@ def build_accelerator(mixed_precision: str, *, broadcast_buffers: bool) -> Accel
 
 @contextmanager
 def state_of_one_training() -> Iterator[None]:
-    """Around a training in a process that does other things too: accelerate keeps one precision for each process.
+    """Around a training in a process that does other things too: accelerate keeps one precision for each process, and
+    a training may set torch's threads.
 
     Afterwards all is as it was before, so that Accelerators of the caller go on. A process group of several processes
     stays: the next training uses it.
@@ -55,7 +56,7 @@ def state_of_one_training() -> Iterator[None]:
     kinds: list[Any] = [AcceleratorState, GradientState]
     if distributed.world().size == 1:
         kinds.append(PartialState)
-    before = [dict(kind._shared_state) for kind in kinds]
+    before, num_threads = [dict(kind._shared_state) for kind in kinds], torch.get_num_threads()
     for kind in kinds:
         kind._shared_state.clear()
     try:
@@ -64,6 +65,7 @@ def state_of_one_training() -> Iterator[None]:
         for kind, state in zip(kinds, before, strict=True):
             kind._shared_state.clear()
             kind._shared_state.update(state)
+        torch.set_num_threads(num_threads)
 
 
 def choose_device(name: str | None) -> torch.device:

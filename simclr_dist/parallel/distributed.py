@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -20,6 +22,7 @@ from simclr_dist.parallel.host_copy import copy_to_host
 
 MOST_BYTES_OF_A_TEXT = 1024
 _BYTES_A_MESSAGE = 64 * 2**20
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,21 @@ def world() -> World:
 
 
 def rank() -> int:
-    return dist.get_rank() if is_initialized() else 0
+    return dist.get_rank() if is_initialized() and not _ALONE.get() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if is_initialized() else 1
+    return dist.get_world_size() if is_initialized() and not _ALONE.get() else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process computes for itself: the other functions do what they do in a single process."""
+    before = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(before)
 
 
 def group() -> object | None:
@@ -108,6 +121,22 @@ def all_reduce_sum_many_(tensors: Iterable[Tensor]) -> None:
         flat = all_reduce_sum_(torch.cat([x.reshape(-1) for x in part]))
         for x, summed in zip(part, flat.split([x.numel() for x in part]), strict=True):
             x.copy_(summed.view(x.shape))
+
+
+def all_reduce_tree(x: Tensor) -> Tensor:
+    """The sum of x [n] over all ranks, in the order of a binary tree: ((0 + 1) + (2 + 3)) + ...; no gradient.
+
+    W must be a power of two. Each rank adds up one part of x; it sends as much as for an all-reduce.
+    """
+    W = world_size()
+    if W == 1:
+        return x
+    parts = torch.nn.functional.pad(x, (0, -len(x) % W)).view(W, -1)
+    sums = torch.empty_like(parts)
+    dist.all_to_all_single(sums, parts)
+    while len(sums) > 1:
+        sums = sums[0::2] + sums[1::2]
+    return all_gather(sums).flatten()[: len(x)]
 
 
 def all_reduce_max_(x: Tensor) -> Tensor:

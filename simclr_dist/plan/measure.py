@@ -49,7 +49,7 @@ def measure_step(
 ) -> MeasuredStep:
     """Steps of one process on `images` random images: augmentation, network, loss, update. The first only warms up."""
     if device.type == "cpu":
-        images = min(images, train.micro_batch_size or images, MOST_IMAGES_ON_CPU)
+        images = min(images, train.images_of_part or images, MOST_IMAGES_ON_CPU)
     S = image_size
     network = build_model(model).to(device)
     freeze_matching(network, model.freeze)
@@ -70,7 +70,7 @@ def measure_step(
     def step() -> None:
         with autocast(device, assumed_precision(train.precision, device.type)):
             views = make_views(batch)
-            micro = train.micro_batch_size
+            micro = train.images_of_part
             if micro and micro < images:
                 backward_in_micro_batches(network, views, loss_of, micro_batch_size=micro)
             else:

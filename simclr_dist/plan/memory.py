@@ -65,7 +65,7 @@ def device_memory(
         activations=step_activations(
             model,
             image_size=data.image_size,
-            images=train.micro_batch_size or images,
+            images=train.images_of_part or images,
             precision=assumed_precision(train.precision, device_type),
             num_views=data.num_views,
         ),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.config import Config, render_config
+from simclr_dist.config.explain import shards_over_processes
 from simclr_dist.data import Batch, Loader
 from simclr_dist.data.loading.evaluation_labels import EvaluationImages, evaluation_images, num_probe_classes
 from simclr_dist.data.loading.labelled_images import check_loss_labels
@@ -35,6 +36,7 @@ from simclr_dist.network.simclr import build_model
 from simclr_dist.network.trial import freeze
 from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.schedule import LearningRate, build_schedule
+from simclr_dist.optim.virtual_shards import VirtualShards
 from simclr_dist.parallel import distributed, environment
 from simclr_dist.parallel.accelerator import build_accelerator, join_training
 from simclr_dist.parallel.distributed import World
@@ -96,6 +98,8 @@ class Parts:
     state: TrainState
     model: nn.Module
     """`network`, wrapped by DistributedDataParallel where there are several processes, under autocast."""
+    shards: VirtualShards | None
+    """What computes the gradient of `network` instead of `model`, with `train.virtual_shards`."""
     monitor: Monitor
     saver: Saver
     non_finite: NonFinitePolicy
@@ -120,6 +124,8 @@ def build(config: Config) -> Parts:
     if about_environment := environment.sentence(os.environ):
         _warn_on(world)(about_environment)
     _check_world_size(config, world)
+    if config.train.virtual_shards is not None:
+        torch.set_num_threads(1)  # sums that several threads share depend on how many there are
     unused = check_together(config, device, _warn_on(world))
     guard = RunGuard(config.run_dir, config.timeout, device)
     checkpoint = choose_checkpoint(config, device, _warn_on(world))
@@ -151,6 +157,7 @@ def build(config: Config) -> Parts:
         begin = partial(set_first_layer, simclr.encoder, config.model, config.data, config.seed)
         run_on_all_ranks(begin if world.is_main else lambda: None, device)
     flops = forward_flops(simclr, config.data.image_size) if world.is_main else None
+    shards = run_on_all_ranks(lambda: _build_shards(simclr, config), device)
     random_layers = key_draws(simclr, config.data.image_size)
     nt_xent, implementations["loss"] = _build_loss(config, world, device)
     if nt_xent.learn_temperature:
@@ -165,7 +172,11 @@ def build(config: Config) -> Parts:
         steps_per_epoch * config.train.global_batch_size,
         config.train.epochs,
     )
-    probe = None if probe_classes is None else OnlineProbe(simclr.feature_dim, probe_classes, device)
+    probe = (
+        None
+        if probe_classes is None
+        else OnlineProbe(simclr.feature_dim, probe_classes, device, config.train.images_of_shard)
+    )
     state = run_on_all_ranks(lambda: restore(checkpoint, config, loader, network, optimizer, probe), device)
     if checkpoint is None:
         state.started_from = start_from_weights(simclr, config, device)
@@ -219,6 +230,7 @@ def build(config: Config) -> Parts:
         probe=probe,
         state=state,
         model=model,
+        shards=shards,
         monitor=monitor,
         saver=saver,
         non_finite=non_finite,
@@ -239,6 +251,8 @@ def _check_world_size(config: Config, world: World) -> None:
         raise ConfigError(
             [f"train.global_batch_size: {config.train.global_batch_size} does not divide over {world.size} processes"]
         )
+    if (shards := config.train.virtual_shards) and shards % world.size:
+        raise ConfigError([shards_over_processes(shards, world.size)])
 
 
 def _warn_on(world: World) -> Callable[[str], None]:
@@ -284,6 +298,20 @@ def _build_loss(config: Config, world: World, device: torch.device) -> tuple[NTX
     if choice.reason:
         _warn_on(world)(f"loss.implementation: {choice}")
     return loss, choice.name
+
+
+def _build_shards(network: nn.Module, config: Config) -> VirtualShards | None:
+    if config.train.virtual_shards is None:
+        return None
+    for name, module in network.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ConfigError(
+                [
+                    f"train.virtual_shards: {name} of {config.model.encoder} is a SyncBatchNorm, whose statistics are "
+                    "those of all processes; build the encoder with BatchNorm"
+                ]
+            )
+    return VirtualShards(network, config.train.virtual_shards)
 
 
 def _place(network: nn.Module, config: Config, device: torch.device) -> nn.Module:

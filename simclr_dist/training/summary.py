@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from simclr_dist.checkpoint.lineage import list_checkpoints
-from simclr_dist.config import Config, LossConfig, ModelConfig
+from simclr_dist.config import Config, LossConfig, ModelConfig, TrainConfig
 from simclr_dist.data import Loader
 from simclr_dist.loss.build import choices, negatives
 from simclr_dist.monitor.events import Summary
@@ -85,6 +85,7 @@ def start_rows(
         + (f"; each epoch leaves out another {left_out:,}" if left_out else ""),
         **({"read as": printable(loader.account.layout)} if loader.account is not None else {}),
         "global batch": split_of_batch(G, world, config.train.micro_batch_size),
+        **shards_in_words(config.train),
         "learning rate": f"{config.optim.optimizer}, peak {learning_rate_formula(config)}{warmup}, then {decay}",
         **learning_rates_of_parts(config, model),
         "loss": loss_in_words(config.loss, config.data.num_views, G),
@@ -157,6 +158,15 @@ def split_of_batch(global_batch_size: int, world: World, micro_batch_size: int |
     parts += [_count(world.size // nodes, "device"), _count(per_device, "image")]
     micro = f", in micro-batches of {micro_batch_size}" if micro_batch_size and micro_batch_size < per_device else ""
     return f"{global_batch_size:,} = {' x '.join(parts)}{micro}"
+
+
+def shards_in_words(train: TrainConfig) -> dict[str, str]:
+    if train.virtual_shards is None:
+        return {}
+    text = (
+        f"{train.virtual_shards} of {_count(train.images_of_shard or 0, 'image')}, each computed alone with one thread"
+    )
+    return {"shards": f"{text}: the same bytes on any power of two of processes up to {train.virtual_shards}"}
 
 
 def learning_rate_formula(config: Config) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> StepResult:
         """One update from this rank's share of a global batch. Raises NonFiniteError."""
         accelerator, optimizer = self.parts.accelerator, self.parts.optimizer
-        self._seed_step()
+        self._seed_step(self.parts.world.rank)
         row_keys = self._row_keys(batch)
         set_learning_rate(optimizer, self.learning_rate())
         views = self.augment(batch)  # [V, B, 3, H, W]
@@ -85,28 +86,30 @@ class Trainer:
         Returns the loss [], h [V*B, D] and z [V*B, K], view after view, all detached.
         """
         self.parts.optimizer.zero_grad(set_to_none=True)
-        if self.config.train.micro_batch_size is not None:
-            return self._backward_in_micro_batches(views, ids, row_keys, self.config.train.micro_batch_size)
+        if self.parts.shards is not None or self.config.train.micro_batch_size is not None:
+            return self._backward_in_parts(views, ids, row_keys)
         rows = [x.flatten(0, 1) for x in (views, row_keys) if x is not None]
         h, z = self.parts.model(*rows)  # [V*B, D], [V*B, K]
         loss = self.nt_xent(z, ids)  # negatives from every rank
         self.parts.accelerator.backward(loss)
         return loss.detach(), h.detach(), z.detach()
 
-    def _backward_in_micro_batches(
-        self, views: Tensor, ids: Tensor, row_keys: Tensor | None, micro_batch_size: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward_in_parts(self, views: Tensor, ids: Tensor, row_keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """In shards or in micro-batches."""
         outputs: list[tuple[Tensor, Tensor]] = []
-        loss = backward_in_micro_batches(
-            self.parts.model,
-            views,
-            lambda z: self.nt_xent(z, ids),
-            micro_batch_size=micro_batch_size,
-            row_keys=row_keys,
-            loss_parameters=self.parts.nt_xent.parameters(),
-            backward=self.parts.accelerator.backward,
-            observe=outputs.append,
-        )
+        common: dict[str, Any] = {
+            "row_keys": row_keys,
+            "loss_parameters": self.parts.nt_xent.parameters(),
+            "backward": self.parts.accelerator.backward,
+            "observe": outputs.append,
+        }
+        if self.parts.shards is not None:
+            loss = self.parts.shards.backward(views, ids, self.nt_xent, begin_shard=self._seed_step, **common)
+        else:
+            size = self.config.train.micro_batch_size or len(ids)
+            loss = backward_in_micro_batches(
+                self.parts.model, views, lambda z: self.nt_xent(z, ids), micro_batch_size=size, **common
+            )
         h, z = (
             torch.cat([x.unflatten(0, (len(views), -1)) for x in part], dim=1).flatten(0, 1)
             for part in zip(*outputs, strict=True)
@@ -143,11 +146,12 @@ class Trainer:
             num_views=len(batch.views),
         )
 
-    def _seed_step(self) -> None:
-        """For modules that draw from torch's generator all the same: a resume on as many processes draws the same."""
-        words = np.random.SeedSequence([self.config.seed, self.state.step, self.parts.world.rank]).generate_state(
-            2, np.uint64
-        )
+    def _seed_step(self, part: int) -> None:
+        """For modules that draw from torch's generator all the same: a resume on as many processes draws the same.
+
+        part: of the global batch, a rank's or a shard.
+        """
+        words = np.random.SeedSequence([self.config.seed, self.state.step, part]).generate_state(2, np.uint64)
         torch.manual_seed(int(words[0] >> np.uint64(1)))
 
     def _facts(self, batch: Batch) -> StepFacts:
@@ -238,7 +242,7 @@ class Trainer:
         """
         world, data = self.parts.world, self.config.data
         shape = data.num_views, self.batch_size_per_device, 3, data.image_size, data.image_size
-        if world.size < 3:
+        if world.size < 3 or self.parts.shards is not None:
             return
         self.parts.guard.begin("rebuilding DDP's buckets", first=True)
         buffers = [b.clone() for b in self.parts.network.buffers()]
