@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from simclr_dist.data.decode.crops import center_crops, random_crops
+from simclr_dist.data.decode.crops import center_crops, draw_crops, random_crops
 from simclr_dist.data.randomness import keys, uniform
 from tests.images import make_image
 
@@ -31,7 +31,8 @@ def resized(
         3 * width,
         np.array([top, left, h, w, flip], np.int32),
         out,
-        np.empty(3 * max(height, width), np.int32),
+        np.empty(3 * max(height, width) + 8, np.int16),
+        np.empty(3 * max(height, width) + 8, np.int32),
         np.empty((2, S), np.int32),
         np.empty((2, S), np.int32),
         np.empty((2, S, taps), np.int32),
@@ -114,6 +115,35 @@ def test_crops_follow_torchvisions_rule(scale_min: float) -> None:
         [oracle_crop(int(heights[i]), int(widths[i]), int(i), view, scale_min) for i in ids] for view in range(2)
     ]
     assert table.tolist() == expected
+
+
+def test_compiled_crops_are_those_of_numpy_to_the_last_bit() -> None:
+    n = 20_000
+    sides = np.array([1, 2, 3, 5, 32, 33, 96, 375, 500, 2000], np.float64)
+    heights, widths = sides[np.arange(n) % 10], sides[np.arange(n) // 10 % 10]
+    view_keys = keys(3, 1, np.arange(n), 0)
+    for scale_min in (0.08, 1.0):
+        expected = np.empty((n, 5), np.int32)
+        draw_crops(view_keys, heights, widths, scale_min, 0.5, expected)
+        found = random_crops(view_keys, heights, widths, scale_min=scale_min, flip_p=0.5)
+        assert np.array_equal(found, expected)
+
+
+def test_a_crop_writes_nothing_beside_its_own_pixels() -> None:
+    """Four bytes are written for three: the last must not reach a view that another thread may have written."""
+    pixels = make_image(5, 40, 40).reshape(1, -1)
+    for size in (1, 2, 31, 32, 50):
+        views = np.full((3, size, size, 3), 77, np.uint8)
+        row, sums = np.empty(128, np.int16), np.empty(128, np.int32)
+        first, count, weight = (
+            np.empty((2, size), np.int32),
+            np.empty((2, size), np.int32),
+            np.empty((2, size, 43), np.int32),
+        )
+        for flip in (0, 1):
+            crop = np.array([0, 0, 40, 40, flip], np.int32)
+            kernel.resize_crop(pixels, 120, crop, views[1], row, sums, first, count, weight)
+        assert (views[::2] == 77).all()
 
 
 def test_crops_are_distributed_as_torchvisions() -> None:

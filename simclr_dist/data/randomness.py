@@ -19,36 +19,35 @@ BLUR, BLUR_SIGMA = 112, 113
 SOLARIZE = 128
 DROPOUT, DROPOUT_OF_BATCH = 144, 145
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
-_S30, _S27, _S31, _S11 = (np.uint64(shift) for shift in (30, 27, 31, 11))
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)  # of the hash, and of a number in [0, 1)
 
 
 def mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """SplitMix64's finaliser: a bijection of 64 bits in which every input bit reaches every output bit."""
-    z = (z ^ (z >> _S30)) * _MULTIPLIER_1
-    z = (z ^ (z >> _S27)) * _MULTIPLIER_2
-    return z ^ (z >> _S31)
+    z = (z ^ (z >> SHIFTS[0])) * MULTIPLIERS[0]
+    z = (z ^ (z >> SHIFTS[1])) * MULTIPLIERS[1]
+    return z ^ (z >> SHIFTS[2])
 
 
 def keys(seed: int, epoch: ArrayLike, sample_ids: ArrayLike, view: ArrayLike) -> NDArray[np.uint64]:
     """One key for each view of each sample; the arguments broadcast. At least one-dimensional."""
-    key = mix(_words(seed) + _GOLDEN)
+    key = mix(_words(seed) + GOLDEN)
     for part in (epoch, sample_ids, view):
-        key = mix(key ^ (_words(part) + _GOLDEN))
+        key = mix(key ^ (_words(part) + GOLDEN))
     return key
 
 
 def uniform(keys: NDArray[np.uint64], draw: ArrayLike) -> NDArray[np.float64]:
     """The draw-th number of each key, in [0, 1) with 53 random bits; keys and draw broadcast."""
-    words = mix(keys + (_words(draw) + np.uint64(1)) * _GOLDEN)
-    return (words >> _S11).astype(np.float64) * 2.0**-53
+    words = mix(keys + (_words(draw) + np.uint64(1)) * GOLDEN)
+    return (words >> SHIFTS[3]).astype(np.float64) * 2.0**-53
 
 
 def permutation(seed: int, epoch: int, stream: int, n: int) -> NDArray[np.int64]:
     """A random order of 0..n-1 that depends on the arguments only: n hashes, sorted."""
-    words = mix(keys(seed, epoch, stream, _PERMUTATION) + np.arange(1, n + 1, dtype=np.uint64) * _GOLDEN)
+    words = mix(keys(seed, epoch, stream, _PERMUTATION) + np.arange(1, n + 1, dtype=np.uint64) * GOLDEN)
     return np.argsort(words, kind="stable")
 
 

@@ -67,4 +67,4 @@ def warmup() -> None:
     """
     implementations.obstacle("numba", torch.device("cpu"), image_size=1)
     if unavailable() is None:
-        from simclr_dist.data.decode import kernel  # noqa: F401 - importing is compiling
+        from simclr_dist.data.decode import compiled_crops, kernel  # noqa: F401 - importing is compiling

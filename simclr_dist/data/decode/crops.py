@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,33 @@ def random_crops(
     keys = keys.reshape(-1)
     H, W = (np.broadcast_to(side, shape).reshape(-1).astype(np.float64) for side in (heights, widths))
     table = np.empty((len(keys), 5), np.int32)
+    compiled = _compiled()
+    if compiled is None:
+        draw_crops(keys, H, W, scale_min, flip_p, table)
+    else:
+        compiled(keys, H, W, scale_min, flip_p, _TRIES, _ASPECT_RATIOS, _LOG_RATIOS, table)
+    return table.reshape(*shape, 5)
+
+
+@cache
+def _compiled() -> Callable[..., None] | None:
+    """None without numba."""
+    try:
+        from simclr_dist.data.decode.compiled_crops import draw_crops
+    except ImportError:
+        return None
+    return draw_crops
+
+
+def draw_crops(
+    keys: NDArray[np.uint64],
+    H: NDArray[np.float64],
+    W: NDArray[np.float64],
+    scale_min: float,
+    flip_p: float,
+    table: NDArray[np.int32],
+) -> None:
+    """Fills table [n, 5] for keys, heights H and widths W [n]: `compiled_crops` in numpy."""
     waiting = np.arange(len(keys))
     for attempt in range(_TRIES):
         key, h_max, w_max = keys[waiting], H[waiting], W[waiting]
@@ -53,7 +81,6 @@ def random_crops(
         w = np.maximum(np.minimum(w_max, np.rint(h_max * _ASPECT_RATIOS[1])), 1)
         table[waiting, :4] = np.stack([(h_max - h) // 2, (w_max - w) // 2, h, w], axis=1)
     table[:, 4] = uniform(keys, FLIP) < flip_p
-    return table.reshape(*shape, 5)
 
 
 def keyed_crops(

@@ -13,7 +13,10 @@ from typing import Any
 
 import llvmlite.binding
 import numpy as np
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from simclr_dist.data.decode.compiled import compiled
 from simclr_dist.data.decode.ffcv_import import codec
@@ -45,52 +48,107 @@ _imdecode: Any = types.ExternalFunction(
 _pread: Any = types.ExternalFunction("pread", types.int64(types.int32, types.uintp, types.int64, types.int64))
 
 # Weights of a resize are multiples of 2^-14: 8 bits of colour and twice 14 of weight stay within int32 when 6 are
-# dropped in between.
+# dropped in between. What is left in between has 16 bits, and is stored less _MIDDLE to have a sign: a product of such
+# numbers of 16 bits takes a CPU one instruction for many, one of 32 bits several.
 _BITS = 14
 _ONE = 1 << _BITS
 _BETWEEN = 6
+_SHIFT = 2 * _BITS - _BETWEEN
+_MIDDLE = 1 << 15
+_WEIGHT_MASK = (1 << 15) - 1  # changes no weight, but tells the compiler that it is short
 
 
 _index = np.uintp  # unsigned, so that the compiled code need not handle negative ones
 
-_bytes_2d, _int32_1d, _int32_2d = types.uint8[:, ::1], types.int32[::1], types.int32[:, ::1]
+_bytes_2d, _int16_1d, _int32_1d, _int32_2d = (
+    types.uint8[:, ::1],
+    types.int16[::1],
+    types.int32[::1],
+    types.int32[:, ::1],
+)
 
 
-@compiled(types.void(types.int64, types.int64, _int32_1d, _int32_1d, _int32_2d))
-def _resize_weights(n_in, n_out, first, count, weight):  # type: ignore[no-untyped-def]
+@compiled(types.void(types.int64, types.int64, types.boolean, _int32_1d, _int32_1d, _int32_2d))
+def _resize_weights(n_in, n_out, flip, first, count, weight):  # type: ignore[no-untyped-def]
     """Which of n_in input pixels contribute to each of n_out, and how much: weight [n_out, taps] in units of 2^-14.
 
     Shrinking averages over areas; enlarging interpolates linearly between pixel centres. Rational numbers are kept as
     integers, and cumulative weights are rounded, so that every row sums to exactly one. A second weight is always set.
+    flip: the output is mirrored.
     """
-    for o in range(n_out):
+    t = 0
+    for i in range(n_out):
+        o = n_out - 1 - i if flip else i
         if n_in > n_out:
-            begin, end = o * n_in, (o + 1) * n_in  # in units of 1/n_out input pixels
-            t = begin // n_out
+            begin, end = i * n_in, (i + 1) * n_in  # in units of 1/n_out input pixels
+            while (t + 1) * n_out <= begin:
+                t += 1
             first[o] = t
-            done, taps = 0, 0
-            while t * n_out < end:
-                covered = min(end, (t + 1) * n_out) - begin
+            done, taps, tap = 0, 0, t
+            while tap * n_out < end:
+                covered = min(end, (tap + 1) * n_out) - begin
                 total = (covered * _ONE + n_in // 2) // n_in
                 weight[o, taps] = total - done
                 done = total
                 taps += 1
-                t += 1
+                tap += 1
             count[o] = taps
         else:
-            centre = (2 * o + 1) * n_in - n_out  # in units of 1/(2 n_out) input pixels
-            t = centre // (2 * n_out)
-            right = ((centre - t * 2 * n_out) * _ONE + n_out) // (2 * n_out)
-            if t < 0 or t >= n_in - 1 or right == 0:
-                first[o] = min(max(t, 0), n_in - 1)
-                weight[o, 0] = _ONE
-                weight[o, 1] = 0
-                count[o] = 1
-            else:
-                first[o] = t
-                weight[o, 0] = _ONE - right
-                weight[o, 1] = right
-                count[o] = 2
+            centre = max((2 * i + 1) * n_in - n_out, 0)  # in units of 1/(2 n_out) input pixels
+            while (t + 1) * 2 * n_out <= centre:
+                t += 1
+            right = np.int64(np.uint32((centre - t * 2 * n_out) * _ONE + n_out) // np.uint32(2 * n_out))
+            if t == n_in - 1 or right == 0:
+                right = np.int64(0)
+            first[o] = t
+            weight[o, 0] = _ONE - right
+            weight[o, 1] = right
+            count[o] = 1 if right == 0 else 2
+
+
+@intrinsic
+def _write_pixel(typing_context, row, p, weights, n, address):  # type: ignore[no-untyped-def]
+    """Writes four bytes at `address`: those of the pixel that n taps from row[p] on give, and one to spare.
+
+    A vector for each pixel; numba would compute each colour by itself. weights: int32 [>= 2].
+    """
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        row, p, weights, n, address = arguments
+        row, weights = (
+            context.make_array(kind)(context, builder, array).data
+            for kind, array in ((signature.args[0], row), (signature.args[2], weights))
+        )
+        short, four = ir.IntType(16), ir.VectorType(ir.IntType(32), 4)
+
+        def pixels(t, size):  # type: ignore[no-untyped-def]
+            place = builder.gep(row, [builder.add(p, builder.mul(t, t.type(3)))])
+            return builder.load(builder.bitcast(place, ir.VectorType(short, size).as_pointer()), align=2)
+
+        def part(vector, indices):  # type: ignore[no-untyped-def]
+            return builder.shuffle_vector(
+                vector, vector, ir.Constant(ir.VectorType(ir.IntType(32), len(indices)), indices)
+            )
+
+        def weighted(pixel, t):  # type: ignore[no-untyped-def]
+            k = builder.trunc(builder.load(builder.gep(weights, [t])), short)
+            first = builder.insert_element(
+                ir.Constant(ir.VectorType(short, 4), ir.Undefined), k, ir.Constant(ir.IntType(32), 0)
+            )
+            return builder.mul(builder.sext(pixel, four), builder.sext(part(first, [0] * 4), four))
+
+        both = pixels(n.type(0), 8)
+        two = builder.add(weighted(part(both, [0, 1, 2, 3]), n.type(0)), weighted(part(both, [3, 4, 5, 6]), n.type(1)))
+        total = builder.add(two, ir.Constant(four, [(_MIDDLE << _BITS) + (1 << (_SHIFT - 1))] * 4))
+        kept = cgutils.alloca_once_value(builder, total)
+        with cgutils.for_range_slice(builder, n.type(2), n, n.type(1)) as (t, _):
+            builder.store(builder.add(builder.load(kept), weighted(pixels(t, 4), t)), kept)
+        shifted = builder.lshr(builder.load(kept), ir.Constant(four, [_SHIFT] * 4))
+        four_bytes = ir.VectorType(ir.IntType(8), 4)
+        builder.store(builder.trunc(shifted, four_bytes), builder.inttoptr(address, four_bytes.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(row, types.uintp, weights, types.uintp, types.uintp), generate
 
 
 @compiled(
@@ -99,57 +157,57 @@ def _resize_weights(n_in, n_out, first, count, weight):  # type: ignore[no-untyp
         types.int64,
         types.int32[:],
         types.uint8[:, :, :],
+        _int16_1d,
         _int32_1d,
         _int32_2d,
         _int32_2d,
         types.int32[:, :, ::1],
     )
 )
-def resize_crop(pixels, stride, crop, out, row, first, count, weight):  # type: ignore[no-untyped-def]
-    """Resizes one crop (top, left, height, width, flip) of an image to out [S, S, 3].
+def resize_crop(pixels, stride, crop, out, row, sums, first, count, weight):  # type: ignore[no-untyped-def]
+    """Resizes one crop (top, left, height, width, flip) of an image to out [S, S, 3], the last two contiguous.
 
-    pixels: uint8 [1, >= height * stride], rows of `stride` bytes. The others are scratch: row int32 [>= 3 * width + 3],
-    first and count int32 [2, S], weight int32 [2, S, taps].
+    pixels: uint8 [1, >= height * stride], rows of `stride` bytes. The others are scratch: row int16 and sums int32
+    [>= 3 * width + 8], first and count int32 [2, S], weight int32 [2, S, taps].
     """
     top, left, h, w = np.int64(crop[0]), np.int64(crop[1]), np.int64(crop[2]), np.int64(crop[3])
     S = out.shape[0]
-    _resize_weights(h, S, first[0], count[0], weight[0])
-    _resize_weights(w, S, first[1], count[1], weight[1])
-    length = w * 3
+    _resize_weights(h, S, False, first[0], count[0], weight[0])
+    _resize_weights(w, S, crop[4] != 0, first[1], count[1], weight[1])
+    begin = _index(top * stride + left * 3)
+    # Whole vectors, as far as there are bytes: what is beside the crop is computed too, and not used.
+    length = _index(min((3 * w + 7) // 8 * 8, pixels.shape[1] - (top + h - 1) * stride - left * 3))
     half_between = np.int32(1 << (_BETWEEN - 1))
-    shift = np.int32(2 * _BITS - _BETWEEN)
-    half = np.int32(1 << (2 * _BITS - _BETWEEN - 1))
-    for y in range(S):
-        base = (top + first[0, y]) * stride + left * 3
-        source = pixels[0, base : base + length]
-        k = weight[0, y, 0]
-        for x in range(length):
-            row[x] = half_between + k * np.int32(source[x])
-        for t in range(1, count[0, y]):
-            base += stride
-            source = pixels[0, base : base + length]
-            k = weight[0, y, t]
-            for x in range(length):
-                row[x] += k * np.int32(source[x])
-        for x in range(length):
-            row[x] >>= np.int32(_BETWEEN)
-        line = out[y]
-        for x in range(_index(S)):
-            # Two taps at once, of which the second may weigh nothing: most crops have no more.
-            p, n = _index(3 * first[1, x]), _index(count[1, x])
-            k, l = weight[1, x, 0], weight[1, x, 1]
-            r = half + k * row[p] + l * row[p + _index(3)]
-            g = half + k * row[p + _index(1)] + l * row[p + _index(4)]
-            b = half + k * row[p + _index(2)] + l * row[p + _index(5)]
-            for t in range(_index(2), n):
-                p_t, k = p + _index(3) * t, weight[1, x, t]
-                r += k * row[p_t]
-                g += k * row[p_t + _index(1)]
-                b += k * row[p_t + _index(2)]
-            place = _index(S) - _index(1) - x if crop[4] else x
-            line[place, 0] = np.uint8(r >> shift)
-            line[place, 1] = np.uint8(g >> shift)
-            line[place, 2] = np.uint8(b >> shift)
+    middle = np.int32(_MIDDLE)
+    last_pixel = np.empty(4, np.uint8)
+    for y in range(_index(S)):
+        # Two taps at once, of which the second may weigh nothing: most crops have no more.
+        base = begin + _index(first[0, y] * stride)
+        below = base + _index(stride) if count[0, y] > 1 else base
+        k, l = weight[0, y, 0] & np.int32(_WEIGHT_MASK), weight[0, y, 1] & np.int32(_WEIGHT_MASK)
+        if count[0, y] <= 2:
+            for j in range(length):
+                total = half_between + k * np.int32(pixels[0, base + j]) + l * np.int32(pixels[0, below + j])
+                row[j] = np.int16((total >> np.int32(_BETWEEN)) - middle)
+        else:
+            for j in range(length):
+                sums[j] = half_between + k * np.int32(pixels[0, base + j]) + l * np.int32(pixels[0, below + j])
+            for t in range(2, count[0, y]):
+                below += _index(stride)
+                k = weight[0, y, t] & np.int32(_WEIGHT_MASK)
+                for j in range(length):
+                    sums[j] += k * np.int32(pixels[0, below + j])
+            for j in range(length):
+                row[j] = np.int16((sums[j] >> np.int32(_BETWEEN)) - middle)
+        # The fourth byte is the next pixel's, which is written later; the last pixel of a row has no next.
+        address = out[y].ctypes.data
+        for x in range(_index(S - 1)):
+            _write_pixel(row, _index(3 * first[1, x]), weight[1, x], _index(count[1, x]), address)
+            address += _index(3)
+        x = _index(S - 1)
+        _write_pixel(row, _index(3 * first[1, x]), weight[1, x], _index(count[1, x]), last_pixel.ctypes.data)
+        for c in range(3):
+            out[y, x, c] = last_pixel[c]
 
 
 @compiled(
@@ -175,7 +233,8 @@ def decode_and_crop(fd, records, crops, out, status, encoded, pixels):  # type: 
     largest = np.int64(1)
     for k in range(b):
         largest = max(largest, records[k, HEIGHT], records[k, WIDTH])
-    row = np.empty(3 * largest + 3, np.int32)
+    row = np.empty(3 * largest + 8, np.int16)
+    sums = np.empty(3 * largest + 8, np.int32)
     first = np.empty((2, S), np.int32)
     count = np.empty((2, S), np.int32)
     weight = np.empty((2, S, largest // S + 3), np.int32)
@@ -206,4 +265,4 @@ def decode_and_crop(fd, records, crops, out, status, encoded, pixels):  # type: 
                 continue
         status[k] = OK
         for v in range(V):
-            resize_crop(pixels, width * 3, crops[v, k], out[v, k], row, first, count, weight)
+            resize_crop(pixels, width * 3, crops[v, k], out[v, k], row, sums, first, count, weight)

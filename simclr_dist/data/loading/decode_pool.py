@@ -110,7 +110,8 @@ class DecodePool:
         if self._closed:
             raise DataError("the loader is closed")
         array = out.numpy()
-        size = -(-len(ids) // (2 * self.num_threads))
+        num_parts = 2 * self.num_threads if self.num_threads > 1 else 1  # two each, so that they end together
+        size = -(-len(ids) // num_parts)
         parts = [slice(i, i + size) for i in range(0, len(ids), size)]
         return [self._executor.submit(self._fill, ids[part], crop, array[:, part]) for part in parts]
 

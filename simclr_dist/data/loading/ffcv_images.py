@@ -49,6 +49,8 @@ class BetonImages:
     def _decode(
         self, records: NDArray[np.int64], crops: NDArray[np.int32], out: NDArray[np.uint8]
     ) -> NDArray[np.int32]:
+        if out.size and not out[0, 0].flags.c_contiguous:
+            raise ValueError("out: the pixels of a view must lie together")
         status = np.zeros(len(records), np.int32)
         if not hasattr(self._scratch, "pixels"):  # one per thread, sized for the largest image
             self._scratch.encoded = np.empty((1, int(self.beton.record_bytes.max())), np.uint8)
