@@ -2,8 +2,8 @@
 
     python -m benchmarks.shards
 
-CPU seconds of forward, loss and backward on one thread, medians as a ratio to the whole batch. The loss alone is a row of
-its own, because on W processes each of them computes all of it.
+CPU seconds of forward, loss and backward on one thread, medians as a ratio to the whole batch. The loss alone is a row
+of its own, because on W processes each of them computes all of it.
 """
 
 from __future__ import annotations
