@@ -310,15 +310,16 @@ def examine_config(
     yield from guarded("labels", lambda: examine_labels(config.data, config.evaluation))
     if "version" in probe.get("torch", {}):
         from simclr_dist.doctor.network import examine_random_layers
+        from simclr_dist.kinds import kind_of
 
-        yield from guarded("random layers", lambda: examine_random_layers(config.model, config.data.image_size))
+        yield from guarded("random layers", lambda: examine_random_layers(config.model, kind_of(config.data).inputs))
     gpus = probe.get("gpus")
     if isinstance(gpus, list):
         yield from guarded("precision", lambda: examine_precision(config.train.precision, gpus))
 
     yield from guarded("runs_dir", lambda: examine_folder("runs_dir", config.run_dir, 0))
     if "version" in probe.get("torch", {}):
-        tell("the network is being tried with one image")
+        tell("the network is being tried with one sample")
         yield from guarded("before step 0", lambda: examine_start([path, *overrides]))
 
 
