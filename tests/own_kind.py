@@ -1,4 +1,4 @@
-"""A kind of one's own, points in space, and an encoder for it; then a command of simclr-dist, or `train`."""
+"""A kind of one's own, points in space, and an encoder for it; then the training of a file, or a command."""
 
 from __future__ import annotations
 
@@ -51,7 +51,4 @@ def write_points(path: Path, n: int, seed: int) -> Path:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "train":
-        train.main(sys.argv[2:])
-    else:
-        cli.main(sys.argv[1:])
+    (train if sys.argv[1].endswith(".yaml") else cli).main()

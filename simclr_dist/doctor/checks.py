@@ -291,7 +291,7 @@ def examine_precision(setting: str, gpus: list[dict[str, Any]]) -> Iterator[Find
 def examine_config(
     path: str, overrides: Sequence[str], probe: dict[str, Any], tell: Callable[[str], None] = lambda _: None
 ) -> Iterator[Finding]:
-    from simclr_dist.config import load_config
+    from simclr_dist.config import IMAGES, load_config
     from simclr_dist.errors import ConfigError
 
     try:
@@ -318,7 +318,10 @@ def examine_config(
         yield from guarded("precision", lambda: examine_precision(config.train.precision, gpus))
 
     yield from guarded("runs_dir", lambda: examine_folder("runs_dir", config.run_dir, 0))
-    if "version" in probe.get("torch", {}):
+    if config.data.kind != IMAGES:
+        own = f"not looked at: only your script knows data.kind={config.data.kind}; the training's start does it"
+        yield Finding("ok", "before step 0", own)
+    elif "version" in probe.get("torch", {}):
         tell("the network is being tried with one sample")
         yield from guarded("before step 0", lambda: examine_start([path, *overrides]))
 

@@ -14,6 +14,7 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ _ARRAYS: dict[str, tuple[type, ...]] = {
 def cache_key(
     encoder_digest: str,
     data_fingerprint: str,
-    signature: Mapping[str, str | int | float],
+    signature: Mapping[str, Any],
     precision: str,
     dtype: str = "float32",
 ) -> str:
@@ -42,7 +43,7 @@ def cache_key(
     signature: Kind.input_signature.
     """
     more = [] if dtype == "float32" else [dtype]
-    parts = json.dumps([1, encoder_digest, data_fingerprint, *signature.values(), precision, *more])
+    parts = json.dumps([1, encoder_digest, data_fingerprint, *signature.values(), precision, *more], sort_keys=True)
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
 

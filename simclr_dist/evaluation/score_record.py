@@ -16,13 +16,14 @@ def score_record(
     method: str,
     train_images: int,
     test_images: int,
-    signature: Mapping[str, str | int | float],
+    signature: Mapping[str, Any],
     top1: float,
     top5: float,
     **settings: Any,
 ) -> dict[str, Any]:
-    """train_images, test_images: how many took part. signature: Kind.input_signature.
-    settings: k and temperature, or the solver's; the precision."""
+    """train_images, test_images: how many took part. signature: Kind.input_signature. settings: k and temperature, or
+    the solver's; the precision.
+    """
     return {
         "step": step,
         "method": method,

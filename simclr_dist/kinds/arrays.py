@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.config import AugmentConfig
-from simclr_dist.data.batch import Batch
+from simclr_dist.data.account import Account
+from simclr_dist.data.batch import Batch, Loader
 from simclr_dist.data.loading.open_images import DatasetInfo
 from simclr_dist.data.order import Order
 from simclr_dist.data.randomness import keys
@@ -114,7 +115,7 @@ class ArrayKind(Kind):
 
     def loader(
         self, augment: AugmentConfig, *, seed: int, global_batch_size: int, world: World, device: torch.device | str
-    ) -> ArrayLoader:
+    ) -> Loader:
         return ArrayLoader(self, seed, global_batch_size, world, device)
 
     def evaluation_batches(
@@ -141,7 +142,7 @@ def as_input(values: NDArray) -> Tensor:
 class ArrayLoader:
     """Batches of the views that `kind` draws. See `Loader`."""
 
-    account = None
+    account: Account | None = None
 
     def __init__(
         self, kind: ArrayKind, seed: int, global_batch_size: int, world: World, device: torch.device | str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ class Images(Kind):
         return images(self.data.image_size)
 
     @property
-    def input_signature(self) -> Mapping[str, str | int | float]:
+    def input_signature(self) -> Mapping[str, Any]:
         return {"image_size": self.data.image_size}
 
     def describe(self, source: str) -> DatasetInfo:

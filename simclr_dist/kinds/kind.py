@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,9 +45,9 @@ class Kind(ABC):
         """What the encoder eats."""
 
     @property
-    def input_signature(self) -> Mapping[str, str | int | float]:
+    def input_signature(self) -> Mapping[str, Any]:
         """All settings of the kind that h depends on, by name: cached features and records of scores carry them."""
-        return dict(self.data.options)
+        return {"options": self.data.options} if self.data.options else {}
 
     @abstractmethod
     def describe(self, source: str) -> DatasetInfo:
