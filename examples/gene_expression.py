@@ -1,13 +1,11 @@
 """A kind of data of your own: cells, and how strongly each expresses its genes. docs/guides/extending.md explains.
 
-    pip install scanpy  # for its sample only: 700 blood cells, 765 genes, 10 types
-    python -c "import numpy as np, scanpy; cells = scanpy.datasets.pbmc68k_reduced();
-    np.savez('cells.npz', log_counts=cells.raw.X.toarray(), types=cells.obs['bulk_labels'].astype(str))"
+pip install scanpy  # for its sample only: 700 blood cells, 765 genes, 10 types
+python -c "import numpy as np, scanpy; cells = scanpy.datasets.pbmc68k_reduced();
+np.savez('cells.npz', log_counts=cells.raw.X.toarray(), types=cells.obs['bulk_labels'].astype(str))"
 
-    python examples/gene_expression.py cells.npz                        # trains, and shows kNN beside baselines
-    python examples/gene_expression.py evaluate linear runs/cells       # every other command knows cells, too
-
-Two views of a cell hide other genes each: what they share is the state of the cell.
+python examples/gene_expression.py cells.npz                        # trains, and shows kNN beside baselines
+python examples/gene_expression.py evaluate linear runs/cells       # every other command knows cells, too
 """
 
 import sys
@@ -35,26 +33,25 @@ class Cells(ArrayKind):
             counts, types = file["log_counts"].astype(np.float32), file["types"]
         except (OSError, KeyError, ValueError) as error:
             raise DataError(f"{path}: not a file with log_counts [cells, genes] and types [cells]: {error}") from None
-        order = permutation(0, 0, 0, len(counts))
-        chosen = order[len(order) // 5 :] if part == "train" else order[: len(order) // 5]
+        test, train = np.split(permutation(0, 0, 0, len(counts)), [len(counts) // 5])
+        chosen = train if part == "train" else test
         return Rows(counts[chosen], types[chosen])
 
     def draw_views(self, values: np.ndarray, view_keys: np.ndarray) -> np.ndarray:
-        u = uniform(view_keys[..., None], 1000 + np.arange(values.shape[1]))  # [views, cells, genes]
+        u = uniform(view_keys[..., None], 1000 + np.arange(values.shape[1]))  # each view hides other genes
         return values * (u > self.data.options["hidden"])
 
     def baselines(self, train: str) -> dict[str, nn.Module]:
         """The numbers themselves, and their 20 first principal components."""
         counts = self.rows(train).values
         mean = counts.mean(0)
-        directions = torch.from_numpy(np.linalg.svd(counts - mean, full_matrices=False)[2][:20])
+        directions = torch.from_numpy(np.linalg.svd(counts - mean, full_matrices=False)[2][:20])  # [20, genes]
         pca = nn.Linear(*directions.T.shape)
         pca.load_state_dict({"weight": directions, "bias": -directions @ torch.from_numpy(mean)})
         return {"log counts": nn.Identity(), "20 components": pca}
 
 
 def perceptron(config: simclr_dist.config.ModelConfig) -> tuple[nn.Module, int]:
-    """model.width: the number of genes."""
     return nn.Sequential(nn.Linear(config.width, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 128)), 128
 
 

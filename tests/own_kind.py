@@ -37,7 +37,7 @@ def perceptron(config: ModelConfig) -> tuple[nn.Module, int]:
 
 
 kinds.register("points", Points)
-encoders.register("perceptron", perceptron)
+encoders.register("of_points", perceptron)
 
 
 def write_points(path: Path, n: int, seed: int) -> Path:

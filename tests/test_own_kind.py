@@ -11,7 +11,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from examples import gene_expression
+from examples.gene_expression import Cells
 from simclr_dist.config import AugmentConfig, DataConfig, load_config
+from simclr_dist.data.randomness import keys
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.evaluation.embeddings_file import load_embeddings
 from simclr_dist.kinds import kind_of, register
@@ -25,7 +28,7 @@ from tests.training import Training
 CONFIG = """
 name: points
 data: {kind: points, train: none, options: {noise: 1.0}}
-model: {encoder: perceptron, head_hidden_dim: 32, head_out_dim: 16}
+model: {encoder: of_points, head_hidden_dim: 32, head_out_dim: 16}
 optim: {optimizer: adamw, base_lr: 0.003, lr_scaling: none, warmup_epochs: 1}
 train: {global_batch_size: 64, epochs: 3, precision: fp32}
 evaluation: {knn_k: 10}
@@ -91,6 +94,7 @@ def test_other_commands_take_points_or_say_that_they_do_not(points: Path) -> Non
     assert "0.9" in run("neighbours", str(out), f"{points}[3]", "--k", "2")
     assert "neither an embedded" in run("neighbours", str(out), str(points), code=2)
     assert "export is for encoders of images" in run("export", str(gallery.run_dir), "--crop", "1", code=2)
+    assert "verdict is for encoders of images" in run("verdict", str(gallery.run_dir), code=2)
     assert "fine-tuning is for encoders of images" in run("finetune", str(gallery.run_dir), code=2)
     run("report", str(gallery.run_dir), "--out", str(points.parent / "page.html"))
     page = (points.parent / "page.html").read_text()
@@ -172,3 +176,31 @@ def test_a_run_of_images_is_not_continued_with_points(points: Path, tmp_path: Pa
     again = training(points, "run")
     assert again.wait() == [2]
     assert "data.kind: images then, points now" in again.output[0]
+
+
+def test_the_example_of_cells_splits_hides_and_compares_as_it_says(tmp_path: Path) -> None:
+    """examples/gene_expression.py trains on such cells in the same way; its counts are drawn here."""
+    generator = np.random.default_rng(0)
+    counts, types = np.log1p(generator.poisson(2.0, (100, 30))), np.array([f"type {i % 3}" for i in range(100)])
+    path = str(tmp_path / "cells.npz")
+    np.savez(path, log_counts=counts, types=types)
+    cells = Cells(DataConfig.model_validate(gene_expression.settings(path)["data"]))
+    train, test = cells.rows(f"{path}#train"), cells.rows(f"{path}#test")
+    assert (len(train.values), len(test.values)) == (80, 20)
+    together = np.concatenate([train.values, test.values])
+    np.testing.assert_array_equal(np.sort(together[:, 0]), np.sort(counts[:, 0].astype(np.float32)))
+
+    view_keys = keys(0, 0, np.arange(80)[None], np.arange(2)[:, None])
+    views = cells.draw_views(train.values, view_keys)
+    kept = views[:, train.values > 0] != 0
+    assert kept.mean() == pytest.approx(0.6, abs=0.03)
+    np.testing.assert_array_equal(views[views != 0], np.broadcast_to(train.values, views.shape)[views != 0])
+
+    from sklearn.decomposition import PCA
+
+    expected = PCA(20).fit(train.values).transform(test.values)
+    found = cells.baselines(f"{path}#train")["20 components"](torch.from_numpy(test.values)).detach().numpy()
+    np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-4)
+    with pytest.raises(DataError, match="not a file with log_counts"):
+        cells.open(str(write_points(tmp_path / "points.npz", 4, seed=0)) + "#train")
+    assert load_config(gene_expression.settings(path)).data.options == {"hidden": 0.4}
