@@ -109,7 +109,7 @@ def row(options: argparse.Namespace, name: str, budget_s: float, changes: dict[s
     encoder = run.encoder().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return {
         "name": name,
-        "settings": config.model_dump(mode="json"),
+        "settings": config.model_dump(mode="json", exclude={"runs_dir": True, "data": {"train", "test"}}),
         "cpu_seconds": Contestant.spent_s,
         "steps": Contestant.steps,
         "images": Contestant.steps * config.train.global_batch_size,
