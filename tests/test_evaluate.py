@@ -244,7 +244,7 @@ def test_every_evaluation_sees_images_of_its_own_side(
     encoder.load_state_dict({k[8:]: v for k, v in checkpoint.model_state.items() if k.startswith("encoder.")})
     for side, folder in ((16, run), (24, run), (24, other)):  # each side has its entry
         fingerprint = describe(checkpoint.config.data.train).content_fingerprint
-        assert (folder / "features" / cache_key(digest(encoder), fingerprint, side, "fp32")).is_dir()
+        assert (folder / "features" / cache_key(digest(encoder), fingerprint, {"image_size": side}, "fp32")).is_dir()
     assert len(list((run / "features").iterdir())) == 4
 
     out = tmp_path / "encoder.safetensors"
