@@ -14,7 +14,7 @@ from simclr_dist import cli
 from simclr_dist.config import AugmentConfig, DataConfig
 from simclr_dist.data.loading.load_images import fixed_views
 from simclr_dist.data.loading.view_loader import build_loader
-from simclr_dist.errors import CheckpointError, DataError
+from simclr_dist.errors import CheckpointError, ConfigError, DataError
 from simclr_dist.evaluation.course import Course, course_of, idle_since
 from simclr_dist.evaluation.verdict import Figures, _judged, compare
 from simclr_dist.health.check import WATCH_PATIENCE
@@ -164,10 +164,18 @@ def test_what_cannot_be_compared_is_refused_with_a_reason(flat: Training, tmp_pa
         verdict(flat.run_dir, "--images", 20)
 
 
-def test_runs_are_shown_the_same_views_in_any_company(flat: Training, images: Path) -> None:
+def test_runs_are_shown_the_same_views_in_any_company(flat: Training, images: Path, tmp_path: Path) -> None:
+    """Also as weights from elsewhere, of which there is no projection head."""
     shown = {"data": str(images), "images": 60, "device": torch.device("cpu"), "say": lambda _: None}
     alone = compare([RELEASED], **shown)  # type: ignore[arg-type]
     together = compare([flat.run_dir, RELEASED], batch_size=7, **shown)  # type: ignore[arg-type]
     (other,) = [found for found in together.verdicts if found.name == str(RELEASED)]
     assert alone.verdicts[0].figures is not None
     assert asdict(alone.verdicts[0].figures) == pytest.approx(asdict(other.figures), rel=1e-3)  # type: ignore[arg-type]
+    exported = tmp_path / "encoder.safetensors"
+    args = cli.parser().parse_args(["export", str(RELEASED), "--format", "safetensors", "--out", str(exported)])
+    assert args.run(args) == 0
+    foreign = compare([str(exported)], **shown).verdicts[0]  # type: ignore[arg-type]
+    assert foreign.figures == replace(alone.verdicts[0].figures, z_spread=None)
+    with pytest.raises(ConfigError, match="is of no run, so name images with --data"):
+        compare([str(exported)], device=torch.device("cpu"), say=lambda _: None)
