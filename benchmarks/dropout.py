@@ -62,7 +62,7 @@ def networks(encoders: list[str], image_size: int) -> dict[str, tuple[nn.Module,
 
 def measure(encoder: nn.Module, image_size: int, images: int, repetitions: int, device: torch.device) -> dict[str, Any]:
     network = SimCLR(encoder, nn.Identity(), 0).to(device).train()
-    key_draws(network, image_size)
+    key_draws(network, images(image_size))
     x = torch.randn(2 * images, 3, image_size, image_size, device=device)
     keys = draw_keys(0, 0, 0, np.arange(images), device).flatten(0, 1)
     runs: dict[str, Callable[[], Tensor]] = {"torch": lambda: network(x)[1], "keyed": lambda: network(x, keys)[1]}

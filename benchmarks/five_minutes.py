@@ -39,9 +39,9 @@ import torch
 
 from benchmarks.report import RESULTS, circumstances, write
 from simclr_dist.config import load_config
+from simclr_dist.data.loading.open_images import describe
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cifar10_demo.yaml"
-NUM_IMAGES = 50_000
 SHORT, LONG = 8, 40
 """Steps of the two trainings that tell the cost of a step."""
 ALONE = (
@@ -54,7 +54,7 @@ ALONE = (
 )
 """Nothing but steps."""
 ADAMW = ("optim.optimizer=adamw", "optim.base_lr=2.0e-3", "optim.muon_momentum=0.95", "optim.muon_ns_steps=5")
-BEFORE = ("data.image_size=24", "evaluation.image_size=null", "model.first_layer=random", *ADAMW)
+BEFORE = ("model.width=32", "model.first_layer=random", *ADAMW, "evaluation.image_size=null")
 """The demo's recipe of release 0.1."""
 
 
@@ -73,12 +73,15 @@ ROWS = {
     # What was tried besides, each against "demo":
     "AdamW": Row(ADAMW),
     "random first layer": Row(("model.first_layer=random",)),
-    "24 px, tested at 32": Row(("data.image_size=24", "evaluation.image_size=32")),
-    "tested at 16 px": Row(("evaluation.image_size=16",)),
+    "tested at 24 px": Row(("evaluation.image_size=24",)),
+    "16 px, tested at 24": Row(("data.image_size=16", "evaluation.image_size=24")),
+    "20 px": Row(("data.image_size=20",)),
+    "32 px": Row(("data.image_size=32",)),
     "16 channels": Row(("model.width=16",)),
-    "24 channels": Row(("model.width=24",)),
+    "32 channels": Row(("model.width=32",)),
     "48 channels": Row(("model.width=48",)),
-    "rate 0.1": Row(("optim.base_lr=0.1",)),
+    "rate 0.05": Row(("optim.base_lr=0.05",)),
+    "rate 0.2": Row(("optim.base_lr=0.2",)),
     "momentum 0.9": Row(("optim.muon_momentum=0.9",)),
     "5 Newton-Schulz steps": Row(("optim.muon_ns_steps=5",)),
     "batch 128": Row(("train.global_batch_size=128",)),
@@ -166,12 +169,13 @@ def measured(name: str, row: Row, budget: Seconds, args: argparse.Namespace) -> 
     """What the training of each seed took and scored."""
     stem = f"{re.sub('[^a-z0-9]+', '_', name.lower())}_{os.getpid()}"
     G = load_config(CONFIG, settings(row, args, f"name={stem}")).train.global_batch_size
+    steps_per_epoch = describe(args.train).num_samples // G
     short = train(row, args, f"name={stem}_{SHORT}_steps", f"train.max_steps={SHORT}")  # starting, above all
     epochs = args.epochs
     if epochs is None:
         long = train(row, args, f"name={stem}_{LONG}_steps", f"train.max_steps={LONG}")
-        epochs = epochs_within(budget, (long - short) / (LONG - SHORT), NUM_IMAGES // G)
-    steps = epochs * (NUM_IMAGES // G)
+        epochs = epochs_within(budget, (long - short) / (LONG - SHORT), steps_per_epoch)
+    steps = epochs * steps_per_epoch
     for seed in range(args.seeds):
         run = f"{stem}_seed_{seed}"
         further = train(row, args, f"name={run}", f"train.epochs={epochs}", f"seed={seed}") - short
@@ -196,11 +200,11 @@ def settings(row: Row, args: argparse.Namespace, *more: str) -> list[str]:
 def train(row: Row, args: argparse.Namespace, *more: str) -> Seconds:
     """What all processes of a whole training took. Raises CalledProcessError."""
     words = [str(CONFIG), *settings(row, args, "resume=none", *more)]
-    program = ["launcher", "local", "--nproc", str(args.nproc), *words]
-    if row.module:  # the launcher starts simclr_dist.train only
+    program, env = ["launcher", "local", "--nproc", str(args.nproc), *words], dict(os.environ)
+    if row.module:  # the launcher starts simclr_dist.train only, and does the rest as well
         program = ["torch.distributed.run", "--standalone", f"--nproc-per-node={args.nproc}", "-m", row.module, *words]
-    threads = max(1, len(os.sched_getaffinity(0)) // args.nproc)
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads)}
+        threads = max(1, len(os.sched_getaffinity(0)) // args.nproc)
+        env |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads)}
     begin = _clocks()
     subprocess.run([sys.executable, "-m", *program], check=True, env=env, stdout=subprocess.DEVNULL)
     return _clocks() - begin

@@ -235,6 +235,8 @@ def train_ours(row: Row, seed: int, at: int, args: argparse.Namespace) -> tuple[
     """Up to the end of the part `at`; the encoder and what is known of the run, after the last part."""
     steps = args.steps * (at + 1) // len(row.worlds)
     run = simclr_dist.pretrain(settings(row, seed, args), **{"train.max_steps": steps})
+    if run.state != "finished":
+        raise SystemExit(f"{run.path}: {run.state}; the same command goes on from there")
     if at + 1 < len(row.worlds):
         return None
     lines = map(json.loads, (run.path / "log.jsonl").read_text().splitlines())

@@ -23,12 +23,12 @@ from benchmarks.report import RESULTS, circumstances, write
 from simclr_dist.config import Config, load_config
 from simclr_dist.data import Batch
 from simclr_dist.data.classes import draw_by_class
-from simclr_dist.data.loading.labelled_images import open_labelled
 from simclr_dist.evaluation.features import extract_features
 from simclr_dist.evaluation.knn import knn_top1 as knn
 from simclr_dist.evaluation.readable_images import ReadableImages
+from simclr_dist.kinds import kind_of
+from simclr_dist.kinds.labelled_images import open_labelled
 from simclr_dist.training.trainer import StepResult, Trainer
-from simclr_dist.views.augment import normalize
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SETTINGS = {  # nothing but training while the clock runs
@@ -109,7 +109,7 @@ def row(options: argparse.Namespace, name: str, budget_s: float, changes: dict[s
     encoder = run.encoder().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return {
         "name": name,
-        "settings": config.model_dump(mode="json"),
+        "settings": config.model_dump(mode="json", exclude={"runs_dir": True, "data": {"train", "test"}}),
         "cpu_seconds": Contestant.spent_s,
         "steps": Contestant.steps,
         "images": Contestant.steps * config.train.global_batch_size,
@@ -119,7 +119,7 @@ def row(options: argparse.Namespace, name: str, budget_s: float, changes: dict[s
 
 def knn_top1(config: Config, encoder: torch.nn.Module, bank: int, num_test: int) -> float:
     """As the demo is measured while it trains, k 20, on some of the test images, evenly spread."""
-    device, images = torch.device("cpu"), open_labelled(config.data)
+    device, images, kind = torch.device("cpu"), open_labelled(config.data), kind_of(config.evaluation_data)
     assert config.data.test is not None
     n = images.test_info.num_samples
     chosen = (
@@ -127,9 +127,7 @@ def knn_top1(config: Config, encoder: torch.nn.Module, bank: int, num_test: int)
         (images.test, np.arange(min(num_test, n), dtype=np.int64) * n // min(num_test, n)),
     )
     features = [
-        extract_features(
-            encoder, ReadableImages.of(source, config.evaluation_data, 500)(ids), device=device, normalize=normalize
-        )
+        extract_features(encoder, ReadableImages(kind, source, 500)(ids), device=device, normalize=kind.to_input)
         for source, ids in chosen
     ]
     return knn(*features, k=20, temperature=0.1, num_classes=images.num_classes, device=device).top1

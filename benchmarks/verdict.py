@@ -69,7 +69,7 @@ HELD_OUT = {
     "augment.crop_scale_min": 0.15,
     "train.max_steps": 150,
 }
-LONG = {"train.max_steps": 390}
+LONG = {"train.max_steps": None}  # the whole epoch, 390 steps
 NO_NORM = {"model.encoder": "plain_conv", "model.head_batch_norm": "none"}
 NO_AUGMENT = {"augment.preset": "none", "augment.crop_scale_min": 1.0}
 SETTINGS: dict[str, dict[str, Any]] = {

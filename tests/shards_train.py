@@ -10,9 +10,12 @@ import sys
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 import simclr_dist
 from simclr_dist.config import load_config
+from simclr_dist.parallel.accelerator import join_process_group
+from simclr_dist.parallel.distributed import world
 from tests import random_layers_train  # noqa: F401 - registers its encoder
 
 STEPS = 3
@@ -43,6 +46,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # a fork does not look at it
+    if world().size > 1:
+        join_process_group()  # a process may have evaluated before it trains
+        assert PartialState().num_processes == world().size
     base = load_config(sys.argv[1], sys.argv[2:])
     for at, settings in enumerate(VARIANTS.values()):
         simclr_dist.pretrain(base, name=f"{base.name}-{at}", **settings)

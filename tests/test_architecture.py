@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.conftest import REPOSITORY
 
-MAX_FLOORS = 8
+MAX_FLOORS = 9
 
 
 def modules(package: str) -> list[Path]:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from simclr_dist.config import AugmentConfig
 from simclr_dist.data.batch import Batch
 from simclr_dist.errors import ConfigError, FailedElsewhereError
-from simclr_dist.training.implementations import agree
+from simclr_dist.parallel.agree import agree
 from simclr_dist.views import implementations, torch_operations
 from simclr_dist.views.augment import Augment
 from tests.conftest import REPOSITORY

@@ -15,13 +15,14 @@ from torch import nn
 from simclr_dist import cli
 from simclr_dist.config import ConfigError, DataConfig, EvaluationConfig, load_config
 from simclr_dist.data.classes import draw_by_class, match_classes
-from simclr_dist.data.loading.evaluation_labels import check_evaluation_labels, evaluation_images
-from simclr_dist.data.loading.labelled_images import open_labelled
 from simclr_dist.doctor.checks import examine_config
 from simclr_dist.doctor.data import examine_labels
 from simclr_dist.errors import DataError
 from simclr_dist.evaluation.online import OnlineEvaluation
 from simclr_dist.few_labels.classifier import load_classifier
+from simclr_dist.kinds import kind_of
+from simclr_dist.kinds.evaluation_labels import check_evaluation_labels, evaluation_images
+from simclr_dist.kinds.labelled_images import open_labelled
 from tests.conftest import REPOSITORY
 from tests.training import Training
 
@@ -87,7 +88,7 @@ def evaluate_online(train: str, test: str) -> float:
     images = evaluation_images(data, settings, seed=0)
     assert images is not None
     evaluate = OnlineEvaluation(
-        images, data=data, evaluation=settings, precision="fp32", device=torch.device("cpu"), warn_once=print
+        images, kind=kind_of(data), evaluation=settings, precision="fp32", device=torch.device("cpu"), warn_once=print
     )
     return evaluate(MeanColour(), step=1).figures["eval/knn_top1"]
 

@@ -165,8 +165,9 @@ def test_shipped_schema_is_that_of_the_code() -> None:
     assert schema["if"] == {"required": ["_base_"]}
     assert schema["else"]["required"] == [name for name, f in Config.model_fields.items() if f.is_required()]
     sections = {name: part["required"] for name, part in schema["else"]["properties"].items()}
+    assert schema["else"]["properties"]["data"]["then"] == {"required": ["image_size"]}  # where they are images
     assert sections == {
-        "data": ["train", "image_size"],
+        "data": ["train"],
         "model": ["encoder"],
         "train": ["global_batch_size", "epochs"],
     }

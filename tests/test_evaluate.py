@@ -244,7 +244,7 @@ def test_every_evaluation_sees_images_of_its_own_side(
     encoder.load_state_dict({k[8:]: v for k, v in checkpoint.model_state.items() if k.startswith("encoder.")})
     for side, folder in ((16, run), (24, run), (24, other)):  # each side has its entry
         fingerprint = describe(checkpoint.config.data.train).content_fingerprint
-        assert (folder / "features" / cache_key(digest(encoder), fingerprint, side, "fp32")).is_dir()
+        assert (folder / "features" / cache_key(digest(encoder), fingerprint, {"image_size": side}, "fp32")).is_dir()
     assert len(list((run / "features").iterdir())) == 4
 
     out = tmp_path / "encoder.safetensors"
@@ -375,9 +375,15 @@ def test_cached_features_are_the_same_and_keys_tell_everything_apart(tmp_path: P
     assert torch.equal(found.sample_ids, features.sample_ids)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["key"]
     assert read_features(tmp_path / "cache", "other") is None
+    small, large = {"image_size": 32}, {"image_size": 64}
     keys = {
         cache_key(*values)
-        for values in [("a", "b", 32, "fp32"), ("b", "a", 32, "fp32"), ("a", "b", 64, "fp32"), ("a", "b", 32, "bf16")]
+        for values in [
+            ("a", "b", small, "fp32"),
+            ("b", "a", small, "fp32"),
+            ("a", "b", large, "fp32"),
+            ("a", "b", small, "bf16"),
+        ]
     }
     assert len(keys) == 4
 

@@ -23,8 +23,8 @@ from simclr_dist.evaluation.features import (
     extract_features,
     extract_features_distributed,
     part_of_rank,
-    pixel_features,
 )
+from simclr_dist.kinds.pixels import Pixels
 from tests.distributed.spawn import run_ranks
 
 
@@ -294,9 +294,10 @@ def test_float16_that_overflows_is_refused(tmp_path: Path) -> None:
 
 
 def test_pixel_features_are_the_normalised_pixels() -> None:
-    features = pixel_features(load(np.arange(6)), normalize=normalize)
+    features = extract_features(Pixels(), load(np.arange(6)), device="cpu", normalize=normalize)
     torch.testing.assert_close(features.h, normalize(images_of(np.arange(6))).flatten(1))
-    assert pixel_features(load(np.arange(6)), normalize=normalize, max_side=4).h.shape == (6, 48)
+    smaller = extract_features(Pixels(max_side=4), load(np.arange(6)), device="cpu", normalize=normalize)
+    assert smaller.h.shape == (6, 48)
 
 
 def test_parts_that_do_not_fit_together_are_refused() -> None:

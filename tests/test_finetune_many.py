@@ -31,6 +31,7 @@ from simclr_dist.few_labels.classifier import Classifier
 from simclr_dist.few_labels.finetune import Training, fine_tune
 from simclr_dist.few_labels.random_crops import RandomCrops
 from simclr_dist.few_labels.train import Settings, distill_classifier, finetune_checkpoint
+from simclr_dist.network.inputs import images as images_of
 from simclr_dist.network.random_layers import key_draws
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.run.stop_signals import SIGNALS
@@ -98,7 +99,7 @@ class Dropping(nn.Module):
 def with_dropout(folder: Path) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = SimCLR(Dropping(), nn.Linear(8, 4), 8)
-    key_draws(model, 16)
+    key_draws(model, images_of(16))
     classifier = Classifier(model, 3)
     with RandomCrops(
         str(folder / "train"), np.arange(60), image_size=16, batch_size=10, seed=1, num_threads=1

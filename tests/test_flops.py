@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from simclr_dist.config import load_config
 from simclr_dist.network.flops import forward_flops, peak_flops, train_flops
+from simclr_dist.network.inputs import images
 from simclr_dist.network.simclr import build_model
 from tests.conftest import REPOSITORY
 
@@ -35,14 +36,14 @@ def test_forward_flops_are_those_of_the_layers(encoder: str) -> None:
     config = load_config(REPOSITORY / "configs" / "smoke.yaml", [f"model.encoder={encoder}"])
     model = build_model(config.model)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    assert forward_flops(model, 32) == by_layers(model, 32)
+    assert forward_flops(model, images(32)) == by_layers(model, 32)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 def test_resnet50_takes_what_its_paper_says() -> None:
     config = load_config(REPOSITORY / "configs" / "imagenet_resnet50_100ep.yaml", check_data=False)
     encoder = build_model(config.model).get_submodule("encoder")
-    assert forward_flops(encoder, 224) == pytest.approx(2 * 4.1e9, rel=0.01)  # torchvision: 4.09 GMAC
+    assert forward_flops(encoder, images(224)) == pytest.approx(2 * 4.1e9, rel=0.01)  # torchvision: 4.09 GMAC
 
 
 def test_attention_counts() -> None:
@@ -50,7 +51,7 @@ def test_attention_counts() -> None:
     model = nn.Sequential(nn.Flatten(2), attention)
     T, D = 3, 16  # tokens, width: an image of 4 x 4 pixels and three channels is three tokens
     products = 4 * T * D * D + 2 * T * T * D + 2 * T * D * 32
-    assert forward_flops(model, 4) == 2 * products
+    assert forward_flops(model, images(4)) == 2 * products
 
 
 def test_a_network_that_asks_for_numbers_has_no_count() -> None:
@@ -58,7 +59,7 @@ def test_a_network_that_asks_for_numbers_has_no_count() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x * float(x.mean())
 
-    assert forward_flops(Asks(), 8) is None
+    assert forward_flops(Asks(), images(8)) is None
 
 
 def test_a_training_step_is_six_forwards_and_peaks_are_those_of_the_device() -> None:

@@ -22,6 +22,7 @@ from torchvision.ops import StochasticDepth
 from simclr_dist.config import ModelConfig
 from simclr_dist.doctor.network import examine_random_layers
 from simclr_dist.loss import nt_xent
+from simclr_dist.network import inputs
 from simclr_dist.network.keyed_dropout import Call, Draws, KeyedLayer, draw_keys
 from simclr_dist.network.random_layers import RandomLayers, key_draws
 from simclr_dist.network.simclr import SimCLR, build_model
@@ -30,6 +31,7 @@ from tests.random_layers_train import Mixed
 from tests.training import Training
 
 SIZE, WIDTH, IMAGES = 32, 12, 6
+INPUTS = inputs.images(SIZE)
 
 
 class Encoder(nn.Module):
@@ -119,7 +121,7 @@ def timm(name: str) -> nn.Module:
 def network_with(layer: nn.Module, *, tokens: bool = False) -> tuple[SimCLR, RandomLayers]:
     torch.manual_seed(0)
     network = SimCLR(Encoder(layer, tokens), nn.Linear(WIDTH, 4), WIDTH)
-    return network.train(), key_draws(network, SIZE)
+    return network.train(), key_draws(network, INPUTS)
 
 
 def images(n: int = 2 * IMAGES) -> Tensor:
@@ -197,21 +199,21 @@ def test_a_module_that_draws_by_key_and_otherwise_is_named() -> None:
 @pytest.mark.parametrize("encoder", ["resnet18", "vit_b_16"])
 def test_a_network_that_draws_nothing_is_left_alone(encoder: str) -> None:
     network = build_model(ModelConfig(encoder=encoder, image_size=SIZE))
-    assert key_draws(network, SIZE) == RandomLayers()
+    assert key_draws(network, INPUTS) == RandomLayers()
     assert network.draws is None
 
 
 def test_looking_for_draws_draws_nothing() -> None:
     network = SimCLR(Encoder(nn.Sequential(LayerDrop(), OWN["encoder.layer (Own)"]()), True), nn.Identity(), WIDTH)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[2]  # noqa: NPY002
-    assert key_draws(network, SIZE).own
+    assert key_draws(network, INPUTS).own
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), np.random.get_state()[2]) == before[1:]  # noqa: NPY002
 
 
 def test_masks_of_efficientnet_are_equal_element_by_element() -> None:
     network = build_model(ModelConfig(encoder="efficientnet_b0", image_size=SIZE)).train()
-    found = key_draws(network, SIZE)
+    found = key_draws(network, INPUTS)
     assert set(found.keyed.values()) == {"StochasticDepth"}
     assert "StochasticDepth: the same on any number of processes" in found.summary()
     masks: dict[str, list[Tensor]] = {}
@@ -393,7 +395,7 @@ def test_a_recomputed_run_that_cannot_be_told_from_another_is_refused() -> None:
 def test_micro_batches_have_the_gradient_of_the_whole_batch(micro_batch_size: int) -> None:
     torch.manual_seed(0)
     network = SimCLR(Mixed(), nn.Linear(16, 4), 16).double().train()
-    assert len(key_draws(network, SIZE).keyed) >= 7
+    assert len(key_draws(network, INPUTS).keyed) >= 7
     views, row_keys = images().double().unflatten(0, (2, -1)), keys_of().unflatten(0, (2, -1))
     whole = gradient(network, lambda: nt_xent(network(views.flatten(0, 1), row_keys.flatten(0, 1))[1]).backward())
     cut = gradient(
@@ -410,7 +412,7 @@ def test_a_compiled_network_draws_the_same_and_is_compiled_once() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     network = SimCLR(Mixed(), nn.Linear(16, 4), 16).train()
-    key_draws(network, SIZE)
+    key_draws(network, INPUTS)
     x = images()
     eager = copy.deepcopy(network)
     graphs = []
@@ -428,7 +430,7 @@ def test_a_compiled_network_draws_the_same_and_is_compiled_once() -> None:
 def test_nothing_is_read_back_from_the_device() -> None:
     """On the device without values, whoever reads one fails."""
     network = SimCLR(Mixed(), nn.Linear(16, 4), 16).train()
-    key_draws(network, SIZE)
+    key_draws(network, INPUTS)
     h, _ = network.to("meta")(torch.empty(8, 3, SIZE, SIZE, device="meta"), keys_of(ids=np.arange(4)).to("meta"))
     assert h.is_meta
 
@@ -494,7 +496,7 @@ def test_a_run_of_release_0_1_says_that_its_masks_change(images: Path, tmp_path:
 
 
 def test_doctor_shows_what_draws() -> None:
-    findings = list(examine_random_layers(ModelConfig(encoder="efficientnet_b0", image_size=SIZE), SIZE))
+    findings = list(examine_random_layers(ModelConfig(encoder="efficientnet_b0", image_size=SIZE), INPUTS))
     assert [finding.level for finding in findings] == ["ok"]
     assert "StochasticDepth: the same on any number of processes" in findings[0].found
 
@@ -502,6 +504,6 @@ def test_doctor_shows_what_draws() -> None:
 @pytest.mark.slow
 def test_torchvisions_networks_draw_by_key_alone() -> None:
     for encoder, kinds in (("swin_t", {"StochasticDepth"}), ("convnext_tiny", {"StochasticDepth"})):
-        found = key_draws(build_model(ModelConfig(encoder=encoder, image_size=SIZE)), SIZE)
+        found = key_draws(build_model(ModelConfig(encoder=encoder, image_size=SIZE)), INPUTS)
         assert set(found.keyed.values()) == kinds
         assert not found.warning()

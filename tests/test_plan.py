@@ -16,11 +16,13 @@ from benchmarks.traffic import CountTraffic
 from simclr_dist import cli
 from simclr_dist.checkpoint.files import take_snapshot, write_checkpoint
 from simclr_dist.config import Config, LossConfig, ModelConfig, load_config
+from simclr_dist.kinds import kind_of
 from simclr_dist.loss import NTXentLoss
 from simclr_dist.loss.build import build_loss
 from simclr_dist.loss.enumeration import Pairs
 from simclr_dist.loss.memory import workspace_bytes
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
+from simclr_dist.network.inputs import images as images_of
 from simclr_dist.network.simclr import build_model
 from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.micro_batch import backward_in_micro_batches
@@ -99,7 +101,8 @@ needs_bf16 = pytest.mark.skipif(
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 def test_activations_are_within_a_factor_of_what_a_real_step_holds(precision: str) -> None:
     config = smoke("model.width=32", f"train.precision={precision}")
-    predicted = step_activations(config.model, image_size=32, images=256, precision=config.train.precision) / 2**20
+    precision_used = config.train.precision
+    predicted = step_activations(config.model, inputs=images_of(32), images=256, precision=precision_used) / 2**20
     assert predicted > 64  # so that what the process needs besides counts little
     assert predicted / 1.4 < in_own_process(real_step, config, 256) < 1.4 * predicted
 
@@ -131,10 +134,8 @@ def step_config(encoder: str) -> tuple[Config, int]:
 )
 def test_every_family_of_encoders_has_a_plan(encoder: str) -> None:
     size = 224 if "224" in encoder and "swin" in encoder else FAMILIES.get(encoder, (64, 0))[0]
-    one, two = (
-        step_activations(ModelConfig(encoder=encoder, image_size=size), image_size=size, images=n, precision="fp32")
-        for n in (1, 2)
-    )
+    model = ModelConfig(encoder=encoder, image_size=size)
+    one, two = (step_activations(model, inputs=images_of(size), images=n, precision="fp32") for n in (1, 2))
     assert one < two < 2.2 * one
 
 
@@ -154,8 +155,7 @@ def real_steps(encoders: Sequence[str]) -> list[float]:
                 loss=config.loss,
                 optim=config.optim,
                 train=config.train,
-                image_size=config.data.image_size,
-                num_views=2,
+                kind=kind_of(config.data),
                 images=images,
                 device=torch.device("cpu"),
                 repetitions=1,

@@ -10,6 +10,7 @@ import torch
 
 from simclr_dist.config import Config, ModelConfig, Precision, load_config, render_config
 from simclr_dist.doctor.checks import examine_precision
+from simclr_dist.network.inputs import images
 from simclr_dist.network.precision import assumed_precision, cpu_has_bf16
 from simclr_dist.plan.measure import ComparedPrecisions, compare_precisions
 from simclr_dist.plan.memory import device_memory
@@ -91,11 +92,11 @@ def test_all_ranks_take_what_the_main_process_found(tmp_path: Path) -> None:
 def test_a_measurement_is_short_and_leaves_no_trace() -> None:
     state, began = torch.get_rng_state(), time.monotonic()
     model = ModelConfig(encoder="resnet_small", width=8)
-    found = compare_precisions(model=model, channels_last=True, image_size=16, images=5)
+    found = compare_precisions(model=model, channels_last=True, inputs=images(16), images=5)
     assert found.images == 5
     assert set(found.seconds) == {"fp32", "bf16"}
     assert min(found.seconds.values()) > 0
-    cut = compare_precisions(model=model, channels_last=True, image_size=16, images=2**20, budget_s=0.2)
+    cut = compare_precisions(model=model, channels_last=True, inputs=images(16), images=2**20, budget_s=0.2)
     assert 2 <= cut.images < 2**20
     assert time.monotonic() - began < 30
     assert torch.equal(torch.get_rng_state(), state)

@@ -15,6 +15,7 @@ import torch
 from simclr_dist.config import Config, ModelConfig, load_config
 from simclr_dist.errors import CheckpointError, ConfigError, OwnershipError
 from simclr_dist.network import trial
+from simclr_dist.network.inputs import images as images_of
 from simclr_dist.network.trial import try_model
 from simclr_dist.run.owner import claim
 from simclr_dist.training import preflight
@@ -38,22 +39,22 @@ def test_a_parameter_without_gradient_is_found_and_the_random_state_is_left_alon
     assert own_encoder_train  # has registered its encoders
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    tried = try_model(ModelConfig(encoder="with_spare"), 32)
+    tried = try_model(ModelConfig(encoder="with_spare"), images_of(32))
     assert tried.unused == ("encoder.spare.weight", "encoder.spare.bias")
     assert "2 of the network's trainable parameters" in tried.remark
-    assert try_model(ModelConfig(encoder="resnet_small", head_layers=3), 32).unused == ()
+    assert try_model(ModelConfig(encoder="resnet_small", head_layers=3), images_of(32)).unused == ()
     with pytest.raises(ConfigError, match=r"broken cannot take images of 32 px; choose another encoder \(RuntimeError"):
-        try_model(ModelConfig(encoder="broken"), 32)
+        try_model(ModelConfig(encoder="broken"), images_of(32))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_network_that_cannot_take_the_images_is_named_with_a_size_that_it_can() -> None:
     with pytest.raises(ConfigError, match=r"alexnet cannot take images of 32 px; it runs with data\.image_size=64"):
-        try_model(ModelConfig(encoder="alexnet"), 32)
+        try_model(ModelConfig(encoder="alexnet"), images_of(32))
 
 
 def test_networks_that_read_values_while_they_are_built_are_tried_too() -> None:
-    tried = try_model(ModelConfig(encoder="regnet_y_400mf"), 64)
+    tried = try_model(ModelConfig(encoder="regnet_y_400mf"), images_of(64))
     assert tried.unused == ()
     assert all(parameter.is_meta for parameter in tried.network.parameters())
 

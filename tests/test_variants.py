@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 import simclr_dist
 from simclr_dist.config import Config, DataConfig, LossConfig, load_config
 from simclr_dist.data import Batch
-from simclr_dist.data.loading.labelled_images import check_loss_labels
 from simclr_dist.errors import CheckpointError, ConfigError, DataError
+from simclr_dist.kinds.labelled_images import check_loss_labels
 from simclr_dist.trainer import Trainer
 from simclr_dist.training.summary import loss_in_words
 from tests.conftest import REPOSITORY
@@ -134,7 +134,7 @@ def folder_of(root: Path, classes: dict[str, int]) -> str:
 def test_supcon_without_labels_to_compare_is_refused_before_anything_starts(tmp_path: Path) -> None:
     supcon = LossConfig(kind="supcon")
     sources = {
-        "none of the 3 images of .* has one; name images that lie in a folder per class": {"": 3},
+        "none of the 3 images of .* has one; name labelled images with data.train": {"": 3},
         "all 3 images of .* are of one class": {"cat": 3},
     }
     for at, (message, classes) in enumerate(sources.items()):

@@ -156,7 +156,7 @@ def test_the_table_has_a_sentence_for_each_run(flat: Training, capsys: pytest.Ca
 
 
 def test_what_cannot_be_compared_is_refused_with_a_reason(flat: Training, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such directory"):
+    with pytest.raises(CheckpointError, match="no such file or directory"):
         verdict(tmp_path / "none")
     with pytest.raises(DataError, match="where the images are elsewhere, name them with --data"):
         verdict(flat.run_dir, "--data", tmp_path / "gone.beton")

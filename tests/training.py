@@ -56,12 +56,13 @@ class Training:
         world_size: int = 1,
         module: str = "simclr_dist.train",
         fresh: bool = False,
+        config: Path = REPOSITORY / "configs" / "smoke.yaml",
         **env: str,
     ) -> None:
         self.run_dir = runs_dir / name
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        arguments = [str(REPOSITORY / "configs" / "smoke.yaml"), *TINY, f"data.train={images}"]
+        arguments = [str(config), *TINY, f"data.train={images}"]
         arguments += [f"name={name}", f"runs_dir={runs_dir}", *overrides]
         shared = {
             **os.environ,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from simclr_dist.checkpoint.files import Checkpoint, check_names
 from simclr_dist.checkpoint.lineage import find_checkpoint
 from simclr_dist.checkpoint.weights import fit, is_ours, open_weights
-from simclr_dist.config import LARGEST_SIDE, SMALLEST_SIDE, Config, ModelConfig, parse_config
+from simclr_dist.config import IMAGES, LARGEST_SIDE, SMALLEST_SIDE, Config, ModelConfig, parse_config
 from simclr_dist.errors import ConfigError
 from simclr_dist.network import guess
 from simclr_dist.network.library_weights import PRETRAINED
@@ -87,6 +87,12 @@ def checkpoint_of(source: Source, warn: Callable[[str], None]) -> Checkpoint | N
     if isinstance(source, ForeignEncoder) or not (isinstance(source, Checkpoint) or _is_of_run(Path(source))):
         return None
     return find_checkpoint(source, warn)
+
+
+def require_images(checkpoint: Checkpoint, what: str) -> None:
+    """Raises ConfigError where the encoder was trained on something else. what: knows images only."""
+    if (kind := checkpoint.config.data.kind) != IMAGES:
+        raise ConfigError([f"{what} is for encoders of images; {checkpoint.path} was trained on data.kind={kind}"])
 
 
 def _is_of_run(path: Path) -> bool:

@@ -79,6 +79,6 @@ def _show_scores(run_dir: Path) -> None:
         "",
         ("top-1 accuracy of", "kNN", "linear probe"),
         [(one.name, f"{one.top1:.1%}", f"{other.top1:.1%}") for one, other in zip(knn, linear, strict=True)],
-        f"{facts['test_images']:,} test images of {facts['image_size']} px; kNN: k {facts['k']} among "
-        f"{facts['train_images']:,}",
     )
+    images = f"{facts['test_images']:,} test images of {facts['image_size']} px"
+    print(f"On {images}; kNN with k {facts['k']} among {facts['train_images']:,} training images.")

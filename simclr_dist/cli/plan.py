@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from simclr_dist.argument_types import positive_float, positive_int
 from simclr_dist.cli.arguments import Commands, add_command
-from simclr_dist.config import load_config
+from simclr_dist.config import IMAGES, load_config
 from simclr_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
     tell("importing torch")
     import torch
 
-    from simclr_dist.data.loading.open_images import describe
+    from simclr_dist.kinds import kind_of
     from simclr_dist.plan.forecast import Speed, forecast
     from simclr_dist.plan.measure import measure_loader, measure_step
     from simclr_dist.training.network_facts import network_facts
@@ -67,11 +67,11 @@ def _run(args: argparse.Namespace) -> int:
     world_size = args.gpus or here or 1
     device_type = "cuda" if args.gpus or here else "cpu"
     config = load_config(args.config, args.overrides, world_size=world_size, check_data=False)
-    data, train = config.data, config.train
-    data_is_here = data.train == "synthetic" or Path(data.train).exists()
+    data, train, kind = config.data, config.train, kind_of(config.data)
+    data_is_here = data.kind != IMAGES or data.train == "synthetic" or Path(data.train).exists()
     if not args.images and not data_is_here:
         raise ConfigError([f"data.train: {data.train} is not here; say how many images it holds with --images"])
-    num_images = args.images or describe(data.train).num_samples
+    num_images = args.images or kind.describe(data.train).num_samples
     if num_images < train.global_batch_size:
         raise ConfigError([f"train.global_batch_size: {train.global_batch_size} is more than the {num_images} images"])
     network_facts(config)  # refuses what the network cannot take
@@ -85,8 +85,7 @@ def _run(args: argparse.Namespace) -> int:
             loss=config.loss,
             optim=config.optim,
             train=train,
-            image_size=data.image_size,
-            num_views=data.num_views,
+            kind=kind,
             images=images,
             device=torch.device("cuda" if here else "cpu"),
         )

@@ -130,6 +130,7 @@ def _fitting_batch(config: Config, num_processes: int) -> int:
 def _epochs(minutes: float, config: Config, at: Situation) -> Choice:
     import torch
 
+    from simclr_dist.kinds import kind_of
     from simclr_dist.plan.measure import measure_step
 
     say("measuring how fast this machine trains that network")
@@ -143,8 +144,7 @@ def _epochs(minutes: float, config: Config, at: Situation) -> Choice:
         loss=config.loss,
         optim=config.optim,
         train=train,
-        num_views=config.data.num_views,
-        image_size=config.data.image_size,
+        kind=kind_of(config.data),
         images=per_process,
         device=torch.device("cuda" if at.is_gpu else "cpu"),
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from simclr_dist.config.schema import Config, Section
+from simclr_dist.config.schema import IMAGES, Config, Section
 
 KeyPath = tuple[str, ...]
 
@@ -50,7 +50,7 @@ def cross_checks(
     if world_size and isinstance(shards, int) and shards > 0 and shards % world_size:
         where = _place(("train", "virtual_shards"), origins, path)
         problems.append(f"{where}: {shards_over_processes(shards, world_size)}")
-    if check_data:
+    if check_data and get("data", "kind") in (None, IMAGES):  # what others name, only they know
         for keys in (("data", "train"), ("data", "test"), ("evaluation", "train")):
             source = get(*keys)
             if isinstance(source, str) and source != "synthetic" and not Path(source).exists():

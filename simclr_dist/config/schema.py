@@ -12,10 +12,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticKnownError
 
 BASE = "_base_"
 """The key under which a file names those that it begins from (yaml_source.py)."""
+IMAGES = "images"
+"""The kind of data that a file without `data.kind` means."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -34,12 +45,15 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
+    kind: str = Field("images", description="What is trained on: `images`, or a kind that a script of yours registers.")
     train: str = Field(description="A .beton file, an image folder, or `synthetic`.")
     test: str | None = Field(None, description="Held-out images for kNN during training; same kinds as `train`.")
     loader: Literal["auto", "ffcv", "folder", "synthetic"] = Field(
         "auto", description="`auto`: by the kind of `train`; a .beton file needs ffcv."
     )
-    image_size: Side = Field(description="Side of a view in pixels.")
+    image_size: Side = Field(
+        None, validate_default=True, description="Side of a view in pixels. Other kinds have none: 0."
+    )
     num_views: Annotated[int, Field(ge=2, le=64)] = Field(
         2, description="V: random crops of an image, which is decoded once; each pair of them is a positive."
     )
@@ -48,6 +62,18 @@ class DataConfig(Section):
     )
     num_threads: Count | None = Field(None, description="Decoding threads a process; null: its share of the CPUs.")
     batches_ahead: Annotated[int, Field(ge=1, le=16)] = Field(2, description="Batches decoded ahead of the step.")
+    options: dict[str, bool | int | float | str] = Field({}, description="Settings of a kind of your own.")
+
+    @field_validator("image_size", mode="wrap")
+    @classmethod
+    def _images_have_a_size(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> int:
+        if info.data.get("kind", IMAGES) == IMAGES:
+            if value is None:
+                raise PydanticKnownError("missing")
+            return int(check(value))
+        if value not in (None, 0):
+            raise ValueError(f"is of images, not of data.kind={info.data['kind']}: leave it out")
+        return 0
 
 
 class AugmentConfig(Section):
@@ -279,13 +305,20 @@ class Config(Section):
         """A ViT is built for one size of image; the other encoders do not care."""
         if not isinstance(values, dict) or not all(isinstance(values.get(key), dict) for key in ("data", "model")):
             return values
-        if isinstance(size := values["data"].get("image_size"), int) and values["model"].get("image_size") is None:
+        size = values["data"].get("image_size")
+        if isinstance(size, int) and size and values["model"].get("image_size") is None:
             return {**values, "model": {**values["model"], "image_size": size}}
         return values
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
-        if self.model.image_size != self.data.image_size:
+        if self.data.kind != IMAGES:
+            self._refuse_what_only_images_have()
+        elif self.data.options:
+            raise ValueError(
+                f"data.options ({', '.join(self.data.options)}) is for a kind of your own; images have none"
+            )
+        elif self.model.image_size != self.data.image_size:
             raise ValueError(
                 f"model.image_size ({self.model.image_size}) must be data.image_size ({self.data.image_size}); "
                 "leave it out"
@@ -344,6 +377,20 @@ class Config(Section):
                 "train.virtual_shards: train.precision=auto is decided by a measurement: set fp32, bf16 or fp16"
             )
 
+    def _refuse_what_only_images_have(self) -> None:
+        settings: dict[str, tuple[Any, Any]] = {
+            "augment": (self.augment, AugmentConfig()),
+            "data.loader": (self.data.loader, "auto"),
+            "data.order": (self.data.order, "random"),
+            "model.image_size": (self.model.image_size, None),
+            "evaluation.image_size": (self.evaluation.image_size, None),
+            "model.first_layer": (self.model.first_layer, "random"),
+        }
+        if found := [key for key, (value, default) in settings.items() if value != default]:
+            raise ValueError(
+                f"{', '.join(found)}: only images have it, and data.kind is {self.data.kind}; leave it out"
+            )
+
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
@@ -375,6 +422,9 @@ def json_schema() -> str:
         "anyOf": [names, {"type": "array", "items": names, "minItems": 1}],
         "description": "Files that this one begins from, relative to it; what stands here wins.",
     }
+    del schema["$defs"]["DataConfig"]["properties"]["image_size"]["default"]
+    images = {"properties": {"kind": {"const": IMAGES}}}
+    sections["data"] |= {"if": images, "then": {"required": ["image_size"]}}
     whole = {"required": schema.pop("required"), "properties": sections}
     schema |= {"if": {"required": [BASE]}, "else": whole}
     return json.dumps(schema, indent=1, sort_keys=True) + "\n"

@@ -291,7 +291,7 @@ def examine_precision(setting: str, gpus: list[dict[str, Any]]) -> Iterator[Find
 def examine_config(
     path: str, overrides: Sequence[str], probe: dict[str, Any], tell: Callable[[str], None] = lambda _: None
 ) -> Iterator[Finding]:
-    from simclr_dist.config import load_config
+    from simclr_dist.config import IMAGES, load_config
     from simclr_dist.errors import ConfigError
 
     try:
@@ -310,15 +310,19 @@ def examine_config(
     yield from guarded("labels", lambda: examine_labels(config.data, config.evaluation))
     if "version" in probe.get("torch", {}):
         from simclr_dist.doctor.network import examine_random_layers
+        from simclr_dist.kinds import kind_of
 
-        yield from guarded("random layers", lambda: examine_random_layers(config.model, config.data.image_size))
+        yield from guarded("random layers", lambda: examine_random_layers(config.model, kind_of(config.data).inputs))
     gpus = probe.get("gpus")
     if isinstance(gpus, list):
         yield from guarded("precision", lambda: examine_precision(config.train.precision, gpus))
 
     yield from guarded("runs_dir", lambda: examine_folder("runs_dir", config.run_dir, 0))
-    if "version" in probe.get("torch", {}):
-        tell("the network is being tried with one image")
+    if config.data.kind != IMAGES:
+        own = f"not looked at: only your script knows data.kind={config.data.kind}; the training's start does it"
+        yield Finding("ok", "before step 0", own)
+    elif "version" in probe.get("torch", {}):
+        tell("the network is being tried with one sample")
         yield from guarded("before step 0", lambda: examine_start([path, *overrides]))
 
 

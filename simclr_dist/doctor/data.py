@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simclr_dist.config import IMAGES
 from simclr_dist.data.decode.ffcv_import import codec, import_ffcv
-from simclr_dist.data.sources.open import size_on_disk
 from simclr_dist.doctor.finding import Finding
 from simclr_dist.errors import ConfigError, DataError
+from simclr_dist.kinds import kind_of
 
 if TYPE_CHECKING:
     from simclr_dist.config import DataConfig, EvaluationConfig
@@ -46,9 +47,8 @@ def examine_data_path() -> list[Finding]:
 
 
 def examine_data(data: DataConfig, global_batch_size: int, labelled: str | None = None) -> Iterator[Finding]:
-    """Whether the images of a configuration exist, are enough, and fit into memory. labelled: evaluation.train."""
-    from simclr_dist.data.loading.open_images import describe
-
+    """Whether the data of a configuration exist, are enough, and fit into memory. labelled: evaluation.train."""
+    kind = kind_of(data)
     if data.loader == "ffcv":
         try:
             codec()
@@ -58,17 +58,17 @@ def examine_data(data: DataConfig, global_batch_size: int, labelled: str | None 
     for what, source in (("data.train", data.train), ("data.test", data.test), ("evaluation.train", labelled)):
         if source is None:
             continue
-        if source != "synthetic" and not Path(source).exists():
+        if data.kind == IMAGES and source != "synthetic" and not Path(source).exists():
             yield Finding("problem", what, f"{source} does not exist", f"simclr-dist prepare SOURCE {source}")
             continue
         try:
-            info = describe(source)
+            info = kind.describe(source)
         except DataError as error:
             yield Finding("problem", what, str(error))
             continue
-        size = size_on_disk(source)
+        size = kind.size_on_disk(source)
         num_bytes += size
-        found = f"{source}: {info.num_samples:,} images in {len(info.class_names)} classes, {size / 1e6:,.1f} MB"
+        found = f"{source}: {info.num_samples:,} {kind.noun}s in {len(info.class_names)} classes, {size / 1e6:,.1f} MB"
         few = what == "data.train" and info.num_samples < global_batch_size
         advice = f"fewer than one global batch: lower train.global_batch_size ({global_batch_size})" if few else ""
         yield Finding("problem" if few else "ok", what, found, advice)
@@ -79,7 +79,7 @@ def examine_data(data: DataConfig, global_batch_size: int, labelled: str | None 
         yield Finding(
             "warning",
             "page cache",
-            f"{num_bytes / 2**30:.1f} GiB of images, {memory / 2**30:.1f} GiB of memory",
+            f"{num_bytes / 2**30:.1f} GiB of {kind.noun}s, {memory / 2**30:.1f} GiB of memory",
             "every epoch reads from the disk: use a local NVMe disk, or `simclr-dist prepare … --max-side 400`",
         )
 
@@ -109,7 +109,7 @@ def _account(what: str, account: Account) -> Iterator[Finding]:
 
 def examine_labels(data: DataConfig, evaluation: EvaluationConfig) -> Iterator[Finding]:
     """Whether the labels of the images fit the evaluations that are switched on."""
-    from simclr_dist.data.loading.evaluation_labels import check_evaluation_labels
+    from simclr_dist.kinds.evaluation_labels import check_evaluation_labels
 
     try:
         for remark in check_evaluation_labels(data, evaluation):

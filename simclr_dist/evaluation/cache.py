@@ -12,7 +12,9 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,11 +32,18 @@ _ARRAYS: dict[str, tuple[type, ...]] = {
 
 
 def cache_key(
-    encoder_digest: str, data_fingerprint: str, image_size: int, precision: str, dtype: str = "float32"
+    encoder_digest: str,
+    data_fingerprint: str,
+    signature: Mapping[str, Any],
+    precision: str,
+    dtype: str = "float32",
 ) -> str:
-    """A name for the features of one encoder on one dataset. encoder_digest: of `features.digest`. dtype: of h."""
+    """A name for the features of one encoder on one dataset. encoder_digest: of `features.digest`. dtype: of h.
+
+    signature: Kind.input_signature.
+    """
     more = [] if dtype == "float32" else [dtype]
-    parts = json.dumps([1, encoder_digest, data_fingerprint, image_size, precision, *more])
+    parts = json.dumps([1, encoder_digest, data_fingerprint, *signature.values(), precision, *more], sort_keys=True)
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
 

@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simclr_dist.config import DataConfig, Precision
-from simclr_dist.data.loading.open_images import describe
+from simclr_dist.config import Precision
 from simclr_dist.evaluation.features import extract_features_distributed
 from simclr_dist.evaluation.knn import nearest
 from simclr_dist.evaluation.readable_images import ReadableImages
 from simclr_dist.health.figures import Alarm, rankme, uniformity
+from simclr_dist.kinds import Kind
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
-from simclr_dist.views.augment import normalize
 
 IMAGES, QUERIES, NEIGHBOURS = 1000, 200, 10
 SMALLEST = 20  # of fewer images no figure means anything
@@ -69,15 +68,17 @@ class Likeness:
 
 
 def likeness(
-    encoder: nn.Module, data: DataConfig, *, batch_size: int, precision: Precision, device: torch.device
+    encoder: nn.Module, kind: Kind, *, batch_size: int, precision: Precision, device: torch.device
 ) -> Likeness | None:
     """Of IMAGES images of data.test (or data.train), evenly spread. All ranks together. None: too few images."""
-    source = data.test or data.train
-    info = run_on_all_ranks(lambda: describe(source), device, catch=Exception)
+    source = kind.data.test or kind.data.train
+    info = run_on_all_ranks(lambda: kind.describe(source), device, catch=Exception)
     n = min(IMAGES, info.num_samples)
     ids = np.arange(n, dtype=np.int64) * info.num_samples // n
-    load = ReadableImages.of(source, data, batch_size)
-    features = extract_features_distributed(encoder, load, ids, device=device, precision=precision, normalize=normalize)
+    load = ReadableImages(kind, source, batch_size)
+    features = extract_features_distributed(
+        encoder, load, ids, device=device, precision=precision, normalize=kind.to_input
+    )
     if len(features) < SMALLEST:
         return None
     return Likeness(
@@ -85,7 +86,7 @@ def likeness(
         float(rankme(features.h)),
         float(uniformity(features.h[None].double())),
         tuple(_neighbours(features.h, features.sample_ids)),
-        data.image_size,
+        kind.data.image_size,
     )
 
 

@@ -10,16 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from simclr_dist.checkpoint.pretrained import Source, load_pretrained
-from simclr_dist.config import Precision
+from simclr_dist.config import IMAGES, Precision
 from simclr_dist.data.decode.crops import center_crops
-from simclr_dist.data.loading.load_images import load_images
-from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.sources.decoding import decode
-from simclr_dist.data.sources.open import open_source
 from simclr_dist.errors import CheckpointError, ConfigError, DataError
 from simclr_dist.evaluation.embeddings_file import Embeddings
 from simclr_dist.evaluation.features import digest, extract_features
 from simclr_dist.evaluation.knn import nearest
+from simclr_dist.kinds import kind_of
 from simclr_dist.network.precision import assumed_precision
 from simclr_dist.views.augment import normalize
 
@@ -41,39 +39,31 @@ def embed(
     image_size: int | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Embeddings:
-    """h of every image of `source` (a folder with or without class folders, an archive, a .beton file).
+    """h of every sample of `source`; of images a folder with or without class folders, an archive, a .beton file.
 
     image_size: side at which the encoder sees them; None: as evaluations of its run do.
     """
     model, loaded = load_pretrained(checkpoint, say, image_size)
-    config, size = loaded.config, loaded.config.evaluation_data.image_size
-    info = describe(source)
+    config, kind = loaded.config, kind_of(loaded.config.evaluation_data)
+    info = kind.describe(source)
     features = extract_features(
         model.encoder.to(device),
-        load_images(source, size, batch_size=batch_size or config.evaluation.batch_size),
+        kind.evaluation_batches(source, np.arange(info.num_samples), batch_size or config.evaluation.batch_size),
         device=device,
         precision=precision or assumed_precision(config.train.precision, torch.device(device).type),
-        normalize=normalize,
+        normalize=kind.to_input,
     )
     return Embeddings(
         features.h.numpy(),
         features.labels.numpy(),
-        _names(source, info.num_samples),
+        kind.names(source, info.num_samples),
         info.class_names,
         str(loaded.path.resolve()),
         digest(model.encoder),
         source,
         info.content_fingerprint,
-        size,
+        kind.data.image_size or None,
     )
-
-
-def _names(source: str, n: int) -> tuple[str, ...]:
-    """File names of the images; numbers where there are no files."""
-    if source.endswith(".beton") or source == "synthetic":
-        return tuple(f"{source}[{i}]" for i in range(n))
-    images = open_source(source)
-    return tuple(images.name(i) for i in range(n))
 
 
 def neighbours_of(embeddings: Embeddings, h: NDArray[np.float32], k: int) -> list[Neighbour]:
@@ -111,6 +101,8 @@ def query_embedding(
     except (OSError, DataError) as error:
         raise DataError(f"{query}: neither an embedded image's name nor a readable image: {error}") from None
     model, loaded = load_pretrained(checkpoint or embeddings.checkpoint, image_size=embeddings.image_size or image_size)
+    if loaded.config.data.kind != IMAGES:
+        raise DataError(f"{query}: is no embedded {kind_of(loaded.config.data).noun}, and no other can be read here")
     if digest(model.encoder) != embeddings.encoder_digest:
         raise CheckpointError(f"{loaded.path}: its encoder is not the one that made these embeddings; embed again")
     image = _center_crop(pixels, loaded.config.evaluation_data.image_size)

@@ -243,23 +243,3 @@ def _gather_rows(padded: Tensor, room: Tensor, device: torch.device | str) -> Te
         gathered = distributed.all_gather(part).unflatten(0, (len(room), part.shape[0]))
         room[:, start : start + GATHER_ROWS] = gathered.cpu()
     return room.flatten(0, 1)
-
-
-def pixel_features(batches: Iterable[ImageBatch], *, normalize: Normalize, max_side: int = 8) -> Features:
-    """The pixels as features: the baseline that an encoder has to beat.
-
-    Normalised per channel as the encoder sees them (so that cosine similarity does not only measure brightness),
-    averaged down to `max_side` when larger, flattened to [n, 3 * side * side]. On CIFAR-10 (JPEG q75) kNN and
-    linear probe are as good at 8 px as at 16 and 32 (docs/results.md), in a fraction of the time.
-    """
-    return extract_features(_Pixels(max_side), batches, device="cpu", normalize=normalize)
-
-
-class _Pixels(nn.Module):
-    def __init__(self, max_side: int) -> None:
-        super().__init__()
-        self.max_side = max_side
-
-    def forward(self, images: Tensor) -> Tensor:
-        side = min(self.max_side, *images.shape[-2:])
-        return nn.functional.adaptive_avg_pool2d(images, side).flatten(1)

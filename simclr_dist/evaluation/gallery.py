@@ -1,65 +1,69 @@
-"""What the encoder finds alike: its embedding in TensorBoard's projector, and nearest neighbours as images.
+"""What the encoder finds alike: its embedding in TensorBoard's projector, and nearest neighbours as pictures.
 
-The same images every time, so that one sees neighbourhoods form.
+The same samples every time, so that one sees neighbourhoods form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from simclr_dist.config import DataConfig, Precision
-from simclr_dist.data.loading.open_images import DatasetInfo, describe
+from simclr_dist.config import Precision
+from simclr_dist.data.loading.open_images import DatasetInfo
 from simclr_dist.evaluation.features import extract_features_distributed
 from simclr_dist.evaluation.knn import nearest
 from simclr_dist.evaluation.readable_images import ReadableImages
+from simclr_dist.kinds import Kind
 from simclr_dist.monitor.events import Embedding, Neighbours
 from simclr_dist.monitor.monitor import Monitor
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 
-IMAGES = 1000
+SAMPLES = 1000
 QUERIES, NEIGHBOURS = 8, 8
-LARGEST_SIDE = 96  # of an image shown; ImageNet's at full size would fill 150 MB
 
 
 def show_gallery(
     encoder: nn.Module,
     monitor: Monitor,
     *,
-    data: DataConfig,
+    kind: Kind,
     batch_size: int,
     precision: Precision,
     samples_seen: int,
     device: torch.device,
-    normalize: Callable[[Tensor], Tensor],
 ) -> None:
-    """Of IMAGES images of data.test (or data.train), evenly spread, as far as they can be read. All ranks together."""
+    """Of SAMPLES samples of data.test (or data.train), evenly spread, that can be read. All ranks together."""
+    source = kind.data.test or kind.data.train
 
     def choose() -> tuple[DatasetInfo, NDArray[np.int64]]:
-        info = describe(data.test or data.train)
-        n = min(IMAGES, info.num_samples)
+        info = kind.describe(source)
+        n = min(SAMPLES, info.num_samples)
         return info, np.arange(n, dtype=np.int64) * info.num_samples // n
 
     info, ids = run_on_all_ranks(choose, device, catch=Exception)
-    load = ReadableImages.of(data.test or data.train, data, batch_size)
-    features = extract_features_distributed(encoder, load, ids, device=device, precision=precision, normalize=normalize)
+    load = ReadableImages(kind, source, batch_size)
+    features = extract_features_distributed(
+        encoder, load, ids, device=device, precision=precision, normalize=kind.to_input
+    )
     if sentence := load.left_out(ids, features, device):
         monitor.warn_once(sentence)
     if distributed.rank() != 0:
         return
-    shown = [(shrink(images), found) for images, _, found in load(features.sample_ids.numpy())]
-    thumbnails = torch.cat([images for images, _ in shown])
-    features = features[torch.isin(features.sample_ids, torch.cat([found for _, found in shown]))]
+    pictures = None
+    if (shown := kind.show(source, features.sample_ids.numpy())) is not None:
+        pictures, found = shown
+        features = features[torch.isin(features.sample_ids, torch.from_numpy(found))]
     labels = [_class_of(label, info.class_names) for label in features.labels.tolist()]
-    monitor.show(Embedding(features.h, thumbnails, labels, samples_seen))
+    monitor.show(Embedding(features.h, pictures, labels, samples_seen))
+    if pictures is None:
+        return
     queries = torch.arange(min(QUERIES, len(features))) * len(features) // min(QUERIES, len(features))
-    monitor.show(Neighbours(thumbnails[neighbour_rows(features.h, queries)], samples_seen))
+    monitor.show(Neighbours(pictures[neighbour_rows(features.h, queries)], samples_seen))
 
 
 def _class_of(label: int, names: Sequence[str]) -> str:
@@ -77,11 +81,3 @@ def neighbour_rows(h: Tensor, queries: Tensor) -> Tensor:
         others = [i for i in row if i != query]
         rows.append([query, *others[: found.shape[1] - 1]])
     return torch.tensor(rows)
-
-
-def shrink(images: Tensor) -> Tensor:
-    """uint8 [b, S, S, 3], at most LARGEST_SIDE wide."""
-    if images.shape[1] <= LARGEST_SIDE:
-        return images
-    small = F.interpolate(images.permute(0, 3, 1, 2).float(), size=LARGEST_SIDE, mode="area")
-    return small.round().to(torch.uint8).permute(0, 2, 3, 1)

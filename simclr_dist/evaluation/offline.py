@@ -23,26 +23,26 @@ from simclr_dist.checkpoint.pretrained import Source, load_pretrained
 from simclr_dist.config import DataConfig, Precision
 from simclr_dist.data.classes import draw_by_class
 from simclr_dist.data.decode.crops import EVALUATION_SHARE
-from simclr_dist.data.loading.labelled_images import LabelledImages, open_labelled, require_labels
 from simclr_dist.data.loading.load_images import are_whole
 from simclr_dist.data.loading.open_images import DatasetInfo
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
 from simclr_dist.evaluation.feature_file import extract_to_file
-from simclr_dist.evaluation.features import Features, digest, pixel_features
+from simclr_dist.evaluation.features import Features, digest, extract_features
 from simclr_dist.evaluation.knn import check_k, knn_top1
 from simclr_dist.evaluation.labels import relabelled
 from simclr_dist.evaluation.linear import linear_probe
 from simclr_dist.evaluation.readable_images import ReadableImages
 from simclr_dist.evaluation.score_record import name_of, score_record
 from simclr_dist.evaluation.untrained import before_training
+from simclr_dist.kinds import Kind, kind_of
+from simclr_dist.kinds.labelled_images import LabelledImages, open_labelled, require_labels
 from simclr_dist.network.precision import assumed_precision
 from simclr_dist.network.simclr import SimCLR
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 from simclr_dist.run.layout import RunDir, append_record, is_share, read_records
 from simclr_dist.run.results import Keeping, results_dir
-from simclr_dist.views.augment import normalize
 
 Say = Callable[[str], None]
 FeatureDtype = Literal["float32", "float16"]
@@ -76,10 +76,11 @@ def features_of(
     keeping: is told when the cache cannot be written; None: `say` is, at once.
     """
     # A cache on a node's own disk may be there, or damaged, for some ranks only; they must all do the same.
-    key = cache_key(digest(encoder), info.content_fingerprint, data.image_size, precision, dtype)
+    kind = kind_of(data)
+    key = cache_key(digest(encoder), info.content_fingerprint, kind.input_signature, precision, dtype)
     found = run_on_all_ranks(lambda: read_features(cache, key) if cache else None, device, catch=Exception)
     ids = np.arange(info.num_samples)
-    load = ReadableImages.of(source, data, batch_size)
+    load = ReadableImages(kind, source, batch_size)
     if distributed.first_failing_rank(found is None, device) is None:
         assert found is not None
         say(f"features of {source}: from {cache}")
@@ -95,10 +96,10 @@ def features_of(
             dtype=getattr(torch, dtype),
             device=device,
             precision=precision,
-            normalize=normalize,
+            normalize=kind.to_input,
         )
         seconds = time.perf_counter() - begin
-        say(f"features of {source}: {len(features)} images, {len(features) / seconds:.0f} images/s")
+        say(f"features of {source}: {len(features)} {kind.noun}s, {len(features) / seconds:.0f} {kind.noun}s/s")
         if cache and distributed.rank() == 0:
             kept = keeping or Keeping(say)
             with kept.attempt("features"):
@@ -145,8 +146,8 @@ def evaluate(
     written, `say` gets one warning. Raises CheckpointError, ConfigError, DataError.
     """
     found = same_on_all_ranks(source, device, say)
-    model, checkpoint, images = run_on_all_ranks(lambda: _open(found, train, test, image_size, say), device)
-    config, data = checkpoint.config, checkpoint.config.evaluation_data
+    model, checkpoint, images = run_on_all_ranks(lambda: _open(found, method, train, test, image_size, say), device)
+    config, kind = checkpoint.config, kind_of(checkpoint.config.evaluation_data)
     if images.classes.sentence:
         say(images.classes.sentence)
     run, keeping = results_dir(checkpoint.path if checkpoint.of_run else None, out), Keeping(say)
@@ -187,7 +188,7 @@ def evaluate(
                 encoder.to(device),
                 source,
                 info,
-                data,
+                kind.data,
                 device=device,
                 precision=settings["precision"],
                 batch_size=batch_size or config.evaluation.batch_size,
@@ -202,9 +203,9 @@ def evaluate(
 
     scores = []
     if baselines:
-        train_pixels, test_pixels = run_on_all_ranks(lambda: _pixels(images, data), device, catch=Exception)
+        known = run_on_all_ranks(lambda: _baselines(images, kind), device, catch=Exception)
         untrained = run_on_all_ranks(lambda: before_training(config.model, config.data, config.seed, say), device)
-        scores.append(score("raw pixels", train_pixels, relabelled(test_pixels, images.classes)))
+        scores += [score(name, train, relabelled(test, images.classes)) for name, (train, test) in known.items()]
         scores.append(score(untrained[0], *features(untrained[1])))
     trained = features(model.encoder)
     scores.append(score("trained encoder", *trained))
@@ -214,7 +215,7 @@ def evaluate(
         method=method,
         train_images=int(np.isin(trained[0].sample_ids.numpy(), bank).sum()),
         test_images=len(trained[1]),
-        image_size=data.image_size,
+        signature=kind.input_signature,
         **settings,
         top1=scores[-1].top1,
         top5=scores[-1].top5,
@@ -230,7 +231,7 @@ def evaluate(
 
 
 def _open(
-    source: Source, train: str | None, test: str | None, image_size: int | None, say: Say
+    source: Source, method: str, train: str | None, test: str | None, image_size: int | None, say: Say
 ) -> tuple[SimCLR, Checkpoint, LabelledImages]:
     model, checkpoint = load_pretrained(source, say, image_size)
     config = checkpoint.config
@@ -238,10 +239,16 @@ def _open(
         raise ConfigError([f"{checkpoint.path}: is of no run, so name labelled images with --train and --test"])
     if config.train.channels_last:  # as it was trained: the same layout rounds alike
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    remedy = "name labelled images with --train, or evaluation.train in the configuration"
+    kind = kind_of(config.data)
+    if method not in kind.evaluations:
+        raise ConfigError(
+            [f"{method} says nothing of {kind.noun}s; they are evaluated by {', '.join(kind.evaluations)}"]
+        )
+    remedy = f"name labelled {kind.noun}s with --train, or evaluation.train in the configuration"
     images = open_labelled(config.data, train or config.evaluation.train, test, remedy=remedy)
-    require_labels("the training images", images.train, images.train_info, remedy=remedy)
-    require_labels("the test images", images.test, images.test_info, remedy="name labelled images with --test")
+    require_labels(images.noun, f"the training {images.noun}s", images.train, images.train_info, remedy=remedy)
+    remedy = f"name labelled {images.noun}s with --test"
+    require_labels(images.noun, f"the test {images.noun}s", images.test, images.test_info, remedy=remedy)
     return model, checkpoint, images
 
 
@@ -255,12 +262,20 @@ def _bank(images: LabelledImages, k: int, max_train: int | None, seed: int) -> N
     return bank
 
 
-def _pixels(images: LabelledImages, data: DataConfig) -> list[Features]:
-    """Of the training images and of the test images."""
-    return [
-        pixel_features(ReadableImages.of(source, data, 512)(np.arange(info.num_samples)), normalize=normalize)
-        for source, info in ((images.train, images.train_info), (images.test, images.test_info))
-    ]
+def _baselines(images: LabelledImages, kind: Kind) -> dict[str, list[Features]]:
+    """Of the training samples and of the test samples, by the name of what nobody has trained."""
+    return {
+        name: [
+            extract_features(
+                encoder,
+                ReadableImages(kind, source, 512)(np.arange(info.num_samples)),
+                device="cpu",
+                normalize=kind.to_input,
+            )
+            for source, info in ((images.train, images.train_info), (images.test, images.test_info))
+        ]
+        for name, encoder in kind.baselines(images.train).items()
+    }
 
 
 def known_accuracy(checkpoint: Checkpoint, say: Say) -> Mapping[str, float]:

@@ -11,15 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from simclr_dist.config import DataConfig, EvaluationConfig, Precision
-from simclr_dist.data.loading.evaluation_labels import EvaluationImages
+from simclr_dist.config import EvaluationConfig, Precision
 from simclr_dist.evaluation.features import Features, extract_features_distributed
 from simclr_dist.evaluation.knn import knn_top1
 from simclr_dist.evaluation.labels import relabelled
 from simclr_dist.evaluation.online_probe import OnlineProbe
 from simclr_dist.evaluation.readable_images import ReadableImages
 from simclr_dist.evaluation.score_record import score_record
-from simclr_dist.views.augment import normalize
+from simclr_dist.kinds import Kind
+from simclr_dist.kinds.evaluation_labels import EvaluationImages
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class OnlineEvaluation:
         self,
         images: EvaluationImages,
         *,
-        data: DataConfig,
+        kind: Kind,
         evaluation: EvaluationConfig,
         precision: Precision,
         device: torch.device,
@@ -49,12 +49,12 @@ class OnlineEvaluation:
     ) -> None:
         self._images = images
         self._evaluation = evaluation
-        self._image_size = data.image_size
+        self._kind = kind
         self._precision = precision
         self._device = device
         self._warn_once = warn_once
         self._load_train, self._load_test = (
-            ReadableImages.of(source, data, evaluation.batch_size)
+            ReadableImages(kind, source, evaluation.batch_size)
             for source in (images.labelled.train, images.labelled.test)
         )
 
@@ -80,7 +80,7 @@ class OnlineEvaluation:
             method="knn",
             train_images=len(bank),
             test_images=len(test),
-            image_size=self._image_size,
+            signature=self._kind.input_signature,
             precision=self._precision,
             k=self._evaluation.knn_k,
             temperature=self._evaluation.knn_temperature,
@@ -91,7 +91,7 @@ class OnlineEvaluation:
 
     def _features(self, encoder: nn.Module, load: ReadableImages, ids: NDArray[np.int64]) -> Features:
         features = extract_features_distributed(
-            encoder, load, ids, device=self._device, precision=self._precision, normalize=normalize
+            encoder, load, ids, device=self._device, precision=self._precision, normalize=self._kind.to_input
         )
         if sentence := load.left_out(ids, features, self._device):
             self._warn_once(sentence)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from simclr_dist.data.loading.labelled_images import LabelledImages
+from simclr_dist.kinds.labelled_images import LabelledImages
 
 
 def score_record(
@@ -16,12 +16,14 @@ def score_record(
     method: str,
     train_images: int,
     test_images: int,
-    image_size: int,
+    signature: Mapping[str, Any],
     top1: float,
     top5: float,
     **settings: Any,
 ) -> dict[str, Any]:
-    """train_images, test_images: how many took part. settings: k and temperature, or the solver's; the precision."""
+    """train_images, test_images: how many took part. signature: Kind.input_signature. settings: k and temperature, or
+    the solver's; the precision.
+    """
     return {
         "step": step,
         "method": method,
@@ -31,7 +33,7 @@ def score_record(
         "test_fingerprint": images.test_info.content_fingerprint,
         "train_images": train_images,
         "test_images": test_images,
-        "image_size": image_size,
+        **signature,
         **settings,
         "top1": top1,
         "top5": top5,

@@ -12,7 +12,7 @@ from typing import Literal
 
 from simclr_dist.atomic import replace_text, replaces, replaces_folder
 from simclr_dist.checkpoint.files import Checkpoint
-from simclr_dist.checkpoint.pretrained import Source, load_pretrained
+from simclr_dist.checkpoint.pretrained import Source, load_pretrained, require_images
 from simclr_dist.data.decode.crops import EVALUATION_SHARE
 from simclr_dist.errors import ExportError
 from simclr_dist.export import hub
@@ -83,6 +83,7 @@ def export(
     _check_free(out, card, format, overwrite)
     require_writable(out.parent)
     model, checkpoint = load_pretrained(source, warn, image_size)
+    require_images(checkpoint, "export")
     seen = Preprocessing(checkpoint.config.evaluation_data.image_size, crop_share)
 
     def describe(one_size: str = "") -> tuple[Loading, str]:

@@ -24,10 +24,9 @@ from numpy.typing import NDArray
 from simclr_dist.atomic import replace_text
 from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.checkpoint.lineage import same_on_all_ranks
-from simclr_dist.checkpoint.pretrained import Source, load_pretrained
+from simclr_dist.checkpoint.pretrained import Source, load_pretrained, require_images
 from simclr_dist.config import DataConfig, ModelConfig, Precision, PrecisionSetting, parse_config
 from simclr_dist.data.classes import match_classes
-from simclr_dist.data.loading.labelled_images import LabelledImages, open_labelled
 from simclr_dist.data.loading.load_images import load_images
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.errors import ConfigError, DataError
@@ -47,6 +46,8 @@ from simclr_dist.few_labels.finetune import (
 from simclr_dist.few_labels.random_crops import RandomCrops
 from simclr_dist.few_labels.subsets import Subset, draw_subset, load_subset, save_subset, shortfall
 from simclr_dist.few_labels.unfinished import Unfinished, differences
+from simclr_dist.kinds.labelled_images import LabelledImages, open_labelled
+from simclr_dist.network.inputs import images as images_of
 from simclr_dist.network.precision import assumed_precision
 from simclr_dist.network.random_layers import key_draws
 from simclr_dist.network.simclr import SimCLR, build_model
@@ -109,6 +110,7 @@ def finetune_checkpoint(
     device = settings.device
     found = same_on_all_ranks(source, device, say)
     model, checkpoint = run_on_all_ranks(lambda: load_pretrained(found, say, image_size), device)
+    require_images(checkpoint, "fine-tuning")
     config, data = checkpoint.config, checkpoint.config.evaluation_data
     if not checkpoint.of_run:
         if train is None:
@@ -255,6 +257,7 @@ def _student(
     if student_from is None:
         return build_model(section), None
     model, checkpoint = load_pretrained(student_from, say)
+    require_images(checkpoint, "distillation")
     if (size := checkpoint.config.evaluation_data.image_size) != image_size:
         raise ConfigError(
             [
@@ -276,14 +279,14 @@ def _images_for_students(source: str, test: str | None, class_names: tuple[str, 
             "labels, or prepared with the same classes (`simclr-dist prepare --classes-from`)"
         )
     classes = match_classes(class_names, test_info.class_names, test_info.labels, train=str(teacher), test=test)
-    return LabelledImages(source, test, replace(info, class_names=class_names), test_info, classes)
+    return LabelledImages("image", source, test, replace(info, class_names=class_names), test_info, classes)
 
 
 def _classifier(
     model: SimCLR, images: LabelledImages, start: Start, data: DataConfig, settings: Settings, say: Say
 ) -> Classifier:
     """On top of `model`, whose dropout and its like draw by key from here on, so that a training can be continued."""
-    if warning := key_draws(model, data.image_size).warning():
+    if warning := key_draws(model, images_of(data.image_size)).warning():
         say(f"warning: {warning}")
     torch.manual_seed(settings.seed)
     return Classifier(model, images.num_classes, start)

@@ -328,7 +328,7 @@ def _agree(headers: list[Header]) -> Header:
                 )
     bad = {r: (h.num_bad_rows, h.first_bad_row) for r, h in enumerate(headers) if h.num_bad_rows}
     if bad:
-        where = [f"rank {r}: {count} of {first.rows} rows, first row {row}" for r, (count, row) in bad.items()]
+        where = [_by_rank(r, f"{count} of {first.rows} rows, first row {row}") for r, (count, row) in bad.items()]
         raise NonFiniteError(
             f"z is NaN or infinite ({'; '.join(where)}). The network has diverged or an image is broken: "
             "lower the learning rate, or lengthen the warm-up.",

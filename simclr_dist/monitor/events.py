@@ -70,10 +70,10 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Embedding:
-    """For the embedding projector: h [n, D], thumbnails uint8 [n, S, S, 3] and a label each."""
+    """For the embedding projector: h [n, D], thumbnails uint8 [n, S, S, 3] if there are any, and a label each."""
 
     h: Tensor
-    images: Tensor
+    images: Tensor | None
     labels: Sequence[str]
     samples_seen: int
 

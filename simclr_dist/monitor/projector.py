@@ -23,26 +23,37 @@ from simclr_dist.safe_text import printable
 THUMBNAIL_PX = 32
 
 
-def write_projector(folder: Path, name: str, h: Tensor, images: Tensor, labels: Sequence[str]) -> None:
-    """Adds the embedding `name`: h [n, D], images uint8 [n, S, S, 3] for thumbnails, n labels."""
-    if not len(h) == len(images) == len(labels):
-        raise ValueError(f"{len(h)} vectors, {len(images)} images and {len(labels)} labels do not fit together")
+def write_projector(folder: Path, name: str, h: Tensor, images: Tensor | None, labels: Sequence[str]) -> None:
+    """Adds the embedding `name`: h [n, D], images uint8 [n, S, S, 3] for thumbnails or none, n labels."""
+    numbers = {"vectors": len(h), "labels": len(labels)} | ({} if images is None else {"images": len(images)})
+    if len(set(numbers.values())) > 1:
+        found = ", ".join(f"{number} {what}" for what, number in numbers.items())
+        raise ValueError(f"{found} do not fit together")
     place = folder / "projector" / name
     place.mkdir(parents=True, exist_ok=True)
     np.savetxt(place / "vectors.tsv", h.float().cpu().numpy(), fmt="%.5g", delimiter="\t")
     # A single column has no header. TensorBoard skips empty lines, and the labels after one would move up.
     lines = [printable(" ".join(label.split())) or "(no name)" for label in labels]
     (place / "labels.tsv").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    _sprite(images).save(place / "sprite.png")
+    if images is not None:
+        _sprite(images).save(place / "sprite.png")
     entries = [
         f'embeddings {{\n  tensor_name: "{path.name}"\n  tensor_path: "projector/{path.name}/vectors.tsv"\n'
         f'  metadata_path: "projector/{path.name}/labels.tsv"\n'
-        f'  sprite {{\n    image_path: "projector/{path.name}/sprite.png"\n'
-        f"    single_image_dim: {THUMBNAIL_PX}\n    single_image_dim: {THUMBNAIL_PX}\n  }}\n}}\n"
+        f"{_sprite_entry(path)}}}\n"
         for path in sorted((folder / "projector").iterdir(), reverse=True)  # the newest opens first
         if re.fullmatch(r"[\w.-]+", path.name)
     ]
     (folder / "projector_config.pbtxt").write_text("".join(entries), encoding="utf-8")
+
+
+def _sprite_entry(path: Path) -> str:
+    if not (path / "sprite.png").exists():
+        return ""
+    return (
+        f'  sprite {{\n    image_path: "projector/{path.name}/sprite.png"\n'
+        f"    single_image_dim: {THUMBNAIL_PX}\n    single_image_dim: {THUMBNAIL_PX}\n  }}\n"
+    )
 
 
 def _sprite(images: Tensor) -> Image.Image:

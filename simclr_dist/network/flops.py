@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from simclr_dist.network.inputs import Inputs
+
 # Dense bf16 and fp16 with float32 sums, TFLOP/s, from NVIDIA's data sheets (without sparsity). The first name that is a
 # whole word of the device's is used.
 PEAK_TFLOPS_16_BIT = {
@@ -35,8 +37,8 @@ PEAK_TFLOPS_16_BIT = {
 }
 
 
-def forward_flops(model: nn.Module, image_size: int) -> int | None:
-    """Floating-point operations for one image, forward; a multiply-add counts as two. None: not known.
+def forward_flops(model: nn.Module, inputs: Inputs) -> int | None:
+    """Floating-point operations for one input, forward; a multiply-add counts as two. None: not known.
 
     Counted on a copy without values (torch's meta device), so it takes neither memory nor time. Convolutions, matrix
     products and attention are counted; the rest is less than a hundredth.
@@ -44,7 +46,7 @@ def forward_flops(model: nn.Module, image_size: int) -> int | None:
     shape = copy.deepcopy(model).to("meta").eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            shape(torch.empty(1, 3, image_size, image_size, device="meta"))
+            shape(inputs.example(1).to("meta"))
     except Exception:  # a user's encoder that reads the values of its tensors; this figure is for people only
         return None
     return counter.get_total_flops()

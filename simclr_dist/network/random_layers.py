@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from simclr_dist.network.inputs import Inputs
 from simclr_dist.network.keyed_dropout import Draws, Shape, make_keyed, share_owner
 from simclr_dist.network.simclr import SimCLR
 
@@ -58,7 +59,7 @@ class RandomLayers:
         )
 
 
-def key_draws(network: SimCLR, image_size: int) -> RandomLayers:
+def key_draws(network: SimCLR, inputs: Inputs) -> RandomLayers:
     """Makes the modules of `network` that draw do so by key, where possible. Draws nothing itself.
 
     Passes run on a copy without values, on one with values if the network reads them. A network that cannot run at all
@@ -68,7 +69,7 @@ def key_draws(network: SimCLR, image_size: int) -> RandomLayers:
     for device, passes in (("meta", 1), ("cpu", _PASSES_WITH_VALUES)):
         try:
             with _generators_stay():
-                found = _examine(copy.deepcopy(network).to(device).train(), image_size, passes)
+                found = _examine(copy.deepcopy(network).to(device).train(), inputs, passes)
         except Exception as error:  # anything: it is a user's encoder
             failure = f"{type(error).__name__}: {error}"
             continue
@@ -95,10 +96,10 @@ class _Found:
     """Modules that draw something else than by key, in spite of it."""
 
 
-def _examine(network: SimCLR, image_size: int, passes: int) -> _Found:
-    found, draws, watch = _Found(), Draws(), _Watch(network)
+def _examine(network: SimCLR, inputs: Inputs, passes: int) -> _Found:
+    found, draws, watch = _Found(), Draws(), _Watch(network, inputs)
     for i in range(passes):
-        watch.run(image_size, _FEW, seed=i)
+        watch.run(_FEW, seed=i)
         if not watch.drawing:
             return found
     names = [name for name in watch.drawing if not isinstance(network.get_submodule(name), torch.jit.ScriptModule)]
@@ -112,7 +113,7 @@ def _examine(network: SimCLR, image_size: int, passes: int) -> _Found:
         for rows, shapes in drawn.items():
             for layer in layers:
                 layer.recorded = []
-            watch.run(image_size, rows, seed=i)
+            watch.run(rows, seed=i)
             found.repeated |= {layer.name for layer in layers if layer.calls > 1}
             for layer in layers:
                 shapes[layer.name] = shapes.get(layer.name) or layer.recorded or []
@@ -135,8 +136,9 @@ def _shapes_of_batch(few: list[Shape], more: list[Shape]) -> frozenset[Shape] | 
 class _Watch(TorchDispatchMode):
     """Notes in `drawing` the innermost module for each random operation of a pass."""
 
-    def __init__(self, network: SimCLR) -> None:
+    def __init__(self, network: SimCLR, inputs: Inputs) -> None:
         super().__init__()
+        self._inputs = inputs
         self.drawing: set[str] = set()
         self._network = network
         self._like = next(network.parameters())
@@ -148,14 +150,16 @@ class _Watch(TorchDispatchMode):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.training = False  # nothing is drawn there, and its statistics are slow without values
 
-    def run(self, image_size: int, rows: int, *, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        images = torch.randn(rows, 3, image_size, image_size, generator=generator).to(self._like)
-        row_keys = torch.randint(-(2**31), 2**31, (rows, 2), generator=generator, dtype=torch.int32)
+    def run(self, rows: int, *, seed: int) -> None:
+        views = self._inputs.example(rows, seed)
+        views = views.to(self._like if views.is_floating_point() else self._like.device)
+        row_keys = torch.randint(
+            -(2**31), 2**31, (rows, 2), generator=torch.Generator().manual_seed(seed), dtype=torch.int32
+        )
         self._inside.clear()
         self._outside_torch = _states_outside_torch()
         with torch.no_grad(), warnings.catch_warnings(action="ignore"), self._like.device, self:
-            self._network(images, row_keys.to(self._like.device))
+            self._network(views, row_keys.to(self._like.device))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags and self._inside and _is_random(func, args, kwargs or {}):

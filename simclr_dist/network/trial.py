@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from simclr_dist.config import ModelConfig
 from simclr_dist.errors import ConfigError
 from simclr_dist.network.freezing import freeze_matching
+from simclr_dist.network.inputs import Inputs
 from simclr_dist.network.shape import shape_of_model
 from simclr_dist.network.simclr import SimCLR, build_model
-
-USUAL_SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384, 448, 512)
 
 
 @dataclass(frozen=True)
@@ -38,18 +37,19 @@ class Tried:
         )
 
 
-def try_model(config: ModelConfig, image_size: int) -> Tried:
-    """One image of `image_size` pixels in two views, forward and backward. The global random state stays as it is.
+def try_model(config: ModelConfig, inputs: Inputs) -> Tried:
+    """One sample in two views, forward and backward. The global random state stays as it is.
 
-    Raises ConfigError where the encoder is unknown, or cannot take such images.
+    Raises ConfigError where the encoder is unknown, or cannot take such inputs.
     """
     with torch.random.fork_rng(devices=[]):
         network = shape_of_model(config)
         try:
+            views = inputs.example(2).to("meta")
             with torch.device("meta"):
-                return Tried(network, _unused(network, torch.empty(2, 3, image_size, image_size)))
+                return Tried(network, _unused(network, views))
         except Exception:  # an operation that needs values, or one that fails: with values it will be seen which
-            return Tried(network, _try_with_values(config, image_size))
+            return Tried(network, _try_with_values(config, inputs))
 
 
 def check_evaluation_size(
@@ -87,35 +87,35 @@ def freeze(network: nn.Module, names: tuple[str, ...]) -> None:
         network.get_parameter(name).requires_grad_(False)
 
 
-def _unused(network: SimCLR, images: Tensor) -> tuple[str, ...]:
-    h, z = network.train()(images)
-    if h.shape != (len(images), network.feature_dim):
-        raise ValueError(f"h has shape {tuple(h.shape)}, not {(len(images), network.feature_dim)}")
+def _unused(network: SimCLR, views: Tensor) -> tuple[str, ...]:
+    h, z = network.train()(views)
+    if h.shape != (len(views), network.feature_dim):
+        raise ValueError(f"h has shape {tuple(h.shape)}, not {(len(views), network.feature_dim)}")
     z.sum().backward()
     named = network.named_parameters()
     return tuple(name for name, p in named if p.requires_grad and p.grad is None)
 
 
-def _try_with_values(config: ModelConfig, image_size: int) -> tuple[str, ...]:
+def _try_with_values(config: ModelConfig, inputs: Inputs) -> tuple[str, ...]:
     network = build_model(config)
     freeze_matching(network, config.freeze)
     try:
-        return _unused(network, torch.randn(2, 3, image_size, image_size))
+        return _unused(network, inputs.example(2))
     except Exception as error:
-        fitting = next((size for size in USUAL_SIZES if size != image_size and _runs(network, size)), None)
-        remedy = f"it runs with data.image_size={fitting}" if fitting else "choose another encoder"
+        fitting = next((setting for setting, draw in inputs.others.items() if _runs(network, draw(2))), None)
+        remedy = f"it runs with {fitting}" if fitting else "choose another encoder"
         first_line = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(
             [
-                f"model.encoder: {config.encoder} cannot take images of {image_size} px; {remedy} "
+                f"model.encoder: {config.encoder} cannot take {inputs.what} of {inputs.size}; {remedy} "
                 f"({type(error).__name__}: {first_line})"
             ]
         ) from error
 
 
-def _runs(network: SimCLR, image_size: int) -> bool:
+def _runs(network: SimCLR, views: Tensor) -> bool:
     try:
-        _unused(network, torch.zeros(2, 3, image_size, image_size))
+        _unused(network, views)
     except Exception:
         return False
     return True

@@ -85,7 +85,7 @@ def join_process_group() -> torch.device:
     """For commands under `accelerate launch`: starts the process group; the device of this process. Raises as above."""
     check_environment(os.environ)
     with without_ignored():
-        return PartialState().device
+        return PartialState(cpu=_uses_cpu()).device  # without `cpu` it would take CPU processes for a single one
 
 
 def _uses_cpu() -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simclr_dist.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
-from simclr_dist.data.sources.open import size_on_disk
+from simclr_dist.kinds import kind_of
 from simclr_dist.network.precision import assumed_precision
 from simclr_dist.optim.groups import describe_scales
 from simclr_dist.optim.schedule import peak_learning_rate
@@ -140,7 +140,7 @@ def forecast(
         ),
         loader_bytes=loader_bytes(data, G // world_size),
         checkpoint_bytes=checkpoint_bytes(network, optim, settings),
-        data_bytes=sum(size_on_disk(source) for source in sources),
+        data_bytes=sum(kind_of(data).size_on_disk(source) for source in sources),
         collectives=tuple(
             collectives(model=model, loss=loss, train=train, world_size=world_size, num_views=data.num_views)
         ),

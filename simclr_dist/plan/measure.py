@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from simclr_dist.config import AugmentConfig, DataConfig, LossConfig, ModelConfig, OptimConfig, Precision, TrainConfig
-from simclr_dist.data import Batch
-from simclr_dist.data.loading.view_loader import build_loader
+from simclr_dist.kinds import Kind, kind_of
 from simclr_dist.loss.build import build_loss
 from simclr_dist.network.freezing import freeze_matching
+from simclr_dist.network.inputs import Inputs
 from simclr_dist.network.precision import assumed_precision, autocast
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.micro_batch import backward_in_micro_batches
 from simclr_dist.parallel.distributed import World
-from simclr_dist.views.augment import Augment
 
 MOST_IMAGES_ON_CPU = 64
 LOADER_S = 3.0
@@ -41,28 +40,24 @@ def measure_step(
     loss: LossConfig,
     optim: OptimConfig,
     train: TrainConfig,
-    image_size: int,
-    num_views: int,
+    kind: Kind,
     images: int,
     device: torch.device,
     repetitions: int = 3,
 ) -> MeasuredStep:
-    """Steps of one process on `images` random images: augmentation, network, loss, update. The first only warms up."""
+    """Steps of one process on `images` random samples: augmentation, network, loss, update. The first only warms up."""
     if device.type == "cpu":
         images = min(images, train.images_of_part or images, MOST_IMAGES_ON_CPU)
-    S = image_size
     network = build_model(model).to(device)
     freeze_matching(network, model.freeze)
     if train.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    contrast = build_loss(loss, num_views).to(device)
+    contrast = build_loss(loss, kind.data.num_views).to(device)
     if contrast.learn_temperature:
         network.add_module("loss", contrast)
     optimizer = build_optimizer(network, optim)
-    make_views = Augment(augment, 0, S)
-    ids = torch.arange(images)
-    pixels = torch.randint(0, 256, (num_views, images, S, S, 3), dtype=torch.uint8)
-    batch = Batch(pixels.to(device), ids.to(device), ids, 0)
+    make_views, _ = kind.views(augment, 0, device, lambda _: None)
+    batch = kind.example_batch(images).to(device)
 
     def loss_of(z: Tensor) -> Tensor:
         return contrast(z.float(), batch.sample_ids)  # for SupCon, each image is a class: as much work
@@ -99,7 +94,7 @@ class ComparedPrecisions:
 
 
 def compare_precisions(
-    *, model: ModelConfig, channels_last: bool, image_size: int, images: int, budget_s: float = 2.0
+    *, model: ModelConfig, channels_last: bool, inputs: Inputs, images: int, budget_s: float = 2.0
 ) -> ComparedPrecisions:
     """fp32 and bf16 on this CPU, with this network, on batches that grow to `images` as long as there is time.
 
@@ -111,7 +106,7 @@ def compare_precisions(
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         began, size = time.perf_counter(), min(images, 2)
         while True:
-            views = torch.randn(2 * size, 3, image_size, image_size)
+            views = inputs.example(2 * size)
             seconds: dict[Precision, float] = {
                 precision: min(_pass_s(network, views, precision) for _ in range(2)) for precision in ("fp32", "bf16")
             }
@@ -131,7 +126,8 @@ def _pass_s(network: SimCLR, views: Tensor, precision: Precision) -> float:
 def measure_loader(data: DataConfig, augment: AugmentConfig, *, images: int, local_size: int) -> float:
     """Images per second that one of `local_size` processes on this machine decodes and crops, `images` a batch."""
     world = World(local_size=local_size)
-    with build_loader(data, augment, seed=0, global_batch_size=images, world=world, device="cpu") as loader:
+    loader = kind_of(data).loader(augment, seed=0, global_batch_size=images, world=world, device="cpu")
+    with loader:
         batches = loader.batches(0)
         for _ in range(data.batches_ahead + 1):  # compiles, and fills what is decoded ahead
             next(batches)

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simclr_dist.config import DataConfig, LossConfig, ModelConfig, OptimConfig, Precision, TrainConfig
+from simclr_dist.kinds import Kind, kind_of
 from simclr_dist.loss.build import build_loss
 from simclr_dist.loss.memory import workspace_bytes
+from simclr_dist.network.inputs import Inputs
 from simclr_dist.network.precision import assumed_precision, autocast
 from simclr_dist.network.shape import shape_of_model
 from simclr_dist.network.simclr import SimCLR
@@ -57,19 +59,20 @@ def device_memory(
     """What each of `world_size` devices will hold."""
     images = train.global_batch_size // world_size
     network = shape_of_training(model, loss)
-    floats = data.num_views * images * 3 * data.image_size**2
+    kind = kind_of(data)
+    views = data.num_views * images * kind.inputs.example(1).nbytes
     return DeviceMemory(
         parameters=sum(x.nbytes for x in network.state_dict().values()),
         gradients=sum(p.nbytes for p in network.parameters()),
         optimizer=sum(x.nbytes for x in optimizer_state(network, optim).values()),
         activations=step_activations(
             model,
-            image_size=data.image_size,
+            inputs=kind.inputs,
             images=train.images_of_part or images,
             precision=assumed_precision(train.precision, device_type),
             num_views=data.num_views,
         ),
-        views=4 * floats + (2 * floats if device_type == "cuda" else 0),
+        views=views + (2 * batch_bytes(kind, images) if device_type == "cuda" else 0),
         loss=workspace_bytes(
             data.num_views * images,
             model.head_out_dim,
@@ -93,18 +96,18 @@ def shape_of_training(model: ModelConfig, loss: LossConfig) -> SimCLR:
 
 
 def step_activations(
-    model: ModelConfig, *, image_size: int, images: int, precision: Precision, num_views: int = 2
+    model: ModelConfig, *, inputs: Inputs, images: int, precision: Precision, num_views: int = 2
 ) -> int:
-    """Peak bytes of a forward and backward over all views of `images` images, besides parameters, gradients and views.
+    """Peak bytes of a forward and backward over all views of `images` samples, besides parameters, gradients and views.
 
     Runs the network on tensors without memory, and follows each storage from its creation to its release.
     """
-    network = shape_of_model(model)
+    network, one = shape_of_model(model), inputs.example(1)
     with FakeTensorMode():
         network._apply(lambda x: torch.empty(x.shape, dtype=x.dtype))
         for parameter in network.parameters():
             parameter.grad = torch.empty_like(parameter)
-        views = torch.empty(num_views * images, 3, image_size, image_size)
+        views = torch.empty(num_views * images, *one.shape[1:], dtype=one.dtype)
         with LiveBytes() as live:
             # bf16 stands for fp16: as many bytes, and supported by every CPU.
             with autocast("cpu", "fp32" if precision == "fp32" else "bf16"):
@@ -150,7 +153,12 @@ class LiveBytes(TorchDispatchMode):
 
 def loader_bytes(data: DataConfig, batch_size_per_device: int) -> int:
     """Host memory of the batches that a process decodes ahead (docs/data.md)."""
-    return (data.batches_ahead + 2) * batch_size_per_device * data.num_views * 3 * data.image_size**2
+    return (data.batches_ahead + 2) * batch_bytes(kind_of(data), batch_size_per_device)
+
+
+def batch_bytes(kind: Kind, samples: int) -> int:
+    """Of what the loader yields of that many samples."""
+    return samples * kind.example_batch(1).views.nbytes
 
 
 def checkpoint_bytes(network: nn.Module, optim: OptimConfig, settings: dict[str, Any]) -> int:

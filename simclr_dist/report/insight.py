@@ -1,4 +1,4 @@
-"""What the encoder of a run does with images: augmented pairs, neighbours, a map, confusion, similarities.
+"""What the encoder of a run does with data: augmented pairs, neighbours, a map, confusion, similarities.
 
 Letters: n images, D width of h, C classes, S side of an image.
 """
@@ -14,19 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simclr_dist.checkpoint.pretrained import Source, load_pretrained
-from simclr_dist.config import AugmentConfig, DataConfig
-from simclr_dist.data.loading.labelled_images import open_labelled
-from simclr_dist.data.loading.load_images import load_images
-from simclr_dist.data.loading.open_images import describe
-from simclr_dist.data.loading.view_loader import build_loader
+from simclr_dist.config import AugmentConfig
 from simclr_dist.errors import DataError
 from simclr_dist.evaluation.features import Features, extract_features
-from simclr_dist.evaluation.gallery import neighbour_rows, shrink
+from simclr_dist.evaluation.gallery import neighbour_rows
 from simclr_dist.evaluation.labels import relabelled
 from simclr_dist.evaluation.linear import linear_probe
+from simclr_dist.kinds import Kind, kind_of
+from simclr_dist.kinds.labelled_images import open_labelled
 from simclr_dist.network.simclr import SimCLR
 from simclr_dist.parallel.distributed import World
-from simclr_dist.views.augment import Augment, normalize
 
 PAIRS, QUERIES = 8, 8
 MAP_IMAGES = 1000  # t-SNE of more takes long, and the points hide each other
@@ -64,13 +61,14 @@ class EmbeddingMap:
 
 @dataclass
 class Insight:
-    """positives [n], negatives [n (n - 1)]: cosine similarities of z. pairs: float [2, PAIRS, 3, S, S], normalised.
+    """positives [n], negatives [n (n - 1)]: cosine similarities of z. pairs: float [2, PAIRS, 3, S, S],
+    normalised, where views are pictures.
 
     notes: what is missing, and why.
     """
 
     step: int
-    pairs: Tensor
+    pairs: Tensor | None
     positives: NDArray[np.float32]
     negatives: NDArray[np.float32]
     neighbours: list[Neighbours]
@@ -103,8 +101,8 @@ def look_into(
             raise DataError(f"{checkpoint.path}: is of no run, so name images with --train and --test")
         model.projection_head = nn.Sequential()  # the one there is was never trained: h takes the place of z
     given = {key: value for key, value in (("train", train), ("test", test)) if value is not None}
-    views, data = (section.model_copy(update=given) for section in (config.data, config.evaluation_data))
-    batch_size = config.evaluation.batch_size
+    views, kind = (kind_of(data.model_copy(update=given)) for data in (config.data, config.evaluation_data))
+    data, batch_size = kind.data, config.evaluation.batch_size
     pairs, z = _views(views, config.augment, config.seed, model, device)
     positives, negatives = similarities(z)
     insight = Insight(checkpoint.step, pairs, positives, negatives, [])
@@ -112,20 +110,24 @@ def look_into(
         insight.notes.append("similarities are those of h: there is no projection head")
 
     source = data.test or data.train
-    shown = _features(data, model, source, images, batch_size, device)
-    names = describe(source).class_names
+    shown = _features(kind, model, source, images, batch_size, device)
+    names = kind.describe(source).class_names
     some = shown[torch.from_numpy(_spread(min(MAP_IMAGES, len(shown)), len(shown)))]
-    insight.neighbours = _neighbours(data, source, some, names)
+    insight.neighbours = _neighbours(kind, source, some, names)
+    if not insight.neighbours:
+        insight.notes.append(f"no neighbours: a {kind.noun} is no picture")
+    if pairs is None:
+        insight.notes.append(f"no pairs: views of a {kind.noun} are no pictures")
     if len(some) >= SMALLEST_MAP:
         insight.map = EmbeddingMap(*two_dimensions(some.h.numpy()), some.labels.numpy(), names)
     else:
-        insight.notes.append(f"no map: {len(some)} images are too few")
+        insight.notes.append(f"no map: {len(some)} {kind.noun}s are too few")
     if data.test is None:
         insight.notes.append("no probe: data.test is null; --test gives held-out images")
         return insight
     try:
         labelled = open_labelled(data, train or config.evaluation.train)
-        fitted = _features(data, model, labelled.train, images, batch_size, device)
+        fitted = _features(kind, model, labelled.train, images, batch_size, device)
         names = labelled.train_info.class_names
         insight.confusion = confusion(fitted, relabelled(shown, labelled.classes), names, device)
     except DataError as error:
@@ -162,16 +164,17 @@ def confusion(train: Features, test: Features, class_names: tuple[str, ...], dev
 
 
 def _views(
-    data: DataConfig, augment: AugmentConfig, seed: int, model: SimCLR, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The first augmented pairs on the CPU, and z [2, n, K] of the first batch of epoch 0."""
-    data = data.model_copy(update={"num_views": 2})  # the first two are the same, however many there are
-    count = min(SIMILARITY_IMAGES, describe(data.train).num_samples)
-    loader = build_loader(data, augment, seed=seed, global_batch_size=count, world=World(), device=device)
+    kind: Kind, augment: AugmentConfig, seed: int, model: SimCLR, device: torch.device
+) -> tuple[Tensor | None, Tensor]:
+    """The first augmented pairs on the CPU, where they are pictures, and z [2, n, K] of the first batch of epoch 0."""
+    # The first two views are the same, however many there are.
+    kind = kind_of(kind.data.model_copy(update={"num_views": 2}))
+    count = min(SIMILARITY_IMAGES, kind.describe(kind.data.train).num_samples)
+    loader = kind.loader(augment, seed=seed, global_batch_size=count, world=World(), device=device)
     with loader, torch.no_grad():
-        views = Augment(augment, seed, data.image_size)(next(iter(loader.batches(0))))
+        views = kind.views(augment, seed, device, lambda _: None)[0](next(iter(loader.batches(0))))
         z = model(views.flatten(0, 1))[1].unflatten(0, (2, -1))
-        return views[:, :PAIRS].clone().cpu(), z
+        return views[:, :PAIRS].clone().cpu() if kind.shows_views else None, z
 
 
 def _spread(count: int, total: int) -> NDArray[np.int64]:
@@ -179,26 +182,18 @@ def _spread(count: int, total: int) -> NDArray[np.int64]:
     return np.arange(count, dtype=np.int64) * total // count
 
 
-def _features(
-    data: DataConfig, model: SimCLR, source: str, images: int, batch_size: int, device: torch.device
-) -> Features:
-    total = describe(source).num_samples
-    batches = load_images(
-        source,
-        data.image_size,
-        batch_size=batch_size,
-        ids=_spread(min(images, total), total),
-        num_threads=data.num_threads,
-        loader="folder" if data.loader == "folder" else "auto",  # data.loader is for data.train
-    )
-    return extract_features(model.encoder, batches, device=device, normalize=normalize)
+def _features(kind: Kind, model: SimCLR, source: str, images: int, batch_size: int, device: torch.device) -> Features:
+    total = kind.describe(source).num_samples
+    batches = kind.evaluation_batches(source, _spread(min(images, total), total), batch_size)
+    return extract_features(model.encoder, batches, device=device, normalize=kind.to_input)
 
 
-def _neighbours(data: DataConfig, source: str, features: Features, names: tuple[str, ...]) -> list[Neighbours]:
+def _neighbours(kind: Kind, source: str, features: Features, names: tuple[str, ...]) -> list[Neighbours]:
     rows = neighbour_rows(features.h, torch.from_numpy(_spread(min(QUERIES, len(features)), len(features))))
     wanted, place = features.sample_ids[rows].unique(return_inverse=True)
-    loaded = load_images(source, data.image_size, batch_size=64, ids=wanted.numpy(), loader=data.loader)
-    images = torch.cat([shrink(batch) for batch, _, _ in loaded])
+    if (shown := kind.show(source, wanted.numpy())) is None:
+        return []
+    images, _ = shown
     labels = features.labels[rows].tolist()
     return [
         Neighbours(images[at], tuple(names[label] if label >= 0 else "unlabelled" for label in classes))

@@ -162,11 +162,15 @@ def _side_by_side(insights: Mapping[str, Insight | str], show: Any) -> Html:
 
 
 def _pairs(insight: Insight) -> Html:
+    if insight.pairs is None:
+        return _missing(insight, "no pairs")
     caption = "Two views of an image, one above the other, as the network sees them in training."
     return figure(figures.pair_image(insight.pairs), "augmented pairs", caption, "pixels")
 
 
 def _neighbours(insight: Insight) -> Html:
+    if not insight.neighbours:
+        return _missing(insight, "no neighbours")
     rows = []
     for row in insight.neighbours:
         query, *others = row.classes

@@ -17,6 +17,7 @@ import simclr_dist
 from simclr_dist.atomic import replace_text
 from simclr_dist.bounded_json import read_json
 from simclr_dist.config import Config
+from simclr_dist.kinds import kind_of
 from simclr_dist.run.provenance import versions
 
 
@@ -37,7 +38,7 @@ def network_facts(config: Config) -> NetworkFacts:
     from simclr_dist.network.trial import check_evaluation_size, try_model
     from simclr_dist.plan.memory import checkpoint_bytes, shape_of_training
 
-    tried, size = try_model(config.model, config.data.image_size), config.evaluation_data.image_size
+    tried, size = try_model(config.model, kind_of(config.data).inputs), config.evaluation_data.image_size
     check_evaluation_size(config.model, tried.network, size, trained_at=config.data.image_size)
     network = shape_of_training(config.model, config.loss) if config.loss.learn_temperature else tried.network
     num_bytes = checkpoint_bytes(network, config.optim, config.model_dump(mode="json"))
@@ -60,8 +61,9 @@ def _file(config: Config) -> Path:
     """Named by all that the facts depend on: settings, versions of libraries, and our own code."""
     package = Path(simclr_dist.__file__).parent
     code = [path for room in ("network", "optim") for path in sorted((package / room).glob("*.py"))]
-    settings = [config.model.model_dump(mode="json"), config.optim.model_dump(mode="json"), config.data.image_size]
-    settings += [config.loss.learn_temperature, config.evaluation_data.image_size]
+    settings: list[object] = [config.model.model_dump(mode="json"), config.optim.model_dump(mode="json")]
+    settings += [dict(kind_of(data).input_signature) for data in (config.data, config.evaluation_data)]
+    settings += [config.loss.learn_temperature]
     digest = hashlib.sha256(json.dumps([settings, versions()]).encode())
     for path in code:
         digest.update(path.read_bytes())

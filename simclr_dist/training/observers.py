@@ -24,6 +24,7 @@ from simclr_dist.evaluation.gallery import show_gallery
 from simclr_dist.evaluation.online import OnlineEvaluation, OnlineScores
 from simclr_dist.evaluation.online_probe import OnlineProbe
 from simclr_dist.health.check import HealthCheck, RankFacts, Recording
+from simclr_dist.kinds import kind_of
 from simclr_dist.monitor.events import Histograms, Pairs, StepsDone
 from simclr_dist.monitor.monitor import Monitor, memory_peak_gib
 from simclr_dist.monitor.speed import LAST_INTERVAL, Speed
@@ -37,7 +38,6 @@ from simclr_dist.run.state import TrainState
 from simclr_dist.training.parts import Parts
 from simclr_dist.training.step import FinishedStep
 from simclr_dist.training.summary import device_name
-from simclr_dist.views.augment import normalize
 
 
 class Observer(ABC):
@@ -437,11 +437,13 @@ def build_observers(
     precision = assumed_precision(config.train.precision, device.type)
     batch_size = config.evaluation.batch_size
 
+    pairs = config.monitor.image_pairs if parts.kind.shows_views else 0
+    seen = kind_of(config.evaluation_data)  # by evaluations
     images, evaluation = parts.evaluation_images, None
     if images is not None:
         evaluation = OnlineEvaluation(
             images,
-            data=config.evaluation_data,
+            kind=seen,
             evaluation=config.evaluation,
             precision=precision,
             device=device,
@@ -457,21 +459,18 @@ def build_observers(
         show_gallery(
             parts.encoder,
             monitor,
-            data=config.evaluation_data,
+            kind=seen,
             batch_size=batch_size,
             precision=precision,
             samples_seen=samples_seen,
             device=device,
-            normalize=normalize,
         )
 
     origin = parts.state.started_from
     drift = None if origin is None else DriftGuard(origin)
 
     def measure_likeness() -> Likeness | None:
-        return likeness(
-            parts.encoder, config.evaluation_data, batch_size=batch_size, precision=precision, device=device
-        )
+        return likeness(parts.encoder, seen, batch_size=batch_size, precision=precision, device=device)
 
     figures = Figures(
         config.monitor.log_every_steps,
@@ -487,7 +486,7 @@ def build_observers(
     )
     return Observers(
         [
-            AugmentedPairs(config.monitor.image_pairs, parts.steps_per_epoch, augment, monitor),
+            AugmentedPairs(pairs, parts.steps_per_epoch, augment, monitor),
             Probe(parts.probe, config.monitor.log_every_steps),
             figures,
             Health(parts.health, monitor, parts.loader, device),

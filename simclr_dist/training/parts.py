@@ -18,13 +18,13 @@ from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.config import Config, render_config
 from simclr_dist.config.explain import shards_over_processes
 from simclr_dist.data import Batch, Loader
-from simclr_dist.data.loading.evaluation_labels import EvaluationImages, evaluation_images, num_probe_classes
-from simclr_dist.data.loading.labelled_images import check_loss_labels
-from simclr_dist.data.loading.view_loader import build_loader
 from simclr_dist.errors import ConfigError
 from simclr_dist.evaluation.online_probe import OnlineProbe
 from simclr_dist.evaluation.untrained import set_first_layer
 from simclr_dist.health.check import HealthCheck
+from simclr_dist.kinds import Kind, kind_of
+from simclr_dist.kinds.evaluation_labels import EvaluationImages, evaluation_images, num_probe_classes
+from simclr_dist.kinds.labelled_images import check_loss_labels
 from simclr_dist.loss import NTXentLoss, SupConLoss
 from simclr_dist.loss.build import build_loss
 from simclr_dist.monitor.monitor import Monitor, open_monitor
@@ -47,7 +47,6 @@ from simclr_dist.run.layout import RunDir
 from simclr_dist.run.state import TrainState
 from simclr_dist.run.watchdog import BACKSTOP_S
 from simclr_dist.safe_text import printable
-from simclr_dist.training.implementations import agree
 from simclr_dist.training.non_finite import NonFinitePolicy
 from simclr_dist.training.precision import decide_precision, with_precision
 from simclr_dist.training.preflight import check_together
@@ -61,8 +60,6 @@ from simclr_dist.training.resuming import (
 )
 from simclr_dist.training.saving import Saver
 from simclr_dist.training.starting import start_from_weights
-from simclr_dist.views import implementations as views
-from simclr_dist.views.augment import Augment
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,8 @@ class Parts:
     """The process group, the device, autocast, the fp16 loss scale."""
     world: World
     guard: RunGuard
+    kind: Kind
+    """What is trained on."""
     loader: Loader
     evaluation_images: EvaluationImages | None
     """None: no kNN is wanted."""
@@ -136,9 +135,9 @@ def build(config: Config) -> Parts:
         broadcast_buffers=config.model.batch_norm == "per_device",
     )
     torch.manual_seed(config.seed)  # the same initial weights on every rank
+    kind = kind_of(config.data)
     loader = run_on_all_ranks(
-        lambda: build_loader(
-            config.data,
+        lambda: kind.loader(
             config.augment,
             seed=config.seed,
             global_batch_size=config.train.global_batch_size,
@@ -150,15 +149,15 @@ def build(config: Config) -> Parts:
     labelled, probe_classes = run_on_all_ranks(lambda: _check_labels(config, _warn_on(world)), device)
     steps_per_epoch = loader.order.steps_per_epoch
     num_steps = config.train.epochs * steps_per_epoch
-    augment, implementations = _build_augment(config, device, _warn_on(world))
+    augment, implementations = kind.views(config.augment, config.seed, device, _warn_on(world))
 
     simclr = run_on_all_ranks(lambda: build_model(config.model), device)
     if checkpoint is None:  # the other ranks get the main process's values when the network is wrapped
         begin = partial(set_first_layer, simclr.encoder, config.model, config.data, config.seed)
         run_on_all_ranks(begin if world.is_main else lambda: None, device)
-    flops = forward_flops(simclr, config.data.image_size) if world.is_main else None
+    flops = forward_flops(simclr, kind.inputs) if world.is_main else None
     shards = run_on_all_ranks(lambda: _build_shards(simclr, config), device)
-    random_layers = key_draws(simclr, config.data.image_size)
+    random_layers = key_draws(simclr, kind.inputs)
     nt_xent, implementations["loss"] = _build_loss(config, world, device)
     if nt_xent.learn_temperature:
         simclr.add_module("loss", nt_xent)  # DDP averages its gradient, checkpoints hold it, the optimiser moves it
@@ -215,6 +214,7 @@ def build(config: Config) -> Parts:
         accelerator=accelerator,
         world=world,
         guard=guard,
+        kind=kind,
         loader=loader,
         evaluation_images=labelled,
         steps_per_epoch=steps_per_epoch,
@@ -274,20 +274,6 @@ def _check_labels(config: Config, warn: Callable[[str], None]) -> tuple[Evaluati
     for remark in images.remarks if images else ():
         warn(remark)
     return images, num_classes
-
-
-def _build_augment(config: Config, device: torch.device, warn: Callable[[str], None]) -> tuple[Augment, dict[str, str]]:
-    augment = Augment(config.augment, config.seed, config.data.image_size)
-    augment.implementation = agree(
-        "augment.implementation",
-        config.augment.implementation,
-        best=views.best(device),
-        fallback=views.FALLBACK,
-        obstacle=lambda name: views.obstacle(name, device, config.data.image_size),
-        device=device,
-        warn=warn,
-    )
-    return augment, {"augment": augment.implementation}
 
 
 def _build_loss(config: Config, world: World, device: torch.device) -> tuple[NTXentLoss | SupConLoss, str]:

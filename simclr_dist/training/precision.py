@@ -10,6 +10,7 @@ import torch
 from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.config import Config, Precision, PrecisionSetting, load_config
 from simclr_dist.errors import ConfigError
+from simclr_dist.kinds import kind_of
 from simclr_dist.network.precision import cpu_has_bf16
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
@@ -56,7 +57,7 @@ def _decide(config: Config, checkpoint: Checkpoint | None, device: torch.device)
     found = compare_precisions(
         model=config.model,
         channels_last=config.train.channels_last,
-        image_size=config.data.image_size,
+        inputs=kind_of(config.data).inputs,
         images=min(images, config.train.micro_batch_size or images),
     )
     fast, slow = sorted(found.seconds, key=found.seconds.__getitem__)

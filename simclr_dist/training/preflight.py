@@ -18,12 +18,12 @@ import torch
 
 from simclr_dist.checkpoint.files import read_facts
 from simclr_dist.checkpoint.lineage import list_checkpoints
-from simclr_dist.config import Config, ModelConfig, load_config
-from simclr_dist.data.loading.evaluation_labels import check_evaluation_labels
-from simclr_dist.data.loading.labelled_images import check_loss_labels
-from simclr_dist.data.loading.open_images import describe
+from simclr_dist.config import IMAGES, Config, ModelConfig, load_config
 from simclr_dist.data.order import Order
 from simclr_dist.errors import CheckpointError, ConfigError, DataError, UserError
+from simclr_dist.kinds import kind_of
+from simclr_dist.kinds.evaluation_labels import check_evaluation_labels
+from simclr_dist.kinds.labelled_images import check_loss_labels
 from simclr_dist.optim.build import unused_settings
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
@@ -64,6 +64,7 @@ def check_training(config: Config, *, images_too: bool = True) -> Checked:
     images_too: False where the images are opened right afterwards, which finds the same.
     """
     _check_owner(config)
+    kind_of(config.data)  # alone: nothing else can be looked at without it
     problems: list[UserError] = []
     remarks: list[str] = []
 
@@ -172,15 +173,10 @@ def _check_run_directory(config: Config, network: list[NetworkFacts]) -> str:
 
 
 def _check_images(config: Config) -> str:
-    data = config.data
-    if data.loader == "ffcv":
-        from simclr_dist.data.decode.ffcv_import import unavailable
-
-        if reason := unavailable():
-            raise DataError(reason)
-    if data.order == "page_local" and not data.train.endswith(".beton"):
-        raise DataError(f"data.order=page_local: {data.train} has no pages; use a .beton file, or data.order=random")
-    Order(describe(data.train).num_samples, config.train.global_batch_size, config.seed)
+    kind = kind_of(config.data)
+    if obstacle := kind.obstacle():
+        raise DataError(obstacle)
+    Order(kind.describe(config.data.train).num_samples, config.train.global_batch_size, config.seed)
     return ""
 
 
@@ -202,7 +198,7 @@ def _check_resume(config: Config, images_too: bool) -> str:
         return ""  # damaged: the start names it and takes an older one
     known_as = None
     if images_too:
-        info = describe(config.data.train)
+        info = kind_of(config.data).describe(config.data.train)
         known_as = (info.content_fingerprint, info.fingerprint)
     refuse_another_training(found, config, known_as)
     if images_too:
@@ -232,6 +228,8 @@ def main(argv: list[str]) -> None:
     """For the doctor: a line of JSON for each check, `{"what": …, "fact", "remark" or "problem": …}`."""
     config = load_config(argv[0], argv[1:], check_data=False)
 
+    data = config.data
+    data_is_here = data.kind != IMAGES or data.train == "synthetic" or Path(data.train).exists()
     network: list[NetworkFacts] = []
     checks: dict[str, Callable[[], str]] = {
         "owner": lambda: _check_owner(config),
@@ -240,7 +238,7 @@ def main(argv: list[str]) -> None:
         "network": lambda: _check_network(config, network),
         "weights": lambda: _check_weights(config),
         "checkpoints": lambda: _check_run_directory(config, network),
-        "resume": lambda: _check_resume(config, config.data.train == "synthetic" or Path(config.data.train).exists()),
+        "resume": lambda: _check_resume(config, data_is_here),
     }
     for what, check in checks.items():
         try:

@@ -90,6 +90,7 @@ def refuse_another_training(found: Checkpoint, config: Config, known_as: tuple[s
         f"{key}: {before} then, {after} now"
         for key, before, after in (
             ("seed", then.seed, now.seed),
+            ("data.kind", then.data.kind, now.data.kind),
             ("train.global_batch_size", then.train.global_batch_size, now.train.global_batch_size),
             ("data.order", then.data.order, now.data.order),
             ("optim.optimizer", then.optim.optimizer, now.optim.optimizer),

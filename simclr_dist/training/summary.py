@@ -10,7 +10,7 @@ from torch import nn
 
 from simclr_dist.checkpoint.lineage import list_checkpoints
 from simclr_dist.config import Config, LossConfig, ModelConfig, TrainConfig
-from simclr_dist.data import Loader
+from simclr_dist.kinds import Kind, kind_of
 from simclr_dist.loss.build import choices, negatives
 from simclr_dist.monitor.events import Summary
 from simclr_dist.monitor.speed import SINCE_START, Speed
@@ -29,7 +29,7 @@ def show_start(config: Config, parts: Parts) -> None:
     """The table of the start, and warnings about what changes results."""
     if parts.world.is_main:
         start = f"resumes at step {parts.state.step}" if parts.state.step else "starts at step 0"
-        rows = start_rows(config, parts.world, parts.device, parts.loader, parts.network, parts.forward_flops)
+        rows = start_rows(config, parts)
         if parts.precision_reason:
             rows["device"] += f" ({parts.precision_reason})"
         rows["computed by"] = ", ".join(f"{part}: {name}" for part, name in parts.implementations.items())
@@ -63,35 +63,34 @@ def show_end(config: Config, parts: Parts, state: State, speed: Speed) -> None:
         parts.monitor.log(figure, step=parts.state.step, samples_seen=parts.state.samples_seen)
     bank = None if parts.evaluation_images is None else len(parts.evaluation_images.bank)
     seconds = speed.trained_s() + speed.paused_s, speed.paused_s
-    rows = end_rows(config, parts.monitor.latest, seconds=seconds, images=images, bank=bank)
+    seen = kind_of(config.evaluation_data)
+    rows = end_rows(config, parts.monitor.latest, seconds=seconds, images=images, bank=bank, seen=seen)
     title = f"{state} at step {parts.state.step} of {parts.last_step}"
     parts.monitor.show(Summary("end", title, rows))
 
 
-def start_rows(
-    config: Config, world: World, device: torch.device, loader: Loader, model: nn.Module, flops: int | None
-) -> dict[str, str]:
-    """model: encoder and head; flops: of one view's forward pass, if known."""
+def start_rows(config: Config, parts: Parts) -> dict[str, str]:
+    world, loader, model, flops, kind = parts.world, parts.loader, parts.network, parts.forward_flops, parts.kind
     G, epoch = config.train.global_batch_size, loader.order.steps_per_epoch
-    size, head = config.data.image_size, config.model.head_out_dim
+    head = config.model.head_out_dim
     parameters = sum(p.numel() for p in model.parameters())
     evaluated = f" (evaluations: {config.evaluation.image_size} px)" if config.evaluation_data != config.data else ""
     left_out = loader.num_samples - epoch * G
     warmup = f" after {config.optim.warmup_epochs:g} epochs" if config.optim.warmup_epochs else ""
     decay = "half a cosine to 0" if config.optim.schedule == "cosine" else "constant"
     return {
-        "data": f"{config.data.train}: {loader.num_samples:,} images, {config.data.num_views} views of {size} px"
-        f"{evaluated}, {epoch:,} steps an epoch"
+        "data": f"{config.data.train}: {loader.num_samples:,} {kind.noun}s, {config.data.num_views} views of "
+        f"{kind.inputs.size}{evaluated}, {epoch:,} steps an epoch"
         + (f"; each epoch leaves out another {left_out:,}" if left_out else ""),
         **({"read as": printable(loader.account.layout)} if loader.account is not None else {}),
-        "global batch": split_of_batch(G, world, config.train.micro_batch_size),
+        "global batch": split_of_batch(G, world, config.train.micro_batch_size, kind.noun),
         **shards_in_words(config.train),
         "learning rate": f"{config.optim.optimizer}, peak {learning_rate_formula(config)}{warmup}, then {decay}",
         **learning_rates_of_parts(config, model),
         "loss": loss_in_words(config.loss, config.data.num_views, G),
         "model": f"{config.model.encoder}, {_head_in_words(config.model)} to {head} dimensions, "
         f"{parameters:,} parameters" + (f", {flops / 1e9:,.4f} GFLOP a view" if flops else ""),
-        "device": f"{world.size} x {device_name(device)}, {config.train.precision}"
+        "device": f"{world.size} x {device_name(parts.device)}, {config.train.precision}"
         + (", compiled" if config.train.compile else ""),
         "memory": f"{_mib(kept_bytes(config, model))} a device for parameters, gradients and optimiser; `simclr-dist "
         "plan` estimates the rest",
@@ -120,21 +119,29 @@ def weight_rows(config: Config, state: TrainState, network: nn.Module) -> dict[s
 
 
 def end_rows(
-    config: Config, latest: Mapping[str, float], *, seconds: tuple[float, float], images: int, bank: int | None
+    config: Config,
+    latest: Mapping[str, float],
+    *,
+    seconds: tuple[float, float],
+    images: int,
+    bank: int | None,
+    seen: Kind,
 ) -> dict[str, str]:
     """seconds, images: of this start of the run, in all and for evaluations and saves; latest: the last figure of each
-    tag; bank: images of kNN's bank.
+    tag; bank: samples of kNN's bank; seen: the data as evaluations see them.
     """
     rows = {}
     if images:
         in_all, paused = map(duration, seconds)
         rows["time"] = f"{in_all}, of which {paused} for evaluations and saves"
-        rows["speed"] = f"{images:,} images, {latest[SINCE_START]:,.0f} images/s without evaluations and saves"
+        rows["speed"] = (
+            f"{images:,} {seen.noun}s, {latest[SINCE_START]:,.0f} {seen.noun}s/s without evaluations and saves"
+        )
     evaluation = config.evaluation
-    knn = f"k={evaluation.knn_k}, T={evaluation.knn_temperature:g}, {bank or 0:,} training images"
+    knn = f"k={evaluation.knn_k}, T={evaluation.knn_temperature:g}, {bank or 0:,} training {seen.noun}s"
     for name, tag, form in (
         ("loss", "train/loss", "{:.4f}"),
-        ("kNN top-1", "eval/knn_top1", f"{{:.2%}} ({knn}, {config.evaluation_data.image_size} px)"),
+        ("kNN top-1", "eval/knn_top1", f"{{:.2%}} ({knn}, {seen.inputs.size})"),
         ("online probe top-1", "eval/probe_top1", "{:.2%}"),
         ("waited for data", "speed/data_wait_share", "{:.0%} of the last steps' time"),
         ("peak memory", "speed/memory_peak_gib", "{:.2f} GiB"),
@@ -151,11 +158,11 @@ def _head_in_words(model: ModelConfig) -> str:
     return "linearly projected" if model.head_layers == 1 else f"by a head of {model.head_layers} layers"
 
 
-def split_of_batch(global_batch_size: int, world: World, micro_batch_size: int | None) -> str:
+def split_of_batch(global_batch_size: int, world: World, micro_batch_size: int | None, noun: str = "image") -> str:
     """4,096 = 8 nodes x 8 devices x 64 images, in micro-batches of 32"""
     nodes, per_device = world.size // world.local_size, global_batch_size // world.size
     parts = [_count(nodes, "node")] if nodes > 1 else []
-    parts += [_count(world.size // nodes, "device"), _count(per_device, "image")]
+    parts += [_count(world.size // nodes, "device"), _count(per_device, noun)]
     micro = f", in micro-batches of {micro_batch_size}" if micro_batch_size and micro_batch_size < per_device else ""
     return f"{global_batch_size:,} = {' x '.join(parts)}{micro}"
 

@@ -53,7 +53,7 @@ class Trainer:
         self._seed_step(self.parts.world.rank)
         row_keys = self._row_keys(batch)
         set_learning_rate(optimizer, self.learning_rate())
-        views = self.augment(batch)  # [V, B, 3, H, W]
+        views = self.augment(batch)  # [V, B, ...]
         with self.parts.health.record(self.state.step + 1) as recording:
             loss, h, z = self.backward(views, self._ids_of_loss(batch), row_keys)
         if self.config.optim.max_grad_norm is not None:
@@ -81,7 +81,7 @@ class Trainer:
     def backward(self, views: Tensor, ids: Tensor, row_keys: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Adds the gradient of the global loss to the parameters.
 
-        views: [V, B, 3, H, W]. ids: [B], which images belong together, see `_ids_of_loss`.
+        views: [V, B, ...]. ids: [B], which samples belong together, see `_ids_of_loss`.
         row_keys: [V, B, 2], what dropout and its like draw from; None: from torch's generator.
         Returns the loss [], h [V*B, D] and z [V*B, K], view after view, all detached.
         """
@@ -209,7 +209,7 @@ class Trainer:
         parts, first = self.parts, True
         batches = parts.loader.batches(self.state.step)
         while True:
-            parts.guard.begin("waiting for images", first=first)
+            parts.guard.begin(f"waiting for {parts.kind.noun}s", first=first)
             began_s, waited_s = time.monotonic(), parts.loader.wait_s
             batch = next(batches, None)
             if batch is None:
@@ -240,17 +240,15 @@ class Trainer:
         DDP orders its buckets anew after its first backward. From three ranks on, a gradient's place decides in which
         order the ranks' shares are added, so without this the first step of a resume would round differently.
         """
-        world, data = self.parts.world, self.config.data
-        shape = data.num_views, self.batch_size_per_device, 3, data.image_size, data.image_size
-        if world.size < 3 or self.parts.shards is not None:
+        parts, B, V = self.parts, self.batch_size_per_device, self.config.data.num_views
+        if parts.world.size < 3 or parts.shards is not None:
             return
-        self.parts.guard.begin("rebuilding DDP's buckets", first=True)
-        buffers = [b.clone() for b in self.parts.network.buffers()]
-        noise = torch.randn(shape, device=self.parts.device)
-        first = world.rank * self.batch_size_per_device
-        self.backward(noise, torch.arange(first, first + self.batch_size_per_device, device=self.parts.device))
-        self.parts.optimizer.zero_grad(set_to_none=True)
-        for buffer, before in zip(self.parts.network.buffers(), buffers, strict=True):
+        parts.guard.begin("rebuilding DDP's buckets", first=True)
+        buffers = [b.clone() for b in parts.network.buffers()]
+        views = parts.kind.inputs.example(V * B).unflatten(0, (V, B))
+        self.backward(views.to(parts.device), torch.arange(B, device=parts.device) + parts.world.rank * B)
+        parts.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(parts.network.buffers(), buffers, strict=True):
             buffer.copy_(before)
 
     def _stop(self, requests: Requests, request: Request) -> State:

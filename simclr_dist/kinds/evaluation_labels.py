@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from simclr_dist.config import DataConfig, EvaluationConfig
 from simclr_dist.data.classes import ClassMap, draw_by_class, match_classes
-from simclr_dist.data.loading.labelled_images import LabelledImages, open_labelled, require_labels
-from simclr_dist.data.loading.open_images import describe
 from simclr_dist.errors import ConfigError, DataError
+from simclr_dist.kinds.labelled_images import LabelledImages, open_labelled, require_labels
+from simclr_dist.kinds.registry import kind_of
 
 KNN, PROBE = "evaluation.knn_every_epochs", "evaluation.online_probe"
 
@@ -38,8 +38,8 @@ class EvaluationImages:
         same = labelled.train_info.content_fingerprint == labelled.test_info.content_fingerprint
         if same and labelled.train != "synthetic":
             found.append(
-                f"{labelled.test} holds the very images of kNN's bank, {labelled.train}: each finds itself, so the "
-                "accuracy says nothing about other images; data.test should be held-out ones"
+                f"{labelled.test} holds the very {labelled.noun}s of kNN's bank, {labelled.train}: each finds itself, "
+                f"so the accuracy says nothing about other {labelled.noun}s; data.test should be held-out ones"
             )
         return found
 
@@ -51,11 +51,13 @@ def evaluation_images(data: DataConfig, evaluation: EvaluationConfig, seed: int)
     """
     if evaluation.knn_every_epochs is None or data.test is None:
         return None
+    kind = kind_of(data)
+    describe, noun = kind.describe, kind.noun
     key, source = ("evaluation.train", evaluation.train) if evaluation.train else ("data.train", data.train)
-    remedy = f"name labelled images with evaluation.train, or set {KNN} to null"
-    require_labels(key, source, describe(source), wanted_by=f"{KNN}: ", remedy=remedy)
-    other = f"use labelled images, or set {KNN} to null"
-    require_labels("data.test", data.test, describe(data.test), wanted_by=f"{KNN}: ", remedy=other)
+    remedy = f"name labelled {noun}s with evaluation.train, or set {KNN} to null"
+    require_labels(noun, key, source, describe(source), wanted_by=f"{KNN}: ", remedy=remedy)
+    other = f"use labelled {noun}s, or set {KNN} to null"
+    require_labels(noun, "data.test", data.test, describe(data.test), wanted_by=f"{KNN}: ", remedy=other)
     labelled = open_labelled(data, source)
     labels = labelled.train_info.labels
     classes = np.unique(labels)
@@ -64,15 +66,15 @@ def evaluation_images(data: DataConfig, evaluation: EvaluationConfig, seed: int)
     if evaluation.knn_max_train is not None and evaluation.knn_max_train < len(classes):
         raise ConfigError(
             [
-                f"evaluation.knn_max_train: a bank of {evaluation.knn_max_train:,} cannot hold an image of each of the "
-                f"{len(classes):,} classes of {source}; set it to {len(classes):,} or more"
+                f"evaluation.knn_max_train: a bank of {evaluation.knn_max_train:,} cannot hold one {noun} of each of "
+                f"the {len(classes):,} classes of {source}; set it to {len(classes):,} or more"
             ]
         )
     bank = draw_by_class(labels, evaluation.knn_max_train, seed)
     if evaluation.knn_k > len(bank):
         raise ConfigError(
             [
-                f"evaluation.knn_k: {evaluation.knn_k} neighbours, but kNN's bank has {len(bank)} images ({source}); "
+                f"evaluation.knn_k: {evaluation.knn_k} neighbours, but kNN's bank has {len(bank)} {noun}s ({source}); "
                 f"set it to {len(bank)} or less, or {KNN} to null"
             ]
         )
@@ -84,7 +86,7 @@ def _probe_classes(data: DataConfig, evaluation: EvaluationConfig, labelled: Lab
         return None
     if labelled.train == data.train:
         return labelled.classes
-    train, test = describe(data.train), labelled.test_info
+    train, test = kind_of(data).describe(data.train), labelled.test_info
     try:
         return match_classes(
             train.class_names,
@@ -105,12 +107,13 @@ def num_probe_classes(data: DataConfig, evaluation: EvaluationConfig) -> int | N
     """
     if not evaluation.online_probe:
         return None
-    num_classes = int(describe(data.train).labels.max()) + 1
+    kind = kind_of(data)
+    num_classes = int(kind.describe(data.train).labels.max()) + 1
     if num_classes < 2:
         raise ConfigError(
             [
                 f"{PROBE}: the labels of {data.train} name {num_classes} classes, and a classifier needs two; switch "
-                "it off, or train on labelled images"
+                f"it off, or train on labelled {kind.noun}s"
             ]
         )
     return num_classes

@@ -1,0 +1,9 @@
+"""Kinds of data: images are the first, not the only one. See kind.py; docs/guides/extending.md has one of your own.
+
+Importing the package does not import torch.
+"""
+
+from simclr_dist.kinds.kind import Kind
+from simclr_dist.kinds.registry import kind_of, register
+
+__all__ = ["Kind", "kind_of", "register"]

@@ -1,0 +1,182 @@
+"""A kind whose samples are rows of an array, in memory or mapped into it: what most kinds of one's own are.
+
+A subclass says what a source holds and how a view of a row is drawn; order, labels, fingerprint, loader and evaluations
+follow. docs/guides/extending.md has one. Letters: n samples, V views, B samples of a process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simclr_dist.config import AugmentConfig
+from simclr_dist.data.account import Account
+from simclr_dist.data.batch import Batch, Loader
+from simclr_dist.data.loading.open_images import DatasetInfo
+from simclr_dist.data.order import Order
+from simclr_dist.data.randomness import keys
+from simclr_dist.errors import DataError
+from simclr_dist.kinds.kind import Kind
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from simclr_dist.kinds.kind import SampleBatch
+    from simclr_dist.network.inputs import Inputs
+    from simclr_dist.parallel.distributed import World
+
+
+@dataclass(frozen=True)
+class Rows:
+    """values [n, ...]; classes: the name of each row's class [n], empty where it has none; None: no row has one."""
+
+    values: NDArray
+    classes: NDArray | None = None
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        return () if self.classes is None else tuple(str(name) for name in np.unique(self.classes) if str(name))
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """[n]: the place of each class among `class_names`, -1 where there is none."""
+        if self.classes is None:
+            return np.full(len(self.values), -1, np.int64)
+        number = {name: i for i, name in enumerate(self.class_names)}
+        return np.array([number.get(str(name), -1) for name in self.classes], np.int64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of values and classes: equal only if they are."""
+        found = hashlib.blake2b(digest_size=16)
+        found.update(json.dumps([str(self.values.dtype), self.values.shape, self.class_names]).encode())
+        for part in (self.values, self.labels):
+            found.update(np.ascontiguousarray(part).data.cast("B"))
+        return found.hexdigest()
+
+
+class ArrayKind(Kind):
+    """Samples are rows of an array. The encoder eats what `draw_views` returns, and in evaluations the rows."""
+
+    @abstractmethod
+    def open(self, source: str) -> Rows:
+        """What `source` holds. Raises DataError."""
+
+    @abstractmethod
+    def draw_views(self, values: NDArray, view_keys: NDArray[np.uint64]) -> NDArray:
+        """Views [V, B, ...] of the rows values [B, ...].
+
+        view_keys: uint64 [V, B]. Draw from them by `uniform(view_keys, number)` of simclr_dist.data.randomness, and a
+        view depends on nothing else: not on the number of processes, nor on where a run was interrupted.
+        """
+
+    def rows(self, source: str) -> Rows:
+        """What `open` finds. It is kept in this process until the file changes."""
+        path = Path(source)
+        stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+        name = type(self), source, json.dumps(self.data.options, sort_keys=True)
+        if name not in _OPENED or _OPENED[name][0] != stamp:
+            rows = self.open(source)
+            if rows.classes is not None and len(rows.classes) != len(rows.values):
+                raise DataError(
+                    f"{source}: {len(rows.values):,} {self.noun}s, but {len(rows.classes):,} classes of them"
+                )
+            _OPENED[name] = stamp, rows
+        return _OPENED[name][1]
+
+    @property
+    def inputs(self) -> Inputs:
+        """As rows of data.train."""
+        import torch
+
+        from simclr_dist.network.inputs import Inputs
+
+        values = self.rows(self.data.train).values
+        size = " x ".join(map(str, values.shape[1:])) + " numbers"
+        return Inputs("rows", size, lambda n: as_input(values[torch.randint(len(values), (n,)).numpy()]))
+
+    def describe(self, source: str) -> DatasetInfo:
+        rows = self.rows(source)
+        return DatasetInfo(
+            len(rows.values), rows.class_names, rows.fingerprint, lambda: rows.fingerprint, rows.labels, None
+        )
+
+    def loader(
+        self, augment: AugmentConfig, *, seed: int, global_batch_size: int, world: World, device: torch.device | str
+    ) -> Loader:
+        return ArrayLoader(self, seed, global_batch_size, world, device)
+
+    def evaluation_batches(
+        self, source: str, ids: NDArray[np.int64], batch_size: int, unreadable: dict[int, str] | None = None
+    ) -> Iterator[SampleBatch]:
+        import torch
+
+        rows = self.rows(source)
+        for start in range(0, len(ids), batch_size):
+            part = ids[start : start + batch_size]
+            yield as_input(rows.values[part]), torch.from_numpy(rows.labels[part]), torch.from_numpy(part.copy())
+
+
+_OPENED: dict[tuple[type, str, str], tuple[tuple[int, int] | None, Rows]] = {}
+
+
+def as_input(values: NDArray) -> Tensor:
+    """Floating-point numbers as float32, others as int64."""
+    import torch
+
+    return torch.from_numpy(values.astype(np.float32 if np.issubdtype(values.dtype, np.floating) else np.int64))
+
+
+class ArrayLoader:
+    """Batches of the views that `kind` draws. See `Loader`."""
+
+    account: Account | None = None
+
+    def __init__(
+        self, kind: ArrayKind, seed: int, global_batch_size: int, world: World, device: torch.device | str
+    ) -> None:
+        self._kind, self._world, self._device = kind, world, device
+        self._rows = kind.rows(kind.data.train)
+        self.num_samples = len(self._rows.values)
+        self.class_names = self._rows.class_names
+        self.fingerprint = self.content_fingerprint = self._rows.fingerprint
+        self.order = Order(self.num_samples, global_batch_size, seed)
+        self.wait_s = 0.0
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """All batches of this rank from global step `step` on, without end, on the loader's device."""
+        for current in count(step):
+            begin = time.perf_counter()
+            batch = self._batch(*divmod(current, self.order.steps_per_epoch))
+            self.wait_s += time.perf_counter() - begin
+            yield batch
+
+    def _batch(self, epoch: int, step: int) -> Batch:
+        import torch
+
+        ids = self.order.sample_ids(epoch, step, self._world.rank, self._world.size)
+        view_keys = keys(self.order.seed, epoch, ids[None], np.arange(self._kind.data.num_views)[:, None])
+        views = as_input(self._kind.draw_views(self._rows.values[ids], view_keys))
+        if views.shape[:2] != view_keys.shape:
+            raise DataError(f"draw_views gave {tuple(views.shape)}, not {len(view_keys)} views of {len(ids)} rows")
+        labels = torch.from_numpy(self._rows.labels[ids])
+        return Batch(views, torch.from_numpy(ids.copy()), labels, epoch, ids).to(self._device)
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> ArrayLoader:
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...

@@ -1,0 +1,38 @@
+"""Kinds by name: what `data.kind` may say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from simclr_dist.config import DataConfig
+from simclr_dist.errors import ConfigError
+from simclr_dist.kinds.images import Images
+from simclr_dist.kinds.kind import Kind
+
+Build = Callable[[DataConfig], Kind]
+_BUILT_IN: dict[str, Build] = {"images": Images}
+_REGISTERED: dict[str, Build] = {}
+
+
+def kind_of(data: DataConfig) -> Kind:
+    """The kind that `data.kind` names, of these data. Opens nothing. Raises ConfigError."""
+    known = {**_BUILT_IN, **_REGISTERED}
+    if data.kind not in known:
+        raise ConfigError(
+            [
+                f"data.kind: unknown kind {data.kind!r}; known are {', '.join(known)}. One of your own is registered "
+                "by the script that starts the training (docs/guides/extending.md)"
+            ]
+        )
+    return known[data.kind](data)
+
+
+def register(name: str, build: Build) -> None:
+    """Makes `data.kind: NAME` use build(config.data), usually a class of your own.
+
+    For a script that then trains or evaluates; a configuration cannot name code itself, because it may come from
+    somebody else. Raises ValueError for a name that is taken.
+    """
+    if name in _BUILT_IN:
+        raise ValueError(f"kind {name!r} is taken; choose another name")
+    _REGISTERED[name] = build
