@@ -53,7 +53,8 @@ class Enumeration(Protocol):
 
 def enumerate_tiles(pairs: Pairs, rank: int, world_size: int, num_rows: int, size: int) -> Enumeration:
     """num_rows: of a rank; of "across", the first half is view 0. size: of a tile, at most."""
-    return {"within": Within, "across": Across}[pairs](rank, world_size, num_rows, size)
+    kind = Across if pairs == "across" else Within
+    return kind(rank, world_size, num_rows, size)
 
 
 @dataclass(frozen=True)
