@@ -30,7 +30,11 @@ _IMPORTED = [
     "simclr_dist.training.main",
     "simclr_dist.training.trainer",
     "simclr_dist.views.cpu_kernel",  # with what numba compiled
-    *(["simclr_dist.data.decode.kernel"] if ffcv_import.unavailable() is None else []),
+    *(
+        ["simclr_dist.data.decode.kernel", "simclr_dist.data.decode.compiled_crops"]
+        if ffcv_import.unavailable() is None
+        else []
+    ),
 ]
 context = multiprocessing.get_context("forkserver")
 

@@ -70,6 +70,8 @@ def _run_beton(args: argparse.Namespace) -> int:
 
 
 def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
+    from simclr_dist.data.beton.fit import prepared_for
+
     smallest, median, largest = found.sides
     yield "file", f"{found.path}, {found.num_bytes / 1e6:,.1f} MB"
     kept = found.sidecar.get("num_kept_jpeg", 0)
@@ -77,6 +79,9 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
     raw = found.num_samples - found.num_jpeg
     yield "images", f"{found.num_samples:,} ({found.num_jpeg:,} JPEG{as_they_came} {raw:,} raw)"
     yield "longer side", f"{smallest} to {largest} px, median {median}"
+    if (side := prepared_for(found.sidecar)) is not None:
+        max_side, quality, shrunk = (found.sidecar.get(key) for key in ("max_side", "quality_of_shrunk", "num_shrunk"))
+        yield "made for", f"views of {side} px: {shrunk} images shrunk to {max_side} px, JPEG quality {quality}"
     classes = ", ".join(f"{n} {c}" for n, c in zip(found.class_names[:20], found.class_counts, strict=False))
     more = f" … ({len(found.class_names)} in all)" if len(found.class_names) > 20 else ""
     yield "classes", classes + more

@@ -34,7 +34,13 @@ def register(commands: Commands) -> None:
     prepare.add_argument(
         "--mode", choices=("auto", "jpg", "raw", "smart"), default="auto", help="auto: raw for small images, else jpg"
     )
-    prepare.add_argument("--quality", type=percentage, default=90, help="of JPEG (default: 90)")
+    prepare.add_argument(
+        "--for-views",
+        type=positive_int,
+        metavar="SIDE",
+        help="store no more than views of SIDE px (data.image_size) need: chooses the two options below, unless given",
+    )
+    prepare.add_argument("--quality", type=percentage, help="of JPEG (default: 90)")
     prepare.add_argument(
         "--max-side", type=positive_int, metavar="PIXELS", help="shrink images whose longer side exceeds this"
     )
@@ -62,6 +68,7 @@ def _run_prepare(args: argparse.Namespace) -> int:
         mode=args.mode,
         quality=args.quality,
         max_side=args.max_side,
+        for_views=args.for_views,
         limit=args.limit,
         on_error=args.on_error,
         strict=args.strict,
@@ -126,6 +133,9 @@ def _summary(info: PreparedInfo) -> Iterator[str]:
         f"{info.path}: {info.num_samples:,} images in {len(info.class_names)} classes, "
         f"{info.num_bytes / 1e6:,.1f} MB, {rate:,.0f} images/s"
     )
+    if info.fit is not None:
+        yield f"  {info.fit}"
+        yield f"  {info.num_shrunk:,} of {info.num_samples:,} images were shrunk"
     counts = list(zip(info.class_names, info.class_counts, strict=True))
     shown = ", ".join(f"{name} {count}" for name, count in counts[:20])
     yield f"  {shown}{' …' if len(counts) > 20 else ''}"

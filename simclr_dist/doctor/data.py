@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simclr_dist.config import IMAGES
+from simclr_dist.data.beton.fit import remark_on_views
 from simclr_dist.data.decode.ffcv_import import codec, import_ffcv
 from simclr_dist.doctor.finding import Finding
 from simclr_dist.errors import ConfigError, DataError
@@ -74,13 +75,15 @@ def examine_data(data: DataConfig, global_batch_size: int, labelled: str | None 
         yield Finding("problem" if few else "ok", what, found, advice)
         if info.account is not None:
             yield from _account(what, info.account)
+        if what == "data.train" and (remark := remark_on_views(source, data.image_size)):
+            yield Finding("warning", what, remark)
     memory = _available_memory()
     if memory and num_bytes > memory:
         yield Finding(
             "warning",
             "page cache",
             f"{num_bytes / 2**30:.1f} GiB of {kind.noun}s, {memory / 2**30:.1f} GiB of memory",
-            "every epoch reads from the disk: use a local NVMe disk, or `simclr-dist prepare … --max-side 400`",
+            "every epoch reads from the disk: use a local NVMe disk, or `simclr-dist prepare … --for-views …`",
         )
 
 

@@ -19,6 +19,7 @@ import torch
 from simclr_dist.checkpoint.files import read_facts
 from simclr_dist.checkpoint.lineage import list_checkpoints
 from simclr_dist.config import IMAGES, Config, ModelConfig, load_config
+from simclr_dist.data.beton.fit import remark_on_views
 from simclr_dist.data.order import Order
 from simclr_dist.errors import CheckpointError, ConfigError, DataError, UserError
 from simclr_dist.kinds import kind_of
@@ -85,6 +86,7 @@ def check_training(config: Config, *, images_too: bool = True) -> Checked:
     if images_too:
         collect(lambda: _check_images(config))
         collect(lambda: _check_labels(config))
+    collect(lambda: remark_on_views(config.data.train, config.data.image_size))
     knows_images = images_too and not any(isinstance(error, DataError) for error in problems)
     collect(lambda: _check_resume(config, knows_images))
     if problems:

@@ -55,7 +55,7 @@ class Encoded:
     """Of some images in their order.
 
     damaged, noted: for each record of a damaged image, and of one with something else to be known, a sentence with its
-        name. num_kept: records that are the image's own JPEG data.
+        name. num_kept: records that are the image's own JPEG data. num_shrunk: of images that were larger.
     sums: per channel the number of pixels, their sum, and that of their squares, [3, 3]; of raw records all pixels
         count, of the others every 16th row.
     """
@@ -64,15 +64,19 @@ class Encoded:
     damaged: list[str] = field(default_factory=list)
     noted: list[str] = field(default_factory=list)
     num_kept: int = 0
+    num_shrunk: int = 0
     sums: NDArray[np.int64] = field(default_factory=lambda: np.zeros((3, 3), np.int64))
 
 
 @dataclass(frozen=True)
 class Encoder:
+    """quality_of_shrunk: of images that max_side makes smaller; None: as of the others."""
+
     mode: Mode
     quality: int
     max_side: int | None
     on_damage: OnDamage
+    quality_of_shrunk: int | None = None
 
     def __call__(self, images: ImageSource) -> Encoded:
         done = Encoded()
@@ -89,11 +93,13 @@ class Encoder:
                 continue
             pixels = _shrunk(image.pixels, self.max_side)
             kept = self._kept(image, pixels)
-            result = self._record(pixels, kept, name, int(images.labels[index]))
+            quality = self.quality if pixels is image.pixels else self.quality_of_shrunk or self.quality
+            result = self._record(pixels, kept, quality, name, int(images.labels[index]))
             done.results.append(result)
             if isinstance(result, Record):
                 sums.add(pixels if result.mode == RAW else pixels[::16])  # JPEG changes the pixels anyway
                 done.num_kept += result.content is kept
+                done.num_shrunk += pixels is not image.pixels
                 done.damaged += [] if image.damage is None else [f"{name}: {image.damage}"]
                 done.noted += [] if image.note is None else [f"{name}: {image.note}"]
         done.sums = sums.result()
@@ -106,13 +112,13 @@ class Encoder:
         content = keep(image.jpeg, _steps(self.quality))
         return content if content is None or len(content) <= PAGE_BYTES else None
 
-    def _record(self, pixels: Pixels, kept: bytes | None, name: str, label: int) -> Record | Unusable:
+    def _record(self, pixels: Pixels, kept: bytes | None, quality: int, name: str, label: int) -> Record | Unusable:
         height, width, _ = pixels.shape
         small = height * width <= RAW_UP_TO_PIXELS
         mode = RAW if self.mode == "raw" or (self.mode in ("smart", "auto") and small) else JPEG
         if max(height, width) > LARGEST_SIDE[mode]:
             return Unusable(name, f"{name}: {width} x {height} pixels are too many; set --max-side")
-        content = pixels.tobytes() if mode == RAW else kept or _jpeg(pixels, self.quality)
+        content = pixels.tobytes() if mode == RAW else kept or _jpeg(pixels, quality)
         if len(content) > PAGE_BYTES:
             return Unusable(
                 name,

@@ -20,6 +20,7 @@ from simclr_dist.data.account import Account, LeftOut, SourceOptions
 from simclr_dist.data.beton.classes_from import with_class_names
 from simclr_dist.data.beton.content import content_fingerprint
 from simclr_dist.data.beton.encode import Encoded, Encoder, Mode, Unusable, encode_in_order, mean_and_std
+from simclr_dist.data.beton.fit import choose_fit
 from simclr_dist.data.beton.out_file import choose_target, commit, unfinished
 from simclr_dist.data.beton.reader import JPEG, open_beton
 from simclr_dist.data.beton.writer import PagedWriter
@@ -40,7 +41,8 @@ class PreparedInfo:
     """What `prepare` has written.
 
     skipped, damaged: a message for each image left out, and for each damaged one that was taken.
-    num_kept_jpeg: JPEG data stored as they came, see `kept_jpeg`.
+    num_kept_jpeg: JPEG data stored as they came, see `kept_jpeg`. num_shrunk: images that were larger than max_side.
+    fit: what was chosen for the size of views, in a sentence.
     fingerprint: of the content. warnings: sentences about the result as a whole.
     """
 
@@ -52,6 +54,8 @@ class PreparedInfo:
     skipped: tuple[str, ...]
     damaged: tuple[str, ...]
     num_kept_jpeg: int
+    num_shrunk: int
+    fit: str | None
     warnings: tuple[str, ...]
     num_bytes: int
     fingerprint: str
@@ -65,8 +69,9 @@ def prepare(
     split: str | None = None,
     options: SourceOptions | None = None,
     mode: Mode = "auto",
-    quality: int = 90,
+    quality: int | None = None,
     max_side: int | None = None,
+    for_views: int | None = None,
     num_workers: int | None = None,
     limit: int | None = None,
     on_error: OnError = "refuse",
@@ -79,7 +84,10 @@ def prepare(
     options: how the source is read; `split` is short for options.split.
     mode: `jpg`; `raw`, three bytes per pixel; `smart`, raw for images up to 96 x 96 and JPEG for larger ones.
         `auto` is `smart`.
+    quality: of JPEG; None is 90.
     max_side: images whose longer side exceeds so many pixels are shrunk to it.
+    for_views: the side of the views that will be cut, in pixels, for which max_side and the quality of shrunk images
+        are chosen, unless they are given (see `choose_fit`).
     limit: take only that many images, spread evenly over the source.
     on_error: for an image that cannot be decoded: `refuse` raises, `skip` leaves it out.
     strict: raise when anything found at the source is left out.
@@ -92,7 +100,9 @@ def prepare(
     if split is not None:
         options = replace(options, split=split)
     options = with_class_names(options)
-    _check_options(mode, on_error, quality, {"max_side": max_side, "limit": limit, "num_workers": num_workers})
+    at_least_1 = {"max_side": max_side, "for_views": for_views, "limit": limit, "num_workers": num_workers}
+    _check_options(mode, on_error, quality, at_least_1)
+    fit = choose_fit(for_views, max_side, quality)
     target = choose_target(out, source, overwrite)
     images = open_source(source, options)
     account = images.account
@@ -100,7 +110,7 @@ def prepare(
         raise DataError("\n  ".join([f"--strict: {account.num_left_out} found but not taken", *account.lines()]))
     ids, account = _limited(images, account, limit)
     num_processes = default_num_threads(num_workers, setting="num_workers")
-    encoder = Encoder(mode, quality, max_side, options.on_damage)
+    encoder = Encoder(mode, fit.quality, fit.max_side, options.on_damage, fit.quality_of_shrunk)
     skipped: list[Unusable] = []
     done = Encoded()
     num_done = 0
@@ -119,6 +129,7 @@ def prepare(
                         progress(num_done, len(ids))
                 done.sums += encoded.sums
                 done.num_kept += encoded.num_kept
+                done.num_shrunk += encoded.num_shrunk
                 done.damaged += encoded.damaged
                 done.noted += encoded.noted
             if not writer.rows:
@@ -143,8 +154,11 @@ def prepare(
                 "source": str(source),
                 "split": options.split,
                 "mode": "smart" if mode == "auto" else mode,
-                "quality": quality,
-                "max_side": max_side,
+                "quality": fit.quality,
+                "max_side": fit.max_side,
+                "for_views": for_views,
+                "quality_of_shrunk": fit.quality_of_shrunk,
+                "num_shrunk": done.num_shrunk,
                 "num_jpeg": sum(row.mode == JPEG for row in writer.rows),
                 "num_kept_jpeg": done.num_kept,
                 "largest_side": max(max(row.height, row.width) for row in writer.rows),
@@ -165,6 +179,8 @@ def prepare(
         skipped=tuple(image.reason for image in skipped),
         damaged=tuple(done.damaged),
         num_kept_jpeg=done.num_kept,
+        num_shrunk=done.num_shrunk,
+        fit=None if for_views is None else fit.sentence(for_views),
         warnings=tuple(_warnings(images, statistics)),
         num_bytes=target.stat().st_size,
         fingerprint=fingerprint,
@@ -172,12 +188,12 @@ def prepare(
     )
 
 
-def _check_options(mode: str, on_error: str, quality: int, at_least_1: dict[str, int | None]) -> None:
+def _check_options(mode: str, on_error: str, quality: int | None, at_least_1: dict[str, int | None]) -> None:
     if mode not in get_args(Mode):
         raise DataError(f"mode `{mode}`: expected one of {', '.join(get_args(Mode))}")
     if on_error not in get_args(OnError):
         raise DataError(f"on_error `{on_error}`: expected one of {', '.join(get_args(OnError))}")
-    if not 1 <= quality <= 100:
+    if quality is not None and not 1 <= quality <= 100:
         raise DataError(f"JPEG quality {quality}: expected 1 to 100")
     for name, value in at_least_1.items():
         if value is not None and value < 1:

@@ -106,8 +106,7 @@ def _resize_weights(n_in, n_out, flip, first, count, weight):  # type: ignore[no
             count[o] = 1 if right == 0 else 2
 
 
-@intrinsic
-def _write_pixel(typing_context, row, p, weights, n, address):  # type: ignore[no-untyped-def]
+def _pixel_writer(typing_context, row, p, weights, n, address):  # type: ignore[no-untyped-def]
     """Writes four bytes at `address`: those of the pixel that n taps from row[p] on give, and one to spare.
 
     A vector for each pixel; numba would compute each colour by itself. weights: int32 [>= 2].
@@ -149,6 +148,9 @@ def _write_pixel(typing_context, row, p, weights, n, address):  # type: ignore[n
         return context.get_dummy_value()
 
     return types.void(row, types.uintp, weights, types.uintp, types.uintp), generate
+
+
+_write_pixel: Any = intrinsic(_pixel_writer)
 
 
 @compiled(
@@ -202,12 +204,11 @@ def resize_crop(pixels, stride, crop, out, row, sums, first, count, weight):  # 
         # The fourth byte is the next pixel's, which is written later; the last pixel of a row has no next.
         address = out[y].ctypes.data
         for x in range(_index(S - 1)):
-            _write_pixel(row, _index(3 * first[1, x]), weight[1, x], _index(count[1, x]), address)
-            address += _index(3)
-        x = _index(S - 1)
-        _write_pixel(row, _index(3 * first[1, x]), weight[1, x], _index(count[1, x]), last_pixel.ctypes.data)
+            _write_pixel(row, _index(3 * first[1, x]), weight[1, x], _index(count[1, x]), address + _index(3) * x)
+        last = _index(S - 1)
+        _write_pixel(row, _index(3 * first[1, last]), weight[1, last], _index(count[1, last]), last_pixel.ctypes.data)
         for c in range(3):
-            out[y, x, c] = last_pixel[c]
+            out[y, last, c] = last_pixel[c]
 
 
 @compiled(
