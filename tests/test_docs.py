@@ -99,6 +99,10 @@ def check_yaml(text: str, tmp_path: Path) -> None:
         load_config(file, check_data=False)
     else:
         smoke = yaml.safe_load((REPOSITORY / "configs" / "smoke.yaml").read_text())
+        if values.get("data", {}).get("kind", "images") != "images":
+            smoke = {
+                section: of_any for section, of_any in smoke.items() if section not in ("data", "augment", "model")
+            }
         file.write_text(yaml.safe_dump(merged(smoke, values)))
         load_config(file, check_data=False)
 
