@@ -15,9 +15,10 @@ import torch
 from tensorboard.compat.tensorflow_stub import errors
 
 from simclr_dist import train
-from simclr_dist.evaluation import features, gallery, knn, readable_images
+from simclr_dist.evaluation import features, gallery, knn
 from simclr_dist.evaluation.online_probe import OnlineProbe
 from simclr_dist.health import check, figures
+from simclr_dist.kinds.images import Images
 from simclr_dist.monitor import tensorboard
 from simclr_dist.monitor.log_file import LogFile
 from simclr_dist.monitor.tensorboard import TensorBoard
@@ -25,7 +26,7 @@ from simclr_dist.training import observers
 from simclr_dist.training.observers import AugmentedPairs
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "reading images": (readable_images, "load_images"),
+    "reading images": (Images, "evaluation_batches"),
     "extracting": (features, "_extract"),
     "nearest": (knn, "nearest"),
     "neighbours": (gallery, "neighbour_rows"),
@@ -65,6 +66,7 @@ for fault in filter(None, os.environ.get("FAULTS", "").split(";")):
     place, kind, rank = fault.strip().rsplit(" ", 2)
     if rank in ("*", os.environ.get("RANK", "0")):
         owner, name = PLACES[place]
+        assert hasattr(owner, name)  # else nothing would fail
         setattr(owner, name, failing(kind))
 if __name__ == "__main__":
     train.main()

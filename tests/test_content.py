@@ -206,7 +206,9 @@ class TestWhoUsesIt:
         """Always refused, for another seed at least: the message says what else differs."""
 
         def config(seed: int) -> SimpleNamespace:
-            section = SimpleNamespace(global_batch_size=8, order="random", optimizer="lars", learn_temperature=False)
+            section = SimpleNamespace(
+                kind="images", global_batch_size=8, order="random", optimizer="lars", learn_temperature=False
+            )
             return SimpleNamespace(seed=seed, train=section, data=section, optim=section, loss=section)
 
         loader = SimpleNamespace(content_fingerprint="of the content", fingerprint="of release 0.1")

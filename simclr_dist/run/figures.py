@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simclr_dist.run.layout import NUMBER, RunDir, is_a, read_records
+from simclr_dist.run.layout import NUMBER, RunDir, is_a, is_share, read_records
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,17 @@ def _take(found: dict[str, Figure], record: Mapping[str, Any], values: Iterable[
     if not is_a(step, int):
         return
     for name, value in values:
-        if not is_a(value, NUMBER):
+        if not is_a(value, NUMBER) or (_is_accuracy(name) and not is_share(value)):
             continue
         here = (float(value), step)
         past = found.get(name)
         highest = here if past is None or here[0] > past.highest[0] else past.highest
         lowest = here if past is None or here[0] < past.lowest[0] else past.lowest
         found[name] = Figure(*here, highest, lowest)
+
+
+def _is_accuracy(name: str) -> bool:
+    return name.endswith(("_top1", "_top5"))
 
 
 def checkpoint_of(run_dir: Path, step: int) -> Path | None:
