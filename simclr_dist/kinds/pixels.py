@@ -11,8 +11,8 @@ class Pixels(nn.Module):
     """The pixels as features: the baseline that an encoder has to beat.
 
     Normalised per channel as the encoder sees them (so that cosine similarity does not only measure brightness),
-    averaged down to `max_side` when larger, flattened to [n, 3 * side * side]. On CIFAR-10 (JPEG q75) kNN and
-    linear probe are as good at 8 px as at 16 and 32 (docs/results.md), in a fraction of the time.
+    averaged down to `max_side` when larger, flattened to [n, 3 * side * side]. On CIFAR-10 (JPEG q75) the
+    linear probe is as good at 8 px as at 12 (docs/results.md), in a third of the time.
     """
 
     def __init__(self, max_side: int = 8) -> None:
