@@ -83,13 +83,16 @@ run_part() {
 }
 
 part_tests() {
-    local files=(tests)
+    local files side_by_side=()
+    mapfile -t files < <(grep -lE 'tests\.devices|mark\.gpu' tests/test_*.py)
     ((dry_run)) && files=(tests/test_gpu_loss.py)
-    run_part tests 240 "$python" -m pytest -m gpu -p no:cacheprovider "${files[@]}"
+    # Compiling kernels is the host's work, most of the time.
+    ! "$python" -c "import xdist" 2>/dev/null || side_by_side=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+    run_part tests 240 "$python" -m pytest -m gpu -p no:cacheprovider "${side_by_side[@]}" "${files[@]}"
 }
 
 part_loss() {
-    local sizes=(--device cuda --dtype bfloat16 --rows 1024 8192 65536)
+    local sizes=(--device cuda --dtype bfloat16 --rows 1024 8192 16384 65536)
     ((dry_run)) && sizes=(--rows 128 --repetitions 1)
     run_part loss 120 "$python" -m benchmarks.loss --ranks --out "$work" "${sizes[@]}"
 }
