@@ -88,7 +88,7 @@ part_tests() {
     ((dry_run)) && files=(tests/test_gpu_loss.py)
     # Compiling kernels is the host's work, most of the time.
     ! "$python" -c "import xdist" 2>/dev/null || side_by_side=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
-    run_part tests 240 "$python" -m pytest -m gpu -p no:cacheprovider "${side_by_side[@]}" "${files[@]}"
+    run_part tests 240 "$python" -m pytest -m gpu -p no:cacheprovider -p no:benchmark "${side_by_side[@]}" "${files[@]}"
 }
 
 part_loss() {

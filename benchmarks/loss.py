@@ -8,9 +8,9 @@
 Contenders take turns, A B C A B C, so that a noisy machine slows all alike; times are medians, forward and backward
 together, as ratios to ours. On a GPU a time is a tenth of a window of ten steps between
 two events, which the host queues without waiting. Every row of ours names the code that computed it. Memory is the peak
-above the inputs, on a CPU in a process of its own. The floors are the bare products of one N x N x K problem in our tiles, in the
-dtype of --dtype: three of them and two exp2 for any loss that computes all similarities (forward, and again with the
-gradient), two and one for one that uses their symmetry. Peers are not dependencies:
+above the inputs, on a CPU in a process of its own. The floors are the bare products of one N x N x K problem in our
+tiles, in the dtype of --dtype: three of them and two exp2 for any loss that computes all similarities (forward, and
+again with the gradient), two and one for one that uses their symmetry. Peers are not dependencies:
 `pip install lightly pytorch-metric-learning`; those that are absent are named. The result is a table and
 benchmarks/results/loss_<date>.json.
 """

@@ -22,8 +22,8 @@ Works in any PyTorch program, with torch.distributed and without. `docs/loss.md`
     supcon.py           SupConLoss: labels make the positives
 """
 
-from simclr_dist.loss.agreement import NonFiniteError
+from simclr_dist.loss.agreement import NonFiniteError, checked_after_the_backward
 from simclr_dist.loss.nt_xent import NTXentLoss, nt_xent
 from simclr_dist.loss.supcon import SupConLoss
 
-__all__ = ["NTXentLoss", "NonFiniteError", "SupConLoss", "nt_xent"]
+__all__ = ["NTXentLoss", "NonFiniteError", "SupConLoss", "checked_after_the_backward", "nt_xent"]

@@ -133,8 +133,7 @@ def gather_batch(
     world = distributed.world_size()
     wait_for_ids = None
     if ids is not None:
-        # int32 halves the bytes; a dataset of more than two billion images needs int64.
-        wait_for_ids = distributed.all_gather_async(ids.to(torch.int64 if wide_ids or world == 1 else torch.int32))
+        wait_for_ids = distributed.all_gather_async(ids.to(torch.int64 if wide_ids else torch.int32))
     dtype = computing_dtype(z)
     sent_dtype = row_dtype if row_dtype.itemsize < torch.float32.itemsize else dtype
     unit: Tensor = _UnitRows.apply(z, lengths[:, None], sent_dtype)  # type: ignore[no-untyped-call]

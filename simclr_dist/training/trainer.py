@@ -14,6 +14,7 @@ from torch import Tensor
 from simclr_dist.config import Config
 from simclr_dist.data import Batch
 from simclr_dist.health.check import Recording
+from simclr_dist.loss import checked_after_the_backward
 from simclr_dist.monitor.speed import Speed
 from simclr_dist.network.keyed_dropout import draw_keys
 from simclr_dist.optim.micro_batch import backward_in_micro_batches
@@ -54,7 +55,7 @@ class Trainer:
         row_keys = self._row_keys(batch)
         set_learning_rate(optimizer, self.learning_rate())
         views = self.augment(batch)  # [V, B, ...]
-        with self.parts.health.record(self.state.step + 1) as recording:
+        with self.parts.health.record(self.state.step + 1) as recording, checked_after_the_backward():
             loss, h, z = self.backward(views, self._ids_of_loss(batch), row_keys)
         if self.config.optim.max_grad_norm is not None:
             accelerator.clip_grad_norm_(self.parts.model.parameters(), self.config.optim.max_grad_norm)

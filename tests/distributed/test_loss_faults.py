@@ -106,9 +106,9 @@ def losses_of_changing_batches(rank: int, world_size: int, ahead: bool) -> tuple
         lambda z: nt_xent(z, 0.1),  # a temperature may change from step to step
         lambda z: nt_xent(z[:6], 0.1),  # a shape may, on all ranks at once
         lambda z: nt_xent(z, 0.1, ids + rank),
-        lambda z: nt_xent(z, 0.1, ids % 7 + rank),  # now small numbers on every rank
+        lambda z: nt_xent(z, 0.1, (ids % 7 + rank).int()),  # now of another type on every rank
         lambda z: SupConLoss()(z, [0, 1, 1, rank]),
-        lambda z: nt_xent(z, 0.1, ids % 7 + rank),
+        lambda z: nt_xent(z, 0.1, (ids % 7 + rank).int()),
         lambda z: nt_xent(z, 0.01),  # in float64
         lambda z: nt_xent(z, 0.1),
         lambda z: nt_xent(z, 0.1, pairs="across"),  # other tiles, the same collectives
@@ -163,3 +163,37 @@ def test_the_host_waits_once_a_step_and_after_the_loss_was_queued() -> None:
         assert orders[6] == [*LOSS, "wait"]
         assert orders[7][-3:] == ["wait", *LOSS]
         assert orders[9] == [*LOSS, "wait"]
+
+
+def losses_that_are_checked_late(rank: int, world_size: int) -> list[str]:
+    """What each step raises."""
+    z = torch.randn(8, 4, generator=torch.Generator().manual_seed(rank))
+    broken = z.clone()
+    broken[3] = torch.nan if rank == 1 else 1.0
+    steps = [(z, 0.1), (z, 0.2), (broken, 0.1), (z, 0.1), (z, 0.1 if rank else 0.2), (z[:6], 0.1), (z, 0.1)]
+    steps += [(z[:4] if rank else z, 0.1)]
+    raised = []
+    with mock.patch.object(agreement, "_host_runs_ahead", return_value=True):
+        for rows, temperature in steps:
+            rows, when = rows.clone().requires_grad_(), "before"
+            try:
+                with agreement.checked_after_the_backward():
+                    value = nt_xent(rows, temperature)
+                    when = "after"
+                    value.backward()
+                raised.append("nothing")
+            except ValueError as error:
+                raised.append(f"{when}: {type(error).__name__}: {error}")
+    return raised
+
+
+def test_checked_after_the_backward_every_fault_is_raised_on_all_ranks() -> None:
+    """Only a rank whose batch has another form than before checks it before the backward."""
+    first, second = run_ranks(2, losses_that_are_checked_late)
+    assert [x == "nothing" for x in first] == [True, True, False, True, False, True, True, False]
+    assert first[:-1] == second[:-1]
+    assert first[2].startswith("after: NonFiniteError: z is NaN or infinite (rank 1: 1 of 8 rows, first row 3)")
+    assert first[4].startswith("after: ValueError: contrastive loss: the ranks disagree about the temperature")
+    told = "ValueError: contrastive loss: the ranks disagree about the rows of z: 8 on rank 0, 4 on rank 1"
+    assert first[7].startswith(f"after: {told}")
+    assert second[7].startswith(f"before: {told}")

@@ -15,7 +15,7 @@ from tests.distributed.spawn import run_ranks
 pytestmark = pytest.mark.distributed
 
 ROWS, K = 1024, 128
-LIMITS = {torch.float32: 1.02, torch.bfloat16: 0.52}  # of one all-gather of z in float32
+LIMITS = {torch.float32: 1.025, torch.bfloat16: 0.535}  # of one all-gather of z in float32
 
 
 def traffic(rank: int, world_size: int) -> dict[tuple[torch.dtype, Pairs], tuple[list, list]]:
