@@ -408,7 +408,7 @@ def test_samples_outside_of_the_file_are_refused(beton: Path) -> None:
 
 
 def test_a_loader_that_cannot_start_leaves_nothing_open(folder: Path) -> None:
-    with pytest.raises(DataError, match="29 images, fewer than one global batch of 64"):
+    with pytest.raises(DataError, match="29 samples, fewer than one global batch of 64"):
         build_loader(
             DataConfig(train=str(folder), image_size=SIDE),
             AugmentConfig(),

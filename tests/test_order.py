@@ -62,7 +62,7 @@ def test_every_sample_is_left_out_now_and_then() -> None:
 
 
 def test_dataset_smaller_than_the_global_batch_is_refused() -> None:
-    with pytest.raises(DataError, match="10 images, fewer than one global batch of 24"):
+    with pytest.raises(DataError, match="10 samples, fewer than one global batch of 24"):
         Order(10, G, SEED)
 
 

@@ -1,4 +1,4 @@
-"""`simclr-dist prepare`: images to a .beton file; `warmup`: compile the loader's kernels."""
+"""`simclr-dist prepare`: images to a .beton file, texts and proteins to a token folder; `warmup`: compile kernels."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simclr_dist.argument_types import add_source_arguments, percentage, positive_int
 from simclr_dist.cli.arguments import Commands, add_command
+from simclr_dist.config import OF_TOKENS
+from simclr_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from simclr_dist.data.beton.prepare import PreparedInfo
@@ -22,17 +25,20 @@ def register(commands: Commands) -> None:
         commands,
         "prepare",
         _run_prepare,
-        help="write images to a .beton file for the fast loader",
-        description="Writes images to a .beton file. It appears under its name only when it is complete.",
+        help="write images to a .beton file, or texts or proteins to a token folder",
+        description="Writes images to a .beton file, or texts or proteins to a token folder. It appears under its name "
+        "only when it is complete.",
     )
+    prepare.add_argument("--kind", choices=("images", *OF_TOKENS), default="images", help="what SOURCE holds")
     prepare.add_argument(
         "source",
         metavar="SOURCE",
-        help="folder of class folders, a tar of one, torchvision's files, or cifar10, cifar100, stl10, fashion-mnist",
+        help="folder of class folders, a tar of one, torchvision's files, or cifar10, cifar100, stl10, fashion-mnist; "
+        "texts: .txt, .tsv, .csv, .jsonl or .parquet; proteins: FASTA",
     )
-    prepare.add_argument("out", metavar="OUT.beton", type=Path)
+    prepare.add_argument("out", metavar="OUT", type=Path, help="OUT.beton; of texts and proteins, a folder")
     prepare.add_argument(
-        "--mode", choices=("auto", "jpg", "raw", "smart"), default="auto", help="auto: raw for small images, else jpg"
+        "--mode", choices=("auto", "jpg", "raw", "smart"), help="auto (default): raw for small images, else jpg"
     )
     prepare.add_argument(
         "--for-views",
@@ -44,20 +50,107 @@ def register(commands: Commands) -> None:
     prepare.add_argument(
         "--max-side", type=positive_int, metavar="PIXELS", help="shrink images whose longer side exceeds this"
     )
-    prepare.add_argument("--limit", type=positive_int, metavar="N", help="only N images, spread evenly over SOURCE")
-    prepare.add_argument("--on-error", choices=("refuse", "skip"), default="refuse", help="for unreadable images")
+    prepare.add_argument(
+        "--limit",
+        type=positive_int,
+        metavar="N",
+        help="only N images, spread evenly over SOURCE; texts, proteins: the first",
+    )
+    prepare.add_argument("--on-error", choices=("refuse", "skip"), help="for unreadable images (default: refuse)")
     prepare.add_argument("--strict", action="store_true", help="fail when anything found at SOURCE is left out")
-    prepare.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
+    prepare.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     prepare.add_argument(
         "--workers", type=positive_int, metavar="N", help="processes (default: the CPUs this process may use)"
     )
     add_source_arguments(prepare)
+    _add_token_arguments(prepare)
     add_command(
         commands, "warmup", _run_warmup, help="compile the loader's kernels, once a machine, before training does"
     )
 
 
+def _add_token_arguments(prepare: argparse.ArgumentParser) -> None:
+    tokens = prepare.add_argument_group("texts and proteins")
+    tokens.add_argument(
+        "--max-tokens", type=positive_int, metavar="N", help="cut what is longer (default: 1024); data.tokens cuts more"
+    )
+    tokens.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="of texts: tokenizer.json, or a folder with one: a model's, or a token folder (default: one is trained)",
+    )
+    tokens.add_argument(
+        "--vocabulary", type=positive_int, metavar="N", help="tokens of the tokenizer that is trained (default: 8192)"
+    )
+    tokens.add_argument(
+        "--column", action="append", metavar="NAME", help="of a table: the texts'; several: each is a text of its own"
+    )
+    tokens.add_argument("--label-column", metavar="NAME", help="of a table: the classes'")
+    tokens.add_argument("--no-header", action="store_true", help="of .tsv and .csv: columns are called 1, 2, 3, …")
+    tokens.add_argument("--encoding", help="of texts (default: utf-8)")
+    tokens.add_argument(
+        "--label-pattern", metavar="REGEX", help="of proteins: finds the class in a header; its first group, or all"
+    )
+
+
+_OF_IMAGES = "mode", "for_views", "quality", "max_side", "on_error", "workers"
+_OF_TEXT = "tokenizer", "vocabulary", "column", "label_column", "no_header", "encoding", "max_tokens"
+_OF_PROTEINS = "label_pattern", "max_tokens"
+
+
+def _refuse_options_of_other_kinds(args: argparse.Namespace) -> None:
+    """Raises ConfigError."""
+    from simclr_dist.data.account import SourceOptions
+
+    own = {"images": _OF_IMAGES, "text": _OF_TEXT, "proteins": _OF_PROTEINS}[args.kind]
+    given = [name for name in dict.fromkeys((*_OF_IMAGES, *_OF_TEXT, *_OF_PROTEINS)) if getattr(args, name)]
+    if args.kind != "images":
+        read, usual = asdict(SourceOptions.from_arguments(args)), asdict(SourceOptions())
+        given += [name.replace("value_range", "range") for name in read if read[name] != usual[name]]
+    if others := [f"--{name.replace('_', '-')}" for name in given if name not in own]:
+        raise ConfigError([f"{', '.join(others)}: not for --kind {args.kind}; leave it out"])
+
+
+def _prepare_tokens(args: argparse.Namespace) -> int:
+    from simclr_dist.data.tokens.prepare import prepare_proteins, prepare_texts
+    from simclr_dist.data.tokens.texts import Columns
+    from simclr_dist.safe_text import printable
+
+    common: dict[str, Any] = {
+        "max_tokens": args.max_tokens or 1024,
+        "limit": args.limit,
+        "strict": args.strict,
+        "overwrite": args.overwrite,
+    }
+    if args.kind == "proteins":
+        info = prepare_proteins(Path(args.source), args.out, label_pattern=args.label_pattern, **common)
+    else:
+        info = prepare_texts(
+            Path(args.source),
+            args.out,
+            tokenizer_at=args.tokenizer,
+            vocabulary_size=args.vocabulary or 8192,
+            columns=Columns(tuple(args.column or ()), args.label_column, not args.no_header),
+            encoding=args.encoding or "utf-8",
+            **common,
+        )
+    for line in info.account.lines():
+        print(printable(line))
+    print(
+        printable(
+            f"{info.path}: {info.account.taken:,} {info.account.noun}s in {len(info.class_names)} classes, "
+            f"{info.num_tokens:,} tokens, the longest had {info.longest:,}; {info.seconds:.1f} s"
+        )
+    )
+    print(f"  for your configuration: data.kind: {args.kind}, model.vocabulary: {info.vocabulary.size}")
+    return 0
+
+
 def _run_prepare(args: argparse.Namespace) -> int:
+    _refuse_options_of_other_kinds(args)
+    if args.kind != "images":
+        return _prepare_tokens(args)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy starts no threads, so workers can be forked
     from simclr_dist.data.account import SourceOptions
 
@@ -65,12 +158,12 @@ def _run_prepare(args: argparse.Namespace) -> int:
         args.source,
         args.out,
         options=SourceOptions.from_arguments(args),
-        mode=args.mode,
+        mode=args.mode or "auto",
         quality=args.quality,
         max_side=args.max_side,
         for_views=args.for_views,
         limit=args.limit,
-        on_error=args.on_error,
+        on_error=args.on_error or "refuse",
         strict=args.strict,
         overwrite=args.overwrite,
         num_workers=args.workers,

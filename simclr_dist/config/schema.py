@@ -27,6 +27,8 @@ BASE = "_base_"
 """The key under which a file names those that it begins from (yaml_source.py)."""
 IMAGES = "images"
 """The kind of data that a file without `data.kind` means."""
+OF_TOKENS = "text", "proteins"
+"""The kinds whose samples are token folders."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -44,9 +46,35 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class TokensConfig(Section):
+    """How texts and proteins become views. Every draw is a hash of (seed, epoch, sample, view)."""
+
+    max_tokens: Annotated[int, Field(ge=4, le=65_536)] = Field(
+        128, description="What an encoder sees of a sample at most, special tokens included; more is cut off."
+    )
+    views: Literal["whole", "spans"] = Field(
+        "whole", description="`whole`: samples as they are, and dropout makes two of one (SimCSE); `spans`: parts."
+    )
+    span_min: Count = Field(32, description="Tokens of the shortest span.")
+    span_max: Count = Field(96, description="Of the longest. Equal to span_min: all spans are so long.")
+    spans_touch: bool = Field(
+        True, description="Spans of a sample overlap or touch the first (DeCLUTR); false: they lie anywhere in it."
+    )
+    mask_p: Probability = Field(0.0, description="Share of a view's tokens that the mask token hides.")
+    mutate_p: Probability = Field(0.0, description="Share of a view's tokens that another, random one replaces.")
+    length_window: Annotated[int, Field(ge=0, le=4096)] = Field(
+        16, description="Batches among which samples are sorted by length, so that little is padded; 0: not at all."
+    )
+
+
 class DataConfig(Section):
-    kind: str = Field("images", description="What is trained on: `images`, or a kind that a script of yours registers.")
-    train: str = Field(description="A .beton file, an image folder, or `synthetic`.")
+    kind: str = Field(
+        "images",
+        description="What is trained on: `images`, `text`, `proteins`, or a kind that a script of yours registers.",
+    )
+    train: str = Field(
+        description="A .beton file, an image folder, or `synthetic`; of texts and proteins a token folder."
+    )
     test: str | None = Field(None, description="Held-out images for kNN during training; same kinds as `train`.")
     loader: Literal["auto", "ffcv", "folder", "synthetic"] = Field(
         "auto", description="`auto`: by the kind of `train`; a .beton file needs ffcv."
@@ -62,7 +90,31 @@ class DataConfig(Section):
     )
     num_threads: Count | None = Field(None, description="Decoding threads a process; null: its share of the CPUs.")
     batches_ahead: Annotated[int, Field(ge=1, le=16)] = Field(2, description="Batches decoded ahead of the step.")
+    tokens: TokensConfig = TokensConfig()
     options: dict[str, bool | int | float | str] = Field({}, description="Settings of a kind of your own.")
+
+    @model_validator(mode="after")
+    def _settings_of_its_kind(self) -> DataConfig:
+        tokens = self.tokens
+        if self.kind == IMAGES and tokens != TokensConfig():
+            raise ValueError("data.tokens is of texts and proteins, not of data.kind=images: leave it out")
+        if self.kind in (IMAGES, *OF_TOKENS) and self.options:
+            raise ValueError(
+                f"data.options ({', '.join(self.options)}) is for a kind of your own; {self.kind} "
+                f"{'have none' if self.kind == IMAGES else 'has data.tokens'}"
+            )
+        if tokens.span_min > tokens.span_max:
+            raise ValueError(
+                f"data.tokens.span_min ({tokens.span_min}) must not exceed data.tokens.span_max ({tokens.span_max})"
+            )
+        if tokens.views == "spans" and tokens.span_max > tokens.max_tokens:
+            raise ValueError(
+                f"data.tokens.span_max ({tokens.span_max}) must not exceed data.tokens.max_tokens "
+                f"({tokens.max_tokens}), where spans are cut off"
+            )
+        if tokens.mask_p + tokens.mutate_p > 1:
+            raise ValueError("data.tokens.mask_p and data.tokens.mutate_p are shares of one whole: lower them")
+        return self
 
     @field_validator("image_size", mode="wrap")
     @classmethod
@@ -93,10 +145,22 @@ class AugmentConfig(Section):
 
 
 class ModelConfig(Section):
-    encoder: str = Field(description="torchvision's networks by name, timm's as `timm/NAME`, or `resnet_small`.")
+    encoder: str = Field(
+        description="torchvision's networks by name, timm's as `timm/NAME`, `resnet_small`; of tokens, "
+        "`transformer_small`."
+    )
     image_size: Count | None = Field(None, description="Side that a ViT is built for; null: data.image_size.")
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="`cifar`: 3x3 convolution, no pooling (B.9).")
-    width: Count = Field(32, description="Channels of `resnet_small`'s first stage.")
+    width: Count = Field(
+        32, description="Channels of `resnet_small`'s first stage; D of `transformer_small`, a multiple of 2 x heads."
+    )
+    vocabulary: Count | None = Field(None, description="Of `transformer_small`: how many tokens there are.")
+    depth: Count = Field(4, description="Blocks of `transformer_small`.")
+    heads: Count = Field(4, description="Attention heads of `transformer_small`.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Of `transformer_small`.")
+    pooling: Literal["mean", "first"] = Field(
+        "mean", description="How an encoder of tokens makes h: the mean over all tokens, or the first ([CLS])."
+    )
     first_layer: Literal["random", "whitened"] = Field(
         "random", description="`whitened`: the first convolution begins with filters from data.train's own patches."
     )
@@ -314,10 +378,6 @@ class Config(Section):
     def _parts_fit(self) -> Config:
         if self.data.kind != IMAGES:
             self._refuse_what_only_images_have()
-        elif self.data.options:
-            raise ValueError(
-                f"data.options ({', '.join(self.data.options)}) is for a kind of your own; images have none"
-            )
         elif self.model.image_size != self.data.image_size:
             raise ValueError(
                 f"model.image_size ({self.model.image_size}) must be data.image_size ({self.data.image_size}); "
@@ -342,6 +402,7 @@ class Config(Section):
                 f"loss.pairs=across compares the two views of nt_xent or dcl with each other, but {what}: set it back, "
                 "or set loss.pairs to within"
             )
+        self._views_differ()
         self._shards_fit()
         if self.optim.optimizer == "sgd" and self.optim.nesterov and not self.optim.momentum:
             raise ValueError("optim.nesterov looks ahead along the momentum: set optim.momentum above 0")
@@ -375,6 +436,15 @@ class Config(Section):
         if train.precision == "auto":
             raise ValueError(
                 "train.virtual_shards: train.precision=auto is decided by a measurement: set fp32, bf16 or fp16"
+            )
+
+    def _views_differ(self) -> None:
+        tokens = self.data.tokens
+        same = self.data.kind in OF_TOKENS and tokens.views == "whole" and not (tokens.mask_p or tokens.mutate_p)
+        if same and self.model.encoder == "transformer_small" and not self.model.dropout:
+            raise ValueError(
+                "the views of a sample would be the same: data.tokens.views is whole and model.dropout 0; set "
+                "model.dropout above 0 (0.1 in SimCSE), or data.tokens.views to spans"
             )
 
     def _refuse_what_only_images_have(self) -> None:

@@ -63,7 +63,7 @@ class LeftOut:
 class Account:
     """Everything found at a source: taken, or left out for a reason.
 
-    layout: one sentence that says which folders are classes. taken: a number of images.
+    layout: one sentence that says which folders are classes. taken: a number of images, or of what `noun` says.
     """
 
     source: str
@@ -72,6 +72,7 @@ class Account:
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[LeftOut, ...] = ()
     """What is to be known of some that were taken, such as images of which only the first page is."""
+    noun: str = "image"
 
     @property
     def num_left_out(self) -> int:
@@ -92,7 +93,7 @@ class Account:
 
     def lines(self) -> list[str]:
         """For a terminal or a log: one line a fact, printable whatever bytes the names hold."""
-        lines = [f"{self.source}: {self.layout}", f"taken: {self.taken:,} {'image' if self.taken == 1 else 'images'}"]
+        lines = [f"{self.source}: {self.layout}", f"taken: {self.taken:,} {self.noun}{'' if self.taken == 1 else 's'}"]
         return [*map(printable, lines), *self.remarks()]
 
     def remarks(self) -> list[str]:
@@ -110,7 +111,13 @@ class Account:
             key: tuple(LeftOut(str(g["reason"]), int(g["count"]), tuple(map(str, g["names"]))) for g in content[key])
             for key in ("left_out", "notes")
         }
-        return cls(str(content["source"]), str(content["layout"]), int(content["taken"]), **groups)
+        return cls(
+            str(content["source"]),
+            str(content["layout"]),
+            int(content["taken"]),
+            **groups,
+            noun=str(content.get("noun", "image")),
+        )
 
 
 def _line(group: LeftOut) -> str:

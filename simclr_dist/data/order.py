@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from simclr_dist.data.randomness import permutation
 from simclr_dist.errors import DataError
 
-# Streams of `permutation`, so that the orders of pages and of samples are independent.
-_SAMPLES, _PAGES = 0, 1
+# Streams of `permutation`, so that the orders of pages, of samples and of batches are independent.
+_SAMPLES, _PAGES, _BATCHES = 0, 1, 2
 
 
 class Order:
@@ -29,6 +29,9 @@ class Order:
     pages: page of each sample [n], for files larger than memory: pages are visited in random order,
         `window_pages` at a time, and samples are shuffled within a window. Less random, but disk reads are near each
         other. None: every order of the n samples is possible.
+    lengths: of each sample [n], where a batch is padded to its longest: among `length_window` batches at a time,
+        samples are sorted by length before they are cut into batches, and the batches come in random order. A window of
+        1 leaves batches as they are. Not together with pages.
     """
 
     def __init__(
@@ -39,17 +42,21 @@ class Order:
         *,
         pages: NDArray[np.int64] | None = None,
         window_pages: int = 64,
+        lengths: NDArray[np.int64] | None = None,
+        length_window: int = 16,
     ) -> None:
         if num_samples < global_batch_size:
             raise DataError(
-                f"the dataset has {num_samples} images, fewer than one global batch of {global_batch_size}; "
-                "lower train.global_batch_size or use more images"
+                f"the dataset has {num_samples} samples, fewer than one global batch of {global_batch_size}; "
+                "lower train.global_batch_size or use more"
             )
         self.num_samples = num_samples
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.pages = pages
         self.window_pages = window_pages
+        self.lengths = lengths
+        self.length_window = length_window
         self.steps_per_epoch = num_samples // global_batch_size
         self._last: tuple[int, NDArray[np.int64]] | None = None
 
@@ -58,7 +65,11 @@ class Order:
         last = self._last
         if last is None or last[0] != epoch:
             order = permutation(self.seed, epoch, _SAMPLES, self.num_samples)
-            last = epoch, order if self.pages is None else self._by_window(order, self.pages, epoch)
+            if self.pages is not None:
+                order = self._by_window(order, self.pages, epoch)
+            if self.lengths is not None and self.length_window > 1:
+                order = self._by_length(order, self.lengths, epoch)
+            last = epoch, order
             self._last = last
         return last[1]
 
@@ -79,3 +90,13 @@ class Order:
         position_of_page[permutation(self.seed, epoch, _PAGES, len(names))] = np.arange(len(names))
         window = position_of_page[page_of] // self.window_pages
         return order[np.argsort(window[order], kind="stable")]
+
+    def _by_length(self, order: NDArray[np.int64], lengths: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """Whole batches only: the tail stays. Within a batch, samples stay in the order of `order`."""
+        G, steps = self.global_batch_size, self.steps_per_epoch
+        taken = order[: steps * G]
+        window = np.arange(steps * G) // (self.length_window * G)
+        batch = np.empty(steps * G, np.int64)
+        batch[np.lexsort((lengths[taken], window))] = np.arange(steps * G) // G
+        place = permutation(self.seed, epoch, _BATCHES, steps)
+        return np.concatenate([taken[np.argsort(place[batch], kind="stable")], order[steps * G :]])

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.config import AugmentConfig
-from simclr_dist.data.account import Account
 from simclr_dist.data.batch import Batch, Loader
 from simclr_dist.data.loading.open_images import DatasetInfo
 from simclr_dist.data.order import Order
 from simclr_dist.data.randomness import keys
 from simclr_dist.errors import DataError
+from simclr_dist.kinds.keyed_loader import KeyedLoader
 from simclr_dist.kinds.kind import Kind
 
 if TYPE_CHECKING:
@@ -116,7 +114,20 @@ class ArrayKind(Kind):
     def loader(
         self, augment: AugmentConfig, *, seed: int, global_batch_size: int, world: World, device: torch.device | str
     ) -> Loader:
-        return ArrayLoader(self, seed, global_batch_size, world, device)
+        rows = self.rows(self.data.train)
+        order = Order(len(rows.values), global_batch_size, seed)
+
+        def draw(epoch: int, step: int) -> Batch:
+            import torch
+
+            ids = order.sample_ids(epoch, step, world.rank, world.size)
+            view_keys = keys(order.seed, epoch, ids[None], np.arange(self.data.num_views)[:, None])
+            views = as_input(self.draw_views(rows.values[ids], view_keys))
+            if views.shape[:2] != view_keys.shape:
+                raise DataError(f"draw_views gave {tuple(views.shape)}, not {len(view_keys)} views of {len(ids)} rows")
+            return Batch(views, torch.from_numpy(ids.copy()), torch.from_numpy(rows.labels[ids]), epoch, ids)
+
+        return KeyedLoader(self.describe(self.data.train), order, draw, device)
 
     def evaluation_batches(
         self, source: str, ids: NDArray[np.int64], batch_size: int, unreadable: dict[int, str] | None = None
@@ -137,46 +148,3 @@ def as_input(values: NDArray) -> Tensor:
     import torch
 
     return torch.from_numpy(values.astype(np.float32 if np.issubdtype(values.dtype, np.floating) else np.int64))
-
-
-class ArrayLoader:
-    """Batches of the views that `kind` draws. See `Loader`."""
-
-    account: Account | None = None
-
-    def __init__(
-        self, kind: ArrayKind, seed: int, global_batch_size: int, world: World, device: torch.device | str
-    ) -> None:
-        self._kind, self._world, self._device = kind, world, device
-        self._rows = kind.rows(kind.data.train)
-        self.num_samples = len(self._rows.values)
-        self.class_names = self._rows.class_names
-        self.fingerprint = self.content_fingerprint = self._rows.fingerprint
-        self.order = Order(self.num_samples, global_batch_size, seed)
-        self.wait_s = 0.0
-
-    def batches(self, step: int) -> Iterator[Batch]:
-        """All batches of this rank from global step `step` on, without end, on the loader's device."""
-        for current in count(step):
-            begin = time.perf_counter()
-            batch = self._batch(*divmod(current, self.order.steps_per_epoch))
-            self.wait_s += time.perf_counter() - begin
-            yield batch
-
-    def _batch(self, epoch: int, step: int) -> Batch:
-        import torch
-
-        ids = self.order.sample_ids(epoch, step, self._world.rank, self._world.size)
-        view_keys = keys(self.order.seed, epoch, ids[None], np.arange(self._kind.data.num_views)[:, None])
-        views = as_input(self._kind.draw_views(self._rows.values[ids], view_keys))
-        if views.shape[:2] != view_keys.shape:
-            raise DataError(f"draw_views gave {tuple(views.shape)}, not {len(view_keys)} views of {len(ids)} rows")
-        labels = torch.from_numpy(self._rows.labels[ids])
-        return Batch(views, torch.from_numpy(ids.copy()), labels, epoch, ids).to(self._device)
-
-    def close(self) -> None: ...
-
-    def __enter__(self) -> ArrayLoader:
-        return self
-
-    def __exit__(self, *exc: object) -> None: ...

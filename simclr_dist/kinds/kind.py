@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.config import AugmentConfig, DataConfig
+from simclr_dist.config import AugmentConfig, DataConfig, ModelConfig
 from simclr_dist.data.batch import Batch, Loader
 from simclr_dist.data.loading.open_images import DatasetInfo
 
@@ -86,6 +86,9 @@ class Kind(ABC):
 
         views = self.inputs.example(self.data.num_views * n).unflatten(0, (self.data.num_views, n))
         return Batch(views, torch.arange(n), torch.full((n,), -1), 0)
+
+    def check_encoder(self, encoder: nn.Module, model: ModelConfig) -> None:  # noqa: B027 - most encoders are as good
+        """Raises ConfigError where the encoder, which takes `inputs`, is none for these data. It may have no values."""
 
     def baselines(self, train: str) -> Mapping[str, nn.Module]:
         """Encoders that nobody trains, by name, fitted to the samples of `train` where they need to be."""

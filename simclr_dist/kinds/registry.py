@@ -8,9 +8,10 @@ from simclr_dist.config import DataConfig
 from simclr_dist.errors import ConfigError
 from simclr_dist.kinds.images import Images
 from simclr_dist.kinds.kind import Kind
+from simclr_dist.kinds.tokens import Proteins, Texts
 
 Build = Callable[[DataConfig], Kind]
-_BUILT_IN: dict[str, Build] = {"images": Images}
+_BUILT_IN: dict[str, Build] = {"images": Images, "text": Texts, "proteins": Proteins}
 _REGISTERED: dict[str, Build] = {}
 
 

@@ -1,4 +1,5 @@
-"""Encoders by name: torchvision's networks, timm's as `timm/NAME`, `resnet_small`, and your own. Images in, h out.
+"""Encoders by name: torchvision's networks, timm's as `timm/NAME`, our own two, and yours. Images in, h out; of
+`transformer_small`, tokens in.
 
 h is the input of the network's own class layer: pooled features of a ResNet, the normalised pooled features of a
 ConvNeXt, the class token of a ViT. Parameters keep their library's names, so that an export only copies them. Weights
@@ -20,8 +21,10 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from simclr_dist.config import ModelConfig
 from simclr_dist.errors import ConfigError
+from simclr_dist.network.transformer import transformer_small
 
 TIMM = "timm/"
+OURS = "resnet_small", "transformer_small"
 RESNETS: dict[str, Callable[..., ResNet]] = {
     name: partial(getattr(torchvision.models, name), zero_init_residual=True)
     for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
@@ -40,6 +43,8 @@ def build_encoder(config: ModelConfig) -> tuple[nn.Module, int]:
     if config.encoder == "resnet_small":
         small = SmallResNet(config.width, stride=1 if config.stem == "cifar" else 2)
         return small, small.feature_dim
+    if config.encoder == "transformer_small":
+        return transformer_small(config)
     if config.stem == "cifar" and config.encoder not in RESNETS:
         raise ConfigError([f"model.stem: cifar is for ResNets only; {config.encoder} takes `stem: imagenet`"])
     if config.encoder.startswith(TIMM):
@@ -50,7 +55,7 @@ def build_encoder(config: ModelConfig) -> tuple[nn.Module, int]:
 
 def is_from_library(name: str) -> bool:
     """Whether `name` is torchvision's, timm's or ours, and so the same network in every program."""
-    return name == "resnet_small" or name.startswith(TIMM) or name in torchvision_names()
+    return name in OURS or name.startswith(TIMM) or name in torchvision_names()
 
 
 def register(name: str, build: Build) -> None:
@@ -60,7 +65,7 @@ def register(name: str, build: Build) -> None:
     (docs/guides/extending.md); a configuration cannot name code itself, because it may come from somebody else.
     Raises ValueError for a name that is taken.
     """
-    if name in ("resnet_small", *torchvision_names()) or name.startswith(TIMM):
+    if name in (*OURS, *torchvision_names()) or name.startswith(TIMM):
         raise ValueError(f"encoder {name!r} is taken; choose another name")
     _REGISTERED[name] = build
 
@@ -158,7 +163,7 @@ def explain_size_error(name: str, image_size: int | None) -> Iterator[None]:
 
 def _suggestions(name: str) -> str:
     """The end of a message about an unknown name: similar names, and which are known."""
-    known = ["resnet_small", *_REGISTERED, *torchvision_names()]
+    known = [*OURS, *_REGISTERED, *torchvision_names()]
     if name.startswith(TIMM):
         import timm
 
@@ -166,8 +171,9 @@ def _suggestions(name: str) -> str:
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     return (
-        f"{hint} Known are resnet_small, torchvision's classification networks (resnet50, convnext_tiny, vit_b_16, …) "
-        "and timm's as timm/NAME"
+        f"{hint} Known are {', '.join(OURS)}, "
+        "torchvision's classification networks (resnet50, convnext_tiny, vit_b_16, …) and "
+        "timm's as timm/NAME"
     )
 
 

@@ -81,6 +81,36 @@ def refuses(encoder: nn.Module, size: tuple[int, int]) -> str:
     return ""
 
 
+@torch.no_grad()
+def normalised_over_positions(encoder: nn.Module, inputs: Inputs) -> list[str]:
+    """The BatchNorm layers of `encoder`, which may have shapes only, whose statistics are not of rows [n, C] alone.
+
+    Where sequences are padded, their padding is in these statistics.
+    """
+    found: list[str] = []
+    device = next(encoder.parameters()).device
+    rows = 2
+
+    def look(name: str, given: tuple[Tensor, ...]) -> None:
+        if given[0].dim() != 2 or len(given[0]) != rows:
+            found.append(name)
+
+    handles = [
+        module.register_forward_pre_hook(lambda _, given, name=name: look(name, given))  # type: ignore[misc]
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    was_training = encoder.training
+    try:
+        if handles:
+            encoder.eval()(inputs.example(rows).to(device))
+    finally:
+        encoder.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def freeze(network: nn.Module, names: tuple[str, ...]) -> None:
     """Takes parameters out of training, as if they were constants."""
     for name in names:

@@ -38,7 +38,9 @@ def network_facts(config: Config) -> NetworkFacts:
     from simclr_dist.network.trial import check_evaluation_size, try_model
     from simclr_dist.plan.memory import checkpoint_bytes, shape_of_training
 
-    tried, size = try_model(config.model, kind_of(config.data).inputs), config.evaluation_data.image_size
+    kind = kind_of(config.data)
+    tried, size = try_model(config.model, kind.inputs), config.evaluation_data.image_size
+    kind.check_encoder(tried.network.encoder, config.model)
     check_evaluation_size(config.model, tried.network, size, trained_at=config.data.image_size)
     network = shape_of_training(config.model, config.loss) if config.loss.learn_temperature else tried.network
     num_bytes = checkpoint_bytes(network, config.optim, config.model_dump(mode="json"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from simclr_dist.config import Config, flatten
 from simclr_dist.data import Loader
 from simclr_dist.errors import CheckpointError, ConfigError
 from simclr_dist.evaluation.online_probe import OnlineProbe
+from simclr_dist.kinds import kind_of
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 from simclr_dist.run import history
@@ -85,7 +86,7 @@ def restore(
 def refuse_another_training(found: Checkpoint, config: Config, known_as: tuple[str, ...] | None) -> None:
     """known_as: fingerprints of the images of now; None: not looked at. Raises CheckpointError."""
     then, now = found.config, config
-    same_images = known_as is None or found.fingerprint in known_as
+    noun = kind_of(now.data).noun if then.data.kind == now.data.kind else "sample"
     changes = [
         f"{key}: {before} then, {after} now"
         for key, before, after in (
@@ -95,7 +96,8 @@ def refuse_another_training(found: Checkpoint, config: Config, known_as: tuple[s
             ("data.order", then.data.order, now.data.order),
             ("optim.optimizer", then.optim.optimizer, now.optim.optimizer),
             ("loss.learn_temperature", *(str(c.loss.learn_temperature).lower() for c in (then, now))),
-            ("the images' fingerprint", found.fingerprint, found.fingerprint if same_images else (known_as or [""])[0]),
+            *((f"data.tokens.{key}", *pair) for key, pair in _tokens(then, now).items()),
+            *_fingerprints(found.fingerprint, known_as, noun),
         )
         if before != after
     ]
@@ -104,6 +106,21 @@ def refuse_another_training(found: Checkpoint, config: Config, known_as: tuple[s
             f"{found.path} cannot be continued, because these differ: {'; '.join(changes)}. "
             "Put them back, or choose another name=… to start a new run"
         )
+
+
+def _tokens(then: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """How tokens become views, and in which order, then and now."""
+    before, after = (config.data.tokens.model_dump() for config in (then, now))
+    return {key: (before[key], after[key]) for key in before}
+
+
+def _fingerprints(then: str, known_as: tuple[str, ...] | None, noun: str) -> Iterator[tuple[str, str, str]]:
+    """Where the data are others: what of them, then and now. Of tokens, a fingerprint has two parts."""
+    if known_as is None or then in known_as:
+        return
+    parts = [fingerprint.partition("-") for fingerprint in (then, known_as[0])]
+    yield f"the {noun}s' fingerprint", parts[0][0], parts[1][0]
+    yield "the tokenizer's", parts[0][2], parts[1][2]
 
 
 def changed_settings(found: Checkpoint | None, config: Config) -> dict[str, tuple[Any, Any]]:

@@ -1,0 +1,200 @@
+"""Texts and proteins: token ids in, whatever they stood for.
+
+A view is int64 [V, B, T]: token ids plus one, special tokens included, then zeros for padding. So an encoder's mask is
+`tokens != 0`, whatever its tokenizer calls padding, and `tokens - 1` are the tokenizer's own ids. T is that of the
+global batch, so nothing depends on the number of processes. `Batch.group_ids` are the same for samples of equal
+content: the loss never makes them negatives of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simclr_dist.config import AugmentConfig, ModelConfig
+from simclr_dist.data.batch import Batch, Loader
+from simclr_dist.data.loading.open_images import DatasetInfo
+from simclr_dist.data.order import Order
+from simclr_dist.data.randomness import keys
+from simclr_dist.data.tokens.folder import MANIFEST, TokenFolder, folder_size, open_tokens, same_tokens
+from simclr_dist.data.tokens.views import beginnings, content_limit, padded_length, spans, written
+from simclr_dist.errors import ConfigError, DataError
+from simclr_dist.kinds.keyed_loader import KeyedLoader
+from simclr_dist.kinds.kind import Kind
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from simclr_dist.kinds.kind import SampleBatch
+    from simclr_dist.network.inputs import Inputs
+    from simclr_dist.parallel.distributed import World
+
+
+class Tokens(Kind):
+    """Samples are sequences of token ids in a token folder (data/tokens/folder.py)."""
+
+    what: ClassVar[str]
+    """What the folder's manifest calls its content."""
+
+    def folder(self, source: str) -> TokenFolder:
+        """It is kept in this process until it changes. Raises DataError, also where its tokenizer is another than that
+        of data.train: an encoder knows the ids of one.
+        """
+        found = _opened(source)
+        if found.vocabulary.what != self.what:
+            raise DataError(f"{source}: holds {found.vocabulary.what}, and data.kind is {self.data.kind}")
+        if source != self.data.train and found.vocabulary != (train := _opened(self.data.train)).vocabulary:
+            raise DataError(
+                f"{source}: was prepared with another tokenizer than {train.path}; prepare it again with "
+                f"--tokenizer {train.path}"
+            )
+        return found
+
+    @cached_property
+    def train(self) -> TokenFolder:
+        found, tokens = self.folder(self.data.train), self.data.tokens
+        if content_limit(tokens, found.vocabulary) < 1:
+            raise ConfigError(
+                [f"data.tokens.max_tokens: {tokens.max_tokens} leaves no room beside the special tokens; raise it"]
+            )
+        if tokens.mask_p and found.vocabulary.mask is None:
+            raise ConfigError(
+                [f"data.tokens.mask_p: the tokenizer of {found.path} has no mask token; set it to 0, or use mutate_p"]
+            )
+        return found
+
+    @property
+    def inputs(self) -> Inputs:
+        """The longest that there are: for them there must be memory."""
+        import torch
+
+        from simclr_dist.network.inputs import Inputs
+
+        vocabulary = self.train.vocabulary
+        T = padded_length(np.minimum(self.train.lengths, content_limit(self.data.tokens, vocabulary)), vocabulary)
+        return Inputs(f"{self.noun}s", f"at most {T} tokens", lambda n: torch.randint(1, vocabulary.size + 1, (n, T)))
+
+    @property
+    def input_signature(self) -> Mapping[str, Any]:
+        vocabulary = self.train.vocabulary
+        return {
+            "max_tokens": self.data.tokens.max_tokens,
+            "tokenizer": vocabulary.digest,
+            "vocabulary": vocabulary.size,
+        }
+
+    def describe(self, source: str) -> DatasetInfo:
+        folder = self.folder(source)
+        return DatasetInfo(
+            len(folder),
+            folder.class_names,
+            folder.fingerprint,
+            folder.verified_fingerprint,
+            folder.labels,
+            folder.account,
+        )
+
+    def loader(
+        self, augment: AugmentConfig, *, seed: int, global_batch_size: int, world: World, device: torch.device | str
+    ) -> Loader:
+        info, folder, tokens = self.describe(self.data.train), self.train, self.data.tokens
+        seen = np.minimum(folder.lengths, content_limit(tokens, folder.vocabulary))
+        lengths = seen if tokens.length_window else None
+        order = Order(len(folder), global_batch_size, seed, lengths=lengths, length_window=tokens.length_window)
+        groups = folder.content_ids
+        if tokens.views == "whole" and (seen != folder.lengths).any():  # what differs after the cut only is the same
+            groups = same_tokens(folder.tokens, folder.offsets[:-1], seen)
+
+        def draw(epoch: int, step: int) -> Batch:
+            return self._draw(order, groups, epoch, step, world)
+
+        return KeyedLoader(info, order, draw, device)
+
+    def _draw(self, order: Order, groups: NDArray[np.int64], epoch: int, step: int, world: World) -> Batch:
+        import torch
+
+        folder, V, tokens = self.train, self.data.num_views, self.data.tokens
+        batch = order.sample_ids(epoch, step)  # of all ranks: it decides T
+        own = slice(world.rank * len(batch) // world.size, (world.rank + 1) * len(batch) // world.size)
+        ids = order.sample_ids(epoch, step, world.rank, world.size)
+        view_keys = keys(order.seed, epoch, batch[None], np.arange(V)[:, None])
+        if tokens.views == "spans":
+            parts = spans(folder, batch, view_keys, tokens)
+        else:
+            whole = beginnings(folder, batch, tokens)
+            parts = replace(whole, starts=np.tile(whole.starts, (V, 1)), lengths=np.tile(whole.lengths, (V, 1)))
+        T = padded_length(parts.lengths, folder.vocabulary)
+        views = written(folder, parts[:, own], T, view_keys[:, own], tokens)
+        labels, group_ids = (torch.from_numpy(x[ids]) for x in (folder.labels, groups))
+        return Batch(torch.from_numpy(views), torch.from_numpy(ids.copy()), labels, epoch, ids, group_ids)
+
+    def check_encoder(self, encoder: nn.Module, model: ModelConfig) -> None:
+        from simclr_dist.network.trial import normalised_over_positions
+
+        vocabulary = self.train.vocabulary
+        if names := normalised_over_positions(encoder, self.inputs):
+            raise ConfigError(
+                [
+                    f"model.encoder: {model.encoder} has BatchNorm over tokens ({', '.join(names[:3])}), whose "
+                    "statistics would be those of the padding, too; use LayerNorm"
+                ]
+            )
+        if model.encoder != "transformer_small":
+            return
+        if model.vocabulary != vocabulary.size:
+            raise ConfigError(
+                [
+                    f"model.vocabulary: is {model.vocabulary}, but {self.train.path} has {vocabulary.size:,} tokens; "
+                    f"set it to {vocabulary.size}"
+                ]
+            )
+        if model.pooling == "first" and not vocabulary.prefix:
+            raise ConfigError(
+                [
+                    "model.pooling=first takes the first token for h, which must be a special one: the tokenizer of "
+                    f"{self.train.path} puts none before a {self.noun}; set it to mean"
+                ]
+            )
+
+    def evaluation_batches(
+        self, source: str, ids: NDArray[np.int64], batch_size: int, unreadable: dict[int, str] | None = None
+    ) -> Iterator[SampleBatch]:
+        import torch
+
+        folder = self.folder(source)
+        for start in range(0, len(ids), batch_size):
+            part = ids[start : start + batch_size]
+            seen = beginnings(folder, part, self.data.tokens)
+            tokens = written(folder, seen, padded_length(seen.lengths, folder.vocabulary))
+            yield torch.from_numpy(tokens), torch.from_numpy(folder.labels[part]), torch.from_numpy(part.copy())
+
+    def size_on_disk(self, source: str) -> int:
+        return folder_size(Path(source))
+
+
+class Texts(Tokens):
+    noun: ClassVar[str] = "text"
+    what: ClassVar[str] = "text"
+
+
+class Proteins(Tokens):
+    noun: ClassVar[str] = "protein"
+    what: ClassVar[str] = "proteins"
+
+
+_OPENED: dict[str, tuple[int, TokenFolder]] = {}
+
+
+def _opened(source: str) -> TokenFolder:
+    manifest = Path(source) / MANIFEST
+    stamp = manifest.stat().st_mtime_ns if manifest.is_file() else -1
+    if source not in _OPENED or _OPENED[source][0] != stamp:
+        _OPENED[source] = stamp, open_tokens(source)
+    return _OPENED[source][1]
