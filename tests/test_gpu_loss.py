@@ -158,7 +158,7 @@ def test_rows_of_16_bits_cost_what_is_documented_and_no_more(
 def test_a_large_batch_fits_and_agrees_with_float64(
     device: str, implementation: str, pairs: Pairs, generator: torch.Generator
 ) -> None:
-    """16,384 rows: several tiles, every multiprocessor busy; the similarities alone would be 1 GiB."""
+    """16,384 rows: several tiles, every multiprocessor busy; all similarities are 1 GiB, a tile 256 MiB."""
     z = torch.randn(16384, 128, generator=generator).to(device).requires_grad_()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -166,7 +166,7 @@ def test_a_large_batch_fits_and_agrees_with_float64(
     value = loss(z)
     value.backward()
     assert_it_ran(loss, implementation)
-    assert torch.cuda.max_memory_allocated() - before < 2**28
+    assert torch.cuda.max_memory_allocated() - before < {"tiled": 300 * 2**20, "triton": 2**26}[implementation]
     exact = z.detach().double().requires_grad_()
     expected = NTXentLoss(0.1, "tiled", pairs=pairs)(exact)
     expected.backward()

@@ -69,7 +69,7 @@ def first_step(trainer: Trainer) -> tuple[float, Tensor]:
 
 # mode -> (overrides, devices, tolerance of the loss, of the update: relative, by norm)
 MODES = {
-    "fp32": ((), "both", 1e-4, 2e-2),  # cuDNN's convolutions use TF32
+    "fp32": ((), "both", 1e-4, 2e-2),
     "bf16": (("train.precision=bf16",), "both", 2e-2, 0.25),
     "fp16": (("train.precision=fp16",), "cuda", 5e-3, 0.1),
     "contiguous": (("train.channels_last=false",), "both", 1e-4, 2e-2),
@@ -84,10 +84,14 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # both are of torch.compile
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize(("device", "mode"), CASES)
 def test_every_mode_takes_nearly_the_step_of_float32_on_a_cpu(
-    device: str, mode: str, make_trainer: MakeTrainer
+    device: str, mode: str, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """But for TF32, with which torch computes float32 convolutions: on an H200 an update was 5 % off."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     overrides, _, of_loss, of_update = MODES[mode]
     expected_loss, expected = first_step(make_trainer("cpu", "expected"))
     loss, update = first_step(make_trainer(device, "found", *overrides))
@@ -103,15 +107,15 @@ def test_no_operation_of_a_step_waits_for_the_device(device: str, make_trainer: 
         batches = trainer.parts.loader.batches(0)
         for _ in range(3):
             trainer.train_step(next(batches))
-        torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
                 trainer.train_step(next(batches))
         finally:
             torch.cuda.set_sync_debug_mode("default")
         batches.close()
-    waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+    waits = [str(w.message) for w in caught if "called a synchronizing" in str(w.message)]
     assert waits == []
 
 
@@ -147,7 +151,7 @@ def test_the_smoke_run_finishes_from_the_command_line(device: str, tmp_path: Pat
     training = Training(images, tmp_path, "smoke", "train.precision=bf16", ACCELERATE_USE_CPU="false")
     assert training.wait() == [0], training.output
     assert training.status()["state"] == "finished"
-    assert f"on {device}, bf16" in training.output[0]
+    assert f"1 x {torch.cuda.get_device_name()}, bf16" in training.output[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
