@@ -29,6 +29,7 @@ from simclr_dist.data.decode.ffcv_import import import_ffcv, unavailable
 from simclr_dist.data.loading import channel_images
 from simclr_dist.data.loading.channel_images import ChannelImages
 from simclr_dist.data.loading.inspect import inspect_beton
+from simclr_dist.data.loading.ready_views import load_views
 from simclr_dist.data.loading.view_loader import build_loader
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.kinds import kind_of
@@ -186,7 +187,7 @@ class TestPrepare:
         info = made({"a/0.npy": npy_bytes(samples(2, 16))})
         content = info.path.read_bytes()
         info.path.write_bytes(content.replace(b'"channels": 2', b'"channels": 4'))
-        with pytest.raises(DataError, match="out.beton: damaged"):
+        with pytest.raises(DataError, match=r"out\.beton: damaged"):
             open_beton(info.path)
 
 
@@ -524,10 +525,28 @@ class TestSettings:
     def test_other_data_than_the_encoder_takes_are_refused_by_name(self, two: Path, made) -> None:
         four = made({"a/0.npy": npy_bytes(samples(4, 8))}, name="four").path
         kind = kind_of(settled(config_of({"train": str(two)})).data)
-        with pytest.raises(DataError, match="four.beton: its images are 4 channels of 8 bits, and .* 2 channels of 16"):
+        with pytest.raises(
+            DataError, match=r"four\.beton: its images are 4 channels of 8 bits, and .* 2 channels of 16"
+        ):
             kind.describe(str(four))
-        with pytest.raises(DataError, match="two.beton: its images are 2 channels of 16 bits, and .* RGB of 8 bits"):
+        with pytest.raises(DataError, match=r"two\.beton: its images are 2 channels of 16 bits, and .* RGB of 8 bits"):
             kind_of(DataConfig(train="synthetic", image_size=16)).describe(str(two))
+
+    def test_a_plan_for_data_that_are_elsewhere_goes_by_the_settings(self) -> None:
+        config = config_of({"train": "not/here.beton", "channels": 4, "bits": 16})
+        assert settled(config) == config
+        assert config.model.channels == 4
+
+    def test_views_for_other_loops_have_the_channels_of_the_file(self, two: Path) -> None:
+        with load_views(str(two), image_size=12, global_batch_size=4, preset="none") as views:
+            found, ids = next(iter(views))
+        assert found.shape == (2, 4, 2, 12, 12)
+        with open_beton(two) as beton:
+            pixels = beton.pixel_format
+        data = DataConfig(train=str(two), image_size=12, **pixels.to_json())
+        batch = next(iter(kind_of(data).evaluation_batches(str(two), ids.numpy(), 4)))
+        assert batch[0].dtype == torch.uint16
+        assert abs(float(found.mean())) < 0.5
 
     def test_rgb_stays_as_it_was(self) -> None:
         config = config_of({"train": "synthetic"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -40,6 +41,8 @@ class Images(Kind):
 
     def settled(self) -> DataConfig:
         """What `prepare --channels keep` kept is in the file itself."""
+        if self.data.channels is not None and not Path(self.data.train).exists():
+            return self.data  # a plan for data that are elsewhere
         found = kept_pixel_format(self.data.train) or RGB
         given = {name: getattr(self.data, name) for name in PIXELS if getattr(self.data, name) is not None}
         if not given and found == RGB:

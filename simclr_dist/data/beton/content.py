@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simclr_dist.bounded_json import parse_json
 from simclr_dist.data.digest_cache import digest_once
 from simclr_dist.errors import DataError
 from simclr_dist.pixel_format import PixelFormat
@@ -71,7 +72,7 @@ def from_arguments(arguments: NDArray[np.uint8]) -> tuple[str | None, PixelForma
     if not text.startswith(_MARK):
         return None, None
     digest, _, kept = text.removeprefix(_MARK).decode("ascii", "replace").partition("\n")
-    return digest, PixelFormat.from_json(json.loads(kept)) if kept else None
+    return digest, PixelFormat.from_json(parse_json(kept)) if kept else None
 
 
 def read_records_digest(beton: Beton) -> str:
