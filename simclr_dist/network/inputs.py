@@ -32,11 +32,12 @@ class Inputs:
             return self.draw(n)
 
 
-def images(size: int) -> Inputs:
-    """Normalised images [n, 3, size, size]."""
+def images(size: int, channels: int = 3) -> Inputs:
+    """Normalised images [n, channels, size, size]."""
 
     def of_side(side: int) -> Draw:
-        return lambda n: torch.randn(n, 3, side, side)
+        return lambda n: torch.randn(n, channels, side, side)
 
     others = {f"data.image_size={side}": of_side(side) for side in USUAL_SIZES if side != size}
-    return Inputs("images", f"{size} px", of_side(size), others)
+    what = f"{size} px" if channels == 3 else f"{size} px and {channels} channel{'s' if channels > 1 else ''}"
+    return Inputs("images", what, of_side(size), others)

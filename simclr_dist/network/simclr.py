@@ -16,7 +16,7 @@ from simclr_dist.network.keyed_dropout import Draws
 
 
 class SimCLR(nn.Module):
-    """Images [n, 3, H, W] to h [n, D], the representation, and z [n, K], what the loss compares (not normalised)."""
+    """Images [n, C, H, W] to h [n, D], the representation, and z [n, K], what the loss compares (not normalised)."""
 
     def __init__(self, encoder: nn.Module, projection_head: nn.Module, feature_dim: int) -> None:
         super().__init__()
