@@ -2,9 +2,9 @@
 
     python -m benchmarks.length_buckets data/proteins_train.tokens data/glosses_train.tokens
 
-The folders are those of `make demo-proteins` and `make demo-text`. Padding: tokens that the slowest rank computes, times
-the number of ranks, over the real tokens of the global batch; the mean of some batches of an epoch. Speed: real tokens
-of forward and backward passes of transformer_small a second of CPU time, with and without windows in turn.
+The folders are those of `make demo-proteins` and `make demo-text`. Padding: tokens that the slowest rank computes,
+times the number of ranks, over the real tokens of the global batch; the mean of some batches of an epoch. Speed: real
+tokens of forward and backward passes of transformer_small a second of CPU time, with and without windows in turn.
 """
 
 from __future__ import annotations

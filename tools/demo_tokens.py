@@ -40,7 +40,7 @@ def debian_package(name: str) -> Path:
             subprocess.run(["dpkg-deb", "-x", package.name, name], cwd=DATA, check=True)
         except (OSError, subprocess.CalledProcessError, StopIteration) as error:
             raise DataError(
-                f"the Debian package {name} cannot be fetched ({error}); unpack it elsewhere (dpkg-deb -x) and name the "
+                f"the Debian package {name} cannot be fetched ({error}); unpack it (dpkg-deb -x) and name that "
                 "folder with --data"
             ) from None
     return target
@@ -51,7 +51,7 @@ def prepare(*arguments: object) -> None:
 
 
 def glosses(root: Path) -> None:
-    """Definitions with their examples; the class is the file of WordNet's lexicographers: noun.animal, verb.motion, …"""
+    """Definitions with their examples; the class is the lexicographers' file: noun.animal, verb.motion, …"""
     rows = []
     for part in ("noun", "verb", "adj", "adv"):
         for line in (root / "usr/share/wordnet" / f"data.{part}").read_text(encoding="latin-1").splitlines():

@@ -30,7 +30,6 @@ class Images(Kind):
 
     noun: ClassVar[str] = "image"
     shows_views: ClassVar[bool] = True
-    counted_as = "img"
 
     @property
     def inputs(self) -> Inputs:

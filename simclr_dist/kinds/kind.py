@@ -34,11 +34,6 @@ class Kind(ABC):
     noun: ClassVar[str]
     """What logs and tables call a sample; its plural ends with s."""
 
-    @property
-    def counted_as(self) -> str:
-        """In the short lines of a training: so many of them a second."""
-        return f"{self.noun}s"
-
     evaluations: ClassVar[tuple[str, ...]] = ("knn", "linear")
     """Methods of `simclr-dist evaluate` that make sense."""
 

@@ -25,7 +25,7 @@ from simclr_dist.errors import ConfigError
 from simclr_dist.monitor.events import Event, Figures, Finished, Message, Sink
 from simclr_dist.monitor.log_file import LogFile
 from simclr_dist.monitor.tensorboard import TensorBoard
-from simclr_dist.monitor.terminal import IMAGES, build_terminal
+from simclr_dist.monitor.terminal import build_terminal
 from simclr_dist.monitor.trackers import Trackers
 from simclr_dist.run.layout import RunDir
 
@@ -96,21 +96,16 @@ def open_monitor(
     samples_seen: int,
     steps_per_epoch: int | None = None,
     settings_of_run: Mapping[str, Any] | None = None,
-    samples: str = IMAGES,
 ) -> Monitor:
     """The main process's monitor: it writes under `run_dir` and to the terminal.
 
     samples_seen: where a resumed run goes on; later points of earlier starts are removed.
-    settings_of_run: the configuration, for trackers. samples: what a line counts by the second.
-    Raises ConfigError when a tracker cannot be had or a file cannot be written.
+    settings_of_run: the configuration, for trackers. Raises ConfigError when a tracker cannot be had or a file cannot
+    be written.
     """
     settings = settings or MonitorConfig()
     terminal = build_terminal(
-        settings.terminal,
-        total_steps=total_steps,
-        first_step=first_step,
-        steps_per_epoch=steps_per_epoch,
-        samples=samples,
+        settings.terminal, total_steps=total_steps, first_step=first_step, steps_per_epoch=steps_per_epoch
     )
     trackers = Trackers(settings.trackers, run_dir, settings_of_run or {}, terminal.warn)
     places = RunDir(run_dir)

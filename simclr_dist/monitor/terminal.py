@@ -25,15 +25,14 @@ from simclr_dist.streams import rich_text
 
 TerminalStyle = Literal["auto", "plain", "quiet", "json"]
 
-IMAGES = "img"
 # What a line shows of a log record, the most wanted first: narrow terminals lose the end.
 _SHORT: dict[str, Callable[[float], str]] = {
     "train/loss": lambda v: f"loss {v:.4f}",
     "eval/knn_top1": lambda v: f"kNN {v:.2%}",
     "train/probe_top1": lambda v: f"probe {v:.1%}",
     "train/temperature": lambda v: f"temp {v:.4f}",
-    LAST_INTERVAL: lambda v: f"{v:,.0f} {IMAGES}/s",
-    SINCE_START: lambda v: f"mean {v:,.0f} {IMAGES}/s",
+    LAST_INTERVAL: lambda v: f"{v:,.0f} img/s",
+    SINCE_START: lambda v: f"mean {v:,.0f} img/s",
     "speed/data_wait_share": lambda v: f"wait {v:.0%}",
 }
 _SELDOM = ("eval/knn_top1",)  # stays on the line until there is a new one
@@ -117,9 +116,8 @@ class JsonLines(Quiet):
 class Lines(Quiet):
     """Plain lines, never wrapped, so that they can be searched."""
 
-    def __init__(self, *, total_steps: int, first_step: int, steps_per_epoch: int | None, samples: str) -> None:
+    def __init__(self, *, total_steps: int, first_step: int, steps_per_epoch: int | None) -> None:
         super().__init__()
-        self._samples = samples
         self._console = _Console(highlight=False)
         self._total_steps = total_steps
         self._first_step = first_step
@@ -136,19 +134,13 @@ class Lines(Quiet):
         for name, text in rows.items():
             self.say(f"  {name:<{width}}  {text}")
 
-    def _numbers(self, record: Mapping[str, Any]) -> list[str]:
-        shown = [render(record[tag]) for tag, render in _SHORT.items() if record.get(tag) is not None]
-        return [text.replace(f" {IMAGES}/s", f" {self._samples}/s") for text in shown]
-
     def log(self, record: Mapping[str, Any]) -> None:
-        if not self._numbers(record):
+        if not _numbers(record):
             return
         self._seldom |= {tag: record[tag] for tag in _SELDOM if tag in record}
         step = record["step"]
         self.say(
-            "  ".join(
-                [f"step {step}/{self._total_steps}", *self._numbers({**record, **self._seldom}), *self._eta(step)]
-            )
+            "  ".join([f"step {step}/{self._total_steps}", *_numbers({**record, **self._seldom}), *self._eta(step)])
         )
 
     def _epoch(self, step: int) -> str:
@@ -169,14 +161,13 @@ class Lines(Quiet):
 class Live(Lines):
     """A bar that moves, fitted to the terminal's width; everything else scrolls above it."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, *, total_steps: int, first_step: int, steps_per_epoch: int | None) -> None:
+        super().__init__(total_steps=total_steps, first_step=first_step, steps_per_epoch=steps_per_epoch)
         self._latest: dict[str, Any] = {}
         self._progress = Progress(
             TextColumn("{task.description}", markup=False), _Bar(self._console), console=self._console, expand=True
         )
-        first = self._first_step
-        self._task = self._progress.add_task(self._line(first), total=self._total_steps, completed=first)
+        self._task = self._progress.add_task(self._line(first_step), total=total_steps, completed=first_step)
 
     def start(self) -> None:
         self._progress.start()
@@ -206,7 +197,7 @@ class Live(Lines):
             parts, room = [f"{step}/{self._total_steps}"], width - 2
         else:
             parts, room = [part for part in (self._epoch(step), f"step {step}/{self._total_steps}") if part], width - 10
-        return fit([*parts, *self._eta(step), *self._numbers(self._latest)], room)
+        return fit([*parts, *self._eta(step), *_numbers(self._latest)], room)
 
 
 class _Bar(ProgressColumn):
@@ -221,19 +212,15 @@ class _Bar(ProgressColumn):
         return Text("") if self._console.width < _NARROW else self._bar.render(task)
 
 
-def build_terminal(
-    style: TerminalStyle, *, total_steps: int, first_step: int, steps_per_epoch: int | None, samples: str = IMAGES
-) -> Quiet:
-    """auto: a live bar on a terminal that can draw one, else plain lines. samples: what a line counts by the second."""
+def build_terminal(style: TerminalStyle, *, total_steps: int, first_step: int, steps_per_epoch: int | None) -> Quiet:
+    """auto: a live bar on a terminal that can draw one, else plain lines."""
     if style == "quiet":
         return Quiet()
     if style == "json":
         return JsonLines()
     # rich takes a pipe for a terminal where FORCE_COLOR is set, as it is in many CI systems.
     live = style == "auto" and sys.stdout.isatty() and not Console().is_dumb_terminal
-    return (Live if live else Lines)(
-        total_steps=total_steps, first_step=first_step, steps_per_epoch=steps_per_epoch, samples=samples
-    )
+    return (Live if live else Lines)(total_steps=total_steps, first_step=first_step, steps_per_epoch=steps_per_epoch)
 
 
 def fit(parts: list[str], width: int, gap: str = "  ") -> str:
@@ -250,3 +237,7 @@ def duration(seconds: float) -> str:
     """3725.9 -> 1:02:05"""
     minutes, s = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
+
+
+def _numbers(record: Mapping[str, Any]) -> list[str]:
+    return [render(record[tag]) for tag, render in _SHORT.items() if record.get(tag) is not None]

@@ -346,7 +346,6 @@ def _open_monitor(
         samples_seen=state.samples_seen,
         steps_per_epoch=steps_per_epoch,
         settings_of_run=config.model_dump(mode="json"),
-        samples=kind_of(config.data).counted_as,
     )
     if superseded:
         monitor.warn(
