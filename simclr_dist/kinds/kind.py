@@ -33,6 +33,7 @@ class Kind(ABC):
 
     noun: ClassVar[str]
     """What logs and tables call a sample; its plural ends with s."""
+
     evaluations: ClassVar[tuple[str, ...]] = ("knn", "linear")
     """Methods of `simclr-dist evaluate` that make sense."""
 

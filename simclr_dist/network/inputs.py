@@ -25,6 +25,9 @@ class Inputs:
     others: Mapping[str, Draw] = field(default_factory=dict)
     """By the setting that gives them: what to propose where an encoder cannot take these."""
 
+    mean: Draw | None = None
+    """Where their size varies: inputs of mean size, of which operations are counted. `draw` gives the largest."""
+
     def example(self, n: int, seed: int = 0) -> Tensor:
         """[n, ...] on the CPU, the same for the same seed. Torch's generator stays as it is."""
         with torch.random.fork_rng(devices=[]):
