@@ -258,7 +258,7 @@ def two_channels(folder: Path, count: int, brightness: int) -> Path:
         pixels = np.random.default_rng(i + brightness).integers(0, brightness, (2, 12, 14)).astype(np.uint16)
         np.save(folder / f"{i}.npy", pixels.transpose(1, 2, 0))
     out = folder.with_suffix(".beton")
-    prepare(folder, out, num_workers=1, options=SourceOptions(channels="keep", layout="flat"))
+    prepare(folder, out, num_workers=1, options=SourceOptions(channels="keep", layout="flat", axes="hwc"))
     return out
 
 
@@ -289,7 +289,12 @@ def two_channels_of(folder: Path, *files: Path) -> Path:
     for file in files:
         for image in file.with_suffix("").iterdir():
             shutil.copy(image, folder / f"{file.stem}{image.name}")
-    prepare(folder, folder.with_suffix(".beton"), num_workers=1, options=SourceOptions(channels="keep", layout="flat"))
+    prepare(
+        folder,
+        folder.with_suffix(".beton"),
+        num_workers=1,
+        options=SourceOptions(channels="keep", layout="flat", axes="hwc"),
+    )
     return folder.with_suffix(".beton")
 
 

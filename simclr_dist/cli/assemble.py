@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simclr_dist.argument_types import positive_int
+from simclr_dist.argument_types import add_source_arguments, positive_int
 from simclr_dist.cli.arguments import Commands, add_command
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def register(commands: Commands) -> None:
     )
     append.add_argument("file", metavar="FILE.beton", type=Path)
     append.add_argument("source", metavar="SOURCE", help=f"{_PARTS}; or what `prepare` takes")
-    append.add_argument("--on-error", choices=("refuse", "skip"), help="for unreadable images (default: refuse)")
+    append.add_argument("--on-error", choices=("refuse", "skip"), default="refuse", help="for unreadable images")
+    add_source_arguments(append)
 
 
 def _run_merge(args: argparse.Namespace) -> int:
@@ -80,11 +81,12 @@ def _run_split(args: argparse.Namespace) -> int:
 
 
 def _run_append(args: argparse.Namespace) -> int:
+    from simclr_dist.data.account import SourceOptions
     from simclr_dist.data.beton.assemble import append
 
-    options = {} if args.on_error is None else {"on_error": args.on_error}
+    options = SourceOptions.from_arguments(args)
     with _progress_bar(f"append {args.file.name}") as progress:
-        written = append(args.file, args.source, progress=progress, **options)
+        written = append(args.file, args.source, options=options, on_error=args.on_error, progress=progress)
     _say(_lines(written))
     return 0
 

@@ -19,7 +19,7 @@ from simclr_dist.data.beton.content import RecordsDigest, content_fingerprint
 from simclr_dist.data.beton.encode import Mode
 from simclr_dist.data.beton.fit import prepared_for
 from simclr_dist.data.beton.out_file import choose_target, commit, publish, unfinished, unfinished_folder
-from simclr_dist.data.beton.prepare import prepare
+from simclr_dist.data.beton.prepare import OnError, prepare
 from simclr_dist.data.beton.reader import JPEG, Beton, account_of, open_beton
 from simclr_dist.data.beton.shard_files import SUFFIX, beton_files, names_beton
 from simclr_dist.data.beton.shard_set import open_data
@@ -58,24 +58,34 @@ def merge(
     return _write_together(out, choose_target(out, paths, overwrite), paths, progress, {})
 
 
-def append(file: str | Path, source: str | Path, *, progress: Progress | None = None, **options: Any) -> Written:
+def append(
+    file: str | Path,
+    source: str | Path,
+    *,
+    options: SourceOptions | None = None,
+    on_error: OnError = "refuse",
+    progress: Progress | None = None,
+) -> Written:
     """Adds the samples of `source` behind those of a file, which is replaced when all is on disk.
 
     source: .beton files, or anything that `prepare` takes: images are then stored as those of the file are.
-    options: for `prepare`. The numbers of samples and classes that are there stay as they are.
+    options, on_error: as of `prepare`. The numbers of samples and classes that are there stay as they are.
     Raises DataError; `file` is then as it was before, as it is after a kill.
     """
-    file = Path(file)
+    file, options = Path(file), options or SourceOptions()
     with open_beton(file) as beton:
         sidecar, kept = beton.sidecar, beton.kept
     target = Path(os.path.realpath(file))
     if names_beton(source):
-        if options:
-            raise DataError(f"{source}: is a .beton file already; {', '.join(options)} is said when it is prepared")
+        if options != SourceOptions():
+            raise DataError(f"{source}: is a .beton file already; how images are read was said when it was prepared")
         return _append(file, target, _files_of([source]), sidecar, progress)
+    if kept is not None and not options.keeps_channels:
+        options = replace(options, channels="keep")
     with unfinished_folder(target) as folder:
         new = folder / f"new{SUFFIX}"
-        prepare(source, new, progress=progress, **{**_settings_of(sidecar, kept), **options})
+        settings = _settings_of(sidecar, kept)
+        prepare(source, new, options=options, on_error=on_error, progress=progress, **settings)
         return _append(file, target, (new,), sidecar, None, str(source))
 
 
@@ -107,7 +117,7 @@ def _settings_of(sidecar: dict[str, Any], kept: PixelFormat | None) -> dict[str,
     }
     if kept is not None:  # samples as they are have no quality
         settings.pop("quality", None)
-        return {"options": SourceOptions(channels="keep"), **settings}
+        return dict(settings)
     if sidecar.get("quality_of_shrunk", sidecar.get("quality")) != sidecar.get("quality"):
         settings.pop("quality", None)  # chosen by for_views, as that of shrunk images is
     return {"mode": sidecar["mode"], **settings} if sidecar.get("mode") in get_args(Mode) else dict(settings)
