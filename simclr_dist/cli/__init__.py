@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from simclr_dist import __version__
 from simclr_dist.argument_types import Parser
 from simclr_dist.cli import (
+    assemble,
     config,
     demo,
     doctor,
@@ -84,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (
         prepare,
+        assemble,
         inspect,
         evaluate,
         verdict,

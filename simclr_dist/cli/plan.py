@@ -7,13 +7,13 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simclr_dist.argument_types import positive_float, positive_int
 from simclr_dist.cli.arguments import Commands, add_command
 from simclr_dist.config import IMAGES, load_config
 from simclr_dist.errors import ConfigError
+from simclr_dist.source_text import lines, missing
 
 if TYPE_CHECKING:
     from simclr_dist.plan.forecast import Forecast
@@ -58,6 +58,8 @@ def _run(args: argparse.Namespace) -> int:
     tell("importing torch")
     import torch
 
+    from simclr_dist.data.beton.shard_set import sizes_of_places
+    from simclr_dist.data.mix import MixedOrder
     from simclr_dist.kinds import kind_of
     from simclr_dist.plan.forecast import Speed, forecast
     from simclr_dist.plan.measure import measure_loader, measure_step
@@ -69,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     device_type = "cuda" if args.gpus or here else "cpu"
     config = settled(load_config(args.config, args.overrides, world_size=world_size, check_data=False))
     data, train, kind = config.data, config.train, kind_of(config.data)
-    data_is_here = data.kind != IMAGES or data.train == "synthetic" or Path(data.train).exists()
+    data_is_here = data.kind != IMAGES or data.train == "synthetic" or missing(data.train) is None
     if not args.images and not data_is_here:
         raise ConfigError([f"data.train: {data.train} is not here; say how many images it holds with --images"])
     num_images = args.images or kind.describe(data.train).num_samples
@@ -126,6 +128,9 @@ def _run(args: argparse.Namespace) -> int:
         print(json.dumps(values, indent=1))
     else:
         rows = [*render(found, bottleneck, step)]
+        if data.mix is not None and data_is_here:
+            order = MixedOrder(sizes_of_places(data.train), data.mix, train.global_batch_size, config.seed)
+            rows += [("mix", line) for line in order.sentences(lines(data.train), found.num_steps)]
         if (size := config.evaluation_data.image_size) != data.image_size:
             rows.append(("evaluations", f"see images of {size} px; views are of {data.image_size} px"))
         print("\n".join(f"{key:15} {text}".rstrip() for key, text in rows))

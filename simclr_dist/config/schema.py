@@ -13,17 +13,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticKnownError
 
 from simclr_dist.pixel_format import MOST_CHANNELS, RGB, PixelFormat
+from simclr_dist.source_text import SourceText, lines, source_text
 
 BASE = "_base_"
 """The key under which a file names those that it begins from (yaml_source.py)."""
@@ -43,6 +48,14 @@ Count = Annotated[int, Field(ge=1)]
 SMALLEST_SIDE, LARGEST_SIDE = 8, 1024
 Side = Annotated[int, Field(ge=SMALLEST_SIDE, le=LARGEST_SIDE)]
 Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
+Source = Annotated[
+    str,
+    BeforeValidator(lambda given: source_text(given) if isinstance(given, list | tuple) else given),
+    AfterValidator(SourceText),
+    PlainSerializer(lambda text: lines(text) if "\n" in text else str(text), return_type=str | list[str]),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+]
+"""A text with a line for each place. Written, and read, as a list where there are several."""
 Precision = Literal["fp32", "bf16", "fp16"]
 PrecisionSetting = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -77,10 +90,11 @@ class DataConfig(Section):
         "images",
         description="What is trained on: `images`, `text`, `proteins`, or a kind that a script of yours registers.",
     )
-    train: str = Field(
-        description="A .beton file, an image folder, or `synthetic`; of texts and proteins a token folder."
+    train: Source = Field(
+        description="A .beton file, several (a list, a folder of them, a pattern), an image folder, or `synthetic`; of "
+        "texts and proteins a token folder."
     )
-    test: str | None = Field(None, description="Held-out images for kNN during training; same kinds as `train`.")
+    test: Source | None = Field(None, description="Held-out images for kNN during training; same kinds as `train`.")
     loader: Literal["auto", "ffcv", "folder", "synthetic"] = Field(
         "auto", description="`auto`: by the kind of `train`; a .beton file needs ffcv."
     )
@@ -92,6 +106,9 @@ class DataConfig(Section):
     )
     order: Literal["random", "page_local"] = Field(
         "random", description="`page_local`: near places of the file together, for files larger than memory."
+    )
+    mix: tuple[Positive, ...] | None = Field(
+        None, description="Weights of the places that `train` lists: shares of the images drawn; null: each image once."
     )
     num_threads: Count | None = Field(None, description="Decoding threads a process; null: its share of the CPUs.")
     batches_ahead: Annotated[int, Field(ge=1, le=16)] = Field(2, description="Batches decoded ahead of the step.")
@@ -142,10 +159,22 @@ class DataConfig(Section):
         usual = (RGB.mean, RGB.std) if rgb else (zeros, ones)
         return PixelFormat(self.channels, self.bits or 8, rgb, self.mean or usual[0], self.std or usual[1])
 
-    @field_validator("mean", "std", mode="before")
+    @field_validator("mix", "mean", "std", mode="before")
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _mix_fits(self) -> DataConfig:
+        places = lines(self.train)
+        if self.mix is not None and len(self.mix) != len(places):
+            raise ValueError(
+                f"data.mix has {len(self.mix)} weights, but data.train lists {len(places)} "
+                f"place{'s' if len(places) != 1 else ''}: it takes one weight for each of a list"
+            )
+        if self.mix is not None and self.order != "random":
+            raise ValueError(f"data.mix draws from sources in random order: set data.order to random, not {self.order}")
+        return self
 
     @field_validator("image_size", mode="wrap")
     @classmethod
@@ -302,7 +331,7 @@ class TrainConfig(Section):
 
 
 class EvaluationConfig(Section):
-    train: str | None = Field(
+    train: Source | None = Field(
         None, description="Labelled images for kNN's bank and `evaluate`, where data.train has none; null: data.train."
     )
     image_size: Side | None = Field(
@@ -508,6 +537,7 @@ class Config(Section):
             "augment": (self.augment, AugmentConfig()),
             "data.loader": (self.data.loader, "auto"),
             "data.order": (self.data.order, "random"),
+            "data.mix": (self.data.mix, None),
             "model.image_size": (self.model.image_size, None),
             "evaluation.image_size": (self.evaluation.image_size, None),
             "model.first_layer": (self.model.first_layer, "random"),

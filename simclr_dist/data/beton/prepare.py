@@ -109,7 +109,7 @@ def prepare(
     if keeps and (mode not in ("auto", "raw") or quality is not None):
         raise DataError("--channels: samples that are kept are stored as they are; leave out --mode and --quality")
     fit = choose_fit(for_views, max_side, quality)
-    target = choose_target(out, source, overwrite)
+    target = choose_target(out, [source], overwrite)
     images = open_source(source, options)
     account = images.account
     if strict and account.num_left_out:
