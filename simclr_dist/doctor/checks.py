@@ -301,7 +301,7 @@ def examine_config(
             yield Finding("problem", "configuration", problem)
         return
     yield Finding("ok", "configuration", f"{path}: {config.name}")
-    from simclr_dist.kinds import kind_of
+    from simclr_dist.kinds import is_built_in, kind_of
 
     try:
         config = config.with_data(kind_of(config.data).settled())
@@ -315,8 +315,6 @@ def examine_config(
         "data", lambda: examine_data(config.data, config.train.global_batch_size, config.evaluation.train)
     )
     yield from guarded("labels", lambda: examine_labels(config.data, config.evaluation))
-    from simclr_dist.kinds import is_built_in, kind_of
-
     if "version" in probe.get("torch", {}):
         from simclr_dist.doctor.network import examine_random_layers
 
