@@ -1,4 +1,4 @@
-"""`simclr-dist inspect`: what a .beton file holds, or a file of weights."""
+"""`simclr-dist inspect`: what a .beton file, a token folder or a file of weights holds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simclr_dist.cli.arguments import Commands, add_command
+from simclr_dist.data.tokens.folder import is_token_folder
 
 if TYPE_CHECKING:
     from simclr_dist.data.loading.inspect import Inspection
@@ -19,22 +20,46 @@ def register(commands: Commands) -> None:
         commands,
         "inspect",
         _run,
-        help="show what .beton files or a file of weights hold, and check it",
+        help="show what .beton files, a token folder or a file of weights hold, and check it",
         description=(
-            "Show what a .beton file holds, or many as one data set (a folder, a pattern).\n"
+            "Show what a .beton file holds, or many as one data set (a folder, a pattern), or a token folder.\n"
             "Of weights (a file, a folder as model hubs have it, a run): which encoder\n"
             "takes them, and under which names they lie."
         ),
     )
     inspect.add_argument("file", metavar="FILE", type=Path)
-    inspect.add_argument("--verify", action="store_true", help="also decode every image and compare the content")
+    inspect.add_argument("--verify", action="store_true", help="also read all of it and compare the content")
 
 
 def _run(args: argparse.Namespace) -> int:
     from simclr_dist.data.beton.shard_files import names_beton
 
+    if is_token_folder(args.file):
+        return _run_tokens(args)
     is_beton = names_beton(args.file) or not _is_of_weights(args.file)
     return _run_beton(args) if is_beton else _run_weights(args)
+
+
+def _run_tokens(args: argparse.Namespace) -> int:
+    from simclr_dist.data.tokens.folder import open_tokens
+    from simclr_dist.safe_text import printable
+
+    found = open_tokens(args.file)
+    vocabulary, lengths, unlabelled = found.vocabulary, found.lengths, int((found.labels < 0).sum())
+    sizes = f"{lengths.min():,} to {lengths.max():,}, mean {lengths.mean():,.1f}"
+    rows = {
+        "samples": f"{len(found):,} in {len(found.class_names):,} classes, {unlabelled:,} without one",
+        "tokens": f"{len(found.tokens):,}; of a sample {sizes}",
+        "vocabulary": f"{vocabulary.size:,} ({vocabulary.what}), digest {vocabulary.digest[:16]}",
+        "fingerprint": found.verified_fingerprint() if args.verify else found.fingerprint,
+    }
+    for line in found.account.lines():
+        print(printable(line))
+    for key, value in rows.items():
+        print(f"{key:12} {value}")
+    if args.verify:
+        print("verified     every file is what was written")
+    return 0
 
 
 def _is_of_weights(file: Path) -> bool:

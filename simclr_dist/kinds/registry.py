@@ -28,6 +28,11 @@ def kind_of(data: DataConfig) -> Kind:
     return known[data.kind](data)
 
 
+def is_built_in(name: str) -> bool:
+    """Whether every process knows the kind, not only a script that registers it."""
+    return name in _BUILT_IN
+
+
 def register(name: str, build: Build) -> None:
     """Makes `data.kind: NAME` use build(config.data), usually a class of your own.
 
