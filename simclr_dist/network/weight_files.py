@@ -59,10 +59,13 @@ class Weights:
     """Of a safetensors file."""
 
 
-def read_weights(path: Path) -> Weights:
-    """A file of torch or safetensors, or a folder with config.json. Raises CheckpointError."""
+def read_weights(path: Path, *, only_safetensors: bool = False) -> Weights:
+    """A file of torch or safetensors, or a folder with config.json. Raises CheckpointError.
+
+    only_safetensors: of a folder; no other file of it is opened.
+    """
     try:
-        return _read_folder(path) if path.is_dir() else _read_file(path)
+        return _read_folder(path, only_safetensors) if path.is_dir() else _read_file(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
 
@@ -89,8 +92,13 @@ def _read_file(path: Path) -> Weights:
 # Folders as model hubs lay them out
 
 
-def _read_folder(folder: Path) -> Weights:
+def _read_folder(folder: Path, only_safetensors: bool) -> Weights:
     files = _weight_files(folder)
+    if only_safetensors and (others := [file.name for file in files if file.suffix != ".safetensors"]):
+        raise CheckpointError(
+            f"{folder}: its weights are in {others[0]}, a pickle, which is not read here; save them as "
+            f"{FOLDER_FILES[0]} where you trust the folder (`save_pretrained` does), or set model.weights to null"
+        )
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= _read_safetensors(file)[0] if file.suffix == ".safetensors" else _read_torch(file)
