@@ -149,7 +149,7 @@ def test_a_folder_that_would_run_code_or_fill_the_memory_is_refused_by_name(
 
 
 def test_pickles_missing_folders_and_too_long_texts_are_refused_by_name(bert: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no folder with a config.json. Nothing is downloaded"):
+    with pytest.raises(ConfigError, match=r"no folder with a config\.json\. Nothing is downloaded"):
         build_model(section(tmp_path / "google-bert"))
     shutil.copy(bert / "config.json", tmp_path)
     torch.save(load_file(bert / "model.safetensors"), tmp_path / "pytorch_model.bin")

@@ -98,10 +98,10 @@ def test_other_commands_take_points_or_say_that_they_do_not(points: Path) -> Non
     assert "fine-tuning is for encoders of images" in run("finetune", str(gallery.run_dir), code=2)
     run("report", str(gallery.run_dir), "--out", str(points.parent / "page.html"))
     page = (points.parent / "page.html").read_text()
-    assert "views of a point are no pictures" in page
+    assert "views of a point are neither pictures nor texts" in page
     assert "t-SNE of h" in page
     assert "512 points" in run("doctor", config, f"data.train={points}", test)
-    assert "512 images" in run("plan", config, f"data.train={points}", test, "--measure")
+    assert "512 points" in run("plan", config, f"data.train={points}", test, "--measure")
 
 
 def test_a_view_is_a_function_of_its_key_and_a_wrong_one_is_named(points: Path) -> None:
