@@ -92,7 +92,7 @@ def test_other_commands_take_points_or_say_that_they_do_not(points: Path) -> Non
     run("embed", str(gallery.run_dir), str(points), str(out))
     assert load_embeddings(out).h.shape == (512, 16)
     assert "0.9" in run("neighbours", str(out), f"{points}[3]", "--k", "2")
-    assert "neither an embedded" in run("neighbours", str(out), str(points), code=2)
+    assert "neither the name of what was embedded" in run("neighbours", str(out), str(points), code=2)
     assert "export is for encoders of images" in run("export", str(gallery.run_dir), "--crop", "1", code=2)
     assert "verdict is for encoders of images" in run("verdict", str(gallery.run_dir), code=2)
     assert "fine-tuning is for encoders of images" in run("finetune", str(gallery.run_dir), code=2)
