@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from simclr_dist.data.tokens.prepare import prepare_texts
+
 VOCABULARY = 40
+SPECIAL = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 _SMALL: dict[str, Any] = {
     "hidden_size": 16,
     "num_attention_heads": 2,
@@ -51,3 +57,27 @@ def texts(n: int, longest: int, seed: int = 0) -> Tensor:
     lengths = torch.randint(1, longest + 1, (n, 1), generator=generator)
     lengths[0] = longest
     return tokens * (torch.arange(longest) < lengths)
+
+
+def write_tokenizer(folder: Path, words: Sequence[str] = SPECIAL + tuple(f"w{i}" for i in range(35))) -> None:
+    """Of whole words, with BERT's special tokens; its configuration too."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
+
+
+def prepare_folder(model: Path, out: Path, n: int = 64) -> Path:
+    """A token folder of n texts of several lengths, by the tokenizer of `model`."""
+    generator = np.random.default_rng(0)
+    lines = [" ".join(f"w{i}" for i in generator.integers(0, 35, generator.integers(1, 20))) for _ in range(n)]
+    source = out.with_suffix(".txt")
+    source.write_text("".join(f"{line}\n" for line in lines))
+    prepare_texts(source, out, tokenizer_at=model)
+    return out

@@ -71,7 +71,7 @@ def embed(
 
 
 def neighbours_of(embeddings: Embeddings, h: NDArray[np.float32], k: int) -> list[Neighbour]:
-    """The k samples whose h is most similar to `h` [D] by cosine, most similar first; all of them if there are fewer."""
+    """The k samples whose h is most similar to `h` [D] by cosine, most similar first; all if there are fewer."""
     similarity, rows = nearest(torch.from_numpy(h)[None], torch.from_numpy(embeddings.h), min(k, len(embeddings.h)))
     return [
         Neighbour(embeddings.names[row], value, embeddings.class_names[label] if label >= 0 else None)

@@ -2,21 +2,26 @@
 
 Nothing in the folder is run and nothing is fetched: its config.json is read within bounds, the network is one that the
 installed transformers knows by name, its weights are safetensors (`model.weights: pretrained`, the default here; null:
-its architecture alone). Letters: n texts, T tokens of the longest, D the width of h.
+its architecture alone). Of proteins are folders whose vocabulary is single letters (ESM, ProtBert).
+
+Letters: n texts, T tokens of the longest, D the width of h.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from simclr_dist.bounded_json import read_json
 from simclr_dist.config import HUGGING_FACE, ModelConfig
+from simclr_dist.data.proteins import AMINO_ACIDS, LETTERS
 from simclr_dist.errors import ConfigError
 from simclr_dist.network.transformer import pool
 from simclr_dist.safe_text import printable
@@ -25,32 +30,84 @@ MOST = 2**21
 """No number in a config.json of a text encoder is larger: vocabularies have up to a million tokens."""
 MOST_LAYERS = 256
 MOST_PARAMETERS = 8_000_000_000
+_SPECIAL = {
+    "the beginning": ("<cls>", "[CLS]"),
+    "the end": ("<eos>", "[SEP]"),
+    "what is hidden": ("<mask>", "[MASK]"),
+}
 _FORGOTTEN = ("id2label", "label2id", "num_labels", "architectures", "dtype", "torch_dtype", "_name_or_path")
 """What a config.json says of other things than the encoder's architecture."""
 
 
-class HuggingFaceEncoder(nn.Module):
-    """Tokens int64 [n, T], 0 where a text has ended, to h [n, D]: the mean over a text's tokens, or its first token."""
+@dataclass(frozen=True)
+class ProteinLetters:
+    """A vocabulary of single letters."""
 
-    def __init__(self, network: nn.Module, pooling: str, folder: Path) -> None:
+    ids: tuple[int, ...]
+    """Of LETTERS."""
+    begin: int
+    """The token before each sequence."""
+    end: int
+
+
+class HuggingFaceEncoder(nn.Module):
+    """Tokens int64 [n, T], 0 where a text has ended, to h [n, D]: the mean over a text's tokens, or its first token.
+
+    Tokens are the ids of the folder's tokenizer plus one, special tokens among them. letters: of a network of proteins;
+    tokens are then those of LETTERS plus one, and the mean is that over residues.
+    """
+
+    def __init__(self, network: nn.Module, pooling: str, folder: Path, letters: ProteinLetters | None = None) -> None:
         super().__init__()
         self.network = network
         self.pooling = pooling
         self.folder = folder
+        self.letters = letters
         self.padding_id = int(getattr(network.config, "pad_token_id", None) or 0)
         self.longest = _positions(network)
+        if letters is not None:
+            # From token + 1; the last stands for the end of a sequence.
+            table = torch.tensor([self.padding_id, *letters.ids, letters.end])
+            self.register_buffer("table", table, persistent=False)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it knows."""
+        return int(self.network.get_input_embeddings().num_embeddings)  # type: ignore[operator, union-attr]
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a text is not twice the same in training."""
+        settings = self.network.config.to_dict()  # type: ignore[operator, union-attr]
+        return any(
+            isinstance(value, float) and value > 0
+            for key, value in settings.items()
+            if "drop" in key and "classif" not in key
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         if tokens.ndim != 2 or tokens.is_floating_point():
             raise ValueError(f"takes tokens int64 [n, T], not {tokens.dtype} {list(tokens.shape)}")
-        if self.longest is not None and tokens.shape[1] > self.longest:
-            raise ValueError(f"{self.folder} has {self.longest} positions, fewer than the {tokens.shape[1]} tokens")
-        mask = tokens != 0
-        ids = torch.where(mask, tokens - 1, self.padding_id)
+        mask = pooled = tokens != 0
+        if self.letters is None:
+            ids = torch.where(mask, tokens - 1, self.padding_id)
+        else:
+            ids, mask = self._of_proteins(tokens)
+            pooled = mask if self.pooling == "first" else F.pad(pooled, (1, 1))
+        if self.longest is not None and ids.shape[1] > self.longest:
+            raise ValueError(f"{self.folder} has {self.longest} positions, fewer than the {ids.shape[1]} tokens")
         # transformers asks whether a mask hides anything; without values there is no answer, and no need of one.
         seen = None if tokens.is_meta else mask.long()
         states = self.network(input_ids=ids, attention_mask=seen, return_dict=True).last_hidden_state
-        return pool(states, mask, self.pooling)
+        return pool(states, pooled, self.pooling)
+
+    def _of_proteins(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids [n, T + 2] with the tokens that begin and end a sequence, and which of them are no padding."""
+        assert self.letters is not None
+        before, after = F.pad(tokens, (0, 1)), F.pad(tokens, (1, 0), value=1)
+        ended = torch.where((before == 0) & (after != 0), len(LETTERS) + 1, before)
+        ids = F.pad(self.get_buffer("table")[ended], (1, 0), value=self.letters.begin)
+        return ids, F.pad(ended != 0, (1, 0), value=True)
 
 
 def hugging_face_encoder(config: ModelConfig) -> tuple[nn.Module, int]:
@@ -73,11 +130,7 @@ def hugging_face_encoder(config: ModelConfig) -> tuple[nn.Module, int]:
     for part in ("pooler", "contact_head"):  # they come after what is pooled here, and would get no gradient
         if getattr(network, part, None) is not None:
             setattr(network, part, None)
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
-        raise ConfigError(
-            [f"model.encoder: {folder} has BatchNorm, whose statistics over padded tokens depend on the batch"]
-        )
-    return HuggingFaceEncoder(network, config.pooling, folder), int(described.hidden_size)
+    return HuggingFaceEncoder(network, config.pooling, folder, _letters(folder)), int(described.hidden_size)
 
 
 def folder_of(encoder: str) -> Path:
@@ -146,6 +199,22 @@ def _positions(network: nn.Module) -> int | None:
         if isinstance(module, nn.Embedding) and name.endswith(("position_embeddings", "position_embedding", "wpe")):
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
+
+
+def _letters(folder: Path) -> ProteinLetters | None:
+    """Raises ConfigError where a vocabulary of letters lacks one that is needed; None: it is none of letters."""
+    file = folder / "vocab.txt"
+    if not file.is_file() or file.stat().st_size > 1024:
+        return None
+    ids = {line: i for i, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines())}
+    if not set(AMINO_ACIDS) <= ids.keys():
+        return None
+    found = [next((ids[name] for name in names if name in ids), None) for names in _SPECIAL.values()]
+    if None in found or "X" not in ids:
+        missing = [what for what, id in zip(_SPECIAL, found, strict=True) if id is None] or ["X"]
+        raise ConfigError([f"model.encoder: {file} has no token for {', '.join(missing)}"])
+    begin, end, mask = (int(id) for id in found if id is not None)
+    return ProteinLetters((*(ids[letter] for letter in (*AMINO_ACIDS, "X")), mask), begin, end)
 
 
 @contextmanager
