@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import queue
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +134,23 @@ def test_a_view_is_a_function_of_its_key_and_a_wrong_one_is_named(points: Path) 
             .loader(AugmentConfig(), seed=0, global_batch_size=8, world=World(), device="cpu")
             .batches(0)
         )
+
+
+def test_views_of_the_next_batches_are_drawn_while_a_step_computes(points: Path) -> None:
+    calls = queue.Queue[int]()
+
+    class Counted(Points):
+        def draw_views(self, values: NDArray, view_keys: NDArray[np.uint64]) -> NDArray:
+            calls.put(threading.get_ident())
+            return super().draw_views(values, view_keys)
+
+    kind = Counted(section(points, batches_ahead=3))
+    with kind.loader(AugmentConfig(), seed=0, global_batch_size=8, world=World(), device="cpu") as loader:
+        next(loader.batches(0))
+        threads = {calls.get(timeout=60) for _ in range(4)}  # this one, and three ahead
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+    assert calls.empty()
 
 
 def test_rows_have_the_fingerprint_of_their_content(tmp_path: Path) -> None:

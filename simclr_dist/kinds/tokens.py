@@ -131,7 +131,7 @@ class Tokens(Kind):
         def draw(epoch: int, step: int) -> Batch:
             return self._draw(order, groups, epoch, step, world)
 
-        return KeyedLoader(info, order, draw, device)
+        return KeyedLoader(info, order, draw, device, self.data.batches_ahead)
 
     def _draw(self, order: Order, groups: NDArray[np.int64], epoch: int, step: int, world: World) -> Batch:
         import torch
