@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from simclr_dist.checkpoint.lineage import find_checkpoint
-from simclr_dist.checkpoint.weights import plan_start
+from simclr_dist.checkpoint.pretrained import load_pretrained
+from simclr_dist.checkpoint.weights import describe_weights, plan_start
 from simclr_dist.config import DataConfig, ModelConfig
 from simclr_dist.data.tokens.prepare import prepare_proteins
 from simclr_dist.errors import CheckpointError, ConfigError, DataError, ExportError
@@ -30,6 +32,7 @@ from simclr_dist.network.keyed_dropout import draw_keys
 from simclr_dist.network.random_layers import key_draws
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.network.trial import try_model
+from simclr_dist.report.write import write_report
 from tests.hugging_face import FAMILIES, prepare_folder, texts, write_folder, write_tokenizer
 from tests.training import Training
 
@@ -162,6 +165,18 @@ def test_a_folder_that_would_run_code_or_fill_the_memory_is_refused_by_name(
     assert "\x1b" not in str(error.value)
 
 
+def test_a_library_that_is_missing_and_what_a_folder_is_of_are_said(
+    bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = dict(describe_weights(bert, print))
+    assert rows["fits"] == f"--encoder hf/{bert} (100 %)"
+    with pytest.raises(ConfigError, match=rf"is an encoder of tokens.* begin one with model\.encoder=hf/{bert}"):
+        load_pretrained(bert)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"hf/FOLDER needs transformers: pip install 'simclr-dist\[hf\]'"):
+        build_model(section(bert))
+
+
 def test_pickles_missing_folders_and_too_long_texts_are_refused_by_name(bert: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no folder with a config\.json\. Nothing is downloaded"):
         build_model(section(tmp_path / "google-bert"))
@@ -283,6 +298,11 @@ def test_simcse_from_a_folder_is_one_curve_on_any_number_of_processes_and_the_sa
     events = EventAccumulator(str(simcse.run_dir / "tensorboard")).Reload()
     views = events.Tensors("data/augmented_pairs/text_summary")[0].tensor_proto.string_val[0]
     assert b"&#91;CLS&#93; w" in views
+    write_report([simcse.run_dir], place / "page.html", images=20, device=torch.device("cpu"), say=print)
+    page = (place / "page.html").read_text()
+    assert "[CLS] w" in page
+    assert "texts/s since its last start" in page
+    assert "neither pictures nor texts" not in page
     (projector,) = (simcse.run_dir / "tensorboard" / "projector").iterdir()
     assert (projector / "labels.tsv").read_text().startswith("label\ttext\n")
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from simclr_dist.bounded_json import read_json
+from simclr_dist.config import HUGGING_FACE
 from simclr_dist.errors import CheckpointError
 from simclr_dist.safe_text import printable
 
@@ -112,7 +113,9 @@ def _read_folder(folder: Path, only_safetensors: bool) -> Weights:
         _sha256(files),
         tensors,
         "a folder of timm" if is_timm else "a folder of transformers" if "model_type" in facts else "a folder",
-        encoder=f"timm/{facts['architecture'].partition('.')[0]}" if is_timm else _encoder_of_transformers(facts),
+        encoder=f"timm/{facts['architecture'].partition('.')[0]}"
+        if is_timm
+        else _encoder_of_transformers(folder, facts),
         image_size=_side(pretrained.get("input_size"), facts.get("image_size")),
         mean=_three(images.get("image_mean") or pretrained.get("mean")),
         std=_three(images.get("image_std") or pretrained.get("std")),
@@ -148,8 +151,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _encoder_of_transformers(facts: Mapping[str, Any]) -> str | None:
-    """torchvision's or timm's name of the same architecture."""
+def _encoder_of_transformers(folder: Path, facts: Mapping[str, Any]) -> str | None:
+    """torchvision's or timm's name of the same architecture; of tokens it is the folder itself."""
+    if "model_type" in facts and isinstance(facts.get("vocab_size"), int):
+        return f"{HUGGING_FACE}{folder}"
     resnets = {
         ("basic", (2, 2, 2, 2)): "resnet18",
         ("basic", (3, 4, 6, 3)): "resnet34",
