@@ -149,7 +149,7 @@ def _write_text_folder(
         raise ExportError(f"--format {format} has no encoders of {noun}s; use --format {fitting}")
     max_tokens = config.data.tokens.max_tokens
     with replaces_folder(out) as folder:
-        write_texts(encoder, feature_dim, config, folder, sentences=format == "sentence-transformers")
+        write_texts(encoder, feature_dim, max_tokens, folder, sentences=format == "sentence-transformers")
         lines = text_loading(config.model, feature_dim, format, address, max_tokens)
         samples = of_texts(noun, config.model, max_tokens)
         card = render_card(checkpoint, feature_dim, samples, format, lines, license, accuracy)

@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simclr_dist.bounded_json import read_json
-from simclr_dist.config import Config
 from simclr_dist.data.tokens.tokenizer import load_tokenizer, vocabulary_of
 from simclr_dist.errors import DataError, ExportError
 from simclr_dist.export.folders import CONFIG, WEIGHTS, import_transformers, quiet
@@ -36,9 +35,12 @@ _TEXTS = ("A sentence.", "Two girls play outside, and it rains!", "x", "many wor
 
 
 def write_texts(
-    encoder: HuggingFaceEncoder, feature_dim: int, config: Config, folder: Path, *, sentences: bool
+    encoder: HuggingFaceEncoder, feature_dim: int, max_tokens: int, folder: Path, *, sentences: bool
 ) -> None:
-    """sentences: for sentence-transformers. Raises ExportError; RuntimeError: the self-check failed."""
+    """max_tokens: more of a text is cut off. sentences: for sentence-transformers.
+
+    Raises ExportError; RuntimeError: the self-check failed.
+    """
     transformers = import_transformers()
     encoder.eval()
     network: Any = encoder.network
@@ -46,7 +48,7 @@ def write_texts(
     save_file(state, folder / WEIGHTS, {"format": "pt"})
     facts = json.loads(network.config.to_json_string(use_diff=True)) | {"architectures": [type(network).__name__]}
     (folder / CONFIG).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    most = min(config.data.tokens.max_tokens, encoder.longest or config.data.tokens.max_tokens)
+    most = min(max_tokens, encoder.longest or max_tokens)
     _copy_tokenizer(encoder.folder, folder, most)
     if encoder.letters is not None:
         _check_weights(encoder, transformers, folder)

@@ -90,17 +90,10 @@ class TensorBoard(Sink):
             case Histograms(histograms, samples_seen):
                 for tag, histogram in histograms.items():
                     self._add_histogram(tag, histogram, samples_seen)
-            case Pairs(views, samples_seen) if not isinstance(views, Tensor):
-                samples = list(zip(*views, strict=True))
-                self._add_texts("data/augmented_pairs", ["view 0", "view 1"], samples, samples_seen)
             case Pairs(views, samples_seen):
                 self._add_pairs(views, samples_seen)
-            case Neighbours(rows, samples_seen) if not isinstance(rows, Tensor):
-                self._add_texts("eval/nearest_neighbours", ["query", "nearest"], rows, samples_seen)
             case Neighbours(rows, samples_seen):
-                images = rows.flatten(0, 1).permute(0, 3, 1, 2)  # a line of the grid for each query
-                grid = make_grid(images, nrow=rows.shape[1], padding=2, pad_value=255)
-                self._writer.add_image("eval/nearest_neighbours", grid, samples_seen)
+                self._add_neighbours(rows, samples_seen)
             case Embedding(h, shown, labels, samples_seen):
                 write_projector(self._folder, f"h_{samples_seen:010d}", h, shown, labels)
             case Finished(settings, figures):
@@ -123,7 +116,20 @@ class TensorBoard(Sink):
             global_step=samples_seen,
         )
 
-    def _add_pairs(self, views: Tensor, samples_seen: int) -> None:
+    def _add_neighbours(self, rows: Tensor | Sequence[Sequence[str]], samples_seen: int) -> None:
+        tag = "eval/nearest_neighbours"
+        if not isinstance(rows, Tensor):
+            self._add_texts(tag, ["query", "nearest"], rows, samples_seen)
+            return
+        images = rows.flatten(0, 1).permute(0, 3, 1, 2)  # a line of the grid for each query
+        grid = make_grid(images, nrow=rows.shape[1], padding=2, pad_value=255)
+        self._writer.add_image(tag, grid, samples_seen)
+
+    def _add_pairs(self, views: Tensor | Sequence[Sequence[str]], samples_seen: int) -> None:
+        if not isinstance(views, Tensor):
+            samples = list(zip(*views, strict=True))
+            self._add_texts("data/augmented_pairs", ["view 0", "view 1"], samples, samples_seen)
+            return
         pairs, columns = views.transpose(0, 1).flatten(0, 1).float(), max(8 // len(views), 1) * len(views)
         low, high = pairs.amin(), pairs.amax()
         grid = make_grid((pairs - low) / (high - low).clamp_min(1e-6), nrow=columns, padding=1, pad_value=1.0)

@@ -95,7 +95,10 @@ class HuggingFaceEncoder(nn.Module):
             ids, mask = self._of_proteins(tokens)
             pooled = mask if self.pooling == "first" else F.pad(pooled, (1, 1))
         if self.longest is not None and ids.shape[1] > self.longest:
-            raise ValueError(f"{self.folder} has {self.longest} positions, fewer than the {ids.shape[1]} tokens")
+            raise ValueError(
+                f"{self.folder} has {self.longest} positions, fewer than the {ids.shape[1]} tokens; lower "
+                "data.tokens.max_tokens"
+            )
         # transformers asks whether a mask hides anything; without values there is no answer, and no need of one.
         seen = None if tokens.is_meta else mask.long()
         states = self.network(input_ids=ids, attention_mask=seen, return_dict=True).last_hidden_state
@@ -117,7 +120,9 @@ def hugging_face_encoder(config: ModelConfig) -> tuple[nn.Module, int]:
     transformers = _import_transformers()
     with _explained(folder):
         described = transformers.AutoConfig.for_model(**settings)
-        described = described.get_text_config()
+        if described.is_encoder_decoder:
+            raise ValueError(f"{described.model_type} is an encoder with a decoder; take one that only encodes")
+        described = described.get_text_config()  # of CLIP and its like, the part for texts
         layers = getattr(described, "num_hidden_layers", 1)
         if not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
             raise ValueError(f"{layers} layers, and between 1 and {MOST_LAYERS} are built")
@@ -164,8 +169,6 @@ def _architecture(folder: Path) -> dict[str, Any]:
         raise refused("its network is code of its own (auto_map), which would have to be run: refused")
     if found.get("quantization_config") is not None:
         raise refused("its weights are quantised, which cannot be trained; take the original model")
-    if found.get("is_encoder_decoder") is True:
-        raise refused(f"{found['model_type']} is an encoder with a decoder; take one that only encodes")
     for key, number in _numbers(found):
         if not abs(number) <= MOST:
             raise refused(f"{key[:60]} is {number:.3g}; the largest number in such a file is {MOST:,}")
