@@ -575,7 +575,7 @@ class TestSettings:
         assert batch.views.dtype == (torch.uint8 if bits == 8 else torch.uint16)
         views = Augment(AugmentConfig(), 0, 8, "torch", data.pixel_format)(batch)
         assert views.shape == (2, 3, channels, 8, 8)
-        assert kind.pictures(views).shape == (2, 3, 3, 8, 8)
+        assert kind.show_views(views).shape == (2, 3, 3, 8, 8)
         assert kind.inputs.example(2).shape == (2, channels, 8, 8)
 
 

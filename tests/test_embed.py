@@ -91,7 +91,7 @@ def test_large_pictures_are_cropped_as_in_the_embedding(run: Path, tmp_path: Pat
 def test_bad_input_is_named(run: Path, tmp_path: Path) -> None:
     folder = save_images(tmp_path / "images", 2, seed=0)
     embeddings = embed(run, str(folder), device="cpu")
-    with pytest.raises(DataError, match=r"nothing.jpg: neither an embedded image's name nor a readable image"):
+    with pytest.raises(DataError, match=r"nothing.jpg: neither the name of what was embedded nor a readable image"):
         query_embedding(embeddings, "nothing.jpg")
     for name in ("bad.npz", "bad.parquet"):
         (tmp_path / name).write_bytes(b"PK\x03\x04 not really")

@@ -38,6 +38,8 @@ OF_TOKENS = "text", "proteins"
 """The kinds whose samples are token folders."""
 PIXELS = ("channels", "bits", "rgb", "mean", "std")
 """The settings of `data` that say what pixels are."""
+HUGGING_FACE = "hf/"
+"""`model.encoder: hf/FOLDER`."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -207,7 +209,7 @@ class AugmentConfig(Section):
 class ModelConfig(Section):
     encoder: str = Field(
         description="torchvision's networks by name, timm's as `timm/NAME`, `resnet_small`; of tokens, "
-        "`transformer_small`."
+        "`transformer_small`, or a local folder of transformers as `hf/FOLDER`."
     )
     image_size: Count | None = Field(None, description="Side that a ViT is built for; null: data.image_size.")
     channels: Channels = Field(3, description="What the first layer takes; from data.channels: leave it out.")
@@ -235,10 +237,18 @@ class ModelConfig(Section):
     weights: str | None = Field(
         None,
         description="Weights to start from: a file, a folder or a run of whatever origin, `pretrained`: those that the "
-        "encoder's library publishes; null: random ones. See docs/guides/starting_from_weights.md.",
+        "encoder's library publishes, of `hf/FOLDER` the folder's own, where it is the default; null: random ones. See "
+        "docs/guides/starting_from_weights.md.",
     )
     weights_partial: bool = Field(False, description="Also start from weights of a part of the encoder only.")
     freeze: tuple[str, ...] = Field((), description="Patterns of parameters that are not trained: `encoder.layer1.*`.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_folder_has_weights(cls, values: Any) -> Any:
+        if isinstance(values, dict) and str(values.get("encoder", "")).startswith(HUGGING_FACE):
+            return {"weights": "pretrained", **values}
+        return values
 
     @field_validator("freeze", mode="before")
     @classmethod

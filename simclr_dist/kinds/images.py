@@ -35,7 +35,6 @@ class Images(Kind):
     """Read as [b, S, S, C] of 8 or 16 bits; the encoder eats them normalised, float [b, C, S, S]."""
 
     noun: ClassVar[str] = "image"
-    shows_views: ClassVar[bool] = True
 
     @property
     def pixels(self) -> PixelFormat:
@@ -157,7 +156,7 @@ class Images(Kind):
 
         return {"raw pixels": Pixels()}
 
-    def pictures(self, views: Tensor) -> Tensor:
+    def show_views(self, views: Tensor) -> Tensor:
         """RGB as it is; of other channels the first three, see `shown_as`."""
         from simclr_dist.kinds.pixels import first_three
 

@@ -33,6 +33,11 @@ def is_built_in(name: str) -> bool:
     return name in _BUILT_IN
 
 
+def noun_of(kind: str) -> str:
+    """What samples of `data.kind` are called, also where nobody has registered it here."""
+    return str(getattr({**_BUILT_IN, **_REGISTERED}.get(kind), "noun", "sample"))
+
+
 def register(name: str, build: Build) -> None:
     """Makes `data.kind: NAME` use build(config.data), usually a class of your own.
 

@@ -88,7 +88,7 @@ def start_rows(config: Config, parts: Parts) -> dict[str, str]:
         **({"read as": printable(loader.account.layout)} if loader.account is not None else {}),
         **kind.start_rows(config.augment),
         "global batch": split_of_batch(G, world, config.train.micro_batch_size, kind.noun),
-        **shards_in_words(config.train),
+        **shards_in_words(config.train, kind.noun),
         "learning rate": f"{config.optim.optimizer}, peak {learning_rate_formula(config)}{warmup}, then {decay}",
         **learning_rates_of_parts(config, model),
         "loss": loss_in_words(config.loss, config.data.num_views, G),
@@ -179,12 +179,10 @@ def split_of_batch(global_batch_size: int, world: World, micro_batch_size: int |
     return f"{global_batch_size:,} = {' x '.join(parts)}{micro}"
 
 
-def shards_in_words(train: TrainConfig) -> dict[str, str]:
+def shards_in_words(train: TrainConfig, noun: str = "image") -> dict[str, str]:
     if train.virtual_shards is None:
         return {}
-    text = (
-        f"{train.virtual_shards} of {_count(train.images_of_shard or 0, 'image')}, each computed alone with one thread"
-    )
+    text = f"{train.virtual_shards} of {_count(train.images_of_shard or 0, noun)}, each computed alone with one thread"
     return {"shards": f"{text}: the same bytes on any power of two of processes up to {train.virtual_shards}"}
 
 
