@@ -73,7 +73,13 @@ def test_pictures_are_as_the_code_draws_them() -> None:
     assert list(pictures.stale()) == [], "python -m docs.site.pictures"
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "notebook",
+    [
+        pytest.param(path, marks=pytest.mark.slow if path.stem == "first_run" else (), id=path.stem)
+        for path in NOTEBOOKS
+    ],
+)
 def test_a_notebook_runs_and_is_kept_without_outputs(notebook: Path, tmp_path: Path) -> None:
     """In one process, cell after cell, each in the names of those before; warnings are errors."""
     cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
@@ -85,7 +91,7 @@ def test_a_notebook_runs_and_is_kept_without_outputs(notebook: Path, tmp_path: P
         "for i, cell in enumerate(json.load(open(sys.argv[1]))): exec(compile(cell, f'cell {i}', 'exec'), names)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", execute, str(program)], cwd=tmp_path, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", execute, str(program)], cwd=tmp_path, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
     print(done.stdout)
