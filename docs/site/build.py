@@ -23,6 +23,8 @@ CONTENTS = {
     "Begin": ["guides/first_run", "notebooks/first_run", "how_it_works", "configurations", "settings", "commands"],
     "Data and training": [
         "guides/your_own_images",
+        "guides/many_channels",
+        "guides/beyond_images",
         "guides/starting_from_weights",
         "guides/choosing_settings",
         "guides/workstation",
