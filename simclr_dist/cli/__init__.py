@@ -51,6 +51,7 @@ STOPPED = 75  # saved, to be continued, as the launcher says it (EX_TEMPFAIL)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """`simclr-dist`, with the kinds and encoders that this process has registered. Ends it with an exit code."""
     args = parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: its encoding may lack some letters

@@ -88,6 +88,8 @@ class TokensConfig(Section):
 
 
 class DataConfig(Section):
+    """What is trained on, and how it is read."""
+
     kind: str = Field(
         "images",
         description="What is trained on: `images`, `text`, `proteins`, or a kind that a script of yours registers.",
@@ -207,6 +209,8 @@ class AugmentConfig(Section):
 
 
 class ModelConfig(Section):
+    """Encoder and projection head."""
+
     encoder: str = Field(
         description="torchvision's networks by name, timm's as `timm/NAME`, `resnet_small`; of tokens, "
         "`transformer_small`, or a local folder of transformers as `hf/FOLDER`."
@@ -257,6 +261,8 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
+    """The contrastive loss over the global batch."""
+
     kind: Literal["nt_xent", "dcl", "supcon"] = Field(
         "nt_xent", description="`dcl`: the positive is not in the denominator; `supcon`: data.train's labels decide."
     )
@@ -276,6 +282,8 @@ class LossConfig(Section):
 
 
 class OptimConfig(Section):
+    """Optimiser, learning rate and weight decay."""
+
     optimizer: Literal["lars", "sgd", "adam", "adamw", "muon"] = Field(
         "lars", description="`muon`: for the weights of linear layers and convolutions; AdamW for the rest."
     )
@@ -312,6 +320,8 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
+    """How much is trained, and how a step is computed."""
+
     global_batch_size: Annotated[int, Field(ge=2)] = Field(description="G: images a step, over all devices.")
     micro_batch_size: Count | None = Field(
         None, description="Images a device holds activations of at once; null: all of its share (see docs)."
@@ -341,6 +351,8 @@ class TrainConfig(Section):
 
 
 class EvaluationConfig(Section):
+    """How good the encoder is: while training, and by `simclr-dist evaluate` afterwards."""
+
     train: Source | None = Field(
         None, description="Labelled images for kNN's bank and `evaluate`, where data.train has none; null: data.train."
     )
@@ -361,6 +373,8 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """When a run is saved, and which checkpoints stay."""
+
     every_steps: Count | None = Field(None, description="Save at every n-th step.")
     every_epochs: Count | None = Field(None, description="Save at every n-th epoch's end.")
     every_min: Positive | None = Field(10.0, description="Save when this many minutes have passed.")
@@ -373,6 +387,8 @@ class CheckpointConfig(Section):
 
 
 class MonitorConfig(Section):
+    """What is shown and written down of a run."""
+
     log_every_steps: Count = 10
     image_pairs: Annotated[int, Field(ge=0, le=64)] = Field(16, description="Augmented pairs shown; 0: none.")
     health_every_steps: Count | None = Field(
@@ -408,6 +424,8 @@ class TimeoutConfig(Section):
 
 
 class Config(Section):
+    """Everything about a run."""
+
     name: Annotated[str, Field(pattern=NAME_PATTERN, description="The run's folder under `runs_dir`.")]
     runs_dir: str = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
