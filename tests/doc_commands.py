@@ -37,6 +37,7 @@ OTHERS = {
         "kill",
         "mkdir",
         "nohup",
+        "hf",
         "pip",
         "pytest",
     ),
