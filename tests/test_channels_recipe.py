@@ -35,10 +35,11 @@ def write_cells(folder: Path, count: int, seed: int) -> None:
         (folder / name / f"{i:04}.tif").write_bytes(tiff_bytes(*pages))
 
 
+@pytest.mark.slow
 def test_every_command_runs_and_says_what_it_sees(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Training starts processes of its own, and each command is the user's: some 40 s."""
+    """Training starts processes of its own, and each command is the user's: a minute where nothing else runs."""
     monkeypatch.chdir(tmp_path)
     write_cells(Path("cells/train"), 48, 0)
     write_cells(Path("cells/test"), 16, 1)

@@ -25,6 +25,8 @@ from simclr_dist.kinds import kind_of
 from simclr_dist.network.precision import assumed_precision
 from simclr_dist.pixel_format import PixelFormat
 
+_AS_STORED = Decoding(channels="keep", pages="channels")
+
 
 @dataclass(frozen=True)
 class Neighbour:
@@ -99,6 +101,10 @@ def query_embedding(
         raise ConfigError([f"--image-size: {image_size}, but {seen}: leave it out"])
     if query in embeddings.names:
         return embeddings.h[embeddings.names.index(query)]
+    try:
+        _check_readable(query)
+    except (OSError, DataError) as error:
+        raise DataError(f"{query}: neither the name of what was embedded nor a readable image: {error}") from None
     model, loaded = load_pretrained(checkpoint or embeddings.checkpoint, image_size=embeddings.image_size or image_size)
     if loaded.config.data.kind != IMAGES:
         raise DataError(f"{query}: is no embedded {kind_of(loaded.config.data).noun}, and no other can be read here")
@@ -109,18 +115,30 @@ def query_embedding(
         with open(query, "rb") as file:
             image = _read(file, data.pixel_format, data.image_size)
     except (OSError, DataError) as error:
-        raise DataError(f"{query}: neither the name of what was embedded nor a readable image: {error}") from None
+        raise DataError(f"{query}: {error}") from None
     batch = (image[None], torch.tensor([-1]), torch.tensor([0]))
     to_input = kind_of(data).to_input
     features = extract_features(model.encoder.to(device), [batch], device=device, normalize=to_input)
     return features.h[0].numpy()
 
 
+def _check_readable(query: str) -> None:
+    """Before an encoder is loaded, which takes longer. Raises OSError or DataError."""
+    with open(query, "rb") as file:
+        try:
+            decode(file)
+        except DataError as error:
+            try:
+                read_kept(file, _AS_STORED)
+            except DataError:
+                raise error from None
+
+
 def _read(file: IO[bytes], pixels: PixelFormat, size: int) -> torch.Tensor:
     """[S, S, C], cropped as evaluations do it. Raises DataError."""
     if pixels.is_usual:
         return _center_crop(decode(file).pixels, size)
-    samples = read_kept(file, Decoding(channels="keep", pages="channels")).samples
+    samples = read_kept(file, _AS_STORED).samples
     channels, bits = samples.shape[2], 8 * samples.dtype.itemsize
     if (channels, bits) != (pixels.channels, pixels.bits):
         raise DataError(f"it has {channels} channels of {bits} bits, and the encoder takes {pixels}")

@@ -71,8 +71,8 @@ def to_rgb(
     elif num_bands != num_colours + (alpha is not None):
         raise DataError(
             f"{describe(samples)}: which bands are red, green and blue? Say --bands I J K, each from 1 to {num_bands}"
-            " (or take all, --channels keep)"
             + (f"; and {ask_for_range(samples)}" if decoding.value_range is None and samples.dtype != np.uint8 else "")
+            + "; or keep all of them: --channels keep"
         )
     colours = samples if alpha is None else np.delete(samples, alpha, axis=2)
     rgb = _to_8_bits(colours, decoding.value_range)
