@@ -115,6 +115,9 @@ def main() -> None:
     if args.only_data:
         return
     run = simclr_dist.pretrain(load_config(HERE / "configs" / config, args.overrides))
+    if run.state != "finished":
+        print(f"{run.state} at step {run.step}; `make demo-{args.kind}` continues from there")
+        return
     found = run.evaluate(baselines=True)
     print(f"\n{'kNN top-1 of':<20}")
     for name, score in [*found.baselines.items(), ("trained encoder", found)]:
