@@ -34,6 +34,7 @@ OTHERS = {
         "conda",
         "export",
         "git",
+        "hf",
         "kill",
         "mkdir",
         "nohup",

@@ -140,7 +140,7 @@ def test_names_of_old_files_and_an_index_of_parts_are_read(bert: Path, tmp_path:
         ({"auto_map": {"AutoModel": "modeling.Own"}}, "code of its own (auto_map)"),
         ({"model_type": "of_nobody"}, "of_nobody"),
         ({"model_type": None}, "names no model_type"),
-        ({"model_type": "t5"}, "an encoder with a decoder"),
+        ({"model_type": "t5", "classifier_dropout": 0.0}, "an encoder with a decoder"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"hidden_size": 10**12}, "hidden_size is 1e+12"),
         ({"num_labels": 10**12}, "num_labels is 1e+12"),

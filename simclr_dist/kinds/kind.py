@@ -112,7 +112,7 @@ class Kind(ABC):
 
     def show_views(self, views: Tensor) -> Tensor | list[list[str]] | None:
         """Views [V, n, ...], as the encoder eats them, for people: pictures float [V, n, 3, H, W], on whatever scale,
-        or V lists of n texts.
+        or V lists of n texts. None: there is nothing to look at.
         """
         return None
 

@@ -2,7 +2,7 @@
 
 Nothing in the folder is run and nothing is fetched: its config.json is read within bounds, the network is one that the
 installed transformers knows by name, its weights are safetensors (`model.weights: pretrained`, the default here; null:
-its architecture alone). Of proteins are folders whose vocabulary is single letters (ESM, ProtBert).
+its architecture alone). Of proteins are folders whose vocabulary is single letters (ESM).
 
 Letters: n texts, T tokens of the longest, D the width of h.
 """
