@@ -26,11 +26,15 @@ from PIL import Image
 
 from simclr_dist.data.account import SourceOptions
 from simclr_dist.data.beton.prepare import prepare
+from simclr_dist.data.loading.load_images import load_images
+from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.sources import compressed, parquet
 from simclr_dist.data.sources.images import ImageSource
 from simclr_dist.data.sources.open import open_source, size_on_disk
 from simclr_dist.data.sources.shards import braces
+from simclr_dist.doctor.data import examine_source
 from simclr_dist.errors import DataError
+from simclr_dist.source_text import missing
 from tests.images import make_folder, make_image
 
 NUM_IMAGES = 40
@@ -232,6 +236,23 @@ def test_the_same_with_workers_and_with_a_part_of_the_images(make: Callable[[Pat
     whole = open_source(source)
     assert [part.read(i).tobytes() for i in range(4)] == [whole.read(i).tobytes() for i in range(5, 9)]
     assert part.labels.tolist() == whole.labels[5:9].tolist()
+
+
+@pytest.mark.parametrize("make", [as_shards, as_hub_folder, as_zip, as_csv], ids=lambda make: make.__name__[3:])
+def test_trainings_evaluations_and_the_doctor_read_the_same(
+    make: Callable[[Path, Path], str], folder: Path, tmp_path: Path
+) -> None:
+    source = make(folder, tmp_path)
+    assert missing(source) is None  # as a configuration asks
+    info, of_folder = describe(source), describe(str(folder))
+    assert info.labels.tolist() == of_folder.labels.tolist()
+    assert info.class_names == of_folder.class_names
+    (views, labels, _), (of_files, _, _) = (next(load_images(s, 32, batch_size=9)) for s in (source, str(folder)))
+    assert views.equal(of_files)
+    assert labels.tolist() == of_folder.labels[:9].tolist()
+    findings = list(examine_source(source, SourceOptions()))
+    assert "taken: 40 images" in [finding.found for finding in findings]
+    assert not any(finding.level == "problem" for finding in findings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
