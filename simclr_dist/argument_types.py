@@ -121,6 +121,14 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--classes-from", metavar="FILE.beton|FOLDER", help="use the classes of this data set")
     group.add_argument("--labels", metavar="FILE.csv", help="labels from a table with the header name,label")
+    group.add_argument(
+        "--image-key", metavar="KEY", help="what holds the image: a column, or a WebDataset's ending, such as jpg"
+    )
+    group.add_argument(
+        "--label-key",
+        metavar="KEY",
+        help="what holds the class: a column, or a WebDataset's ending, such as json.label",
+    )
     group.add_argument("--files", metavar="LIST", help="only the images named in this file, one a line")
     group.add_argument(
         "--range",

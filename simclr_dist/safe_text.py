@@ -61,6 +61,8 @@ _SECRET_NAME = re.compile(
 _SECRET_VALUE = re.compile(
     r"(?<=://)[^/?#\s'\"]+(?=@)|\b(gh[pousr]_|github_pat_|glpat-|hf_|sk-|xox[abprs]-|AKIA)[\w-]{16,}|\bBearer\s+\S+"
 )
+# What a URL asks with: signatures of a store's links stand there, under any name.
+_QUERY = re.compile(r"(\b[A-Za-z][\w+.-]*://[^\s?#'\"]*[?#])[^\s'\"]+")
 # NAME=value where the name is that of a secret, as in a command line: --env WANDB_API_KEY=… Not the keys of a
 # configuration, which are small letters.
 _SECRET_SETTING = re.compile(r"(?<![\w.])([A-Z_][A-Z0-9_]*)=(?!\s)([^\s'\";&|]+)")
@@ -74,7 +76,7 @@ def looks_secret(name: str, value: str = "") -> bool:
 def mask(text: str) -> str:
     """The text with whatever looks like a secret as ***."""
     text = _SECRET_SETTING.sub(lambda found: f"{found[1]}=***" if looks_secret(found[1]) else found[0], text)
-    return _SECRET_VALUE.sub("***", text)
+    return _SECRET_VALUE.sub("***", _QUERY.sub(r"\1***", text))
 
 
 def masked(env: Mapping[str, str]) -> dict[str, str]:

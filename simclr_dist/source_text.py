@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterable
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 class SourceText(str):
@@ -55,5 +58,10 @@ def places(source: str) -> list[str]:
 
 
 def missing(source: str) -> str | None:
-    """The first line that leads nowhere; None: all are there."""
-    return next((place for place in lines(source) if not places(place)), None)
+    """The first line that leads nowhere; None: all are there. Of a URL or a {range}, opening it says."""
+    known = [place for place in lines(source) if not is_url(place) and "{" not in place]
+    return next((place for place in known if not places(place)), None)
+
+
+def is_url(place: str) -> bool:
+    return _URL.match(place) is not None

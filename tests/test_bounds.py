@@ -29,7 +29,7 @@ from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.beton.reader import open_beton, sidecar_path
 from simclr_dist.data.loading.open_images import describe, open_images
 from simclr_dist.data.loading.pillow_images import BetonSource
-from simclr_dist.data.sources import archives
+from simclr_dist.data.sources import compressed, members
 from simclr_dist.data.sources.open import open_source
 from simclr_dist.errors import CheckpointError, ConfigError, DataError, UserError
 from simclr_dist.evaluation.cache import read_features
@@ -295,7 +295,7 @@ def test_no_program_is_started_for_an_image(tmp_path: Path) -> None:
 
 
 def test_compressed_archives_expand_within_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "_MOST_EXPANDED", 1 << 20)
+    monkeypatch.setattr(compressed, "_MOST_EXPANDED", 1 << 20)
     for mode in ("gz", "xz", "bz2"):
         path = write_tar(tmp_path / f"bomb.tar.{mode}", {"a/0.png": b"\0" * (4 << 20)}, f"w:{mode}")
         with pytest.raises(DataError, match="expands to more than 1,048,576 bytes, 100 times its size; if that is"):
@@ -318,7 +318,7 @@ def test_links_inside_an_archive_give_no_more_than_it_holds(tmp_path: Path, monk
         content = path.read_bytes()
     with pytest.raises(DataError, match="links name the same archives inside it again and again; unpack it"):
         open_source(path)
-    monkeypatch.setattr(archives, "_MOST_BY_LINKS", 10_000)
+    monkeypatch.setattr(members, "_MOST_BY_LINKS", 10_000)
     with tarfile.open(tmp_path / "square.tar", "w") as archive:
         for i in range(200):
             add_member(archive, f"a/{i}.png")

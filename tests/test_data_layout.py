@@ -257,7 +257,9 @@ class TestLists:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ("file,class\n1.png,a\n", "begins with `file,class`; expected the header `name,label`"),
+            ("file,animal\n1.png,a\n", "begins with `file,animal`; expected the header `name,label`"),
+            ("file,path,class\n1.png,1.png,a\n", "has the columns file, path; say which with a header that begins"),
+            ("file,label,class\n1.png,a,b\n", "has the columns label, class; say which with --label-key"),
             ("", "expected the header"),
             ("name,label\n1.png,a\n1.png,b\n", "line 3: 1.png has the label `b`, and `a` above"),
             ("name,label\n1.png\n", "line 2: has no label: 1.png"),

@@ -103,9 +103,9 @@ class TestFolders:
             open_source(tmp_path / "empty")
         with pytest.raises(DataError, match=r"nowhere: no such file or folder, nor a dataset's name \(cifar10, "):
             open_source("nowhere")
-        (tmp_path / "file.zip").write_bytes(b"x")
-        with pytest.raises(DataError, match="neither a folder nor a tar archive"):
-            open_source(tmp_path / "file.zip")
+        (tmp_path / "file.7z").write_bytes(b"x")
+        with pytest.raises(DataError, match="neither a folder nor an archive or table"):
+            open_source(tmp_path / "file.7z")
 
 
 class TestArchives:

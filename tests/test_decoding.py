@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from simclr_dist.data.account import Account, OnDamage, SourceOptions
 from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.sources import decoding, tiff, turbojpeg
+from simclr_dist.data.sources.content import FileBytes
 from simclr_dist.data.sources.decoding import decode
 from simclr_dist.data.sources.images import FileImages
 from simclr_dist.data.sources.open import open_source
@@ -61,7 +62,7 @@ def as_files(root: Path, contents: list[bytes], **options) -> FileImages:
     paths = [root / f"{i}.img" for i in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
-    entries = [(str(path), str(path), 0, -1) for path in paths]
+    entries = [(str(path), FileBytes(str(path))) for path in paths]
     labels = np.full(len(paths), -1, np.int64)
     return FileImages((), labels, entries, Account("", "", len(paths)), decoding=Decoding(**options))
 
@@ -416,7 +417,7 @@ class TestFaultsOfOneImage:
             r"begins with b'<html>": b"<html>not found</html>",
             "it is a numpy array, which numpy.load reads": b"\x93NUMPY\x01\0",
             "it is DICOM, which pydicom reads": bytes(128) + b"DICM",
-            "it is HEIC, which pillow-heif reads": b"\0\0\0\x18ftypheic\0\0\0\0",
+            "it is JPEG XL: pip install pillow-jxl-plugin, or convert it first": b"\xff\x0a jxl",
             "truncated": encoded(RGB, "JPEG")[:-100],
         }
         images = as_files(tmp_path, list(contents.values()))
@@ -511,7 +512,7 @@ def test_mutated_files_give_pixels_or_an_error_with_their_own_name(num_files: in
     path = tmp_path / "all"
     path.write_bytes(b"".join(contents))
     offsets = np.cumsum([0, *map(len, contents)]).tolist()
-    entries = [(f"number {i}", str(path), offsets[i], len(content)) for i, content in enumerate(contents)]
+    entries = [(f"number {i}", FileBytes(str(path), offsets[i], len(content))) for i, content in enumerate(contents)]
     limit = Decoding(max_pixels=10**6)
     images = FileImages((), np.full(num_files, -1), entries, Account("", "", num_files), decoding=limit)
     num_read = 0

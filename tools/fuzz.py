@@ -25,6 +25,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -261,15 +262,86 @@ def _right_checksums(content: bytearray) -> None:
             content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
 
 
-def _read_tar(content: bytes, folder: Path) -> None:
-    from simclr_dist.data.sources.open import open_source
+def _read_source(name: str) -> Read:
+    """As a source of images that is called so."""
 
-    path = folder / "in.tar"
-    path.write_bytes(content)
-    source = open_source(path)
-    for line in source.account.lines():
-        line.encode()
-    source.read(0)
+    def read(content: bytes, folder: Path) -> None:
+        from simclr_dist.data.sources.open import open_source
+
+        path = folder / name
+        path.write_bytes(content)
+        source = open_source(path)
+        for line in source.account.lines():
+            line.encode()
+        source.read(0)
+
+    return read
+
+
+def _webdataset_seeds() -> list[bytes]:
+    found = []
+    for entries in (("cls", b"3"), ("json", b'{"label": "a"}')), (("cls", b"cat"), ("seg.png", _small_image("PNG"))):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            for i in range(2):
+                for key, content in (("jpg", _small_image("JPEG")), *entries):
+                    member = tarfile.TarInfo(f"{i:03d}.{key}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+        found.append(file.getvalue())
+    return found
+
+
+def _zip_seeds() -> list[bytes]:
+    found = []
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", method) as archive:
+            archive.writestr("a/0.png", _small_image("PNG"))
+            archive.writestr("b/é.jpg", _small_image("JPEG"))
+            link = zipfile.ZipInfo("c")
+            link.external_attr = 0o120777 << 16
+            archive.writestr(link, "a")
+        found.append(file.getvalue())
+    return found
+
+
+def _zstd_seeds() -> list[bytes]:
+    from backports import zstd
+
+    return [zstd.compress(content) for content in _tar_seeds()]
+
+
+def _parquet_seeds() -> list[bytes]:
+    import pyarrow
+    from pyarrow import parquet
+
+    image = {"bytes": _small_image("PNG"), "path": "0.png"}
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["a", "b"]}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    found = []
+    for columns, written in (
+        ({"image": [image, None, image], "label": [0, 1, -1]}, metadata),
+        ({"image": [_small_image("JPEG")] * 3, "label": ["a", "b", None]}, None),
+    ):
+        file = io.BytesIO()
+        table = pyarrow.table(columns).replace_schema_metadata(written)
+        parquet.write_table(table, file, row_group_size=2, compression="none" if written is None else "snappy")
+        found.append(file.getvalue())
+    return found
+
+
+def _table_seeds() -> list[bytes]:
+    return [
+        b"path,label\nx.png,1\n",
+        b"label\tfile\tsplit\n1\t./x.png\ttrain\n",
+        b'file;class\r\n"x.png";"a ""b"""\r\n',
+    ]
+
+
+def _read_table(content: bytes, folder: Path) -> None:
+    (folder / "x.png").write_bytes(_small_image("PNG"))
+    _read_source("in.csv")(content, folder)
 
 
 _JSON_WORDS = (
@@ -442,7 +514,12 @@ _TENSOR_WORDS = (*_JSON_WORDS, b"F64", b"F8_E4M3", b"BOOL", b"C64", b"\0\0\0\0\0
 TARGETS = {
     "pictures": Target(_picture_seeds, _read_picture, _PICTURE_WORDS),
     "beton": Target(_beton_seeds, _read_beton, in_place=True),
-    "tar": Target(_tar_seeds, _read_tar, _TAR_WORDS, in_place=True, mend=_right_checksums),
+    "tar": Target(_tar_seeds, _read_source("in.tar"), _TAR_WORDS, in_place=True, mend=_right_checksums),
+    "webdataset": Target(_webdataset_seeds, _read_source("in.tar"), (*_TAR_WORDS, b".cls"), True, _right_checksums),
+    "zip": Target(_zip_seeds, _read_source("in.zip"), (b"PK\1\2", b"PK\3\4", b"PK\5\6", b"\xff" * 4), in_place=True),
+    "zstd": Target(_zstd_seeds, _read_source("in.tar.zst"), (b"\x28\xb5\x2f\xfd",), in_place=True),
+    "parquet": Target(_parquet_seeds, _read_source("in.parquet"), (b"PAR1", b"huggingface"), in_place=True),
+    "table": Target(_table_seeds, _read_table, (b",", b";", b"\t", b'"', b"\n", b"label", b"path", b"../", b"\xff")),
     "json": Target(_json_seeds, _read_json, _JSON_WORDS),
     "yaml": Target(_yaml_seeds, _read_yaml, _YAML_WORDS),
     "safetensors": Target(_safetensors_seeds, _read_safetensors, _TENSOR_WORDS),

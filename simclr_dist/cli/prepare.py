@@ -33,7 +33,8 @@ def register(commands: Commands) -> None:
     prepare.add_argument(
         "source",
         metavar="SOURCE",
-        help="folder of class folders, a tar of one, torchvision's files, or cifar10, cifar100, stl10, fashion-mnist; "
+        help="folder of class folders; tar or zip of one; WebDataset, parquet or CSV; several as 'x-{000..012}.tar' or "
+        "'x/*.tar'; a URL; torchvision's files; or cifar10, cifar100, stl10, fashion-mnist (docs/data.md); "
         "texts: .txt, .tsv, .csv, .jsonl or .parquet; proteins: FASTA",
     )
     prepare.add_argument("out", metavar="OUT", type=Path, help="OUT.beton; of texts and proteins, a folder")
@@ -219,7 +220,11 @@ def prepare_with_progress(source: str | Path, out: Path, **options: Any) -> None
     losses = info.account.num_left_out
     if losses:
         sys.stderr.flush()
-        print(printable(f"{losses:,} found at {source} but not taken, see above; --strict makes this an error"))
+        print(
+            printable(
+                f"{losses:,} found at {info.account.source} but not taken, see above; --strict makes this an error"
+            )
+        )
 
 
 def _summary(info: PreparedInfo) -> Iterator[str]:

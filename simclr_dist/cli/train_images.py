@@ -56,8 +56,11 @@ def images_to_prepare(args: argparse.Namespace, out: Path) -> Images:
 
 def _look(args: argparse.Namespace, out: Path) -> Images:
     from simclr_dist.data.sources.open import open_source
+    from simclr_dist.data.sources.remote import refuse_secrets
 
     options = SourceOptions.from_arguments(args)
+    for source in filter(None, (args.source, args.test)):
+        refuse_secrets(source)
     if names_beton(args.source):
         if source_options(args):
             raise DataError(

@@ -32,7 +32,11 @@ class SourceOptions:
     class_names: tuple[str, ...] | None = None
     """The classes to use, by name; `beton.classes_from.with_class_names` finds those of a .beton file."""
     labels: str | None = None
-    """A CSV file with the header `name,label`; names relative to the source."""
+    """A CSV or TSV file with columns such as `name,label`; names relative to the source."""
+    image_key: str | None = None
+    """What holds the image: a column of parquet or a table, or what follows the first dot of a name in a WebDataset."""
+    label_key: str | None = None
+    """What holds the class: a column, or a key of a WebDataset; `json.label` is an entry of its JSON files."""
     files: str | None = None
     """A text file with one name a line, relative to the source: only these images, in the order of names."""
     value_range: tuple[float, float] | None = None

@@ -249,9 +249,10 @@ def _start_workers(num_workers: int) -> tuple[ProcessPoolExecutor, list[Future[i
 
 
 def _has_one_thread() -> bool:
-    """False where it cannot be known."""
+    """But for that of pyarrow's allocator, jemalloc, which knows forks. False where it cannot be known."""
     try:
-        return len(os.listdir("/proc/self/task")) == 1
+        names = [thread.joinpath("comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
+        return len([name for name in names if name != "jemalloc_bg_thd"]) == 1
     except OSError:
         return False
 

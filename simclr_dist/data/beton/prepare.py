@@ -31,6 +31,7 @@ from simclr_dist.data.sources.open import open_source
 from simclr_dist.errors import DataError
 from simclr_dist.parallel.threads import default_num_threads
 from simclr_dist.pixel_format import PixelFormat
+from simclr_dist.safe_text import mask
 
 OnError = Literal["skip", "refuse"]
 
@@ -145,7 +146,9 @@ def prepare(
                 done.damaged += encoded.damaged
                 done.noted += encoded.noted
             if not writer.rows:
-                raise DataError(f"{source}: none of its {len(ids)} images can be used; the first: {skipped[0].reason}")
+                raise DataError(
+                    f"{account.source}: none of its {len(ids)} images can be used; the first: {skipped[0].reason}"
+                )
             kept, remarks = pixels.format() if keeps else (None, [])
             writer.finish(kept)
             file.flush()
@@ -164,7 +167,7 @@ def prepare(
                 "class_counts": counts.tolist(),
                 "fingerprint": table_fingerprint,
                 "content_fingerprint": fingerprint,
-                "source": str(source),
+                "source": mask(str(source)),
                 "split": options.split,
                 "mode": "raw" if keeps else "smart" if mode == "auto" else mode,
                 "quality": fit.quality,

@@ -134,5 +134,7 @@ def _open_source(source: str) -> ImageSource:
 
         return synthetic_images()
     from simclr_dist.data.sources.open import open_source
+    from simclr_dist.data.sources.remote import refuse_secrets
 
+    refuse_secrets(source)
     return open_source(source)

@@ -4,7 +4,6 @@ Pillow opens.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import IO
 
@@ -14,6 +13,7 @@ from PIL import Image, ImageFile
 
 from simclr_dist.data.image_size import check_num_pixels
 from simclr_dist.data.sources import tiff
+from simclr_dist.data.sources.content import Content, open_content
 from simclr_dist.data.sources.decoding import (
     both_bytes,
     decode,
@@ -60,13 +60,10 @@ def read_kept(file: IO[bytes], decoding: Decoding, page: int | None = None) -> K
         raise DataError(f"cannot be decoded: {reason_of(error, file)}") from None
 
 
-def num_pages(path: str, offset: int, size: int) -> int:
-    """Of the file in these bytes of another, or in all of it (size -1); 1 for what is no TIFF. Raises OSError."""
-    with open(path, "rb") as whole:
-        if size < 0:
-            return max(1, len(tiff.pages(whole)))
-        whole.seek(offset)
-        return max(1, len(tiff.pages(io.BytesIO(whole.read(size)))))
+def num_pages(content: Content) -> int:
+    """1 for what is no TIFF. Raises OSError, or DataError without the image's name."""
+    with open_content(content) as file:
+        return max(1, len(tiff.pages(file)))
 
 
 def _samples(file: IO[bytes], decoding: Decoding, page: int | None) -> Kept:

@@ -23,16 +23,17 @@ from simclr_dist.errors import DataError
 Pixels = NDArray[np.uint8]  # RGB [H, W, 3]
 
 _UNKNOWN_FORMATS = (  # first bytes, where, what they are
-    (b"DICM", 128, "DICOM, which pydicom reads"),
-    (b"\x93NUMPY", 0, "a numpy array, which numpy.load reads"),
-    (b"ftyphe", 4, "HEIC, which pillow-heif reads"),
-    (b"ftypmif1", 4, "HEIF, which pillow-heif reads"),
-    (b"\xff\x0a", 0, "JPEG XL, which pillow-jxl-plugin reads"),
-    (b"JXL ", 4, "JPEG XL, which pillow-jxl-plugin reads"),
-    (b"\x89HDF", 0, "HDF5, which h5py reads"),
-    (b"v/1\x01", 0, "OpenEXR, which OpenEXR reads"),
-    (b"%PDF", 0, "PDF, which pypdfium2 reads"),
-    (b"II\xbc", 0, "JPEG XR, which imagecodecs reads"),
+    (b"DICM", 128, "DICOM, which pydicom reads;"),
+    (b"\x93NUMPY", 0, "a numpy array, which numpy.load reads;"),
+    (b"ftypavif", 4, "AVIF: pip install pillow-avif-plugin, or"),
+    (b"ftyphe", 4, "HEIC: pip install pillow-heif, or"),
+    (b"ftypmif1", 4, "HEIF: pip install pillow-heif, or"),
+    (b"\xff\x0a", 0, "JPEG XL: pip install pillow-jxl-plugin, or"),
+    (b"JXL ", 4, "JPEG XL: pip install pillow-jxl-plugin, or"),
+    (b"\x89HDF", 0, "HDF5, which h5py reads;"),
+    (b"v/1\x01", 0, "OpenEXR, which OpenEXR reads;"),
+    (b"%PDF", 0, "PDF, which pypdfium2 reads;"),
+    (b"II\xbc", 0, "JPEG XR, which imagecodecs reads;"),
 )
 
 
@@ -266,7 +267,7 @@ def reason_of(error: Exception, file: IO[bytes]) -> str:
             return "the file is empty"
         for magic, start, what in _UNKNOWN_FORMATS:
             if head[start:].startswith(magic):
-                return f"it is {what}; convert it first"
+                return f"it is {what} convert it first"
         return f"it is no image that Pillow knows, or its header is damaged (it begins with {head[:12]!r})"
     if isinstance(error, OSError | ValueError | SyntaxError | EOFError) and str(error):
         return str(error)

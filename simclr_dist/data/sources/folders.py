@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 
+from simclr_dist.data.sources.content import FileBytes
 from simclr_dist.data.sources.listing import Found, Listing, Parts, is_tool_folder, stamp
 
 
@@ -42,7 +43,7 @@ def _enter(folder: str, parts: Parts, real: str, around: frozenset[str], entered
             listing.folders.append(below)
             _enter(path, below, target, around, entered, listing)
         elif _is_file(entry):
-            listing.files.append(Found(below, path, path))
+            listing.files.append(Found(below, path, FileBytes(path)))
         else:
             listing.left_out.append(("link to nothing" if entry.is_symlink() else "not a regular file", below))
 

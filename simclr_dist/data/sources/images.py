@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import IO, Any, Protocol, TypeVar
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from simclr_dist.data.account import Account, LeftOut
 from simclr_dist.data.digest_cache import digest_once
 from simclr_dist.data.sources.channel_files import Kept, read_kept
+from simclr_dist.data.sources.content import Content, open_content
 from simclr_dist.data.sources.decoding import Decoded, Pixels, decode
 from simclr_dist.data.sources.sample_values import ASK, Decoding
 from simclr_dist.errors import DataError
@@ -81,25 +82,23 @@ class ImageSource(LabelledImages, Protocol):
 
 @dataclass(frozen=True)
 class FileImages:
-    """Images in files, or in byte ranges of a file.
-
-    entries: (name, file, offset, size) of each; size -1 means the whole file.
-    """
+    """Images in files, or in containers. entries: the name of each, and where its bytes lie."""
 
     class_names: tuple[str, ...]
     labels: NDArray[np.int64]
-    entries: list[tuple[str, str, int, int]]
+    entries: list[tuple[str, Content]]
     account: Account
     root: str = ""  # what all names begin with, and what is no part of the images' identity
     decoding: Decoding = ASK
-    keep: Any = field(default=None, repr=False)  # a temporary file that must exist as long as this object
+    keep: Any = field(default=None, repr=False)  # temporary files that must exist as long as this object
     page_of: NDArray[np.int64] | None = None  # the number of the page of its file that each image is; -1: all of it
 
     @property
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        for (name, path, _, size), label in zip(self.entries, self.labels.tolist(), strict=True):
-            size = size if size >= 0 else _stat(path).st_size
+        for (name, content), label in zip(self.entries, self.labels.tolist(), strict=True):
+            with _read_error(name):
+                size = content.num_bytes()
             digest.update(f"{name}\0{size}\0{label}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
@@ -114,10 +113,10 @@ class FileImages:
     def _state(self) -> tuple[str, str]:
         """Changes when a file does, as far as one can tell without reading it."""
         state = hashlib.sha256()
-        found = {path: _stat(path) for _, path, _, _ in self.entries}
-        for name, path, offset, size in self.entries:
-            file = found[path]
-            values = (offset, size, file.st_size, file.st_mtime_ns, file.st_ino)
+        found = {path: _stat(path) for path in {content.path for _, content in self.entries}}
+        for name, content in self.entries:
+            file = found[content.path]
+            values = (*content[1:], file.st_size, file.st_mtime_ns, file.st_ino)
             state.update(self._encoded(name) + f"\0{values}\n".encode())
         return os.path.realpath(self.root or os.curdir), state.hexdigest()
 
@@ -135,7 +134,9 @@ class FileImages:
         return together.hexdigest()
 
     def _digest_of_file(self, index: int) -> bytes:
-        return hashlib.sha256(self._content(index)).digest()
+        name, content = self.entries[index]
+        with _read_error(name):
+            return hashlib.sha256(content.read()).digest()
 
     def _encoded(self, name: str) -> bytes:
         return name.removeprefix(self.root).encode("utf-8", "surrogateescape")
@@ -162,23 +163,9 @@ class FileImages:
         return self._opened(index, lambda file: read_kept(file, self.decoding, None if page < 0 else page))
 
     def _opened(self, index: int, read: Callable[[IO[bytes]], _Read]) -> _Read:
-        name, path, _, size = self.entries[index]
-        try:
-            with open(path, "rb") if size < 0 else io.BytesIO(self._content(index)) as file:
-                return read(file)
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from None
-        except OSError as error:
-            raise DataError(f"{name}: cannot be read: {error.strerror}") from None
-
-    def _content(self, index: int) -> bytes:
-        name, path, offset, size = self.entries[index]
-        try:
-            with open(path, "rb") as file:
-                file.seek(offset)
-                return file.read(size)
-        except OSError as error:
-            raise DataError(f"{name}: cannot be read: {error.strerror}") from None
+        name, content = self.entries[index]
+        with _read_error(name), open_content(content) as file:
+            return read(file)
 
 
 @dataclass(frozen=True)
@@ -229,6 +216,17 @@ class ArrayImages:
     def read(self, index: int) -> Pixels:
         image = np.asarray(self.images[index])
         return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+
+
+@contextmanager
+def _read_error(name: str) -> Iterator[None]:
+    """Names the image of which something cannot be read."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from None
 
 
 def _stat(path: str) -> os.stat_result:

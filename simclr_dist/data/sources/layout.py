@@ -43,13 +43,20 @@ class Reading:
 
 
 def read_layout(
-    paths: Sequence[Parts], folders: Iterable[Parts], origin: str, options: SourceOptions, is_archive: bool
+    paths: Sequence[Parts],
+    folders: Iterable[Parts],
+    origin: str,
+    options: SourceOptions,
+    is_archive: bool,
+    is_labelled: bool = False,
 ) -> Reading:
     """paths: of all images. folders: all that were entered, to notice classes without an image.
 
+    is_labelled: the images have classes already, so that folders are none.
+
     Raises DataError when the options do not fit, and where two readings are possible: with the commands that choose.
     """
-    ask = _Questions(origin, options, is_archive)
+    ask = Questions(origin, options, is_archive, is_labelled)
     around = _folders_around(paths, ask)
     rest = {i: path[len(around) :] for i, path in enumerate(paths)}
     reading = Reading({}, "")
@@ -59,7 +66,7 @@ def read_layout(
     elif options.layout == "auto":
         split, level = _only_split(rest, ask), 0
         rest = rest if split is None else {i: path[1:] for i, path in rest.items()}
-    if options.labels is not None or options.layout == "flat":
+    if is_labelled or options.layout == "flat":
         reading.classes = dict.fromkeys(rest)
         reading.sentence = "folders are no classes"
     else:
@@ -75,7 +82,7 @@ def read_layout(
             ]
     if split is not None:
         others = sorted({folder[-1] for folder in reading.other_splits})
-        also = f" (not asked for: {_some(others)})" if others else ""
+        also = f" (not asked for: {some(others)})" if others else ""
         reading.sentence = f"split {split}{also}; {reading.sentence}"
     if around:
         reading.sentence = f"inside {'/'.join(around)}: {reading.sentence}"
@@ -99,10 +106,13 @@ def _is_split(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Questions:
+class Questions:
+    """What a person has to decide about a source, with the commands that answer."""
+
     origin: str
     options: SourceOptions
-    is_archive: bool
+    is_archive: bool = True
+    is_labelled: bool = False
 
     def about(self, what: str, answers: Sequence[str], inside: str = "") -> DataError:
         """answers: further arguments of `prepare`. inside: a folder that would be a clear SOURCE, one more answer."""
@@ -114,6 +124,8 @@ class _Questions:
                 ("--labels", self.options.labels),
                 ("--files", self.options.files),
                 ("--classes-from", self.options.classes_from),
+                ("--image-key", self.options.image_key),
+                ("--label-key", self.options.label_key),
             )
             if value is not None
         ]
@@ -127,7 +139,7 @@ class _Questions:
         return f"simclr-dist prepare {shlex.quote(source)} OUT.beton"
 
 
-def _folders_around(paths: Sequence[Parts], ask: _Questions) -> Parts:
+def _folders_around(paths: Sequence[Parts], ask: Questions) -> Parts:
     """The folders, one inside the other, that hold everything and are neither a split nor the only class."""
     depth = 0
     while all(len(path) > depth + 2 for path in paths):
@@ -136,7 +148,7 @@ def _folders_around(paths: Sequence[Parts], ask: _Questions) -> Parts:
             break
         depth += 1
     options = ask.options
-    if depth == 0 or ask.is_archive or options.split or options.labels or options.layout == "flat":
+    if depth == 0 or ask.is_archive or options.split or ask.is_labelled or options.layout == "flat":
         return paths[0][:depth]
     if options.layout == "classes" or options.class_depth:
         return ()
@@ -145,13 +157,13 @@ def _folders_around(paths: Sequence[Parts], ask: _Questions) -> Parts:
         return paths[0][:depth]
     only = "/".join(paths[0][:depth])
     raise ask.about(
-        f"its only folder is {only}, which holds {_some(inside)}; is it the class, or are they the classes?",
+        f"its only folder is {only}, which holds {some(inside)}; is it the class, or are they the classes?",
         ["--layout classes", f"--class-depth {depth + 1}"],
         inside=only,
     )
 
 
-def _only_split(rest: dict[int, Parts], ask: _Questions) -> str | None:
+def _only_split(rest: dict[int, Parts], ask: Questions) -> str | None:
     """The split that everything lies in; None when nothing resembles a split."""
     folders = {path[:-1] for path in rest.values()}
     heads = {folder[0] for folder in folders if folder}
@@ -161,7 +173,7 @@ def _only_split(rest: dict[int, Parts], ask: _Questions) -> str | None:
         beside = sorted(heads - set(alike)) + (["images in no folder"] if () in folders else [])
         if beside:
             raise ask.about(
-                f"{_some(alike)}: splits? Beside them are {_some(beside)}. Choose a split, or take all as classes",
+                f"{some(alike)}: splits? Beside them are {some(beside)}. Choose a split, or take all as classes",
                 [*choices[:NAMES_SHOWN], "--layout classes"],
             )
         if len(alike) > 1:
@@ -177,7 +189,7 @@ def _only_split(rest: dict[int, Parts], ask: _Questions) -> str | None:
     deeper = sorted({name for folder in folders for name in folder[1:] if _is_split(name)})
     if deeper:
         raise ask.about(
-            f"its folders hold splits ({_some(deeper)}); choose one, or take everything",
+            f"its folders hold splits ({some(deeper)}); choose one, or take everything",
             [*(f"--split {shlex.quote(name)}" for name in deeper[:NAMES_SHOWN]), "--layout classes"],
         )
     return None
@@ -225,7 +237,7 @@ def _matching(names: set[str], split: str, origin: str) -> str | None:
     return None
 
 
-def _read_classes(rest: dict[int, Parts], ask: _Questions, reading: Reading) -> None:
+def _read_classes(rest: dict[int, Parts], ask: Questions, reading: Reading) -> None:
     options = ask.options
     folders = {path[:-1] for path in rest.values()}
     if options.layout == "auto" and options.class_depth is None:
@@ -243,7 +255,7 @@ def _read_classes(rest: dict[int, Parts], ask: _Questions, reading: Reading) -> 
         return
     count, folder = ("1 class", "folder") if len(names) == 1 else (f"{len(names):,} classes", "folders")
     level = f"outermost {folder}" if depth == 1 else f"{folder} at depth {depth}"
-    reading.sentence = f"{count}, the {level} ({_some(names)})"
+    reading.sentence = f"{count}, the {level} ({some(names)})"
     if any(len(folder) > depth for folder in folders):
         reading.sentence += "; folders inside them are no classes"
     if len({folder[:depth] for folder in folders if len(folder) >= depth}) > len(names):
@@ -253,25 +265,26 @@ def _read_classes(rest: dict[int, Parts], ask: _Questions, reading: Reading) -> 
     ]
 
 
-def _ask_about_roles(folders: Collection[Parts], ask: _Questions) -> None:
+def _ask_about_roles(folders: Collection[Parts], ask: Questions) -> None:
     """Raises DataError where folders seem to be named by what lies in them instead of by class."""
     heads = {folder[0] for folder in folders if folder}
     images = sorted(name for name in heads if name.lower() in _IMAGES)
     masks = sorted(name for name in heads if name.lower() in _MASKS)
     if images or masks:
         raise ask.about(
-            f"{_some(images + masks)}: a name of a class, or of what the folder holds?",
+            f"{some(images + masks)}: a name of a class, or of what the folder holds?",
             ["--layout classes", "--layout flat"],
             inside=images[0] if images and masks else "",
         )
     deeper = sorted({name for folder in folders for name in folder[1:] if name.lower() in _MASKS})
     if deeper:
         raise ask.about(
-            f"its folders hold others called {_some(deeper)}; are there masks instead of images in them?",
+            f"its folders hold others called {some(deeper)}; are there masks instead of images in them?",
             ["--layout classes", "--files LIST"],
         )
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first names of many."""
     ordered = sorted(names)
     return ", ".join(ordered[:NAMES_SHOWN]) + (", …" if len(ordered) > NAMES_SHOWN else "")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -10,38 +13,61 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from simclr_dist.data.sources.content import Content
+from simclr_dist.errors import DataError
+
 Parts = tuple[str, ...]
 """A path relative to the source, folder by folder."""
 
 Stamp = tuple[str, int, int]
 """A file or folder, the time of its last change in ns, and its size."""
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tar.zst", ".tzst")
 
 # Folders that programs make for themselves beside people's images.
 _TOOL_FOLDERS = frozenset({"@eadir", "__macosx", "__pycache__", "$recycle.bin", "#recycle", "lost+found"})
 _SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "icon\r"})
-_ARCHIVES = (*TAR_SUFFIXES, ".tbz2", ".tar.zst", ".zip", ".7z", ".rar")
+_ARCHIVES = (*TAR_SUFFIXES, ".zip", ".7z", ".rar")
 # Formats with images in them that Pillow does not open.
 _UNSUPPORTED = frozenset(
-    {".heic", ".heif", ".jxl", ".npz", ".dcm", ".nii", ".svg", ".exr", ".hdr"}
+    {".npz", ".dcm", ".nii", ".svg", ".exr", ".hdr"}
     | {".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raw", ".svs", ".ndpi"}
+)
+# Packages that teach Pillow further formats: (module, package, what registers them, suffixes).
+_PLUGINS = (
+    ("pillow_heif", "pillow-heif", "register_heif_opener", (".heic", ".heif", ".heics", ".heifs", ".hif")),
+    ("pillow_avif", "pillow-avif-plugin", None, (".avif",)),  # a Pillow of 2025 or later has it itself
+    ("pillow_jxl", "pillow-jxl-plugin", None, (".jxl",)),
 )
 ARRAYS = ".npy"
 # Pillow registers these too, but they are documents, films and containers, most of which it cannot read.
 _NOT_IMAGES = frozenset({"PDF", "EPS", "MPEG", "HDF5", "GRIB", "BUFR", "WMF", "IPTC"})
 # Formats that their first bytes tell beyond doubt.
-_KNOWN_BY_CONTENT = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "JPEG2000", "AVIF", "QOI")
+_KNOWN_BY_CONTENT = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "JPEG2000", "AVIF", "QOI", "HEIF")
 
 
 class Found(NamedTuple):
-    """A file, or the bytes of one inside an archive. size -1: the whole file. name: as messages call it."""
+    """A file, or what a container holds. name: as messages call it; begins with `Listing.prefix`."""
 
     parts: Parts
     name: str
-    path: str
-    offset: int = 0
-    size: int = -1
+    content: Content
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Classes that the source itself gives to its images, or a table beside it.
+
+    by_image: by the image's name; None, or no entry, where it has none. sentence: where they come from, for people.
+    without: what is to be noted of images that have none. names: all classes, where the source has a list of them.
+    files: those that were read for it, and are no images.
+    """
+
+    by_image: Mapping[str, str | None]
+    sentence: str
+    without: str
+    names: tuple[str, ...] | None = None
+    files: frozenset[Parts] = frozenset()
 
 
 @dataclass
@@ -49,8 +75,11 @@ class Listing:
     """Everything at a source, sorted by path.
 
     prefix: what all names begin with. folders: those that were entered. left_out, notes: (reason, path).
+    shards: the paths of those folders that are archives or tables of one data set, and no folders to their images.
     stamps: of what has to be unchanged for the listing to be true.
-    keep: a temporary file that must exist as long as the files are read.
+    keep: temporary files that must exist as long as the images are read.
+    are_images: all files are images, whatever they are called. labels: of the images, where the source has them.
+    sentence: what was read, for people, where the source is no files.
     """
 
     origin: str
@@ -60,8 +89,23 @@ class Listing:
     folders: list[Parts] = field(default_factory=list)
     left_out: list[tuple[str, Parts]] = field(default_factory=list)
     notes: list[tuple[str, Parts]] = field(default_factory=list)
+    shards: set[Parts] = field(default_factory=set)
     stamps: list[Stamp] = field(default_factory=list)
-    keep: Any = None
+    keep: list[Any] = field(default_factory=list)
+    are_images: bool = False
+    labels: Labels | None = None
+    sentence: str = ""
+
+    def without_shard(self, path: Parts) -> Parts:
+        """The path as if all shards were one."""
+        for depth in range(1, len(path) + 1) if self.shards else ():
+            if path[:depth] in self.shards:
+                return path[: depth - 1] + path[depth:]
+        return path
+
+    def name_in(self, found: Found) -> str:
+        """The name below the source, as lists and tables call it."""
+        return found.name.removeprefix(self.prefix)
 
 
 def stamp(path: str) -> Stamp:
@@ -86,13 +130,23 @@ def image_formats() -> tuple[str, ...]:
     """The formats that are tried, whatever a file is called: Pillow runs Ghostscript for a page of EPS."""
     Image.preinit()  # first, so that common formats stay the first that Pillow tries
     Image.init()
+    for module, _, register, suffixes in _PLUGINS:
+        with suppress(ImportError):
+            if suffixes[0] in Image.registered_extensions():
+                continue
+            plugin = importlib.import_module(module)
+            if register is not None:
+                getattr(plugin, register)()
     return tuple(name for name in Image.ID if name in Image.OPEN and name not in _NOT_IMAGES)
 
 
 def choose_images(
-    files: list[Found], *, arrays_too: bool = False
+    files: list[Found], *, arrays_too: bool = False, with_parts_of_samples: bool = False
 ) -> tuple[list[Found], list[tuple[str, Parts]], list[tuple[str, Parts]]]:
-    """(images, the other files with the reason for each, images with a note). arrays_too: numpy's are images."""
+    """(images, the other files with the reason for each, images with a note).
+
+    arrays_too: numpy's are images. with_parts_of_samples: such as masks.
+    """
     images: list[Found] = []
     others: list[tuple[str, Parts]] = []
     for found in files:
@@ -102,7 +156,7 @@ def choose_images(
             images.append(found)
         else:
             others.append((reason, found.parts))
-    images, parts_of_samples = _without_parts_of_samples(images)
+    images, parts_of_samples = (images, []) if with_parts_of_samples else _without_parts_of_samples(images)
     notes = [
         ("has the name of another image but for the suffix", later.parts)
         for earlier, later in pairwise(images)
@@ -125,6 +179,9 @@ def _why_no_image(found: Found) -> str | None:
         return f"an archive, which is not unpacked ({max((e for e in _ARCHIVES if name.endswith(e)), key=len)})"
     if suffix == ARRAYS:
         return f"an array, which --channels keep takes ({suffix})"
+    plugin = next((package for _, package, _, suffixes in _PLUGINS if suffix in suffixes), None)
+    if plugin is not None:
+        return f"needs a package: pip install {plugin} ({suffix})"
     if suffix in _UNSUPPORTED:
         return f"a format that Pillow does not open ({suffix})"
     return f"not an image ({suffix})"
@@ -142,9 +199,10 @@ def _stem(name: str) -> str:
 
 def _is_image_by_content(found: Found) -> bool:
     image_suffixes()  # loads Pillow's formats
-    with open(found.path, "rb") as file:
-        file.seek(found.offset)
-        start = file.read(16 if found.size < 0 else min(16, found.size))
+    try:
+        start = found.content.read(16)
+    except DataError:  # reading it as an image would say what is wrong
+        return True
     accepts = (Image.OPEN[name][1] for name in _KNOWN_BY_CONTENT if name in Image.OPEN)
     return any(accept is not None and accept(start) is True for accept in accepts)
 

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from simclr_dist.data.account import SourceOptions
-from simclr_dist.data.sources.archives import list_archive
 from simclr_dist.data.sources.dataset_files import CIFARS, torchvision_archive, torchvision_files
 from simclr_dist.data.sources.folders import list_folder
 from simclr_dist.data.sources.image_files import images_of
 from simclr_dist.data.sources.images import ArrayImages, ImageSource
-from simclr_dist.data.sources.listing import TAR_SUFFIXES, Stamp, stamp
+from simclr_dist.data.sources.listing import TAR_SUFFIXES, Listing, Stamp, stamp
 from simclr_dist.data.sources.lists import number_classes
+from simclr_dist.data.sources.remote import fetch
+from simclr_dist.data.sources.shards import expand, is_pattern, list_file, list_files, list_shards_of_folder
 from simclr_dist.errors import DataError
+from simclr_dist.source_text import is_url
 
 DATASETS = ("cifar10", "cifar100", "stl10", "fashion-mnist")
 DEBIAN_FASHION_MNIST = Path("/usr/share/dataset-fashion-mnist")
@@ -30,9 +32,11 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/dataset-fashion-mnist")
 def open_source(source: str | Path, options: SourceOptions | str | None = None) -> ImageSource:
     """The images at a path, or a dataset by name.
 
-    source: a folder of class folders; a tar (.tar, .tar.gz, .tar.xz, .tar.bz2) of one; a folder with torchvision's
-        files of CIFAR-10, CIFAR-100, STL-10 or Fashion-MNIST; or the name `cifar10`, `cifar100`, `stl10` or
-        `fashion-mnist`, which is looked for in $SIMCLR_DATA, ./data and where Debian puts it, else downloaded.
+    source: a folder of class folders; an archive of one (tar, also compressed, or zip), or a WebDataset; parquet files
+        with a column of images; many of these, as a folder, a pattern such as `shards/*.tar` or a range such as
+        `train-{000..012}.tar`; a table (.csv, .tsv) of files; a folder with torchvision's files of CIFAR-10, CIFAR-100,
+        STL-10 or Fashion-MNIST; or the name `cifar10`, `cifar100`, `stl10` or `fashion-mnist`, which is looked for in
+        $SIMCLR_DATA, ./data and where Debian puts it, else downloaded.
     options: how to read it; a string is a split: `train`, `test`, … (STL-10 also has `unlabeled`).
     What was opened before in this process, and has not changed, is not read again.
     Raises DataError.
@@ -52,12 +56,14 @@ def _cannot_be_read(error: OSError, source: str | Path) -> DataError:
 
 
 def _open(source: str | Path, options: SourceOptions) -> ImageSource:
+    if is_url(str(source)):
+        return _open_remote(str(source), options)
     path = Path(source)
     if str(source) in DATASETS and not path.exists():
         return _by_name(str(source), options)
     if path.name.endswith(".beton"):
         raise DataError(f"{path}: is a .beton file already")
-    if not path.exists():
+    if not path.exists() and not is_pattern(str(path)):
         near = f", nor a dataset's name ({', '.join(DATASETS)})" if os.sep not in str(source) else ""
         raise DataError(f"{source}: no such file or folder{near}")
     key = (os.path.abspath(path), str(path), options)
@@ -69,10 +75,34 @@ def _open(source: str | Path, options: SourceOptions) -> ImageSource:
         stamps += [] if file is None else [stamp(file)]
     # A file may be changed again within the clock's tick: what is that young is not remembered.
     if time.time_ns() - max(changed for _, changed, _ in stamps) > _SETTLED_NS:
-        while len(_opened) >= _MOST_OPENED:
-            del _opened[next(iter(_opened))]
-        _opened[key] = _Opened(images, stamps)
+        _remember(key, _Opened(images, stamps))
     return images
+
+
+def _remember(key: tuple[str, str, SourceOptions], opened: _Opened) -> None:
+    while len(_opened) >= _MOST_OPENED:
+        del _opened[next(iter(_opened))]
+    _opened[key] = opened
+
+
+def _open_remote(url: str, options: SourceOptions) -> ImageSource:
+    """From copies of the files, which are fetched once a process."""
+    fetched = fetch(url)
+    key = (url, url, options)
+    if key not in _opened:
+        try:
+            known = None if len(fetched.paths) > 1 else _known(fetched.paths[0], options)
+            if known is not None:
+                return replace(known, origin=fetched.shown)
+            if len(fetched.paths) > 1:
+                listing = list_files(list(map(str, fetched.paths)), fetched.shown, options)
+            else:
+                listing = _list(fetched.paths[0], options)
+            fetched.relabel(listing)
+            _remember(key, _Opened(images_of(listing, options, _classes_of(options)), []))
+        except DataError as error:
+            raise DataError(fetched.translate(str(error))) from None
+    return _opened[key].images
 
 
 @dataclass(frozen=True)
@@ -95,27 +125,41 @@ def _is_unchanged(before: Stamp) -> bool:
 
 def _read(path: Path, options: SourceOptions) -> tuple[ImageSource, list[Stamp]]:
     """The images, and what has to be unchanged for them to be the same when they are opened again."""
+    known = _known(path, options)
+    if known is not None:
+        places = [path, Path(known.origin)] if path.is_dir() else [path]
+        files = [entry for place in places if place.is_dir() for entry in place.iterdir() if entry.exists()]
+        return known, [stamp(str(place)) for place in (*places, *files)]
+    listing = _list(path, options)
+    return images_of(listing, options, _classes_of(options)), listing.stamps
+
+
+def _known(path: Path, options: SourceOptions) -> ArrayImages | None:
+    """The data set with files of its own that lies there; None: there is none. Raises DataError."""
     is_folder = path.is_dir()
     if is_folder:
         os.scandir(path).close()  # a folder that cannot be read is named itself, not a file that may be in it
     known = torchvision_files(path, options.split) if is_folder else torchvision_archive(path, options.split)
     if known is not None:
-        for name in ("layout", "labels", "files", "class_depth", "value_range", "bands", "channels", "pages", "axes"):
+        for name in (
+            *("layout", "labels", "files", "class_depth", "value_range", "bands", "channels", "pages", "axes"),
+            *("image_key", "label_key"),
+        ):
             if getattr(options, name) not in (None, "auto", "rgb"):
                 option = "--range" if name == "value_range" else f"--{name.replace('_', '-')}"
                 raise DataError(f"{path}: {option} is for image files; this is {known.layout}")
         if options.classes_from is not None or options.class_names is not None:
             known = replace(known, **_renumbered(known, options))
-        places = [path, Path(known.origin)] if is_folder else [path]
-        files = [entry for place in places if place.is_dir() for entry in place.iterdir() if entry.exists()]
-        return known, [stamp(str(place)) for place in (*places, *files)]
-    if is_folder:
-        listing = list_folder(path)
-    elif path.name.endswith(TAR_SUFFIXES):
-        listing = list_archive(path)
-    else:
-        raise DataError(f"{path}: neither a folder nor a tar archive ({', '.join(TAR_SUFFIXES)})")
-    return images_of(listing, options, _classes_of(options)), listing.stamps
+    return known
+
+
+def _list(path: Path, options: SourceOptions) -> Listing:
+    if is_pattern(str(path)):
+        return list_files(expand(str(path)), str(path), options)
+    if not path.is_dir():
+        return list_file(path, options)
+    folder = list_folder(path)
+    return list_shards_of_folder(folder, options) or folder
 
 
 def _classes_of(options: SourceOptions) -> tuple[str, ...] | None:
@@ -226,11 +270,13 @@ def find_dataset() -> tuple[str, Path]:
 
 
 def size_on_disk(source: str) -> int:
-    """Bytes of the files behind a data source; 0 for synthetic images. Raises DataError."""
+    """Bytes of the files behind a data source; 0 for synthetic images, and of what lies elsewhere. Raises DataError."""
     path = Path(source)
     try:
         if path.is_dir():
-            return sum(os.path.getsize(found.path) for found in list_folder(path).files)
+            return sum(found.content.num_bytes() for found in list_folder(path).files)
+        if not is_url(source) and is_pattern(source):
+            return sum(map(os.path.getsize, expand(source)))
         return path.stat().st_size if path.is_file() else 0
     except OSError as error:
         raise _cannot_be_read(error, source) from None
