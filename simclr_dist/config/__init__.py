@@ -1,11 +1,13 @@
 """What to learn: the configuration of a run, read from YAML and `key=value`, checked before anything starts."""
 
 from simclr_dist.config.schema import (
+    IMAGE_TEXT,
     IMAGES,
     LARGEST_SIDE,
     NAME_PATTERN,
     OF_TOKENS,
     SMALLEST_SIDE,
+    WITH_IMAGES,
     AugmentConfig,
     CheckpointConfig,
     Config,
@@ -33,10 +35,12 @@ from simclr_dist.errors import ConfigError
 
 __all__ = [
     "IMAGES",
+    "IMAGE_TEXT",
     "LARGEST_SIDE",
     "NAME_PATTERN",
     "OF_TOKENS",
     "SMALLEST_SIDE",
+    "WITH_IMAGES",
     "AugmentConfig",
     "CheckpointConfig",
     "Config",
