@@ -489,6 +489,8 @@ class Config(Section):
 
     def _towers_fit(self) -> None:
         """Images with texts have two encoders, and other data have one."""
+        if self.data.kind in PAIRS and self.data.num_views != 2:
+            raise ValueError(f"data.num_views ({self.data.num_views}): a pair has two sides; leave it out")
         if self.data.kind != IMAGE_TEXT:
             if self.model.text is not None:
                 raise ValueError(
@@ -499,6 +501,8 @@ class Config(Section):
             raise ValueError(f"data.kind={IMAGE_TEXT} needs model.text: the encoder of texts")
         if self.loss.pairs != "across":
             raise ValueError(f"data.kind={IMAGE_TEXT} compares images with texts: set loss.pairs=across")
+        if self.model.first_layer != "random":
+            raise ValueError(f"model.first_layer={self.model.first_layer} is for data.kind={IMAGES}: leave it out")
         if self.evaluation.online_probe:
             raise ValueError(
                 f"evaluation.online_probe learns from one encoder's views, and data.kind={IMAGE_TEXT} has two: leave "

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.config import AugmentConfig, ModelConfig
+from simclr_dist.config.schema import TokensConfig
 from simclr_dist.data.batch import Batch, Loader
 from simclr_dist.data.loading.open_images import DatasetInfo
 from simclr_dist.data.order import Order
@@ -108,9 +109,7 @@ class Tokens(Kind):
         seen = np.minimum(folder.lengths, content_limit(tokens, folder.vocabulary))
         lengths = seen if tokens.length_window else None
         order = Order(len(folder), global_batch_size, seed, lengths=lengths, length_window=tokens.length_window)
-        groups = folder.content_ids
-        if tokens.views == "whole" and (seen != folder.lengths).any():  # what differs after the cut only is the same
-            groups = same_tokens(folder.tokens, folder.offsets[:-1], seen)
+        groups = content_ids(folder, tokens) if tokens.views == "whole" else folder.content_ids
 
         def draw(epoch: int, step: int) -> Batch:
             return self._draw(order, groups, epoch, step, world)
@@ -135,33 +134,17 @@ class Tokens(Kind):
         labels, group_ids = (torch.from_numpy(x[ids]) for x in (folder.labels, groups))
         return Batch(torch.from_numpy(views), torch.from_numpy(ids.copy()), labels, epoch, ids, group_ids)
 
-    def check_encoder(self, encoder: nn.Module, model: ModelConfig) -> None:
+    def check_encoder(self, encoder: nn.Module, model: ModelConfig, section: str = "model") -> None:
         from simclr_dist.network.trial import normalised_over_positions
 
-        vocabulary = self.train.vocabulary
         if names := normalised_over_positions(encoder, self.inputs):
             raise ConfigError(
                 [
-                    f"model.encoder: {model.encoder} has BatchNorm over tokens ({', '.join(names[:3])}), whose "
+                    f"{section}.encoder: {model.encoder} has BatchNorm over tokens ({', '.join(names[:3])}), whose "
                     "statistics would be those of the padding, too; use LayerNorm"
                 ]
             )
-        if model.encoder != "transformer_small":
-            return
-        if model.vocabulary != vocabulary.size:
-            raise ConfigError(
-                [
-                    f"model.vocabulary: is {model.vocabulary}, but {self.train.path} has {vocabulary.size:,} tokens; "
-                    f"set it to {vocabulary.size}"
-                ]
-            )
-        if model.pooling == "first" and not vocabulary.prefix:
-            raise ConfigError(
-                [
-                    "model.pooling=first takes the first token for h, which must be a special one: the tokenizer of "
-                    f"{self.train.path} puts none before a {self.noun}; set it to mean"
-                ]
-            )
+        check_transformer(model, self.train, self.noun, section)
 
     def evaluation_batches(
         self, source: str, ids: NDArray[np.int64], batch_size: int, unreadable: dict[int, str] | None = None
@@ -177,6 +160,35 @@ class Tokens(Kind):
 
     def size_on_disk(self, source: str) -> int:
         return folder_size(Path(source))
+
+
+def content_ids(folder: TokenFolder, config: TokensConfig) -> NDArray[np.int64]:
+    """[n]: the same for samples of which an encoder sees the same, the number of the first of them."""
+    seen = np.minimum(folder.lengths, content_limit(config, folder.vocabulary))
+    if (seen == folder.lengths).all():
+        return np.asarray(folder.content_ids)
+    return same_tokens(folder.tokens, folder.offsets[:-1], seen)
+
+
+def check_transformer(model: ModelConfig, folder: TokenFolder, noun: str, section: str) -> None:
+    """Raises ConfigError where the settings of a transformer_small, in `section`, do not fit the tokens of `folder`."""
+    vocabulary = folder.vocabulary
+    if model.encoder != "transformer_small":
+        return
+    if model.vocabulary != vocabulary.size:
+        raise ConfigError(
+            [
+                f"{section}.vocabulary: is {model.vocabulary}, but {folder.path} has {vocabulary.size:,} tokens; "
+                f"set it to {vocabulary.size}"
+            ]
+        )
+    if model.pooling == "first" and not vocabulary.prefix:
+        raise ConfigError(
+            [
+                f"{section}.pooling=first takes the first token for h, which must be a special one: the tokenizer of "
+                f"{folder.path} puts none before a {noun}; set it to mean"
+            ]
+        )
 
 
 class Texts(Tokens):
