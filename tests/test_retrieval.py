@@ -9,7 +9,14 @@ from scipy.stats import spearmanr
 
 from simclr_dist.errors import DataError
 from simclr_dist.evaluation import retrieval
-from simclr_dist.evaluation.retrieval import class_rows, classify, ranks_of_first_right, recall
+from simclr_dist.evaluation.retrieval import (
+    class_rows,
+    classify,
+    cosines,
+    ranks_of_first_right,
+    recall,
+    recall_by_chance,
+)
 from simclr_dist.evaluation.similarity import similarity_correlation, spearman
 
 
@@ -53,30 +60,30 @@ def test_ranks_are_those_of_sorting_in_chunks_of_any_size(monkeypatch: pytest.Mo
     among = generator.integers(0, 12, 53)
     of = generator.choice(among, 37)
     want = slow_ranks(queries / 2, gallery / 2, of, among)
-    arguments = [torch.from_numpy(x).float() for x in (5 * queries, gallery)]
+    similarities = cosines(*(torch.from_numpy(x).float() for x in (5 * queries, gallery)))
     groups = [torch.from_numpy(x) for x in (of, among)]
     for size in (1, 7, 64):
         monkeypatch.setattr(retrieval, "QUERIES", size)
         monkeypatch.setattr(retrieval, "ROWS", size + 2)
-        assert ranks_of_first_right(*arguments, *groups).tolist() == want
-    found = recall(*arguments, *groups)
+        assert ranks_of_first_right(similarities, *groups).tolist() == want
+    found = recall(similarities, *groups)
     assert found.at_1 == np.mean(np.array(want) <= 1)
     assert found.at_10 == np.mean(np.array(want) <= 10)
     assert found.median_rank == np.median(want)
-    assert found.chance_at_1 == pytest.approx(np.mean([(among == group).mean() for group in of]))
+    assert recall_by_chance(*groups) == pytest.approx(np.mean([(among == group).mean() for group in of]))
 
 
 def test_equal_contents_are_right_and_collapsed_features_are_last() -> None:
     rows = torch.eye(4)
     groups = torch.tensor([0, 1, 2, 2])
     swapped = rows[[0, 1, 3, 2]]  # the third finds the fourth, which says the same
-    assert recall(rows, swapped, groups, groups).at_1 == 1
-    assert recall(rows, swapped, torch.arange(4), torch.arange(4)).at_1 == 0.5
+    assert recall(cosines(rows, swapped), groups, groups).at_1 == 1
+    assert recall(cosines(rows, swapped), torch.arange(4), torch.arange(4)).at_1 == 0.5
     collapsed = torch.ones(30, 4)
     ids = torch.arange(30)
-    assert ranks_of_first_right(collapsed, collapsed, ids, ids).tolist() == [30] * 30
+    assert ranks_of_first_right(cosines(collapsed, collapsed), ids, ids).tolist() == [30] * 30
     with pytest.raises(DataError, match="1 of 4 queries have no right answer"):
-        recall(rows, rows, torch.tensor([0, 1, 2, 9]), groups)
+        recall(cosines(rows, rows), torch.tensor([0, 1, 2, 9]), groups)
 
 
 def test_zero_shot_means_the_prompts_of_a_class_and_takes_the_nearest() -> None:

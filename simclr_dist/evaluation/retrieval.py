@@ -5,7 +5,7 @@ Letters: n queries, m rows of a gallery, D their width, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from simclr_dist.errors import DataError
+
+Similarities = Callable[[slice, slice], Tensor]
+"""Of these queries with those rows of the gallery, on any device."""
 
 QUERIES, ROWS = 1024, 16_384  # compared at once: 64 MiB of similarities, and as much of what is computed from them
 
@@ -26,71 +29,65 @@ class Recall:
     at_10: float
     median_rank: float
     """1: at least half of the queries find theirs first."""
-    chance_at_1: float
-    """What a random order reaches."""
 
 
-def recall(
-    queries: Tensor, gallery: Tensor, query_groups: Tensor, gallery_groups: Tensor, device: torch.device | str = "cpu"
-) -> Recall:
+def cosines(queries: Tensor, gallery: Tensor, device: torch.device | str = "cpu") -> Similarities:
+    """Of queries [n, D] and gallery [m, D], computed on the device."""
+    if queries.shape[1:] != gallery.shape[1:]:
+        raise ValueError(f"queries [n, D] and gallery [m, D] differ: {tuple(queries.shape)}, {tuple(gallery.shape)}")
+    return lambda rows, columns: _unit(queries[rows], device) @ _unit(gallery[columns], device).T
+
+
+def recall(similarities: Similarities, query_groups: Tensor, gallery_groups: Tensor) -> Recall:
     """See `ranks_of_first_right`, whose arguments these are."""
-    ranks = ranks_of_first_right(queries, gallery, query_groups, gallery_groups, device)
+    ranks = ranks_of_first_right(similarities, query_groups, gallery_groups)
     return Recall(
         at_1=float((ranks <= 1).double().mean()),
         at_10=float((ranks <= 10).double().mean()),
         median_rank=float(np.median(ranks.numpy())),
-        chance_at_1=_share_of_right(query_groups, gallery_groups),
     )
 
 
 @torch.no_grad()
-def ranks_of_first_right(
-    queries: Tensor, gallery: Tensor, query_groups: Tensor, gallery_groups: Tensor, device: torch.device | str = "cpu"
-) -> Tensor:
-    """int64 [n] on the CPU: the rank, from 1, of the first right row when each query sorts the gallery by cosine.
+def ranks_of_first_right(similarities: Similarities, query_groups: Tensor, gallery_groups: Tensor) -> Tensor:
+    """int64 [n] on the CPU: the rank, from 1, of the first right row when each query sorts the gallery by similarity.
 
-    queries [n, D], gallery [m, D]. Groups int64 [n], [m]: a row is right for a query of the same group, so that equal
-    contents, and all captions of one image, count as right. A wrong row as similar as the best right one stands before
-    it: features that tell nothing apart do not score by luck.
+    Groups int64 [n], [m]: a row is right for a query of the same group, so that equal contents, and all texts of one
+    image, count as right. A wrong row as similar as the best right one stands before it: features that tell nothing
+    apart do not score by luck.
 
     Memory: 1,024 x 16,384 similarities a few times (300 MiB), beside the features; the gallery is read twice for each
     1,024 queries. Time: 4 n m D operations. Raises DataError for a query whose group the gallery does not have.
     """
-    if queries.shape[1:] != gallery.shape[1:]:
-        raise ValueError(f"queries [n, D] and gallery [m, D] differ: {tuple(queries.shape)}, {tuple(gallery.shape)}")
     if missing := int((~torch.isin(query_groups, gallery_groups)).sum()):
-        raise DataError(f"{missing:,} of {len(queries):,} queries have no right answer in the gallery")
+        raise DataError(f"{missing:,} of {len(query_groups):,} queries have no right answer in the gallery")
     found = []
-    for start in range(0, len(queries), QUERIES):
-        part = slice(start, start + QUERIES)
-        found.append(_ranks(_unit(queries[part], device), query_groups[part].to(device), gallery, gallery_groups))
-    return torch.cat(found).cpu()
+    for start in range(0, len(query_groups), QUERIES):
+        rows = slice(start, min(start + QUERIES, len(query_groups)))
+
+        def blocks(rows: slice = rows) -> Iterator[tuple[Tensor, Tensor]]:
+            """Similarities of these queries with a block of the gallery, and which of them are right."""
+            for begin in range(0, len(gallery_groups), ROWS):
+                columns = slice(begin, min(begin + ROWS, len(gallery_groups)))
+                found = similarities(rows, columns)
+                yield found, (query_groups[rows, None] == gallery_groups[columns]).to(found.device)
+
+        found.append(_ranks(blocks).cpu())
+    return torch.cat(found)
 
 
-def _ranks(unit: Tensor, groups: Tensor, gallery: Tensor, gallery_groups: Tensor) -> Tensor:
+def _ranks(blocks: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> Tensor:
     """The same products in both passes: what is equal there is equal here."""
-    best = unit.new_full((len(unit),), -torch.inf)
-    for similarity, right in _blocks(unit, groups, gallery, gallery_groups):
-        best = torch.maximum(best, similarity.masked_fill_(~right, -torch.inf).amax(dim=1))
-    rank = torch.ones(len(unit), dtype=torch.int64, device=unit.device)
-    for similarity, right in _blocks(unit, groups, gallery, gallery_groups):
-        rank += ((similarity >= best[:, None]) & ~right).sum(dim=1)
-    return rank
-
-
-def _blocks(unit: Tensor, groups: Tensor, gallery: Tensor, gallery_groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Similarities of all queries with a block of the gallery, and which of them are right."""
-    for start in range(0, len(gallery), ROWS):
-        block = slice(start, start + ROWS)
-        similarity = unit @ _unit(gallery[block], unit.device).T
-        yield similarity, groups[:, None] == gallery_groups[block].to(unit.device)
+    best = torch.stack([x.masked_fill(~right, -torch.inf).amax(dim=1) for x, right in blocks()]).amax(dim=0)
+    return 1 + torch.stack([((x >= best[:, None]) & ~right).sum(dim=1) for x, right in blocks()]).sum(dim=0)
 
 
 def _unit(rows: Tensor, device: torch.device | str) -> Tensor:
     return F.normalize(rows.to(device, torch.float32), dim=1)
 
 
-def _share_of_right(query_groups: Tensor, gallery_groups: Tensor) -> float:
+def recall_by_chance(query_groups: Tensor, gallery_groups: Tensor) -> float:
+    """R@1 of a random order."""
     groups, counts = gallery_groups.unique(return_counts=True)
     right = counts[torch.searchsorted(groups, query_groups)]
     return float(right.double().mean()) / len(gallery_groups)

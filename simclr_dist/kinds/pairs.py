@@ -22,7 +22,6 @@ from simclr_dist.data.loading.open_images import DatasetInfo
 from simclr_dist.data.order import Order
 from simclr_dist.data.pairs.folder import TEXTS, ImageText, TextPairs, kind_of_folder, open_image_text, open_text_pairs
 from simclr_dist.data.randomness import TEXT, keys, uniform
-from simclr_dist.data.tokens.folder import TokenFolder
 from simclr_dist.data.tokens.views import beginnings, content_limit, padded_length, written
 from simclr_dist.errors import DataError
 from simclr_dist.kinds.images import Images
@@ -52,8 +51,8 @@ class Side:
     to_input: Callable[[Tensor], Tensor]
     encoder: Callable[[SimCLR], nn.Module]
     """Gives what is compared."""
-    texts: tuple[TokenFolder, NDArray[np.int64]] | None = None
-    """For baselines: the folder and the numbers of the texts; None: these are no texts."""
+    texts: Callable[[], list[str]] | None = None
+    """As the tokenizer reads them, for baselines; None: these are no texts."""
 
 
 class PairsOfTexts(Texts):
@@ -97,8 +96,7 @@ class PairsOfTexts(Texts):
         self, source: str, ids: NDArray[np.int64], batch_size: int, unreadable: dict[int, str] | None = None
     ) -> Iterator[SampleBatch]:
         """The first texts of the pairs."""
-        for tokens, labels, sample_ids in super().evaluation_batches(source, 2 * ids, batch_size, unreadable):
-            yield tokens, labels, sample_ids // 2
+        return self.sides(source)[0].batches(ids, batch_size)
 
     def sides(self, source: str) -> tuple[Side, Side]:
         """h of one encoder is compared, as it is without its projection head."""
@@ -107,9 +105,12 @@ class PairsOfTexts(Texts):
 
         def side(view: int) -> Side:
             def batches(ids: NDArray[np.int64], batch_size: int) -> Iterator[SampleBatch]:
-                return Texts.evaluation_batches(self, source, 2 * ids + view, batch_size)
+                for tokens, labels, numbers in self.batches_of(pairs.texts, 2 * ids + view, batch_size):
+                    yield tokens, labels, numbers // 2
 
-            texts = pairs.texts, 2 * np.arange(len(pairs)) + view
+            def texts() -> list[str]:
+                return self.read(pairs.texts, 2 * np.arange(len(pairs)) + view)
+
             return Side(pairs.columns[view], groups, batches, self.to_input, lambda network: network.encoder, texts)
 
         return side(0), side(1)
@@ -236,8 +237,6 @@ class ImagesWithTexts(Images):
 
     def sides(self, source: str) -> tuple[Side, Side]:
         """z is compared: the two heads lead into one space, and h of different encoders has nothing in common."""
-        from torch import nn
-
         pairs = self.pairs(source)
         groups = pairs.groups(content_ids(pairs.texts, self.data.tokens))
 
@@ -248,7 +247,7 @@ class ImagesWithTexts(Images):
             return self.of_texts.evaluation_batches(str(pairs.path / TEXTS), ids, batch_size)
 
         return (
-            Side("image", groups, images, self.to_input, lambda network: nn.Sequential(*_head_of(network))),
+            Side("image", groups, images, self.to_input, to_z),
             Side(
                 "text",
                 groups[pairs.image_of_text],
@@ -259,8 +258,15 @@ class ImagesWithTexts(Images):
         )
 
 
-def _head_of(tower: SimCLR) -> tuple[nn.Module, nn.Module]:
-    return tower.encoder, tower.projection_head
+def tower_of_texts(network: SimCLR) -> SimCLR:
+    """The encoder and head of texts; of a network with one encoder these."""
+    return getattr(network, "text", network)
+
+
+def to_z(tower: SimCLR) -> nn.Module:
+    from torch import nn
+
+    return nn.Sequential(tower.encoder, tower.projection_head)
 
 
 def _images_of(source: str) -> str:

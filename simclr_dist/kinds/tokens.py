@@ -8,7 +8,7 @@ content: the loss never makes them negatives of each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -149,9 +149,12 @@ class Tokens(Kind):
     def evaluation_batches(
         self, source: str, ids: NDArray[np.int64], batch_size: int, unreadable: dict[int, str] | None = None
     ) -> Iterator[SampleBatch]:
+        yield from self.batches_of(self.folder(source), ids, batch_size)
+
+    def batches_of(self, folder: TokenFolder, ids: NDArray[np.int64], batch_size: int) -> Iterator[SampleBatch]:
+        """`evaluation_batches` of an open folder."""
         import torch
 
-        folder = self.folder(source)
         for start in range(0, len(ids), batch_size):
             part = ids[start : start + batch_size]
             seen = beginnings(folder, part, self.data.tokens)
@@ -194,6 +197,35 @@ def check_transformer(model: ModelConfig, folder: TokenFolder, noun: str, sectio
 class Texts(Tokens):
     noun: ClassVar[str] = "text"
     what: ClassVar[str] = "text"
+    evaluations: ClassVar[tuple[str, ...]] = ("knn", "linear", "similarity")
+
+    def read(self, folder: TokenFolder, ids: NDArray[np.int64]) -> list[str]:
+        """The texts with these numbers, as far as the tokenizer keeps them. Raises DataError."""
+        from simclr_dist.data.tokens.tokenizer import load_tokenizer
+
+        return load_tokenizer(folder.path).decode_batch([folder.sample(int(i)).tolist() for i in ids])
+
+    def tokenised(self, texts: Sequence[str]) -> TokenFolder:
+        """As a folder in memory, by the tokenizer of data.train; a text without a token is empty. Raises DataError."""
+        from simclr_dist.data.tokens.tokenizer import digest, load_tokenizer
+
+        tokenizer, vocabulary = load_tokenizer(self.train.path), self.train.vocabulary
+        if digest(tokenizer) != vocabulary.digest:
+            raise DataError(f"{self.train.path}: its tokenizer is another than it was prepared with; prepare it again")
+        encoded = tokenizer.encode_batch([text.strip() for text in texts], add_special_tokens=False)
+        every = [found.ids for found in encoded]
+        tokens = np.array([id for ids in every for id in ids] or [0], np.uint32)
+        offsets = np.cumsum([0, *map(len, every)], dtype=np.int64)
+        numbers, unlabelled = np.arange(len(every)), np.full(len(every), -1)
+        return replace(
+            self.train,
+            tokens=tokens,
+            offsets=offsets,
+            content_ids=numbers,
+            labels=unlabelled,
+            class_names=(),
+            digests={},
+        )
 
 
 class Proteins(Tokens):
