@@ -246,15 +246,10 @@ class ImagesWithTexts(Images):
         def texts(ids: NDArray[np.int64], batch_size: int) -> Iterator[SampleBatch]:
             return self.of_texts.evaluation_batches(str(pairs.path / TEXTS), ids, batch_size)
 
+        of_texts, read = groups[pairs.image_of_text], self.of_texts.to_input
         return (
             Side("image", groups, images, self.to_input, to_z),
-            Side(
-                "text",
-                groups[pairs.image_of_text],
-                texts,
-                lambda read: read,
-                lambda n: nn.Sequential(*_head_of(n.text)),
-            ),
+            Side("text", of_texts, texts, read, lambda network: to_z(tower_of_texts(network))),
         )
 
 
