@@ -104,7 +104,7 @@ def _add_token_arguments(prepare: argparse.ArgumentParser) -> None:
 _OF_IMAGES = "mode", "for_views", "quality", "max_side", "on_error", "workers"
 _OF_TEXT = "tokenizer", "vocabulary", "column", "label_column", "no_header", "encoding", "max_tokens"
 _OF_PROTEINS = "label_pattern", "max_tokens"
-_OF_IMAGE_TEXT = "images", *(name for name in (*_OF_IMAGES, *_OF_TEXT) if name not in ("on_error", "label_column"))
+_OF_IMAGE_TEXT = "images", *(name for name in (*_OF_IMAGES, *_OF_TEXT) if name != "label_column")
 _OWN = {
     "images": _OF_IMAGES,
     "text": _OF_TEXT,
@@ -193,6 +193,7 @@ def _prepare_pairs(args: argparse.Namespace, common: dict[str, Any]) -> int:
                 options=SourceOptions.from_arguments(args),
                 mode=args.mode or "auto",
                 num_workers=args.workers,
+                on_error=args.on_error or "refuse",
                 **images,
                 **common,
             ),

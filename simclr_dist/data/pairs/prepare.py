@@ -284,12 +284,14 @@ def _write_images(
         source = open_source(images, chosen)
         names = [source.name(i).removeprefix(everything.root) for i in range(len(source.labels))]
         info = prepare_images(images, out, options=chosen, **settings)
+    skipped = {name.removeprefix(everything.root) for name in info.skipped_names}
+    names = [name for name in names if name not in skipped]
     assert info.num_samples == len(names)
-    without = sorted(known - wanted)
-    left_out = everything.account.left_out
-    if without:
-        left_out = *left_out, LeftOut("an image without a text", len(without), tuple(without[:NAMES_SHOWN]))
-    return names, Account(str(table), "", len(names), left_out)
+    left_out = list(everything.account.left_out)
+    for reason, others in (("an image without a text", known - wanted), ("an image that cannot be decoded", skipped)):
+        if others:
+            left_out.append(LeftOut(reason, len(others), tuple(sorted(others)[:NAMES_SHOWN])))
+    return names, Account(str(table), "", len(names), tuple(left_out))
 
 
 def _copy_beton(images: Path, out: Path, table: Path, num_texts: int) -> None:
