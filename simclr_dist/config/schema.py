@@ -111,8 +111,8 @@ class DataConfig(Section):
                 f"data.options ({', '.join(self.options)}) is for a kind of your own; {self.kind} "
                 f"{'have none' if self.kind == IMAGES else 'has data.tokens'}"
             )
-        length = {"max_tokens": tokens.max_tokens, "length_window": tokens.length_window}
-        if self.kind in PAIRS and tokens != TokensConfig(**length):
+        plain = TokensConfig(max_tokens=tokens.max_tokens, length_window=tokens.length_window)
+        if self.kind in PAIRS and tokens != plain:
             raise ValueError(
                 f"data.tokens: {self.kind} compares whole texts as they are: leave all but max_tokens and "
                 "length_window out"

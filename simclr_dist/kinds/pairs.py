@@ -283,12 +283,8 @@ class _WithTexts:
         info = kind.describe(kind.data.train)
         self.num_samples, self.class_names, self.account = info.num_samples, info.class_names, info.account
         self.fingerprint, self.content_fingerprint = info.fingerprint, info.content_fingerprint
-        self.order = images.order
+        self.order, self.wait_s = images.order, 0.0
         self._groups = self._pairs.groups(content_ids(self._pairs.texts, self._tokens))
-
-    @property
-    def wait_s(self) -> float:
-        return self._images.wait_s
 
     def batches(self, step: int) -> Iterator[Batch]:
         from dataclasses import replace
@@ -299,7 +295,7 @@ class _WithTexts:
             epoch, step_of_epoch = divmod(current, self.order.steps_per_epoch)
             texts = torch.from_numpy(self._texts(epoch, step_of_epoch, batch.host_ids))
             groups = torch.from_numpy(self._groups[batch.host_ids])
-            device = batch.views.device
+            device, self.wait_s = batch.views.device, self._images.wait_s
             yield replace(batch, group_ids=groups.to(device), texts=texts.to(device))
 
     def _texts(self, epoch: int, step: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -119,8 +119,8 @@ def _examine(network: SimCLR, inputs: Inputs, passes: int) -> _Found:
                 shapes[layer.name] = shapes.get(layer.name) or layer.recorded or []
     found.left_over |= watch.drawing
     for layer in layers:
-        shapes = drawn[_FEW][layer.name], drawn[_MORE][layer.name]
-        found.shapes_of_batch[layer.name] = _shapes_of_batch(*shapes, parts=layer.part[1])
+        few, more = (by_layer[layer.name] for by_layer in drawn.values())
+        found.shapes_of_batch[layer.name] = _shapes_of_batch(few, more, parts=layer.part[1])
     return found
 
 

@@ -164,7 +164,7 @@ def _facts(path: Path, kind: str) -> tuple[tuple[str, str], dict[str, Any]]:
     return (str(first), str(second)), facts
 
 
-def write_facts(path: Path, kind: str, columns: tuple[str, str], **more: Any) -> None:
+def write_facts(path: Path, kind: str, columns: tuple[str, ...], **more: Any) -> None:
     replace_text(path / PAIRS, json.dumps({"format": _FORMAT, "kind": kind, "columns": columns, **more}) + "\n")
 
 
