@@ -1,4 +1,5 @@
 # make demo      install what is missing and run the whole way on real images: prepare, pretrain, evaluate, table
+# make demo-text, make demo-proteins   the same for texts and for proteins, with data from packages of Debian
 # make test      lint, types, tests (on 1 to 4 processes; on a throw-away SLURM if installed): about 12 minutes on 2 busy cores
 # make test-slow the tests that take longest, and those for a GPU if there is one
 # make test-all  both: what CI runs
@@ -14,11 +15,17 @@ ifneq ($(wildcard ../shared/data),)
 export SIMCLR_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo test test-slow test-all lint install lock dist ffcv-wheel clean
+.PHONY: demo demo-text demo-proteins test test-slow test-all lint install lock dist ffcv-wheel clean
 .DELETE_ON_ERROR:
 
 demo: install
 	$(BIN)/simclr-dist demo
+
+demo-text: install
+	$(BIN)/python tools/demo_tokens.py text
+
+demo-proteins: install
+	$(BIN)/python tools/demo_tokens.py proteins
 
 # Three at once on two cores, because tests on SLURM mostly wait; those that hold time limits run alone afterwards.
 test: install lint

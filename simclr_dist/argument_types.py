@@ -95,6 +95,15 @@ def percentage(text: str) -> int:
     return value
 
 
+def channels(text: str) -> str | tuple[int, ...]:
+    """`rgb`, `keep`, or numbers such as 1,2,5."""
+    if text in ("rgb", "keep"):
+        return text
+    if not re.fullmatch(r"[1-9][0-9]{0,4}(,[1-9][0-9]{0,4})*", text):
+        raise argparse.ArgumentTypeError(f"expected keep, or numbers from 1 such as 1,2,5, not {text!r}")
+    return tuple(map(int, text.split(",")))
+
+
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """How a source of images is read: one argument for each field of `SourceOptions`, of the same name."""
     group = parser.add_argument_group("how SOURCE is read (docs/data.md)")
@@ -119,11 +128,22 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="stored values that become 0 and 255, for images without 8 bits",
+        help="stored values that become 0 and 255 (with --channels keep: 0 and 65535), for images without 8 bits",
     )
     group.add_argument(
         "--bands", type=positive_int, nargs=3, metavar=("R", "G", "B"), help="the channels to take, counted from 1"
     )
+    group.add_argument(
+        "--channels",
+        type=channels,
+        default="rgb",
+        metavar="keep|I,J,…",
+        help="keep all channels, 1 to 16 of 8 or 16 bits as they are stored, or those, counted from 1 (default: rgb)",
+    )
+    group.add_argument(
+        "--pages", choices=("channels", "images"), help="what the pages of a file are, with --channels keep"
+    )
+    group.add_argument("--axes", choices=("hwc", "chw"), help="of arrays (.npy) whose sizes do not tell, with keep")
     group.add_argument(
         "--on-damage",
         choices=("warn", "skip", "stop"),

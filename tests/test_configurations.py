@@ -11,9 +11,11 @@ import torchvision
 
 import simclr_dist
 from simclr_dist.cli import main
-from simclr_dist.config import Config, load_config
+from simclr_dist.config import IMAGES, OF_TOKENS, Config, load_config
+from simclr_dist.data.tokens.folder import open_tokens
 from tests.conftest import REPOSITORY
 from tests.test_evaluate import save_images
+from tests.token_data import write_protein_folder, write_text_folder
 
 CONFIGS = REPOSITORY / "configs"
 TRAININGS = sorted(path for folder in (CONFIGS, CONFIGS / "variants") for path in folder.glob("*.yaml"))
@@ -35,7 +37,7 @@ def small(path: Path, folder: Path) -> Config:
     config = load_config(path, check_data=False)
     settings = {
         "runs_dir": str(folder / "runs"),
-        "data.image_size": 32,
+        **({"data.image_size": 32} if config.data.kind == IMAGES else {}),
         "model.encoder": SMALLER.get(config.model.encoder, config.model.encoder),
         "model.width": 8,
         "train.global_batch_size": 8,
@@ -43,12 +45,16 @@ def small(path: Path, folder: Path) -> Config:
         "train.precision": "fp32",
         "evaluation.knn_k": 2,
     }
-    if config.data.train != "synthetic":
+    if config.data.kind in OF_TOKENS:
+        train, test = folder / f"{config.data.kind}.tokens", folder / f"{config.data.kind}_test.tokens"
+        settings |= {"data.train": str(train), "data.test": str(test)}
+        settings["model.vocabulary"] = open_tokens(train).vocabulary.size
+    elif config.data.train != "synthetic":
         settings |= {"data.train": str(folder / "train")} | (
             {"data.test": str(folder / "test")} if config.data.test else {}
         )
     if config.evaluation.train:
-        settings["evaluation.train"] = str(folder / "train")
+        settings["evaluation.train"] = settings["data.train"]
     if config.evaluation.knn_max_train:
         settings["evaluation.knn_max_train"] = 12
     if config.model.weights:
@@ -56,16 +62,29 @@ def small(path: Path, folder: Path) -> Config:
     return load_config(path, settings)
 
 
+def tokens_of(path: Path, folder: Path) -> list[str]:
+    """For a plan: what an encoder of tokens eats is in their folder."""
+    kind = load_config(path, check_data=False).data.kind
+    if kind not in OF_TOKENS:
+        return []
+    train = folder / f"{kind}.tokens"
+    return [f"data.train={train}", f"model.vocabulary={open_tokens(train).vocabulary.size}"]
+
+
 def test_every_configuration_is_planned_and_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One test over all: imports and kernels are met once. For the steps networks are exchanged for small ones."""
     pytest.importorskip("timm")
     for seed, name in enumerate(("train", "test")):
         save_images(tmp_path / name, 6, seed)
+    write_text_folder(tmp_path / "text.tokens", 18, 0)
+    write_text_folder(tmp_path / "text_test.tokens", 6, 1, tokenizer=tmp_path / "text.tokens")
+    write_protein_folder(tmp_path / "proteins.tokens", 18, 0)
+    write_protein_folder(tmp_path / "proteins_test.tokens", 6, 1)
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
     for path in TRAININGS:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main(["plan", str(path), "--gpus", "8", "--images", "50000", "--json"])
+            main(["plan", str(path), "--gpus", "8", "--images", "50000", "--json", *tokens_of(path, tmp_path)])
         assert ended.value.code == 0, path
         planned = json.loads(capsys.readouterr().out)
         config = small(path, tmp_path)

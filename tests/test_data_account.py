@@ -113,7 +113,7 @@ class TestEveryFileIsTakenOrCounted:
         source = open_source(place({"a/0.png": PNG} | {f"a/{name}": content for name, content in others.items()}))
         assert left_out(source) == {
             "a format that Pillow does not open (.heic)": ("a/1.heic",),
-            "a format that Pillow does not open (.npy)": ("a/2.npy",),
+            "an array, which --channels keep takes (.npy)": ("a/2.npy",),
             "not an image (.txt)": ("a/3.txt",),
             "not an image (.pdf)": ("a/4.PDF",),
             "not an image (no suffix)": ("a/LICENSE",),

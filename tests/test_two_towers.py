@@ -67,7 +67,7 @@ def inputs() -> Inputs:
 def test_packing_loses_nothing() -> None:
     images, tokens = pairs(3)
     tokens[0, 0] = 2**24 - 1
-    found = unpack_pairs(pack_pairs(images, tokens).flatten(0, 1), S)
+    found = unpack_pairs(pack_pairs(images, tokens).flatten(0, 1), (S, S, 3))
     assert torch.equal(found[0], images)
     assert torch.equal(found[1], tokens)
     assert found[0].is_contiguous(memory_format=torch.channels_last)

@@ -18,6 +18,7 @@ from simclr_dist.network.library_weights import PRETRAINED
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.network.trial import check_evaluation_size
 from simclr_dist.network.weight_files import Weights
+from simclr_dist.pixel_format import RGB
 
 USUAL_SIZE = 224
 UNKNOWN_IMAGES = "unknown"
@@ -107,12 +108,14 @@ def _load_foreign(source: ForeignEncoder, warn: Callable[[str], None]) -> tuple[
     weights = open_weights(source.path, asked, warn)
     config = _config_of(weights, source)
     model = build_model(config.model)
-    start = fit(weights, model, config.model.encoder, partial=source.partial)
+    pixels = config.data.pixel_format
+    start = fit(weights, model, config.model.encoder, partial=source.partial, pixels=pixels)
     start.load_into(model)
     for sentence in start.sentences:
         warn(sentence)
     size = source.image_size or config.evaluation_data.image_size
-    warn(f"{config.model.encoder} at {size} px, images normalised with ImageNet's mean and deviation")
+    by = "ImageNet's mean and deviation" if pixels == RGB else f"the mean and deviation of its {pixels}"
+    warn(f"{config.model.encoder} at {size} px, images normalised with {by}")
     path = Path(source.path if source.path != PRETRAINED else f"pretrained_{config.name}")
     return model, Checkpoint(
         path, config, 0, 0, "", model_state={}, optimizer_state={}, started_from=start.record, of_run=False

@@ -11,7 +11,6 @@ from typing import Any
 from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.checkpoint.lineage import find_checkpoint
 from simclr_dist.config import ModelConfig
-from simclr_dist.data.normalisation import MEAN, STD
 from simclr_dist.network import guess
 from simclr_dist.network.library_weights import PRETRAINED, library_weights
 from simclr_dist.network.simclr import SimCLR
@@ -27,6 +26,7 @@ from simclr_dist.network.weights import (
     refuse_too_little,
     sentence,
 )
+from simclr_dist.pixel_format import RGB, PixelFormat
 from simclr_dist.run.layout import RunDir, is_checkpoint
 
 Say = Callable[[str], None]
@@ -63,18 +63,18 @@ def open_weights(source: str | Path, model: ModelConfig, say: Say) -> Weights:
     return _of_checkpoint(find_checkpoint(path, say)) if is_ours(path) else read_weights(path)
 
 
-def plan_start(model: ModelConfig, network: SimCLR, say: Say) -> Start:
+def plan_start(model: ModelConfig, network: SimCLR, say: Say, pixels: PixelFormat = RGB) -> Start:
     """What of `model.weights` fits `network`, which may have shapes only. Raises CheckpointError or ConfigError."""
     assert model.weights is not None
     weights = open_weights(model.weights, model, say)
-    return fit(weights, network, model.encoder, partial=model.weights_partial)
+    return fit(weights, network, model.encoder, partial=model.weights_partial, pixels=pixels)
 
 
-def fit(weights: Weights, network: SimCLR, encoder: str, *, partial: bool) -> Start:
-    """Raises CheckpointError where the weights are not those of `encoder`."""
+def fit(weights: Weights, network: SimCLR, encoder: str, *, partial: bool, pixels: PixelFormat = RGB) -> Start:
+    """pixels: what the network will eat. Raises CheckpointError where the weights are not those of `encoder`."""
     found = match(weights, network.encoder)
     refuse_too_little(weights, found, encoder, partial=partial, hint=lambda: guess.hint(weights))
-    normalisation = fold_normalisation(weights, found, network.encoder, MEAN, STD)
+    normalisation = fold_normalisation(weights, found, network.encoder, pixels.mean, pixels.std)
     own_head = network.projection_head.state_dict()
     head = {name: weights.tensors.get(f"{_HEAD}{name}") for name in own_head}
     same = found.prefix == "encoder." and all(
@@ -109,8 +109,8 @@ def _of_checkpoint(found: Checkpoint) -> Weights:
         f"a checkpoint of simclr_dist, step {found.step}",
         encoder=found.config.model.encoder,
         image_size=found.config.data.image_size,
-        mean=MEAN,
-        std=STD,
+        mean=found.config.data.pixel_format.mean,
+        std=found.config.data.pixel_format.std,
     )
 
 

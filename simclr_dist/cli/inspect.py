@@ -78,6 +78,10 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
     as_they_came = f", {kept:,} of them as they came;" if isinstance(kept, int) and kept else ","
     raw = found.num_samples - found.num_jpeg
     yield "images", f"{found.num_samples:,} ({found.num_jpeg:,} JPEG{as_they_came} {raw:,} raw)"
+    if found.kept is not None:
+        yield "pixels", f"{found.kept}, as they were"
+        yield "mean", " ".join(f"{x:.6g}" for x in found.kept.mean) + f" (1 is {found.kept.largest})"
+        yield "std", " ".join(f"{x:.6g}" for x in found.kept.std)
     yield "longer side", f"{smallest} to {largest} px, median {median}"
     if (side := prepared_for(found.sidecar)) is not None:
         max_side, quality, shrunk = (found.sidecar.get(key) for key in ("max_side", "quality_of_shrunk", "num_shrunk"))

@@ -62,11 +62,12 @@ def _run(args: argparse.Namespace) -> int:
     from simclr_dist.plan.forecast import Speed, forecast
     from simclr_dist.plan.measure import measure_loader, measure_step
     from simclr_dist.training.network_facts import network_facts
+    from simclr_dist.training.preflight import settled
 
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     world_size = args.gpus or here or 1
     device_type = "cuda" if args.gpus or here else "cpu"
-    config = load_config(args.config, args.overrides, world_size=world_size, check_data=False)
+    config = settled(load_config(args.config, args.overrides, world_size=world_size, check_data=False))
     data, train, kind = config.data, config.train, kind_of(config.data)
     data_is_here = data.kind != IMAGES or data.train == "synthetic" or Path(data.train).exists()
     if not args.images and not data_is_here:

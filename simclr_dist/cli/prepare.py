@@ -295,12 +295,19 @@ def _summary(info: PreparedInfo) -> Iterator[str]:
         f"{info.path}: {info.num_samples:,} images in {len(info.class_names)} classes, "
         f"{info.num_bytes / 1e6:,.1f} MB, {rate:,.0f} images/s"
     )
+    if info.kept is not None:
+        yield f"  {info.kept}, as they were; of each channel mean {_numbers(info.kept.mean)}"
+        yield f"  and standard deviation {_numbers(info.kept.std)}, in units of {info.kept.largest}"
     if info.fit is not None:
         yield f"  {info.fit}"
         yield f"  {info.num_shrunk:,} of {info.num_samples:,} images were shrunk"
     counts = list(zip(info.class_names, info.class_counts, strict=True))
     shown = ", ".join(f"{name} {count}" for name, count in counts[:20])
     yield f"  {shown}{' …' if len(counts) > 20 else ''}"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{x:.4g}" for x in values)
 
 
 def _first(what: str, messages: Sequence[str]) -> Iterator[str]:

@@ -75,14 +75,14 @@ def _look(args: argparse.Namespace, out: Path) -> Images:
             if is_labelled
             else "no labels: kNN needs two classes"
         )
-        return Images(train, test if is_labelled else None, _side(train_images), remark)
+        return Images(train, test if is_labelled else None, _side(train_images, options.keeps_channels), remark)
     if splits is not None:
         options = replace(options, split=splits[0][0])
     found = open_source(args.source, options)
     train = _prepared(args.source, out / "train.beton", options, found)
     if args.test is None and train.num_classes > 1:
         return _held_out(train, found, out)
-    return _with_labelled_test(args, out, train, _side(found))
+    return _with_labelled_test(args, out, train, _side(found, options.keeps_channels))
 
 
 def _beton(path: str) -> tuple[Prepared, int]:
@@ -137,8 +137,12 @@ def _with_labelled_test(args: argparse.Namespace, out: Path, train: Prepared, si
         test = _beton(args.test)[0]
     else:
         classes_from = str(train.path) if train.options is None else None
-        options = SourceOptions(classes_from=classes_from)
-        test = _prepared(args.test, out / "test.beton", options, open_source(args.test, SourceOptions()))
+        given = SourceOptions.from_arguments(args)
+        pixels = SourceOptions(channels=given.channels, pages=given.pages, axes=given.axes)
+        if pixels.keeps_channels:
+            pixels = replace(pixels, value_range=given.value_range)
+        options = replace(pixels, classes_from=classes_from)
+        test = _prepared(args.test, out / "test.beton", options, open_source(args.test, pixels))
     return Images(train, test, side, f"{test.num_images:,} images of {args.test}")
 
 
@@ -148,10 +152,10 @@ def _held_out(train: Prepared, found: ImageSource, out: Path) -> Images:
 
     from simclr_dist.data.sources.images import FileImages
 
-    side, labels = _side(found), np.asarray(found.labels)
+    side, labels = _side(found, train.options is not None and train.options.keeps_channels), np.asarray(found.labels)
     names = (
         [found.name(i).removeprefix(found.root).lstrip("/") for i in range(len(labels))]
-        if isinstance(found, FileImages)
+        if isinstance(found, FileImages) and found.page_of is None  # a list names files, not their pages
         else []
     )
     if len(labels) < _FEWEST_TO_HOLD_OUT or not names:
@@ -177,7 +181,7 @@ def _held_out(train: Prepared, found: ImageSource, out: Path) -> Images:
     )
 
 
-def _side(images: ImageSource) -> int:
+def _side(images: ImageSource, keeps_channels: bool) -> int:
     """Pixels of the shorter side, of the middle one among some images; 0 where none can be read."""
     sides = []
     count = len(images.labels)
@@ -185,7 +189,8 @@ def _side(images: ImageSource) -> int:
         {i * count // _LOOKED_AT for i in range(min(_LOOKED_AT, count))} if count > _LOOKED_AT else range(count)
     ):
         try:
-            sides.append(min(images.read(index).shape[:2]))
+            samples = images.kept(index).samples if keeps_channels else images.read(index)
+            sides.append(min(samples.shape[:2]))
         except DataError:
             continue
     return int(statistics.median(sides)) if sides else 0

@@ -132,7 +132,9 @@ def _epochs(minutes: float, config: Config, at: Situation) -> Choice:
 
     from simclr_dist.kinds import kind_of
     from simclr_dist.plan.measure import measure_step
+    from simclr_dist.training.preflight import settled
 
+    config = settled(config)  # data.train is there now, unless nothing is to be written
     say("measuring how fast this machine trains that network")
     per_process = max(1, config.train.global_batch_size // at.num_processes)
     # Of a CPU it is not known yet whether bf16 would be faster; emulated it is far slower.

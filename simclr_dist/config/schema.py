@@ -23,6 +23,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
+from simclr_dist.pixel_format import MOST_CHANNELS, RGB, PixelFormat
+
 BASE = "_base_"
 """The key under which a file names those that it begins from (yaml_source.py)."""
 IMAGES = "images"
@@ -36,6 +38,8 @@ TEXT_PAIRS = "text_pairs"
 """Pairs of texts: one encoder."""
 PAIRS = IMAGE_TEXT, TEXT_PAIRS
 """The kinds whose samples are folders of pairs."""
+PIXELS = ("channels", "bits", "rgb", "mean", "std")
+"""The settings of `data` that say what pixels are."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -45,6 +49,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 SMALLEST_SIDE, LARGEST_SIDE = 8, 1024
 Side = Annotated[int, Field(ge=SMALLEST_SIDE, le=LARGEST_SIDE)]
+Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
 Precision = Literal["fp32", "bf16", "fp16"]
 PrecisionSetting = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -98,6 +103,17 @@ class DataConfig(Section):
     )
     num_threads: Count | None = Field(None, description="Decoding threads a process; null: its share of the CPUs.")
     batches_ahead: Annotated[int, Field(ge=1, le=16)] = Field(2, description="Batches decoded ahead of the step.")
+    channels: Channels | None = Field(
+        None, description="Of a pixel; null: as data.train says (`prepare --channels keep`), else 3: red, green, blue."
+    )
+    bits: Literal[8, 16] | None = Field(None, description="Of a channel; null: as data.train says.")
+    rgb: bool | None = Field(
+        None, description="Three channels are red, green and blue; null: as data.train says. See docs/data.md."
+    )
+    mean: tuple[float, ...] | None = Field(
+        None, description="Of each channel, in units of its largest value; null: as measured by `prepare`."
+    )
+    std: tuple[Positive, ...] | None = Field(None, description="As `mean`.")
     tokens: TokensConfig = TokensConfig()
     options: dict[str, bool | int | float | str] = Field({}, description="Settings of a kind of your own.")
 
@@ -129,6 +145,21 @@ class DataConfig(Section):
         if tokens.mask_p + tokens.mutate_p > 1:
             raise ValueError("data.tokens.mask_p and data.tokens.mutate_p are shares of one whole: lower them")
         return self
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """RGB of 8 bits where nothing is said. Raises ValueError where the settings do not fit together."""
+        if self.channels is None:
+            return RGB
+        rgb = self.rgb if self.rgb is not None else self.channels == 3
+        zeros, ones = (0.0,) * self.channels, (1.0,) * self.channels
+        usual = (RGB.mean, RGB.std) if rgb else (zeros, ones)
+        return PixelFormat(self.channels, self.bits or 8, rgb, self.mean or usual[0], self.std or usual[1])
+
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("image_size", mode="wrap")
     @classmethod
@@ -164,6 +195,7 @@ class ModelConfig(Section):
         "`transformer_small`."
     )
     image_size: Count | None = Field(None, description="Side that a ViT is built for; null: data.image_size.")
+    channels: Channels = Field(3, description="What the first layer takes; from data.channels: leave it out.")
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="`cifar`: 3x3 convolution, no pooling (B.9).")
     width: Count = Field(
         32, description="Channels of `resnet_small`'s first stage; D of `transformer_small`, a multiple of 2 x heads."
@@ -402,16 +434,24 @@ class Config(Section):
         """`data` as evaluations and exports see it: its image_size is theirs, not that of the views."""
         return self.data.model_copy(update={"image_size": self.evaluation.image_size or self.data.image_size})
 
+    def with_data(self, data: DataConfig) -> Config:
+        """With another section `data`, whose channels the first layer takes."""
+        model = self.model.model_copy(update={"channels": data.pixel_format.channels})
+        return self.model_copy(update={"data": data, "model": model})
+
     @model_validator(mode="before")
     @classmethod
     def _model_knows_its_images(cls, values: Any) -> Any:
-        """A ViT is built for one size of image; the other encoders do not care."""
+        """Its first layer takes their channels. A ViT is built for one size of image; other encoders do not care."""
         if not isinstance(values, dict) or not all(isinstance(values.get(key), dict) for key in ("data", "model")):
             return values
-        size = values["data"].get("image_size")
+        size, channels = (values["data"].get(name) for name in ("image_size", "channels"))
+        known = {}
         if isinstance(size, int) and size and values["model"].get("image_size") is None:
-            return {**values, "model": {**values["model"], "image_size": size}}
-        return values
+            known["image_size"] = size
+        if isinstance(channels, int) and "channels" not in values["model"]:
+            known["channels"] = channels
+        return {**values, "model": {**values["model"], **known}} if known else values
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
@@ -423,6 +463,7 @@ class Config(Section):
                 f"model.image_size ({self.model.image_size}) must be data.image_size ({self.data.image_size}); "
                 "leave it out"
             )
+        self._channels_fit()
         if self.model.weights is not None and self.model.first_layer != "random":
             raise ValueError(
                 f"model.first_layer={self.model.first_layer} is for a start from random weights: leave it out, or set "
@@ -452,6 +493,21 @@ class Config(Section):
                 f"train.epochs ({self.train.epochs})"
             )
         return self
+
+    def _channels_fit(self) -> None:
+        data = self.data
+        if data.channels is None:  # the file says them, and what does not fit it is found when it is opened
+            return
+        if self.model.channels != data.channels:
+            raise ValueError(
+                f"model.channels ({self.model.channels}) must be data.channels ({data.channels}); leave it out"
+            )
+        for name in ("mean", "std"):
+            values = getattr(data, name)
+            if values is not None and len(values) != data.channels:
+                raise ValueError(f"data.{name} has {len(values)} numbers, data.channels is {data.channels}")
+        if data.rgb and data.channels != 3:
+            raise ValueError(f"data.rgb: red, green and blue are three, and data.channels is {data.channels}")
 
     def _shards_fit(self) -> None:
         shards, train, batch_norm = self.train.virtual_shards, self.train, self.model.batch_norm
@@ -517,6 +573,8 @@ class Config(Section):
             "model.image_size": (self.model.image_size, None),
             "evaluation.image_size": (self.evaluation.image_size, None),
             "model.first_layer": (self.model.first_layer, "random"),
+            "model.channels": (self.model.channels, 3),
+            **{f"data.{name}": (getattr(self.data, name), None) for name in PIXELS},
         }
         if found := [key for key, (value, default) in settings.items() if value != default]:
             raise ValueError(

@@ -10,6 +10,9 @@ from simclr_dist.safe_text import printable
 
 Layout = Literal["auto", "classes", "flat"]
 OnDamage = Literal["warn", "skip", "stop"]
+Channels = Literal["rgb", "keep"] | tuple[int, ...]
+Pages = Literal["channels", "images"]
+Axes = Literal["hwc", "chw"]
 
 NAMES_SHOWN = 5
 
@@ -36,8 +39,18 @@ class SourceOptions:
     """Stored values that become 0 and 255, for images that do not have 8 bits."""
     bands: tuple[int, int, int] | None = None
     """Which channels, counted from 1, become red, green and blue."""
+    channels: Channels = "rgb"
+    """`keep`: all, of 8 or 16 bits as stored; or those with these numbers, counted from 1."""
+    pages: Pages | None = None
+    """Of a file with several, where channels are kept: each is a channel or more, or an image of its own."""
+    axes: Axes | None = None
+    """Of arrays with three axes, where their sizes do not tell."""
     on_damage: OnDamage = "warn"
     max_pixels: int | None = None
+
+    @property
+    def keeps_channels(self) -> bool:
+        return self.channels != "rgb"
 
     @classmethod
     def from_arguments(cls, parsed: object) -> SourceOptions:

@@ -1,5 +1,8 @@
-"""What images are normalised with, here and in every file that leaves: (x - MEAN) / STD for x between 0 and 1."""
+"""What RGB images of 8 bits are normalised with, here and in every file that leaves: (x - MEAN) / STD for x in [0, 1].
 
-# torchvision's ImageNet statistics, used for every dataset: the encoder's first BatchNorm absorbs the difference.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+Others are normalised with their own: see PixelFormat.
+"""
+
+from simclr_dist.pixel_format import RGB
+
+MEAN, STD = RGB.mean, RGB.std

@@ -292,7 +292,7 @@ def examine_config(
     path: str, overrides: Sequence[str], probe: dict[str, Any], tell: Callable[[str], None] = lambda _: None
 ) -> Iterator[Finding]:
     from simclr_dist.config import IMAGES, load_config
-    from simclr_dist.errors import ConfigError
+    from simclr_dist.errors import ConfigError, DataError
 
     try:
         config = load_config(path, overrides, check_data=False)
@@ -301,6 +301,13 @@ def examine_config(
             yield Finding("problem", "configuration", problem)
         return
     yield Finding("ok", "configuration", f"{path}: {config.name}")
+    from simclr_dist.kinds import kind_of
+
+    try:
+        config = config.with_data(kind_of(config.data).settled())
+    except (ConfigError, DataError) as error:
+        yield Finding("problem", "data.train", str(error))
+        return
 
     from simclr_dist.doctor.data import examine_data, examine_labels
 
@@ -310,7 +317,6 @@ def examine_config(
     yield from guarded("labels", lambda: examine_labels(config.data, config.evaluation))
     if "version" in probe.get("torch", {}):
         from simclr_dist.doctor.network import examine_random_layers
-        from simclr_dist.kinds import kind_of
 
         yield from guarded("random layers", lambda: examine_random_layers(config.model, kind_of(config.data).inputs))
     gpus = probe.get("gpus")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 import torch
@@ -11,15 +12,18 @@ from numpy.typing import NDArray
 
 from simclr_dist.checkpoint.pretrained import Source, load_pretrained
 from simclr_dist.config import IMAGES, Precision
+from simclr_dist.data.decode.channel_crops import crop_and_resize
 from simclr_dist.data.decode.crops import center_crops
+from simclr_dist.data.sources.channel_files import read_kept
 from simclr_dist.data.sources.decoding import decode
+from simclr_dist.data.sources.sample_values import Decoding
 from simclr_dist.errors import CheckpointError, ConfigError, DataError
 from simclr_dist.evaluation.embeddings_file import Embeddings
 from simclr_dist.evaluation.features import digest, extract_features
 from simclr_dist.evaluation.knn import nearest
 from simclr_dist.kinds import kind_of
 from simclr_dist.network.precision import assumed_precision
-from simclr_dist.views.augment import normalize
+from simclr_dist.pixel_format import PixelFormat
 
 
 @dataclass(frozen=True)
@@ -95,20 +99,36 @@ def query_embedding(
         raise ConfigError([f"--image-size: {image_size}, but {seen}: leave it out"])
     if query in embeddings.names:
         return embeddings.h[embeddings.names.index(query)]
-    try:
-        with open(query, "rb") as file:
-            pixels = decode(file).pixels
-    except (OSError, DataError) as error:
-        raise DataError(f"{query}: neither an embedded image's name nor a readable image: {error}") from None
     model, loaded = load_pretrained(checkpoint or embeddings.checkpoint, image_size=embeddings.image_size or image_size)
     if loaded.config.data.kind != IMAGES:
         raise DataError(f"{query}: is no embedded {kind_of(loaded.config.data).noun}, and no other can be read here")
     if digest(model.encoder) != embeddings.encoder_digest:
         raise CheckpointError(f"{loaded.path}: its encoder is not the one that made these embeddings; embed again")
-    image = _center_crop(pixels, loaded.config.evaluation_data.image_size)
+    data = loaded.config.evaluation_data
+    try:
+        with open(query, "rb") as file:
+            image = _read(file, data.pixel_format, data.image_size)
+    except (OSError, DataError) as error:
+        raise DataError(f"{query}: neither an embedded image's name nor a readable image: {error}") from None
     batch = (image[None], torch.tensor([-1]), torch.tensor([0]))
-    features = extract_features(model.encoder.to(device), [batch], device=device, normalize=normalize)
+    to_input = kind_of(data).to_input
+    features = extract_features(model.encoder.to(device), [batch], device=device, normalize=to_input)
     return features.h[0].numpy()
+
+
+def _read(file: IO[bytes], pixels: PixelFormat, size: int) -> torch.Tensor:
+    """[S, S, C], cropped as evaluations do it. Raises DataError."""
+    if pixels.is_usual:
+        return _center_crop(decode(file).pixels, size)
+    samples = read_kept(file, Decoding(channels="keep", pages="channels")).samples
+    channels, bits = samples.shape[2], 8 * samples.dtype.itemsize
+    if (channels, bits) != (pixels.channels, pixels.bits):
+        raise DataError(f"it has {channels} channels of {bits} bits, and the encoder takes {pixels}")
+    height, width = (np.array([side]) for side in samples.shape[:2])
+    crop = center_crops(height, width, size)
+    out = np.empty((1, size, size, channels), samples.dtype)
+    crop_and_resize(samples, crop, out)
+    return torch.from_numpy(out[0])
 
 
 def _center_crop(pixels: NDArray[np.uint8], size: int) -> torch.Tensor:

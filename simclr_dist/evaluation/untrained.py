@@ -16,7 +16,6 @@ from simclr_dist.data.loading.open_images import describe
 from simclr_dist.errors import DataError, UserError
 from simclr_dist.network.first_layer import NUM_IMAGES, first_convolution, whiten
 from simclr_dist.network.simclr import SimCLR, build_model
-from simclr_dist.views.augment import STD
 
 
 def before_training(
@@ -38,7 +37,7 @@ def network_before_training(
         try:
             torch.manual_seed(seed)  # of what the weights lack
             network = build_model(model)
-            plan_start(model, network, say).load_into(network)
+            plan_start(model, network, say, data.pixel_format).load_into(network)
             return "as given", network
         except UserError as error:
             say(f"model.weights cannot be read any more, so the baseline is the untrained encoder: {error}")
@@ -70,4 +69,4 @@ def set_first_layer(encoder: nn.Module, model: ModelConfig, data: DataConfig, se
     images = [images for images, _, _ in parts]
     if not sum(len(part) for part in images):
         raise DataError(f"model.first_layer: whitened looks at {len(ids)} images of {data.train}: none can be read")
-    whiten(convolution, torch.cat(images), STD)
+    whiten(convolution, torch.cat(images), data.pixel_format.std, data.pixel_format.largest)

@@ -60,7 +60,11 @@ def encode_views(
 
     batch_size: views at once. Raises DataError where no image can be read, or h is not finite.
     """
-    augment = Augment(AUGMENT, SEED, data.image_size)
+    if not images.info.pixel_format.has_pixels_of(data.pixel_format):
+        raise DataError(
+            f"{images.source}: its images are {images.info.pixel_format}, and the encoder takes {data.pixel_format}"
+        )
+    augment = Augment(AUGMENT, SEED, data.image_size, pixels=data.pixel_format)
     batches = fixed_views(
         images.source,
         data.image_size,

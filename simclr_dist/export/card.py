@@ -17,6 +17,7 @@ from simclr_dist.network.encoders import (
     NUM_CLASSES,
     TIMM,
     class_layer,
+    first_convolution_of,
     torchvision_names,
     torchvision_network,
     torchvision_options,
@@ -55,6 +56,12 @@ files, labels = ["a.png", "b.png"], [0, 1]  # your pictures and their classes
 classifier = LogisticRegression(max_iter=1000).fit(features(files), labels)
 print(classifier.predict(features(files)))"""
 
+CLASSIFIER_OF_ARRAYS = """from sklearn.linear_model import LogisticRegression
+
+images, labels = [np.load("a.npy"), np.load("b.npy")], [0, 1]  # arrays [H, W, C] and their classes
+classifier = LogisticRegression(max_iter=1000).fit(features(images), labels)
+print(classifier.predict(features(images)))"""
+
 
 def loading(
     config: ModelConfig, seen: Preprocessing, feature_dim: int, format: str, address: str, one_size: str = ""
@@ -64,7 +71,7 @@ def loading(
     one_size: why a graph takes images of one size only, if it does.
     """
     if format == "timm":
-        return _timm_lines(feature_dim, address)
+        return _timm_lines(seen, feature_dim, address)
     if format == "hf":
         return _transformers_lines(feature_dim, address)
     if format == "onnx":
@@ -82,16 +89,20 @@ def loading(
             notes = ["The names are timm's, for num_classes=0."]
         return Loading("\n".join(lines), _torch_features(seen, "encoder"), tuple(notes))
     name = class_layer(torchvision_network(config))
-    place = "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
+    place = _place("model", name)
     options = ", ".join(f"{key}={value}" for key, value in torchvision_options(config).items())
     lines = ["import torch", "import torchvision", "", f"model = torchvision.models.{config.encoder}({options})"]
     notes = [
         f"{name} was not trained: it is all zeros ({NUM_CLASSES} classes), there so that strict=True holds. Replace it."
     ]
     if config.stem == "cifar":
-        lines += ["model.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)"]
+        lines += [f"model.conv1 = torch.nn.Conv2d({config.channels}, 64, kernel_size=3, padding=1, bias=False)"]
         lines += ["model.maxpool = torch.nn.Identity()"]
         notes += [f"The stem is CIFAR's: a plain {config.encoder} takes the weights only after these two changes."]
+    elif config.channels != 3:
+        first, convolution = first_convolution_of(torchvision_network(config))
+        lines += [f"{_place('model', first)} = torch.nn.{convolution}"]
+        notes += [f"The first layer takes {config.channels} channels: a plain {config.encoder} takes three."]
     lines += [f"model.load_state_dict(torch.load({json.dumps(address)}, weights_only=True), strict=True)"]
     lines += [
         f"{place} = torch.nn.Identity()  # h [n, {feature_dim}]; or a torch.nn.Linear({feature_dim}, ...) to train"
@@ -99,10 +110,17 @@ def loading(
     return Loading("\n".join(lines), _torch_features(seen, "model"), tuple(notes))
 
 
-def _timm_lines(feature_dim: int, address: str) -> Loading:
+def _place(root: str, name: str) -> str:
+    """`features.0.weight` as Python says it."""
+    return root + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
+
+
+def _timm_lines(seen: Preprocessing, feature_dim: int, address: str) -> Loading:
     load = f"""import timm
 
 model = timm.create_model({json.dumps(address)}, pretrained=True).eval()  # images to h [n, {feature_dim}]"""
+    if not seen.pixels.is_usual:
+        return Loading(load, _torch_features(seen, "model"), ())
     features = """import torch
 from PIL import Image
 
@@ -141,9 +159,16 @@ def _onnx_lines(seen: Preprocessing, feature_dim: int, address: str, one_size: s
 import onnxruntime
 
 session = onnxruntime.InferenceSession({json.dumps(address)}, providers=["CPUExecutionProvider"])
-images = np.zeros((1, 3, {S}, {S}), np.float32)  # normalised as above
+images = np.zeros((1, {seen.pixels.channels}, {S}, {S}), np.float32)  # normalised as above
 (h,) = session.run(["h"], {{"images": images}})  # [n, {feature_dim}]"""
     features = f"""{_transform(seen)}
+
+
+def features(images):
+    images = np.stack([transform(image).numpy() for image in images])
+    return session.run(["h"], {{"images": images}})[0]"""
+    if seen.pixels.is_usual:
+        features = f"""{_transform(seen)}
 
 
 def features(files):
@@ -154,6 +179,14 @@ def features(files):
 
 
 def _torch_features(seen: Preprocessing, model: str) -> str:
+    if not seen.pixels.is_usual:
+        return f"""import torch
+{_transform(seen)}
+
+
+@torch.no_grad()
+def features(images):
+    return {model}.eval()(torch.stack([transform(image) for image in images])).numpy()"""
     return f"""import torch
 {_transform(seen)}
 
@@ -165,6 +198,19 @@ def features(files):
 
 
 def _transform(seen: Preprocessing) -> str:
+    if not seen.pixels.is_usual:
+        pixels, S = seen.pixels, seen.image_size
+        return f"""import numpy as np
+import torch
+from torchvision.transforms import functional as F
+
+mean, std = torch.tensor({list(pixels.mean)}), torch.tensor({list(pixels.std)})
+
+
+def transform(image):  # a numpy array [H, W, {pixels.channels}] of uint{pixels.bits}
+    x = torch.from_numpy(np.ascontiguousarray(image).astype("float32")).permute(2, 0, 1) / {pixels.largest}
+    x = F.center_crop(F.resize(x, [{seen.resize_to}], antialias=True), [{S}])
+    return (x - mean[:, None, None]) / std[:, None, None]"""
     return f"""from PIL import Image
 from torchvision import transforms
 
@@ -201,6 +247,7 @@ def render_card(
         introduction, trained = "An image encoder that others have trained; its weights as they came.", ""
     figures = "\n".join(f"| {markdown_cell(name)} | {100 * value:.2f} % |" for name, value in accuracy.items())
     table = f"| Evaluation | Result |\n|---|---|\n{figures}" if figures else "Not measured before the export."
+    pixels = "RGB" if seen.pixels.is_usual else seen.pixels
     settings = mask(printable(render_config(config).rstrip(), keep="\n"))
     return f"""---
 {_front_licence(license)}
@@ -216,7 +263,7 @@ tags: [simclr, self-supervised, image-feature-extraction, {tag}]
 | | |
 |---|---|
 | Encoder | {markdown_cell(config.model.encoder)}, {config.model.stem} stem, h of width {feature_dim} |
-{trained}{_origin(checkpoint)}| Input | RGB, {seen.image_size} px: {seen.sentence()} |
+{trained}{_origin(checkpoint)}| Input | {pixels}, {seen.image_size} px: {seen.sentence()} |
 | Mean, std | {", ".join(map(str, seen.mean))}; {", ".join(map(str, seen.std))} |
 | Licence | {markdown_cell(license)} |
 | Written by | simclr_dist {__version__} from {checkpoint.path.name} |
@@ -236,7 +283,7 @@ tags: [simclr, self-supervised, image-feature-extraction, {tag}]
 
 A classifier for your own classes, by scikit-learn:
 
-{_fenced("python", CLASSIFIER)}
+{_fenced("python", CLASSIFIER if seen.pixels.is_usual else CLASSIFIER_OF_ARRAYS)}
 
 ## Configuration
 

@@ -84,7 +84,7 @@ def export(
     require_writable(out.parent)
     model, checkpoint = load_pretrained(source, warn, image_size)
     require_images(checkpoint, "export")
-    seen = Preprocessing(checkpoint.config.evaluation_data.image_size, crop_share)
+    seen = Preprocessing(checkpoint.config.evaluation_data.image_size, crop_share, checkpoint.config.data.pixel_format)
 
     def describe(one_size: str = "") -> tuple[Loading, str]:
         address = _address(format, out, push_to_hub)
@@ -119,7 +119,8 @@ def _write_file(format: Format, model: SimCLR, checkpoint: Checkpoint, license: 
     with replaces(out) as temporary:
         written = writers[format](model.encoder, model.feature_dim, checkpoint, license, temporary)
         read_back = written.read_back if isinstance(written, OnnxGraph) else written
-        check_same_outputs(model.encoder, read_back, checkpoint.config.evaluation_data.image_size)  # type: ignore[arg-type]
+        size, channels = checkpoint.config.evaluation_data.image_size, checkpoint.config.model.channels
+        check_same_outputs(model.encoder, read_back, size, channels=channels)  # type: ignore[arg-type]
     return written.one_size if isinstance(written, OnnxGraph) else ""
 
 

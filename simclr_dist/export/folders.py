@@ -72,6 +72,8 @@ def write_timm(
     except ImportError:
         raise ExportError("--format timm needs timm: pip install 'simclr-dist[timm]'") from None
     arguments = dict(twin.arguments)
+    if seen.pixels.channels != 3:
+        arguments["in_chans"] = seen.pixels.channels
     known = timm.get_pretrained_cfg(twin.name)
     if known is not None and known.fixed_input_size:
         arguments["img_size"] = seen.image_size
@@ -89,7 +91,7 @@ def write_timm(
         **({"model_args": arguments} if arguments else {}),
         "pretrained_cfg": {
             "num_classes": 0,
-            "input_size": [3, seen.image_size, seen.image_size],
+            "input_size": [seen.pixels.channels, seen.image_size, seen.image_size],
             "fixed_input_size": "img_size" in arguments,
             "interpolation": "bilinear",
             "crop_pct": seen.crop_share,
@@ -103,7 +105,7 @@ def write_timm(
     }
     (folder / CONFIG).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     read_back = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    _same(encoder, read_back, seen.image_size, config, "timm")
+    _same(encoder, read_back, seen, config, "timm")
     return read_back
 
 
@@ -140,6 +142,8 @@ def write_transformers(
     family = _FAMILIES.get(type(encoder).__name__)
     if family is None or not (config.encoder.startswith(TIMM) or config.encoder in torchvision_names()):
         raise refused(config, "transformers", "its families are ResNet, ViT, ConvNeXt and Swin")
+    if not seen.pixels.is_usual:
+        raise refused(config, "transformers", f"its image processors take RGB of 8 bits, and these are {seen.pixels}")
     if config.stem == "cifar":
         raise refused(config, "transformers", "its ResNets begin with a 7x7 stem of stride 2")
     transformers = import_transformers()
@@ -171,7 +175,7 @@ def write_transformers(
     def read_back(images: Tensor) -> Tensor:
         return model(pixel_values=images).pooler_output.flatten(1)
 
-    _same(encoder, read_back, seen.image_size, config, "transformers")
+    _same(encoder, read_back, seen, config, "transformers")
     _check_processor(transformers.AutoImageProcessor.from_pretrained(folder), seen)
     return read_back
 
@@ -295,7 +299,7 @@ def _check_processor(processor: Any, seen: Preprocessing) -> None:
         picture = _smooth(height, width)
         top, left, side = center_crop_of_share(height, width, seen.crop_share)
         ours = resized_crop(picture, top, left, side, side, [S, S], antialias=True) if side != S else picture
-        expected = normalize(ours.permute(1, 2, 0)[None])
+        expected = normalize(ours.permute(1, 2, 0)[None], seen.pixels)
         found = processor(images=picture.permute(1, 2, 0).numpy(), return_tensors="pt")["pixel_values"]
         difference = float((expected - found).abs().mean()) if expected.shape == found.shape else float("inf")
         by_a_pixel = float((expected[..., 1:, 1:] - expected[..., :-1, :-1]).abs().mean())
@@ -313,12 +317,13 @@ def _smooth(height: int, width: int) -> Tensor:
     return (127.5 + 127.5 * torch.stack(waves)).byte()
 
 
-def _same(encoder: nn.Module, read_back: ReadBack, image_size: int, config: ModelConfig, library: Any) -> None:
+def _same(encoder: nn.Module, read_back: ReadBack, seen: Preprocessing, config: ModelConfig, library: Any) -> None:
     """What loads but computes something else is not this encoder. Raises ExportError."""
     try:
-        check_same_outputs(encoder, read_back, image_size, tolerance=TOLERANCE)
+        channels = seen.pixels.channels
+        check_same_outputs(encoder, read_back, seen.image_size, tolerance=TOLERANCE, channels=channels)
     except RuntimeError as error:
-        raise refused(config, library, f"at {image_size} px {_first_line(error)}") from None
+        raise refused(config, library, f"at {seen.image_size} px {_first_line(error)}") from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,7 +4,7 @@ torchvision   a plain state dict (torch.save), for `torchvision.models.<encoder>
               The encoder has no classifier, so the class layer is filled with zeros: replace it, or train it.
 safetensors   the encoder's weights under the names of its library, without the class layer; configuration, step,
               normalisation and licence are in the file's metadata.
-onnx          the encoder as a graph for onnxruntime and others: float32 `images` [n, 3, H, W], normalised, to `h`
+onnx          the encoder as a graph for onnxruntime and others: float32 `images` [n, C, H, W], normalised, to `h`
               [n, D], for any n, and any size where the network allows it. The same metadata. Needs the extra `export`.
 
 Formats that are folders: folders.py.
@@ -34,7 +34,6 @@ from simclr_dist.network.encoders import (
     torchvision_network,
 )
 from simclr_dist.network.trial import refuses
-from simclr_dist.views.augment import MEAN, STD
 
 
 def write_torchvision(
@@ -88,12 +87,12 @@ def write_onnx(encoder: nn.Module, feature_dim: int, checkpoint: Checkpoint, lic
         import onnxscript  # noqa: F401  torch writes ONNX with it
     except ImportError as error:
         raise ExportError(f"--format onnx needs {error.name}: pip install 'simclr-dist[export]'") from None
-    S = checkpoint.config.evaluation_data.image_size
+    S, channels = checkpoint.config.evaluation_data.image_size, checkpoint.config.model.channels
 
     def write(size: tuple[int, int], names: dict[int, Any], free_size: bool) -> ReadBack:
         program = torch.onnx.export(
             encoder,
-            (torch.zeros(2, 3, *size),),
+            (torch.zeros(2, channels, *size),),
             input_names=["images"],
             output_names=["h"],
             dynamic_shapes=({0: torch.export.Dim("n")} | names,),
@@ -116,13 +115,13 @@ def write_onnx(encoder: nn.Module, feature_dim: int, checkpoint: Checkpoint, lic
         return read_back
 
     other = (2 * S, 3 * S)  # not square, so that height and width are known to be free of each other
-    one_size, ort = refuses(encoder, other), onnxruntime.capi.onnxruntime_pybind11_state
+    one_size, ort = refuses(encoder, other, channels), onnxruntime.capi.onnxruntime_pybind11_state
     failures = (RuntimeError, ValueError, ort.Fail, ort.InvalidArgument, ort.InvalidGraph, ort.RuntimeException)
     if not one_size:
         sides = {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
         try:
             read_back = write((S, 2 * S), sides, free_size=True)
-            check_same_outputs(encoder, read_back, other)
+            check_same_outputs(encoder, read_back, other, channels=channels)
         except failures as error:
             one_size = _first_line(error)
         else:
@@ -136,6 +135,7 @@ def _first_line(error: Exception) -> str:
 
 def metadata(checkpoint: Checkpoint, feature_dim: int, license: str) -> dict[str, str]:
     """What the file holds beside the weights; safetensors and ONNX take text only."""
+    pixels = checkpoint.config.data.pixel_format
     return {
         "format": "pt",
         "producer": f"simclr_dist {__version__}",
@@ -144,8 +144,10 @@ def metadata(checkpoint: Checkpoint, feature_dim: int, license: str) -> dict[str
         "stem": checkpoint.config.model.stem,
         "feature_dim": str(feature_dim),
         "image_size": str(checkpoint.config.evaluation_data.image_size),
-        "mean": " ".join(map(str, MEAN)),
-        "std": " ".join(map(str, STD)),
+        "channels": str(pixels.channels),
+        "bits": str(pixels.bits),
+        "mean": " ".join(map(str, pixels.mean)),
+        "std": " ".join(map(str, pixels.std)),
         "step": str(checkpoint.step),
         "samples_seen": str(checkpoint.samples_seen),
         "data_fingerprint": checkpoint.fingerprint,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from simclr_dist.data.decode.crops import EVALUATION_SHARE
-from simclr_dist.views.augment import MEAN, STD
+from simclr_dist.pixel_format import RGB, PixelFormat
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,20 @@ class Preprocessing:
 
     image_size: int
     crop_share: float = EVALUATION_SHARE
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
+    pixels: PixelFormat = RGB
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return self.pixels.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return self.pixels.std
 
     @property
     def resize_to(self) -> int:
         return round(self.image_size / self.crop_share)
 
     def sentence(self) -> str:
-        S = self.image_size
-        return f"the shorter side resized to {self.resize_to}, the central {S} x {S}, (x / 255 - mean) / std"
+        S, largest = self.image_size, self.pixels.largest
+        return f"the shorter side resized to {self.resize_to}, the central {S} x {S}, (x / {largest} - mean) / std"

@@ -19,6 +19,7 @@ from simclr_dist.few_labels.random_crops import RandomCrops
 from simclr_dist.network.batchnorm import convert_to_global_batch_norm
 from simclr_dist.network.precision import autocast
 from simclr_dist.parallel import distributed
+from simclr_dist.pixel_format import PixelFormat
 from simclr_dist.views.augment import normalize
 
 
@@ -56,21 +57,24 @@ def distil(
     labelled_ids: Tensor | None = None,
     temperature: float = 1.0,
     alpha: float = 1.0,
+    teacher_pixels: PixelFormat | None = None,
 ) -> None:
     """Trains the student in place on all images of `data`; the teacher is frozen, and checked to be.
 
-    Labels are looked at for the samples in labelled_ids only, and only with alpha below 1.
+    Labels are looked at for the samples in labelled_ids only, and only with alpha below 1. teacher_pixels: where it
+    has learnt from images that were normalised otherwise.
     """
     teacher.to(training.device)
     convert_to_global_batch_norm(student.to(training.device)).train()
     # A student in fp16 has a teacher in float32, whose logits cannot overflow.
     precision: Precision = "fp32" if training.precision == "fp16" else training.precision
+    seen_by_teacher = teacher_pixels or training.pixels
     known = labelled_ids if labelled_ids is not None else torch.empty(0, dtype=torch.int64)
 
     def loss_of(logits: Tensor, batch: ImageBatch) -> Tensor:
         images, labels, sample_ids = batch
         with torch.no_grad(), autocast(images.device, precision):
-            teacher_logits = teacher(normalize(images)).float()
+            teacher_logits = teacher(normalize(images, seen_by_teacher)).float()
         seen = torch.where(torch.isin(sample_ids, known).to(labels.device), labels, -1)
         return distillation_loss(logits, teacher_logits, temperature, seen, alpha, batch_size=data.batch_size)
 

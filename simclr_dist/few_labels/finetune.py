@@ -31,6 +31,7 @@ from simclr_dist.network.precision import autocast
 from simclr_dist.optim.schedule import LearningRate, set_learning_rate
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import raise_first, run_on_all_ranks
+from simclr_dist.pixel_format import RGB, PixelFormat
 from simclr_dist.run.stop_signals import SIGNALS
 from simclr_dist.views.augment import normalize
 
@@ -50,7 +51,7 @@ def default_epochs(share: float) -> int:
 class Training:
     """How to train, and where. base_lr: for a batch of 256. on_epoch(epoch, mean loss) is called after each epoch.
 
-    unfinished: the file that keeps the training on the way, if one does.
+    unfinished: the file that keeps the training on the way, if one does. pixels: what the images are.
     """
 
     epochs: int
@@ -60,6 +61,7 @@ class Training:
     precision: Precision = "fp32"
     on_epoch: Callable[[int, float], None] = lambda epoch, loss: None
     unfinished: Unfinished | None = None
+    pixels: PixelFormat = RGB
 
 
 def fine_tune(classifier: Classifier, data: RandomCrops, training: Training) -> None:
@@ -166,7 +168,7 @@ class _State:
 
     def update(self, batch: ImageBatch, loss_of: Loss, row_keys: Tensor) -> None:
         with autocast(self.device, self.training.precision):
-            logits = self.network(normalize(batch[0]), row_keys)
+            logits = self.network(normalize(batch[0], self.training.pixels), row_keys)
         loss = loss_of(logits.float(), batch)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()

@@ -28,7 +28,6 @@ from simclr_dist.checkpoint.pretrained import Source, load_pretrained, require_i
 from simclr_dist.config import DataConfig, ModelConfig, Precision, PrecisionSetting, parse_config
 from simclr_dist.data.classes import match_classes
 from simclr_dist.data.loading.load_images import load_images
-from simclr_dist.data.loading.open_images import describe
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.evaluation.features import digest, part_of_rank
 from simclr_dist.evaluation.offline import Say
@@ -46,6 +45,7 @@ from simclr_dist.few_labels.finetune import (
 from simclr_dist.few_labels.random_crops import RandomCrops
 from simclr_dist.few_labels.subsets import Subset, draw_subset, load_subset, save_subset, shortfall
 from simclr_dist.few_labels.unfinished import Unfinished, differences
+from simclr_dist.kinds import Kind, kind_of
 from simclr_dist.kinds.labelled_images import LabelledImages, open_labelled
 from simclr_dist.network.inputs import images as images_of
 from simclr_dist.network.precision import assumed_precision
@@ -53,9 +53,9 @@ from simclr_dist.network.random_layers import key_draws
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks, run_on_main
+from simclr_dist.pixel_format import PixelFormat
 from simclr_dist.run.layout import read_record
 from simclr_dist.run.results import require_writable
-from simclr_dist.views.augment import normalize
 
 DISTILL_EPOCHS = 100
 
@@ -73,7 +73,9 @@ class Settings:
     precision: Precision | None = None
     save_every_minutes: float = 10.0
 
-    def training(self, *, epochs: int, base_lr: float, precision: PrecisionSetting, say: Say) -> Training:
+    def training(
+        self, *, epochs: int, base_lr: float, precision: PrecisionSetting, pixels: PixelFormat, say: Say
+    ) -> Training:
         """With these values where the user has chosen none."""
         epochs = self.epochs or epochs
         return Training(
@@ -83,6 +85,7 @@ class Settings:
             self.device,
             self.precision or assumed_precision(precision, self.device.type),
             _reporter(epochs, say),
+            pixels=pixels,
         )
 
 
@@ -134,6 +137,7 @@ def finetune_checkpoint(
         epochs=LINEAR_EPOCHS if freeze else default_epochs(subset.share),
         base_lr=LINEAR_LR if freeze else FINE_TUNE_LR,
         precision=config.train.precision,
+        pixels=data.pixel_format,
         say=say,
     )
     say(f"{len(subset.ids)} labels of {info.num_samples}, {images.num_classes} classes, {training.epochs} epochs")
@@ -193,24 +197,37 @@ def distill_classifier(
     config = parse_config(teacher.config_json)
     source = unlabelled or (config.evaluation.train if subset_file else None) or config.data.train
     images = run_on_all_ranks(
-        lambda: _images_for_students(source, test or config.data.test, teacher.class_names, teacher_file), device
+        lambda: _images_for_students(
+            kind_of(config.data), source, test or config.data.test, teacher.class_names, teacher_file
+        ),
+        device,
     )
     torch.manual_seed(settings.seed)
     data = config.evaluation_data  # of the teacher's crops, and so of the student's
     given = {"image_size": data.image_size, **(student or {})}
     section = ModelConfig.model_validate({**config.model.model_dump(), **given})
     begin = None if student_from is None else same_on_all_ranks(student_from, device, say)
-    model, checkpoint = run_on_all_ranks(lambda: _student(section, data.image_size, begin, say), device)
+    model, checkpoint = run_on_all_ranks(lambda: _student(section, data, begin, say), device)
     student_config = checkpoint.config if checkpoint else config.model_copy(update={"model": section, "data": data})
     ids = None
     if subset_file is not None:
         ids = run_on_main(lambda: load_subset(subset_file, images.train_info).ids, device)
-    training = settings.training(epochs=DISTILL_EPOCHS, base_lr=FINE_TUNE_LR, precision=config.train.precision, say=say)
+    training = settings.training(
+        epochs=DISTILL_EPOCHS,
+        base_lr=FINE_TUNE_LR,
+        precision=config.train.precision,
+        pixels=student_config.data.pixel_format,
+        say=say,
+    )
 
     def train(classifier: Classifier, crops: RandomCrops, training: Training) -> None:
         labelled = None if ids is None else torch.tensor(ids)
         distil(
-            teacher.network, classifier, crops, training, labelled_ids=labelled, temperature=temperature, alpha=alpha
+            *(teacher.network, classifier, crops, training),
+            labelled_ids=labelled,
+            temperature=temperature,
+            alpha=alpha,
+            teacher_pixels=data.pixel_format,
         )
 
     asked = {
@@ -251,13 +268,21 @@ def _name_of(ids: Sequence[int]) -> str:
 
 
 def _student(
-    section: ModelConfig, image_size: int, student_from: Source | None, say: Say
+    section: ModelConfig, data: DataConfig, student_from: Source | None, say: Say
 ) -> tuple[SimCLR, Checkpoint | None]:
-    """A fresh network, or that of a checkpoint, whose evaluations must see images of `image_size`."""
+    """A fresh network, or that of a checkpoint, whose evaluations must see the images as the teacher does."""
+    image_size, pixels = data.image_size, data.pixel_format
     if student_from is None:
         return build_model(section), None
     model, checkpoint = load_pretrained(student_from, say)
     require_images(checkpoint, "distillation")
+    if not checkpoint.config.data.pixel_format.has_pixels_of(pixels):
+        raise ConfigError(
+            [
+                f"--student-from {checkpoint.path}: takes {checkpoint.config.data.pixel_format}, the teacher {pixels}, "
+                "and both see the same images"
+            ]
+        )
     if (size := checkpoint.config.evaluation_data.image_size) != image_size:
         raise ConfigError(
             [
@@ -268,11 +293,13 @@ def _student(
     return model, checkpoint
 
 
-def _images_for_students(source: str, test: str | None, class_names: tuple[str, ...], teacher: Path) -> LabelledImages:
+def _images_for_students(
+    kind: Kind, source: str, test: str | None, class_names: tuple[str, ...], teacher: Path
+) -> LabelledImages:
     """Labels of `source` are not read, but if it has some, they must be of the teacher's classes, in their order."""
     if test is None:
         raise ConfigError(["data.test is null, and there is no --test: give held-out images with --test PATH"])
-    info, test_info = describe(source), describe(test)
+    info, test_info = kind.describe(source), kind.describe(test)
     if (info.labels >= 0).any() and info.class_names != class_names:
         raise DataError(
             f"{source} does not have the classes of the teacher {teacher} in its order; distil on images without "
@@ -286,7 +313,7 @@ def _classifier(
     model: SimCLR, images: LabelledImages, start: Start, data: DataConfig, settings: Settings, say: Say
 ) -> Classifier:
     """On top of `model`, whose dropout and its like draw by key from here on, so that a training can be continued."""
-    if warning := key_draws(model, images_of(data.image_size)).warning():
+    if warning := key_draws(model, images_of(data.image_size, data.pixel_format.channels)).warning():
         say(f"warning: {warning}")
     torch.manual_seed(settings.seed)
     return Classifier(model, images.num_classes, start)
@@ -417,7 +444,7 @@ def _test(job: _Job) -> Accuracy:
         batches if len(own) else None,
         device=job.settings.device,
         precision=job.training.precision,
-        normalize=normalize,
+        normalize=kind_of(job.data).to_input,
     )
 
 

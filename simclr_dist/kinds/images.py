@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.config import AugmentConfig
+from simclr_dist.config import PIXELS, AugmentConfig, DataConfig
 from simclr_dist.data.batch import Batch, Loader
-from simclr_dist.data.loading.open_images import DatasetInfo, LoaderName, describe
+from simclr_dist.data.loading.open_images import DatasetInfo, LoaderName, describe, kept_pixel_format
 from simclr_dist.data.sources.open import open_source, size_on_disk
+from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.kinds.kind import Kind
+from simclr_dist.pixel_format import RGB, PixelFormat
+from simclr_dist.views.presets import resolve_augmentation, without_colours
 
 if TYPE_CHECKING:
     import torch
@@ -26,23 +30,68 @@ LARGEST_SIDE = 96  # of an image shown; ImageNet's at full size would fill 150 M
 
 
 class Images(Kind):
-    """Read as uint8 [b, S, S, 3]; the encoder eats them normalised, float [b, 3, S, S]."""
+    """Read as [b, S, S, C] of 8 or 16 bits; the encoder eats them normalised, float [b, C, S, S]."""
 
     noun: ClassVar[str] = "image"
     shows_views: ClassVar[bool] = True
 
     @property
+    def pixels(self) -> PixelFormat:
+        return self.data.pixel_format
+
+    def settled(self) -> DataConfig:
+        """What `prepare --channels keep` kept is in the file itself."""
+        if self.data.channels is not None and not Path(self.data.train).exists():
+            return self.data  # a plan for data that are elsewhere
+        found = kept_pixel_format(self.data.train) or RGB
+        given = {name: getattr(self.data, name) for name in PIXELS if getattr(self.data, name) is not None}
+        if not given and found == RGB:
+            return self.data
+        for name, there in (("channels", found.channels), ("bits", found.bits)):
+            if given.get(name, there) != there:
+                raise ConfigError(
+                    [f"data.{name}: {given[name]}, but the images of {self.data.train} are {found}; leave it out"]
+                )
+        if given.get("rgb") and found.channels != 3:
+            raise ConfigError([f"data.rgb: red, green and blue are three, and {self.data.train} has {found}"])
+        for name in ("mean", "std"):
+            if len(given.get(name, found.mean)) != found.channels:
+                raise ConfigError([f"data.{name}: {len(given[name])} numbers, but {self.data.train} has {found}"])
+        return self.data.model_copy(update=found.to_json() | {"mean": found.mean, "std": found.std} | given)
+
+    def start_rows(self, augment: AugmentConfig) -> Mapping[str, str]:
+        if self.pixels == RGB:
+            return {}
+        mean, std = (" ".join(f"{x:.4g}" for x in values) for values in (self.pixels.mean, self.pixels.std))
+        rows = {"pixels": f"{self.pixels}, normalised by mean {mean} and std {std} of {self.pixels.largest}"}
+        if not self.pixels.rgb:
+            left_out = without_colours(resolve_augmentation(augment))[1]
+            rows["colours"] = "brightness and contrast of each channel by itself" + (
+                f"; left out, because these are not RGB: {', '.join(left_out)}" if left_out else ""
+            )
+            rows["pictures"] = self.shown_as
+        return rows
+
+    @property
     def inputs(self) -> Inputs:
         from simclr_dist.network.inputs import images
 
-        return images(self.data.image_size)
+        return images(self.data.image_size, self.pixels.channels)
 
     @property
     def input_signature(self) -> Mapping[str, Any]:
-        return {"image_size": self.data.image_size}
+        size = {"image_size": self.data.image_size}
+        return size if self.pixels == RGB else size | {"pixels": self.pixels.to_json()}
 
     def describe(self, source: str) -> DatasetInfo:
-        return describe(source)
+        """Refuses images with other pixels than those of the section: the encoder was built for these."""
+        info = describe(source)
+        if not info.pixel_format.has_pixels_of(self.pixels):
+            raise DataError(
+                f"{source}: its images are {info.pixel_format}, and the encoder takes {self.pixels}; prepare them "
+                "alike (`simclr-dist prepare --channels`)"
+            )
+        return info
 
     def loader(
         self, augment: AugmentConfig, *, seed: int, global_batch_size: int, world: World, device: torch.device | str
@@ -60,17 +109,17 @@ class Images(Kind):
         from simclr_dist.views import implementations
         from simclr_dist.views.augment import Augment
 
-        size = self.data.image_size
+        size, pixels = self.data.image_size, self.pixels
         chosen = agree(
             "augment.implementation",
             augment.implementation,
             best=implementations.best(device),
             fallback=implementations.FALLBACK,
-            obstacle=lambda name: implementations.obstacle(name, device, size),
+            obstacle=lambda name: implementations.obstacle(name, device, size, pixels),
             device=device,
             warn=warn,
         )
-        return Augment(augment, seed, size, chosen), {"augment": chosen}
+        return Augment(augment, seed, size, chosen, pixels), {"augment": chosen}
 
     def evaluation_batches(
         self, source: str, ids: NDArray[np.int64], batch_size: int, unreadable: dict[int, str] | None = None
@@ -92,27 +141,42 @@ class Images(Kind):
     def to_input(self, read: Tensor) -> Tensor:
         from simclr_dist.views.augment import normalize
 
-        return normalize(read)
+        return normalize(read, self.pixels)
 
     def example_batch(self, n: int) -> Batch:
         import torch
 
-        shape = self.data.num_views, n, self.data.image_size, self.data.image_size, 3
-        ids = torch.arange(n)
-        return Batch(torch.randint(0, 256, shape, dtype=torch.uint8), ids, ids, 0)
+        shape = self.data.num_views, n, self.data.image_size, self.data.image_size, self.pixels.channels
+        ids, dtype = torch.arange(n), torch.uint8 if self.pixels.bits == 8 else torch.uint16
+        return Batch(torch.randint(0, self.pixels.largest + 1, shape, dtype=torch.int32).to(dtype), ids, ids, 0)
 
     def baselines(self, train: str) -> Mapping[str, nn.Module]:
         from simclr_dist.kinds.pixels import Pixels
 
         return {"raw pixels": Pixels()}
 
+    def pictures(self, views: Tensor) -> Tensor:
+        """RGB as it is; of other channels the first three, see `shown_as`."""
+        from simclr_dist.kinds.pixels import first_three
+
+        return views if self.pixels.rgb else first_three(views.clamp(-2, 2), dim=-3, black=-2.0)
+
+    @property
+    def shown_as(self) -> str:
+        """How pictures of images come about that are not RGB; empty: as they are."""
+        if self.pixels.rgb:
+            return ""
+        which = {1: "grey", 2: "channels 1 and 2 as red and green"}
+        colours = which.get(self.pixels.channels, "channels 1, 2 and 3 as red, green and blue")
+        return f"{colours}; black is 2 standard deviations below the mean, white 2 above"
+
     def show(self, source: str, ids: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
         import torch
 
-        from simclr_dist.kinds.pixels import shrink
+        from simclr_dist.kinds.pixels import as_picture, shrink
 
         batches = self.evaluation_batches(source, ids, 64, {})
-        shown = [(shrink(images, LARGEST_SIDE), found) for images, _, found in batches]
+        shown = [(shrink(as_picture(images, self.pixels), LARGEST_SIDE), found) for images, _, found in batches]
         return torch.cat([images for images, _ in shown]), torch.cat([found for _, found in shown]).numpy()
 
     def size_on_disk(self, source: str) -> int:

@@ -33,11 +33,20 @@ class Kind(ABC):
 
     noun: ClassVar[str]
     """What logs and tables call a sample; its plural ends with s."""
+
     evaluations: ClassVar[tuple[str, ...]] = ("knn", "linear")
     """Methods of `simclr-dist evaluate` that make sense."""
 
     def __init__(self, data: DataConfig) -> None:
         self.data = data
+
+    def start_rows(self, augment: AugmentConfig) -> Mapping[str, str]:
+        """What else the table at the start of a training should say, by the name of the row."""
+        return {}
+
+    def settled(self) -> DataConfig:
+        """The section with what data.train itself says of settings that were left open. Raises ConfigError."""
+        return self.data
 
     @property
     @abstractmethod
@@ -99,7 +108,11 @@ class Kind(ABC):
         return None
 
     shows_views: ClassVar[bool] = False
-    """Whether views are pictures [3, H, W]."""
+    """Whether views can be shown as pictures."""
+
+    def pictures(self, views: Tensor) -> Tensor:
+        """Of views as the encoder eats them: float [..., 3, H, W], on whatever scale, where they can be shown."""
+        return views
 
     def size_on_disk(self, source: str) -> int:
         """Bytes that an epoch reads; 0: nothing is read while training."""

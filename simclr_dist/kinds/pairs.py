@@ -7,7 +7,7 @@ an evaluation takes each of them for right.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.config import AugmentConfig, ModelConfig
+from simclr_dist.config import AugmentConfig, DataConfig, ModelConfig
 from simclr_dist.config.schema import IMAGE_TEXT
 from simclr_dist.data.batch import Batch, Loader
 from simclr_dist.data.loading.open_images import DatasetInfo
@@ -32,9 +32,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from simclr_dist.data.account import Account
     from simclr_dist.kinds.kind import SampleBatch, ViewsOf
-    from simclr_dist.network.inputs import Inputs
+    from simclr_dist.network.inputs import Draw, Inputs
     from simclr_dist.network.simclr import SimCLR
     from simclr_dist.parallel.distributed import World
 
@@ -154,6 +153,11 @@ class ImagesWithTexts(Images):
         """The images alone, in one view."""
         return Images(self.data.model_copy(update={"train": self.train.images, "num_views": 1}))
 
+    def settled(self) -> DataConfig:
+        """By the file of images."""
+        kept = {"train": self.data.train, "num_views": self.data.num_views}
+        return self._of_images.settled().model_copy(update=kept)
+
     @property
     def inputs(self) -> Inputs:
         """Of the network: rows of `pack_pairs`, the images and then their texts."""
@@ -163,11 +167,16 @@ class ImagesWithTexts(Images):
 
         images, texts = super().inputs, self.of_texts.inputs
 
-        def draw(n: int) -> Tensor:
-            half = (n + 1) // 2
-            return pack_pairs(images.draw(half), texts.draw(half)).flatten(0, 1)[:n]
+        def pairs_with(texts: Draw) -> Draw:
+            def draw(n: int) -> Tensor:
+                half = (n + 1) // 2
+                return pack_pairs(images.draw(half), texts(half)).flatten(0, 1)[:n]
 
-        return Inputs("images with texts", f"{images.size}, {texts.size}", draw)
+            return draw
+
+        size = f"{images.size}, {texts.size}"
+        mean = pairs_with(texts.mean or texts.draw)
+        return Inputs("images with texts", size, pairs_with(texts.draw), mean=mean)
 
     @property
     def input_signature(self) -> Mapping[str, Any]:
@@ -177,16 +186,12 @@ class ImagesWithTexts(Images):
         if kind_of_folder(source) != IMAGE_TEXT and source != self.data.train:
             return super().describe(source)
         pairs = self.pairs(source)
-        images = super().describe(pairs.images)
-        account: Account = pairs.texts.account
-        tokenizer = pairs.texts.vocabulary.digest[:16]
-        return DatasetInfo(
-            images.num_samples,
-            images.class_names,
-            f"{_hash(images.fingerprint, pairs.fingerprint)}-{tokenizer}",
-            lambda: f"{_hash(images.content_fingerprint, pairs.verified_fingerprint())}-{tokenizer}",
-            images.labels,
-            account,
+        images, tokenizer = super().describe(pairs.images), pairs.texts.vocabulary.digest[:16]
+        return replace(
+            images,
+            fingerprint=f"{_hash(images.fingerprint, pairs.fingerprint)}-{tokenizer}",
+            digest=lambda: f"{_hash(images.content_fingerprint, pairs.verified_fingerprint())}-{tokenizer}",
+            account=pairs.texts.account,
         )
 
     def loader(
@@ -217,8 +222,6 @@ class ImagesWithTexts(Images):
         self.of_texts.check_encoder(shape_of_model(model.text).encoder, model.text, "model.text")
 
     def example_batch(self, n: int) -> Batch:
-        from dataclasses import replace
-
         return replace(self._of_images.example_batch(n), texts=self.of_texts.inputs.example(n))
 
     def evaluation_batches(
@@ -287,8 +290,6 @@ class _WithTexts:
         self._groups = self._pairs.groups(content_ids(self._pairs.texts, self._tokens))
 
     def batches(self, step: int) -> Iterator[Batch]:
-        from dataclasses import replace
-
         import torch
 
         for current, batch in enumerate(self._images.batches(step), start=step):

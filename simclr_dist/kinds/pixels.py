@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simclr_dist.pixel_format import PixelFormat
+
 
 class Pixels(nn.Module):
     """The pixels as features: the baseline that an encoder has to beat.
@@ -22,6 +24,26 @@ class Pixels(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         side = min(self.max_side, *images.shape[-2:])
         return F.adaptive_avg_pool2d(images, side).flatten(1)
+
+
+def first_three(values: Tensor, dim: int, black: float = 0.0) -> Tensor:
+    """Channels along `dim`, any number of them, as three: one is grey, two are red and green."""
+    if values.shape[dim] == 1:
+        return torch.cat([values] * 3, dim)
+    if values.shape[dim] == 2:
+        return torch.cat([values, torch.full_like(values.narrow(dim, 0, 1), black)], dim)
+    return values.narrow(dim, 0, 3)
+
+
+def as_picture(images: Tensor, pixels: PixelFormat) -> Tensor:
+    """Images [b, S, S, C] as uint8 [b, S, S, 3]: others than 8-bit RGB from mean - 2 std to mean + 2 std."""
+    if pixels.is_usual:
+        return images
+    values = images.float() / pixels.largest
+    if not pixels.rgb:
+        mean, std = torch.tensor(pixels.mean), torch.tensor(pixels.std)
+        values = first_three((values - mean) / (4 * std) + 0.5, dim=-1)
+    return values.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def shrink(images: Tensor, largest_side: int) -> Tensor:

@@ -71,16 +71,29 @@ class Tokens(Kind):
             )
         return found
 
+    @cached_property
+    def seen(self) -> NDArray[np.int64]:
+        """[n]: how many tokens of its own an encoder sees of each sample of data.train, as evaluations show it."""
+        return np.minimum(self.train.lengths, content_limit(self.data.tokens, self.train.vocabulary))
+
     @property
     def inputs(self) -> Inputs:
         """The longest that there are: for them there must be memory."""
         import torch
 
-        from simclr_dist.network.inputs import Inputs
+        from simclr_dist.network.inputs import Draw, Inputs
 
-        vocabulary = self.train.vocabulary
-        T = padded_length(np.minimum(self.train.lengths, content_limit(self.data.tokens, vocabulary)), vocabulary)
-        return Inputs(f"{self.noun}s", f"at most {T} tokens", lambda n: torch.randint(1, vocabulary.size + 1, (n, T)))
+        def of_length(length: float) -> Draw:
+            T = padded_length(np.array([length]), vocabulary)
+            return lambda n: torch.randint(1, vocabulary.size + 1, (n, T))
+
+        vocabulary, tokens = self.train.vocabulary, self.data.tokens
+        longest, mean = self.seen.max(), self.seen.mean()
+        if tokens.views == "spans":
+            mean = min(mean, (tokens.span_min + tokens.span_max) / 2)
+        cut = int((self.train.lengths > self.seen).sum()) if tokens.views == "whole" else 0
+        size = f"at most {longest + vocabulary.num_special} tokens" + (f" ({cut:,} longer ones are cut)" if cut else "")
+        return Inputs(f"{self.noun}s", size, of_length(longest), mean=of_length(mean))
 
     @property
     def input_signature(self) -> Mapping[str, Any]:
@@ -106,7 +119,7 @@ class Tokens(Kind):
         self, augment: AugmentConfig, *, seed: int, global_batch_size: int, world: World, device: torch.device | str
     ) -> Loader:
         info, folder, tokens = self.describe(self.data.train), self.train, self.data.tokens
-        seen = np.minimum(folder.lengths, content_limit(tokens, folder.vocabulary))
+        seen = self.seen
         lengths = seen if tokens.length_window else None
         order = Order(len(folder), global_batch_size, seed, lengths=lengths, length_window=tokens.length_window)
         groups = content_ids(folder, tokens) if tokens.views == "whole" else folder.content_ids
@@ -160,6 +173,11 @@ class Tokens(Kind):
             seen = beginnings(folder, part, self.data.tokens)
             tokens = written(folder, seen, padded_length(seen.lengths, folder.vocabulary))
             yield torch.from_numpy(tokens), torch.from_numpy(folder.labels[part]), torch.from_numpy(part.copy())
+
+    def baselines(self, train: str) -> Mapping[str, nn.Module]:
+        from simclr_dist.kinds.token_baselines import baselines
+
+        return baselines(self.folder(train))
 
     def size_on_disk(self, source: str) -> int:
         return folder_size(Path(source))

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
+import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,14 +42,14 @@ def build_encoder(config: ModelConfig) -> tuple[nn.Module, int]:
     if config.encoder in _REGISTERED:
         return _REGISTERED[config.encoder](config)
     if config.encoder == "resnet_small":
-        small = SmallResNet(config.width, stride=1 if config.stem == "cifar" else 2)
+        small = SmallResNet(config.width, stride=1 if config.stem == "cifar" else 2, channels=config.channels)
         return small, small.feature_dim
     if config.encoder == "transformer_small":
         return transformer_small(config)
     if config.stem == "cifar" and config.encoder not in RESNETS:
         raise ConfigError([f"model.stem: cifar is for ResNets only; {config.encoder} takes `stem: imagenet`"])
     if config.encoder.startswith(TIMM):
-        return _timm_encoder(config.encoder.removeprefix(TIMM), config.image_size)
+        return _timm_encoder(config.encoder.removeprefix(TIMM), config.image_size, config.channels)
     network = torchvision_network(config)
     return network, remove_class_layer(network)
 
@@ -61,7 +62,7 @@ def is_from_library(name: str) -> bool:
 def register(name: str, build: Build) -> None:
     """Makes `model.encoder: NAME` use build(config.model), which returns a network and D.
 
-    The network takes images [n, 3, S, S] to h [n, D]. For a script that then trains or evaluates
+    The network takes images [n, config.channels, S, S] to h [n, D]. For a script that then trains or evaluates
     (docs/guides/extending.md); a configuration cannot name code itself, because it may come from somebody else.
     Raises ValueError for a name that is taken.
     """
@@ -87,12 +88,41 @@ def torchvision_network(config: ModelConfig) -> nn.Module:
     with explain_size_error(config.encoder, config.image_size):
         if config.encoder not in RESNETS:
             build = getattr(torchvision.models, config.encoder)
-            return build(**torchvision_options(config))
+            return take_channels(build(**torchvision_options(config)), config.channels)
     network = RESNETS[config.encoder]()
     if config.stem == "cifar":  # Chen et al. 2020, appendix B.9
-        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        network.conv1 = nn.Conv2d(config.channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         network.maxpool = nn.Identity()  # type: ignore[assignment]
+        return network
+    return take_channels(network, config.channels)
+
+
+def first_convolution_of(network: nn.Module) -> tuple[str, nn.Conv2d]:
+    """The name and the convolution that sees the pixels. Raises ConfigError where there is none."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            return name, module
+    raise ConfigError([f"model.encoder: {type(network).__name__} has no convolution that could take other channels"])
+
+
+def take_channels(network: nn.Module, channels: int) -> nn.Module:
+    """The network with a first convolution for so many channels, random as the one for three was.
+
+    The deviation of the new weights makes a filter's answer to independent channels as large as before.
+    """
+    name, before = first_convolution_of(network)
+    if channels == before.in_channels:
+        return network
+    options = (before.out_channels, before.kernel_size, before.stride, before.padding, before.dilation, before.groups)
+    now = nn.Conv2d(channels, *options, before.bias is not None, before.padding_mode)  # type: ignore[arg-type]
+    with torch.no_grad():
+        spread = before.weight.std() * (before.in_channels / channels) ** 0.5
+        now.weight.copy_(torch.randn_like(now.weight) * spread)
+        if before.bias is not None and now.bias is not None:
+            now.bias.copy_(before.bias)
+    parent, _, leaf = name.rpartition(".")
+    setattr(network.get_submodule(parent), leaf, now)
     return network
 
 
@@ -129,7 +159,7 @@ def remove_class_layer(network: nn.Module) -> int:
 # timm
 
 
-def _timm_encoder(name: str, image_size: int | None) -> tuple[nn.Module, int]:
+def _timm_encoder(name: str, image_size: int | None, channels: int) -> tuple[nn.Module, int]:
     try:
         import timm
     except ImportError:
@@ -137,17 +167,18 @@ def _timm_encoder(name: str, image_size: int | None) -> tuple[nn.Module, int]:
     # Only names that timm lists: it takes other names for addresses to download from.
     if name not in timm.list_models():
         raise ConfigError([f"model.encoder: unknown encoder {TIMM + name!r}{_suggestions(TIMM + name)}"])
-    network = timm_network(name, image_size, pretrained=False)
+    network = timm_network(name, image_size, pretrained=False, channels=channels)
     return network, int(network.head_hidden_size)  # type: ignore[arg-type]
 
 
-def timm_network(name: str, image_size: int | None, *, pretrained: bool) -> nn.Module:
+def timm_network(name: str, image_size: int | None, *, pretrained: bool, channels: int = 3) -> nn.Module:
     """Without its class layer. pretrained: with the weights that timm publishes, which it may have to download."""
     import timm
 
     known = timm.get_pretrained_cfg(name)
     sized = known is not None and known.fixed_input_size and image_size is not None
     options: dict[str, Any] = {"img_size": image_size} if sized else {}
+    options |= {"in_chans": channels} if channels != 3 else {}
     with explain_size_error(TIMM + name, image_size):
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
 
@@ -187,10 +218,10 @@ class SmallResNet(nn.Module):
     stride: of the first convolution; 2 costs a quarter of 1, and on a CPU more images help more than more pixels.
     """
 
-    def __init__(self, width: int, stride: int) -> None:
+    def __init__(self, width: int, stride: int, channels: int = 3) -> None:
         super().__init__()
         self.feature_dim = 4 * width
-        self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels, width, kernel_size=3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = BasicBlock(width, width)

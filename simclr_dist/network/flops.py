@@ -38,15 +38,15 @@ PEAK_TFLOPS_16_BIT = {
 
 
 def forward_flops(model: nn.Module, inputs: Inputs) -> int | None:
-    """Floating-point operations for one input, forward; a multiply-add counts as two. None: not known.
+    """Floating-point operations for one input of mean size, forward; a multiply-add is two. None: not known.
 
     Counted on a copy without values (torch's meta device), so it takes neither memory nor time. Convolutions, matrix
     products and attention are counted; the rest is less than a hundredth.
     """
     shape = copy.deepcopy(model).to("meta").eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            shape(inputs.example(2).to("meta"))  # of images with texts, one is a text
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            shape((inputs.mean or inputs.draw)(2).to("meta"))  # of images with texts, one is a text
     except Exception:  # a user's encoder that reads the values of its tensors; this figure is for people only
         return None
     return counter.get_total_flops() // 2

@@ -25,6 +25,9 @@ class Inputs:
     others: Mapping[str, Draw] = field(default_factory=dict)
     """By the setting that gives them: what to propose where an encoder cannot take these."""
 
+    mean: Draw | None = None
+    """Where their size varies: inputs of mean size, of which operations are counted. `draw` gives the largest."""
+
     def example(self, n: int, seed: int = 0) -> Tensor:
         """[n, ...] on the CPU, the same for the same seed. Torch's generator stays as it is."""
         with torch.random.fork_rng(devices=[]):
@@ -32,11 +35,12 @@ class Inputs:
             return self.draw(n)
 
 
-def images(size: int) -> Inputs:
-    """Normalised images [n, 3, size, size]."""
+def images(size: int, channels: int = 3) -> Inputs:
+    """Normalised images [n, channels, size, size]."""
 
     def of_side(side: int) -> Draw:
-        return lambda n: torch.randn(n, 3, side, side)
+        return lambda n: torch.randn(n, channels, side, side)
 
     others = {f"data.image_size={side}": of_side(side) for side in USUAL_SIZES if side != size}
-    return Inputs("images", f"{size} px", of_side(size), others)
+    what = f"{size} px" if channels == 3 else f"{size} px and {channels} channel{'s' if channels > 1 else ''}"
+    return Inputs("images", what, of_side(size), others)

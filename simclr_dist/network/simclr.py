@@ -5,6 +5,7 @@ Encoders are built in encoders.py; the head is a small perceptron. Of images wit
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 import torch
@@ -18,7 +19,7 @@ from simclr_dist.network.keyed_dropout import Draws
 
 
 class SimCLR(nn.Module):
-    """Images [n, 3, H, W] to h [n, D], the representation, and z [n, K], what the loss compares (not normalised)."""
+    """Images [n, C, H, W] to h [n, D], the representation, and z [n, K], what the loss compares (not normalised)."""
 
     def __init__(self, encoder: nn.Module, projection_head: nn.Module, feature_dim: int) -> None:
         super().__init__()
@@ -50,10 +51,10 @@ class TwoTowers(SimCLR):
     alone, so that evaluations, weights and exports of `encoder` need not know of the texts; theirs begin with "text.".
     """
 
-    def __init__(self, images: SimCLR, text: SimCLR, image_size: int) -> None:
+    def __init__(self, images: SimCLR, text: SimCLR, image_size: int, channels: int = 3) -> None:
         super().__init__(images.encoder, images.projection_head, max(images.feature_dim, text.feature_dim))
         self.text = text
-        self.image_size = image_size
+        self.image_shape = image_size, image_size, channels
 
     def draw_by(self, draws: Draws) -> None:
         super().draw_by(draws)
@@ -65,7 +66,7 @@ class TwoTowers(SimCLR):
 
         D is that of the wider encoder; the other's h ends with zeros. row_keys: int32 [2n, 2].
         """
-        images, tokens = unpack_pairs(rows, self.image_size)
+        images, tokens = unpack_pairs(rows, self.image_shape)
         if self.draws is not None:
             self.draws.begin(row_keys, self.get_buffer("layer_hashes"))
         both = [self.encoder(images), self.text.encoder(tokens)]
@@ -76,7 +77,7 @@ class TwoTowers(SimCLR):
 
 
 def pack_pairs(images: Tensor, tokens: Tensor) -> Tensor:
-    """Images float [n, 3, S, S] and texts int64 [n, T] as rows of one width, float [2, n, 3*S*S + T].
+    """Images float [n, C, S, S] and texts int64 [n, T] as rows of one width, float [2, n, C*S*S + T].
 
     So a pair is two views like any others to whatever cuts, sends or counts them. Numbers of tokens below 2**24 are
     exact in float32. Memory: an image's once more, a hundredth of what a ResNet keeps of it.
@@ -86,11 +87,14 @@ def pack_pairs(images: Tensor, tokens: Tensor) -> Tensor:
     return torch.stack([F.pad(rows, (0, T)), F.pad(tokens.to(rows.dtype), (rows.shape[1], 0))])
 
 
-def unpack_pairs(rows: Tensor, image_size: int) -> tuple[Tensor, Tensor]:
-    """Of `pack_pairs`, flattened to [2n, L]: images float [n, 3, S, S], channels last, and texts int64 [n, T]."""
+def unpack_pairs(rows: Tensor, image_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Of `pack_pairs`, flattened to [2n, L]: images float [n, C, S, S], channels last, and texts int64 [n, T].
+
+    image_shape: S, S, C.
+    """
     first, second = rows.unflatten(0, (2, -1))
-    width = 3 * image_size**2
-    images = first[:, :width].unflatten(1, (image_size, image_size, 3)).permute(0, 3, 1, 2)
+    width = math.prod(image_shape)
+    images = first[:, :width].unflatten(1, image_shape).permute(0, 3, 1, 2)
     return images.contiguous(memory_format=torch.channels_last), second[:, width:].long()
 
 
@@ -100,7 +104,7 @@ def build_model(config: ModelConfig) -> SimCLR:
     if config.text is None:
         return images
     assert config.image_size is not None
-    return TwoTowers(images, _build_tower(config.text), config.image_size)
+    return TwoTowers(images, _build_tower(config.text), config.image_size, config.channels)
 
 
 def _build_tower(config: ModelConfig) -> SimCLR:

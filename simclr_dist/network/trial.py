@@ -60,9 +60,9 @@ def check_evaluation_size(
     """Raises ConfigError where the encoder of `network`, which may have shapes only, takes no image of that side."""
     if image_size == trained_at:
         return
-    reason = refuses(network.encoder, (image_size, image_size))
+    reason = refuses(network.encoder, (image_size, image_size), config.channels)
     if reason and next(network.parameters()).is_meta:  # an operation that needs values is no reason
-        reason = refuses(build_model(config).encoder, (image_size, image_size))
+        reason = refuses(build_model(config).encoder, (image_size, image_size), config.channels)
     if reason:
         raise ConfigError(
             [
@@ -73,11 +73,11 @@ def check_evaluation_size(
 
 
 @torch.no_grad()
-def refuses(encoder: nn.Module, size: tuple[int, int]) -> str:
+def refuses(encoder: nn.Module, size: tuple[int, int], channels: int = 3) -> str:
     """Why the encoder, in evaluation mode, does not take images of this height and width; empty where it does."""
     parameter = next(encoder.parameters(), torch.empty(0))
     try:
-        encoder.eval()(torch.zeros(1, 3, *size, device=parameter.device))
+        encoder.eval()(torch.zeros(1, channels, *size, device=parameter.device))
     except Exception as error:  # libraries and one's own encoders raise whatever they like
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return ""

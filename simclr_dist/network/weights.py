@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from simclr_dist.errors import CheckpointError
 from simclr_dist.network.weight_files import Weights
 from simclr_dist.network.weight_names import Naming, namings
+from simclr_dist.pixel_format import RGB
 
 ENOUGH = 0.9
 """Share of the encoder's parameters that a file must hold, unless less is asked for."""
@@ -375,13 +376,19 @@ def fold_normalisation(
     theirs = weights.mean, weights.std
     if theirs[0] is None or theirs[1] is None or (_near(theirs[0], mean) and _near(theirs[1], std)):
         return ""
+    if len(theirs[0]) != len(mean):
+        return (
+            f"these weights expect {len(theirs[0])} channels normalised with their own mean and standard deviation; "
+            f"here they get {len(mean)}, normalised with those of data.train"
+        )
+    here = "ImageNet's" if (mean, std) == (RGB.mean, RGB.std) else "those of data.train"
     shown = "; ".join(" ".join(f"{x:.3g}" for x in values) for values in theirs if values)
     stem = _stem(encoder)
     bias = None if stem is None else stem.name.removesuffix("weight") + "bias"
     if stem is None or bias not in found.taken or stem.name not in found.taken or stem.padded:
         return (
             f"these weights expect images normalised with mean and standard deviation {shown}; here they get "
-            "ImageNet's, so h differs a little from what their authors measured, until training has adapted it"
+            f"{here}, so h differs a little from what their authors measured, until training has adapted it"
         )
     weight = found.taken[stem.name].double()  # [O, 3, k, k]
     scale = torch.tensor(std, dtype=torch.float64) / torch.tensor(theirs[1], dtype=torch.float64)
@@ -392,7 +399,7 @@ def fold_normalisation(
     found.taken[stem.name] = (weight * scale.view(1, -1, 1, 1)).to(found.taken[stem.name].dtype)
     return (
         f"these weights expect images normalised with mean and standard deviation {shown}; {stem.name} and {bias} have "
-        "been changed so that they give the same for ImageNet's, which are used here"
+        f"been changed so that they give the same for {here}, which are used here"
     )
 
 

@@ -174,7 +174,7 @@ def _views(
     with loader, torch.no_grad():
         views = kind.views(augment, seed, device, lambda _: None)[0](next(iter(loader.batches(0))))
         z = model(views.flatten(0, 1))[1].unflatten(0, (2, -1))
-        return views[:, :PAIRS].clone().cpu() if kind.shows_views else None, z
+        return kind.pictures(views[:, :PAIRS].clone().cpu()) if kind.shows_views else None, z
 
 
 def _spread(count: int, total: int) -> NDArray[np.int64]:

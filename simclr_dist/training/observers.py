@@ -138,11 +138,11 @@ class AugmentedPairs(Observer):
     setting = "monitor.image_pairs"
 
     def __init__(
-        self, num_images: int, steps_per_epoch: int, augment: Callable[[Batch], Tensor], monitor: Monitor
+        self, num_images: int, steps_per_epoch: int, pictures_of: Callable[[Batch], Tensor], monitor: Monitor
     ) -> None:
         self._num_images = num_images
         self._steps_per_epoch = steps_per_epoch
-        self._augment = augment
+        self._pictures_of = pictures_of
         self._monitor = monitor
 
     def is_due(self, finished: FinishedStep) -> bool:
@@ -155,7 +155,7 @@ class AugmentedPairs(Observer):
         few = Batch(batch.views[:, :n], batch.sample_ids[:n], batch.labels[:n], batch.epoch)
         global_batch_size = len(batch.labels) * distributed.world_size()
         with torch.no_grad():
-            views = self._augment(few).cpu()
+            views = self._pictures_of(few)
         self._monitor.show(Pairs(views, finished.samples_seen - global_batch_size))
 
 
@@ -486,7 +486,9 @@ def build_observers(
     )
     return Observers(
         [
-            AugmentedPairs(pairs, parts.steps_per_epoch, augment, monitor),
+            AugmentedPairs(
+                pairs, parts.steps_per_epoch, lambda batch: parts.kind.pictures(augment(batch).cpu()), monitor
+            ),
             Probe(parts.probe, config.monitor.log_every_steps),
             figures,
             Health(parts.health, monitor, parts.loader, device),

@@ -49,7 +49,7 @@ from simclr_dist.run.watchdog import BACKSTOP_S
 from simclr_dist.safe_text import printable
 from simclr_dist.training.non_finite import NonFinitePolicy
 from simclr_dist.training.precision import decide_precision, with_precision
-from simclr_dist.training.preflight import check_together
+from simclr_dist.training.preflight import check_together, settled
 from simclr_dist.training.resuming import (
     changed_settings,
     choose_checkpoint,
@@ -125,6 +125,7 @@ def build(config: Config) -> Parts:
     _check_world_size(config, world)
     if config.train.virtual_shards is not None:
         torch.set_num_threads(1)  # sums that several threads share depend on how many there are
+    config = run_on_all_ranks(lambda: settled(config), device)
     unused = check_together(config, device, _warn_on(world))
     guard = RunGuard(config.run_dir, config.timeout, device)
     checkpoint = choose_checkpoint(config, device, _warn_on(world))

@@ -58,6 +58,25 @@ class Checked:
             return None
 
 
+def settled(config: Config) -> Config:
+    """With what data.train itself says of its pixels, and of the channels of the first layer. May be called again.
+
+    Raises ConfigError where settings do not fit.
+    """
+    data = kind_of(config.data).settled()
+    pixels = data.pixel_format
+    if config.model.channels not in (3, pixels.channels):
+        raise ConfigError(
+            [f"model.channels: {config.model.channels}, but {config.data.train} has {pixels}; leave it out"]
+        )
+    if not pixels.rgb:
+        asked = [name for name in ("grayscale_p", "solarize_p") if getattr(config.augment, name)]
+        if asked:
+            names = ", ".join(f"augment.{name}" for name in asked)
+            raise ConfigError([f"{names}: means nothing for {pixels}, which are not RGB; leave it out, or set 0.0"])
+    return config if data == config.data else config.with_data(data)
+
+
 def check_training(config: Config, *, images_too: bool = True) -> Checked:
     """Raises one UserError with all problems that are found.
 
@@ -65,7 +84,7 @@ def check_training(config: Config, *, images_too: bool = True) -> Checked:
     images_too: False where the images are opened right afterwards, which finds the same.
     """
     _check_owner(config)
-    kind_of(config.data)  # alone: nothing else can be looked at without it
+    config = settled(config)  # alone: nothing else can be looked at without it
     problems: list[UserError] = []
     remarks: list[str] = []
 
@@ -229,6 +248,11 @@ def _checkpoint_to_continue(config: Config) -> Path | None:
 def main(argv: list[str]) -> None:
     """For the doctor: a line of JSON for each check, `{"what": …, "fact", "remark" or "problem": …}`."""
     config = load_config(argv[0], argv[1:], check_data=False)
+    try:
+        config = settled(config)
+    except UserError as error:
+        print(json.dumps({"what": "pixels", "problem": str(error)}), flush=True)
+        return
 
     data = config.data
     data_is_here = data.kind != IMAGES or data.train == "synthetic" or Path(data.train).exists()

@@ -21,7 +21,7 @@ def check_weights(config: Config) -> str:
     """What a start would take from `model.weights`, in a sentence. Raises CheckpointError or ConfigError."""
     if config.model.weights is None:
         return ""
-    return "; ".join(plan_start(config.model, shape_of_model(config.model), _say).sentences)
+    return "; ".join(plan_start(config.model, shape_of_model(config.model), _say, config.data.pixel_format).sentences)
 
 
 def start_from_weights(network: SimCLR, config: Config, device: torch.device) -> dict[str, Any] | None:
@@ -35,7 +35,7 @@ def start_from_weights(network: SimCLR, config: Config, device: torch.device) ->
     def read() -> dict[str, Any]:
         if distributed.rank() != 0:
             return {}
-        start = plan_start(config.model, network, _say)
+        start = plan_start(config.model, network, _say, config.data.pixel_format)
         start.load_into(network)
         return {**start.record, "said": list(start.sentences)}
 

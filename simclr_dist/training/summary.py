@@ -83,6 +83,7 @@ def start_rows(config: Config, parts: Parts) -> dict[str, str]:
         f"{kind.inputs.size}{evaluated}, {epoch:,} steps an epoch"
         + (f"; each epoch leaves out another {left_out:,}" if left_out else ""),
         **({"read as": printable(loader.account.layout)} if loader.account is not None else {}),
+        **kind.start_rows(config.augment),
         "global batch": split_of_batch(G, world, config.train.micro_batch_size, kind.noun),
         **shards_in_words(config.train),
         "learning rate": f"{config.optim.optimizer}, peak {learning_rate_formula(config)}{warmup}, then {decay}",

@@ -15,8 +15,9 @@ from numba import types
 from torch import Tensor
 
 from simclr_dist.data.decode.compiled import compiled
+from simclr_dist.pixel_format import RGB, PixelFormat
 from simclr_dist.views.parameters import Column, Parameters
-from simclr_dist.views.torch_operations import GRAY, MEAN, SOLARIZE_FROM, STD
+from simclr_dist.views.torch_operations import GRAY, SOLARIZE_FROM
 
 f4 = np.float32
 _ZERO, _ONE, _TWO, _THREE, _SIX, _TINY = f4(0), f4(1), f4(2), f4(3), f4(6), f4(1e-12)
@@ -35,7 +36,7 @@ _index = types.uintp
 
 @_compiled(types.void(_planes, types.float32))
 def _brightness(x, factor):  # type: ignore[no-untyped-def]
-    for c in range(3):
+    for c in range(len(x)):
         plane = x[c]
         for i in range(plane.size):
             plane[i] = min(max(plane[i] * factor, _ZERO), _ONE)
@@ -95,7 +96,7 @@ def _grayscale(x):  # type: ignore[no-untyped-def]
 
 @_compiled(types.void(_planes))
 def _solarize(x):  # type: ignore[no-untyped-def]
-    for c in range(3):
+    for c in range(len(x)):
         plane = x[c]
         for i in range(plane.size):
             plane[i] = _ONE - plane[i] if plane[i] >= _HALF else plane[i]
@@ -129,7 +130,7 @@ def _blur(x, side, sigma, kernel_size, scratch, row):  # type: ignore[no-untyped
         start[y + margin] = side * min(max(inside, 0), side - 1)
     row[:] = _ZERO
     n = np.uintp(side)
-    for c in range(3):
+    for c in range(len(x)):
         plane = x[c]
         for y in range(side):
             at = y + margin
@@ -208,18 +209,95 @@ def augment_some(images, out, table, kernel_size, mean, std):  # type: ignore[no
             target[3 * i + 2] = (b[i] - mean[2]) * scale[2]
 
 
-def augment_views(images: Tensor, out: Tensor, parameters: Parameters, kernel_size: int) -> None:
-    """uint8 images [n, S, S, 3] to normalised out [n, S, S, 3], by torch's number of threads; kernel_size: odd."""
-    pixels, result, table = images.contiguous().numpy(), out.numpy(), parameters.table()
-    statistics = np.array(MEAN, np.float32), np.array(STD, np.float32)
+@_compiled(types.void(_plane, types.float32))
+def _contrast_of_channel(plane, factor):  # type: ignore[no-untyped-def]
+    total = _ZERO
+    for i in range(plane.size):
+        total += plane[i]
+    offset = (_ONE - factor) * (total / f4(plane.size))
+    for i in range(plane.size):
+        plane[i] = min(max(plane[i] * factor + offset, _ZERO), _ONE)
+
+
+def _signature(number):  # type: ignore[no-untyped-def]
+    of_channels = types.float64[:, :, ::1]
+    table, views = types.float64[:, ::1], types.float32[:, :, :, ::1]
+    number_of, unit = types.int64, types.float32
+    return types.void(number[:, :, :, ::1], views, table, of_channels, number_of, unit, _plane, _plane)
+
+
+@_compiled([_signature(types.uint8), _signature(types.uint16)])
+def augment_some_channels(images, out, table, of_channels, kernel_size, unit, mean, std):  # type: ignore[no-untyped-def]
+    """As `augment_some`, for views [n, S, S, C] of other pixels; unit: 1 / the largest value.
+
+    of_channels: float64 [n, 2, C], see Parameters; of size 0 for RGB.
+    """
+    n, S, C = images.shape[0], images.shape[1], images.shape[3]
+    P = S * S
+    x = np.empty((C, P), np.float32)
+    scale = _ONE / std
+    scratch = np.empty(P, np.float32)
+    row = np.empty(S + kernel_size + 1, np.float32)
+    is_rgb = of_channels.size == 0
+    for k in range(n):
+        pixels = images[k].reshape(C * P)
+        for c in range(C):
+            plane = x[c]
+            for i in range(P):
+                plane[i] = f4(pixels[C * i + c]) * unit
+        for step in range(4):
+            operation = int(table[k, _ORDER + step])
+            if is_rgb:
+                if operation == _BRIGHTNESS:
+                    _brightness(x, f4(table[k, _BRIGHTNESS]))
+                elif operation == _CONTRAST:
+                    _contrast(x, f4(table[k, _CONTRAST]))
+                elif operation == _SATURATION:
+                    _saturation(x, f4(table[k, _SATURATION]))
+                elif operation == _HUE_TURNS:
+                    _hue(x, f4(table[k, _HUE_TURNS]))
+            elif operation == _BRIGHTNESS:
+                for c in range(C):
+                    _brightness(x[c : c + 1], f4(of_channels[k, 0, c]))
+            elif operation == _CONTRAST:
+                for c in range(C):
+                    _contrast_of_channel(x[c], f4(of_channels[k, 1, c]))
+        if table[k, _GRAYSCALE]:
+            _grayscale(x)
+        if table[k, _SIGMA]:
+            _blur(x, S, table[k, _SIGMA], kernel_size, scratch, row)
+        if table[k, _SOLARIZE]:
+            _solarize(x)
+        target = out[k].reshape(C * P)
+        for c in range(C):
+            plane = x[c]
+            for i in range(P):
+                target[C * i + c] = (plane[i] - mean[c]) * scale[c]
+
+
+def augment_views(
+    images: Tensor, out: Tensor, parameters: Parameters, kernel_size: int, pixels: PixelFormat = RGB
+) -> None:
+    """Images [n, S, S, C] of that format to normalised out [n, S, S, C], by torch's number of threads.
+
+    kernel_size: odd.
+    """
+    samples, result, table = images.contiguous().numpy(), out.numpy(), parameters.table()
+    statistics = np.array(pixels.mean, np.float32), np.array(pixels.std, np.float32)
+    each = parameters.of_channels
     num_threads = torch.get_num_threads()
-    size = -(-len(pixels) // num_threads)
+    size = -(-len(samples) // num_threads)
 
     def work(first: int) -> None:
         part = slice(first, first + size)
-        augment_some(pixels[part], result[part], table[part], kernel_size, *statistics)
+        if pixels.is_usual:
+            augment_some(samples[part], result[part], table[part], kernel_size, *statistics)
+        else:
+            unit = f4(1 / pixels.largest)
+            some = samples[part], result[part], table[part], np.ascontiguousarray(each[part])
+            augment_some_channels(*some, kernel_size, unit, *statistics)
 
-    starts = range(0, len(pixels), size)
+    starts = range(0, len(samples), size)
     if len(starts) == 1:
         work(0)
     else:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simclr_dist.pixel_format import RGB, PixelFormat
 from simclr_dist.views import torch_operations
 from simclr_dist.views.parameters import Parameters, draw_parameters
 from simclr_dist.views.presets import Augmentation, blur_kernel_size
@@ -22,9 +23,11 @@ _LARGEST_ERROR = 1e-4  # of a normalised value; a grey level is 2e-2
 
 
 class AugmentViews(Protocol):
-    """uint8 images [n, S, S, 3] to normalised float32 out [n, S, S, 3], on one device; kernel_size: of the blur."""
+    """Images [n, S, S, C] to normalised float32 out [n, S, S, C], on one device; kernel_size: of the blur."""
 
-    def __call__(self, images: Tensor, out: Tensor, parameters: Parameters, kernel_size: int) -> None: ...
+    def __call__(
+        self, images: Tensor, out: Tensor, parameters: Parameters, kernel_size: int, pixels: PixelFormat = RGB
+    ) -> None: ...
 
 
 def best(device: torch.device) -> str:
@@ -39,17 +42,17 @@ def load(name: str) -> AugmentViews:
 
 
 @cache
-def choose(name: str, device: torch.device, image_size: int) -> AugmentViews:
+def choose(name: str, device: torch.device, image_size: int, pixels: PixelFormat = RGB) -> AugmentViews:
     """The code that `name` means on this device; torch's operations with a warning, where it does not work there."""
     name = best(device) if name == "auto" else name
-    if reason := obstacle(name, device, image_size):
+    if reason := obstacle(name, device, image_size, pixels):
         warnings.warn(f"the augmentation uses implementation {FALLBACK!r} instead of {name!r}: {reason}", stacklevel=2)
         name = FALLBACK
     return load(name)
 
 
 @cache
-def obstacle(name: str, device: torch.device, image_size: int) -> str | None:
+def obstacle(name: str, device: torch.device, image_size: int, pixels: PixelFormat = RGB) -> str | None:
     """Why `name` cannot be used on this device; None if it can. The GPU's kernels are compiled and tried, once."""
     if name not in _MODULES:
         raise ValueError(f"unknown implementation {name!r}; known: auto, {', '.join(_MODULES)}")
@@ -57,6 +60,8 @@ def obstacle(name: str, device: torch.device, image_size: int) -> str | None:
         return None
     if device.type != _DEVICES[name]:
         return f"it is for {_DEVICES[name]}, the images are on {device.type}"
+    if name == "triton" and pixels != RGB:
+        return f"its kernels are for 8-bit RGB normalised as ImageNet, and these images are {pixels}"
     try:
         function = load(name)
         return disagreement(function, device, image_size) if name == "triton" else None

@@ -5,7 +5,7 @@ Letters: B images, V views of each, n views in all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from simclr_dist.data import randomness
 from simclr_dist.data.randomness import keys, uniform
+from simclr_dist.pixel_format import RGB, PixelFormat
 from simclr_dist.views.presets import Augmentation
 
 
@@ -42,6 +43,8 @@ class Parameters:
     """The parameters of each of V*B views, view 0 of all images first; drawn by `draw_parameters`.
 
     brightness, contrast, saturation: factors, as torchvision's adjust_*. hue: turns, in [-0.5, 0.5].
+    of_channels: [V*B, 2, C], brightness and contrast of each channel in place of the common ones, of images other
+    than RGB, which have no saturation and no hue; C is 0 for RGB.
     order: [V*B, 4], the order of brightness 0, contrast 1, saturation 2, hue 3. sigma: of the blur, in pixels.
     The others say which views are changed.
     """
@@ -56,6 +59,7 @@ class Parameters:
     blur: NDArray[np.bool_]
     sigma: NDArray[np.float64]
     solarize: NDArray[np.bool_]
+    of_channels: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 2, 0)))
 
     def table(self) -> NDArray[np.float64]:
         """All of them as the kernels read them, [V*B, NUM_COLUMNS]: see `Column`."""
@@ -66,7 +70,12 @@ class Parameters:
 
 
 def draw_parameters(
-    augmentation: Augmentation, seed: int, epoch: int, sample_ids: NDArray[np.int64], num_views: int = 2
+    augmentation: Augmentation,
+    seed: int,
+    epoch: int,
+    sample_ids: NDArray[np.int64],
+    num_views: int = 2,
+    pixels: PixelFormat = RGB,
 ) -> Parameters:
     """The parameters of all views of `sample_ids` [B]; those of a view depend on seed, epoch, id and its number."""
     V, B = num_views, len(sample_ids)
@@ -79,7 +88,12 @@ def draw_parameters(
     def between(draw: int, low: float, high: float) -> NDArray[np.float64]:
         return low + (high - low) * uniform(key, draw)
 
+    def of_channels(first_draw: int, change: float) -> NDArray[np.float64]:
+        draws = range(first_draw, first_draw + pixels.channels)
+        return np.stack([between(draw, max(0.0, 1 - change), 1 + change) for draw in draws], axis=1)
+
     b, c, s, h = augmentation.jitter
+    each = [(randomness.BRIGHTNESS_OF_CHANNEL, b), (randomness.CONTRAST_OF_CHANNEL, c)]
     return Parameters(
         jitter=chance(randomness.JITTER, (augmentation.jitter_p,) * 2) & (max(augmentation.jitter) > 0),
         brightness=between(randomness.BRIGHTNESS, max(0.0, 1 - b), 1 + b),
@@ -91,4 +105,5 @@ def draw_parameters(
         blur=chance(randomness.BLUR, augmentation.blur_p),
         sigma=between(randomness.BLUR_SIGMA, *augmentation.blur_sigma),
         solarize=chance(randomness.SOLARIZE, augmentation.solarize_p),
+        of_channels=np.empty((V * B, 2, 0)) if pixels.rgb else np.stack([of_channels(*one) for one in each], axis=1),
     )

@@ -57,6 +57,24 @@ def resolve_augmentation(config: AugmentConfig) -> Augmentation:
     return replace(augmentation, **changes)
 
 
+def without_colours(augmentation: Augmentation) -> tuple[Augmentation, tuple[str, ...]]:
+    """For images that are not RGB, and what was left out because it means nothing there, for people.
+
+    Solarisation goes with the colours: it inverts what is brighter than half of the range, which other images do not
+    fill.
+    """
+    brightness, contrast, saturation, hue = augmentation.jitter
+    has_jitter = augmentation.jitter_p > 0
+    left_out = {
+        "saturation": has_jitter and saturation > 0,
+        "hue": has_jitter and hue > 0,
+        "grayscale": augmentation.grayscale_p > 0,
+        "solarize": max(augmentation.solarize_p) > 0,
+    }
+    kept = replace(augmentation, jitter=(brightness, contrast, 0.0, 0.0), grayscale_p=0.0, solarize_p=(0.0, 0.0))
+    return kept, tuple(name for name, is_there in left_out.items() if is_there)
+
+
 def blur_kernel_size(image_size: int) -> int:
     """A tenth of the side, made odd (SimCLR, appendix A)."""
     return image_size // 10 // 2 * 2 + 1

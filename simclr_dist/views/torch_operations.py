@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simclr_dist.data.normalisation import MEAN, STD
+from simclr_dist.pixel_format import RGB, PixelFormat
 from simclr_dist.views.parameters import Column, Parameters
 
 GRAY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
@@ -26,9 +26,19 @@ _TINY = 1e-12  # avoids division by zero without changing a pixel
 _PIECE_BYTES = 1 << 19
 
 
-def augment_views(images: Tensor, out: Tensor, parameters: Parameters, kernel_size: int) -> None:
-    """uint8 images [n, S, S, 3] to normalised out [n, S, S, 3]; kernel_size: of the blur, odd."""
-    S = images.shape[1]
+def augment_views(
+    images: Tensor, out: Tensor, parameters: Parameters, kernel_size: int, pixels: PixelFormat = RGB
+) -> None:
+    """Images [n, S, S, C] of that format to normalised out [n, S, S, C]; kernel_size: of the blur, odd."""
+    S, C = images.shape[1], images.shape[3]
+    if parameters.of_channels.size:
+        step = len(images) if images.is_cuda else max(1, _PIECE_BYTES // (4 * C * S * S))
+        with torch.autocast(images.device.type, enabled=False):
+            for start in range(0, len(images), step):
+                chosen = np.arange(start, min(start + step, len(images)))
+                x = _each_channel_changed(_unit_range(images[start : start + step], pixels), parameters, chosen)
+                _finish(x, out, parameters, kernel_size, chosen, pixels)
+        return
     # Views with hue at the same place in their order are processed together: the three other operations are all
     # blends, which differ in their factors only.
     hue_place = np.where(parameters.jitter, (parameters.order == Column.HUE).argmax(1), -1)
@@ -38,16 +48,22 @@ def augment_views(images: Tensor, out: Tensor, parameters: Parameters, kernel_si
             step = len(chosen) if images.is_cuda else _PIECE_BYTES // (12 * S * S)
             step = max(step, 1)
             for i in range(0, len(chosen), step):
-                _augment_some(images, out, parameters, kernel_size, chosen[i : i + step], place)
+                _augment_some(images, out, parameters, kernel_size, chosen[i : i + step], place, pixels)
 
 
 def _augment_some(
-    images: Tensor, out: Tensor, parameters: Parameters, kernel_size: int, chosen: NDArray[np.int64], hue_place: int
+    images: Tensor,
+    out: Tensor,
+    parameters: Parameters,
+    kernel_size: int,
+    chosen: NDArray[np.int64],
+    hue_place: int,
+    pixels: PixelFormat,
 ) -> None:
     """Processes the views `chosen`, whose hue comes after `hue_place` blends (-1: no jitter)."""
     device = images.device
     index = _to(chosen, device)
-    x = _unit_range(images.index_select(0, index))
+    x = _unit_range(_rows(images, index), pixels)
     if hue_place >= 0:
         scale, gray, mean = (_to(table, device) for table in _blends(parameters, chosen))
         for k in range(_NUM_BLENDS + 1):
@@ -55,6 +71,33 @@ def _augment_some(
                 rotate_hue_(x, _to(parameters.hue[chosen].astype(np.float32), device))
             if k < _NUM_BLENDS:
                 blend_(x, scale[k], gray[k], mean[k])
+    _finish(x, out, parameters, kernel_size, chosen, pixels)
+
+
+def _each_channel_changed(x: Tensor, parameters: Parameters, chosen: NDArray[np.int64]) -> Tensor:
+    """Brightness and contrast with a factor for each channel, in the order of each view; x [n, C, S, S]."""
+    factors, order = parameters.of_channels[chosen], parameters.order[chosen]  # [n, 2, C], [n, 4]
+    brightness_first = (order == Column.BRIGHTNESS).argmax(1) < (order == Column.CONTRAST).argmax(1)
+    jittered = parameters.jitter[chosen]
+    for is_brightness in (brightness_first, ~brightness_first):
+        factor = np.where(is_brightness[:, None], factors[:, 0], factors[:, 1])
+        scale = np.where(jittered[:, None], factor, 1.0)
+        rest = np.where(is_brightness[:, None], 0.0, 1.0 - scale)
+        by, towards_mean = (_to(values.astype(np.float32), x.device)[:, :, None, None] for values in (scale, rest))
+        x = (x * by).add_(x.mean((2, 3), keepdim=True) * towards_mean).clamp_(0, 1)
+    return x
+
+
+def _finish(
+    x: Tensor,
+    out: Tensor,
+    parameters: Parameters,
+    kernel_size: int,
+    chosen: NDArray[np.int64],
+    pixels: PixelFormat,
+) -> None:
+    """What comes after the jitter, of x [n, C, S, S] to the rows `chosen` of out."""
+    device = x.device
 
     def blurred(x: Tensor, views: NDArray[np.int64]) -> Tensor:
         return gaussian_blur(x, _to(parameters.sigma[views].astype(np.float32), device), kernel_size)
@@ -70,13 +113,13 @@ def _augment_some(
         elif len(here):
             part = _to(here, device)
             x[part] = operation(x[part], chosen[here])
-    out.index_copy_(0, index, torch.stack(_normalize_(x).unbind(1), dim=-1))
+    out.index_copy_(0, _to(chosen, device), torch.stack(_normalize_(x, pixels).unbind(1), dim=-1))
 
 
-def normalize(images: Tensor) -> Tensor:
-    """uint8 [b, S, S, 3] to float32 [b, 3, S, S], channels_last, normalised as in `augment_views`: for evaluation."""
-    x = images.float().mul_(1 / 255)
-    return x.sub_(_constant(MEAN, x)).mul_(1 / _constant(STD, x)).permute(0, 3, 1, 2)
+def normalize(images: Tensor, pixels: PixelFormat = RGB) -> Tensor:
+    """Images [b, S, S, C] of that format to float32 [b, C, S, S], channels_last, normalised as in `augment_views`."""
+    x = images.float().mul_(1 / pixels.largest)
+    return x.sub_(_constant(pixels.mean, x)).mul_(1 / _constant(pixels.std, x)).permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,15 +188,22 @@ def _blends(parameters: Parameters, chosen: NDArray[np.int64]) -> tuple[NDArray[
     return scale.astype(np.float32), gray.astype(np.float32), mean.astype(np.float32)
 
 
-def _unit_range(images: Tensor) -> Tensor:
-    """uint8 [n, S, S, 3] to float32 [n, 3, S, S] in [0, 1], channel by channel in memory."""
+def _rows(images: Tensor, index: Tensor) -> Tensor:
+    """Of torch's operations few know uint16: it is looked at as another type of 16 bits."""
+    if images.dtype == torch.uint8:
+        return images.index_select(0, index)
+    return images.view(torch.int16).index_select(0, index).view(images.dtype)
+
+
+def _unit_range(images: Tensor, pixels: PixelFormat) -> Tensor:
+    """[n, S, S, C] to float32 [n, C, S, S] in [0, 1], channel by channel in memory."""
     n, height, width, C = images.shape
     x = torch.empty((n, C, height, width), device=images.device)
-    return x.copy_(images.permute(0, 3, 1, 2)).mul_(1 / 255)
+    return x.copy_(images.permute(0, 3, 1, 2)).mul_(1 / pixels.largest)
 
 
-def _normalize_(x: Tensor) -> Tensor:
-    mean, std = (_constant(values, x).view(3, 1, 1) for values in (MEAN, STD))
+def _normalize_(x: Tensor, pixels: PixelFormat) -> Tensor:
+    mean, std = (_constant(values, x).view(-1, 1, 1) for values in (pixels.mean, pixels.std))
     return x.sub_(mean).mul_(1 / std)
 
 

@@ -20,8 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from simclr_dist.data.normalisation import MEAN, STD
+from simclr_dist.pixel_format import RGB, PixelFormat
 from simclr_dist.views.parameters import NUM_COLUMNS, Column, Parameters
-from simclr_dist.views.torch_operations import GRAY, MEAN, SOLARIZE_FROM, STD
+from simclr_dist.views.torch_operations import GRAY, SOLARIZE_FROM
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 _BLOCK = 1024  # pixels
@@ -39,8 +41,15 @@ _SOLARIZE_FROM = tl.constexpr(SOLARIZE_FROM)
 _TO_UNIT = tl.constexpr(1 / 255)
 
 
-def augment_views(images: Tensor, out: Tensor, parameters: Parameters, kernel_size: int) -> None:
-    """uint8 images [n, S, S, 3] to normalised out [n, S, S, 3], both on one GPU; kernel_size: of the blur, odd."""
+def augment_views(
+    images: Tensor, out: Tensor, parameters: Parameters, kernel_size: int, pixels: PixelFormat = RGB
+) -> None:
+    """uint8 images [n, S, S, 3] to normalised out [n, S, S, 3], both on one GPU; kernel_size: of the blur, odd.
+
+    Raises ValueError for other pixels.
+    """
+    if pixels != RGB:
+        raise ValueError(f"Triton's kernels are for 8-bit RGB, not {pixels}")
     table = torch.from_numpy(parameters.table().astype("float32"))
     if not images.is_cuda:  # in triton's interpreter
         launch(images, out, table, kernel_size)

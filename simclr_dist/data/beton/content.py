@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simclr_dist.bounded_json import parse_json
 from simclr_dist.data.digest_cache import digest_once
 from simclr_dist.errors import DataError
+from simclr_dist.pixel_format import PixelFormat
 
 if TYPE_CHECKING:
     from simclr_dist.data.beton.reader import Beton
@@ -35,8 +37,16 @@ class RecordsDigest:
     def update(self, content: bytes | memoryview) -> None:
         self._sha256.update(content)
 
-    def finish(self, images: NDArray[Any], record_bytes: NDArray[np.int64], labels: NDArray[np.int64]) -> str:
-        """images: rows of IMAGE [n]. Where records lie in the file does not matter."""
+    def finish(
+        self,
+        images: NDArray[Any],
+        record_bytes: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        kept: PixelFormat | None = None,
+    ) -> str:
+        """images: rows of IMAGE [n]. Where records lie in the file does not matter. kept: of `--channels keep`."""
+        if kept is not None:
+            self._sha256.update(f"{kept.channels} x {kept.bits}".encode())
         for column in (images["mode"], images["height"], images["width"], record_bytes, labels):
             self._sha256.update(column.astype("<i8").tobytes())
         return self._sha256.hexdigest()
@@ -46,17 +56,23 @@ def content_fingerprint(records_digest: str, class_names: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps([records_digest, list(class_names)]).encode()).hexdigest()[:32]
 
 
-def digest_to_arguments(records_digest: str) -> NDArray[np.uint8]:
-    """The 1024 bytes of a field descriptor that are the field's own to use."""
+def to_arguments(records_digest: str, kept: PixelFormat | None = None) -> NDArray[np.uint8]:
+    """The 1024 bytes of a field descriptor that are the field's own to use: the digest, and what pixels are."""
     arguments = np.zeros(1024, np.uint8)
     text = _MARK + records_digest.encode("ascii")
+    if kept is not None:
+        text += b"\n" + json.dumps(kept.to_json()).encode("ascii")
     arguments[: len(text)] = np.frombuffer(text, np.uint8)
     return arguments
 
 
-def digest_from_arguments(arguments: NDArray[np.uint8]) -> str | None:
+def from_arguments(arguments: NDArray[np.uint8]) -> tuple[str | None, PixelFormat | None]:
+    """What `to_arguments` took. Raises ValueError where the format of pixels is none."""
     text = arguments.tobytes().rstrip(b"\0")
-    return text.removeprefix(_MARK).decode("ascii", "replace") if text.startswith(_MARK) else None
+    if not text.startswith(_MARK):
+        return None, None
+    digest, _, kept = text.removeprefix(_MARK).decode("ascii", "replace").partition("\n")
+    return digest, PixelFormat.from_json(parse_json(kept)) if kept else None
 
 
 def read_records_digest(beton: Beton) -> str:
@@ -73,7 +89,7 @@ def read_records_digest(beton: Beton) -> str:
             if num_read != len(part):
                 raise DataError(f"{beton.path}: ends before byte {start + len(part)}, which it had when it was opened")
             digest.update(part)
-    return digest.finish(beton.images, beton.record_bytes, beton.labels)
+    return digest.finish(beton.images, beton.record_bytes, beton.labels, beton.kept)
 
 
 def record_digests(beton: Beton) -> NDArray[np.bytes_]:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from PIL import Image
 
 from simclr_dist.data.account import OnDamage
 from simclr_dist.data.beton.kept_jpeg import Steps, keep, plain_steps
-from simclr_dist.data.beton.reader import JPEG, RAW
+from simclr_dist.data.beton.reader import JPEG, LARGEST_RAW_SIDE, RAW
 from simclr_dist.data.beton.writer import PAGE_BYTES, Record
 from simclr_dist.data.sources import turbojpeg
 from simclr_dist.data.sources.decoding import Decoded, Pixels
@@ -33,7 +33,7 @@ from simclr_dist.errors import DataError
 
 Mode = Literal["auto", "jpg", "raw", "smart"]
 
-LARGEST_SIDE = {RAW: 65535, JPEG: 65500}  # metadata has 16 bits; libjpeg's limit is a little lower
+LARGEST_SIDE = {RAW: LARGEST_RAW_SIDE, JPEG: 65500}  # libjpeg's limit is a little lower
 # Up to this size decoding a JPEG costs more than reading three bytes per pixel.
 RAW_UP_TO_PIXELS = 96 * 96
 _LARGEST_CHUNK = 64  # images that a process works on at a time
@@ -50,6 +50,17 @@ class Unusable:
     damaged: bool = False
 
 
+@dataclass(frozen=True)
+class PixelsOf:
+    """An image whose channels are kept. sums: of each channel the number of pixels, their sum, that of squares."""
+
+    name: str
+    channels: int
+    bits: int
+    rgb: bool
+    sums: tuple[tuple[int, ...], ...]
+
+
 @dataclass
 class Encoded:
     """Of some images in their order.
@@ -58,6 +69,7 @@ class Encoded:
         name. num_kept: records that are the image's own JPEG data. num_shrunk: of images that were larger.
     sums: per channel the number of pixels, their sum, and that of their squares, [3, 3]; of raw records all pixels
         count, of the others every 16th row.
+    pixels: of each record whose channels are kept, in place of `sums`.
     """
 
     results: list[Record | Unusable] = field(default_factory=list)
@@ -66,6 +78,7 @@ class Encoded:
     num_kept: int = 0
     num_shrunk: int = 0
     sums: NDArray[np.int64] = field(default_factory=lambda: np.zeros((3, 3), np.int64))
+    pixels: list[PixelsOf] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -193,11 +206,12 @@ def _steps(quality: int) -> Steps:
 
 
 def encode_in_order(
-    encoder: Encoder, images: ImageSource, ids: NDArray[np.int64], num_workers: int
+    encoder: Callable[[ImageSource], Encoded], images: ImageSource, ids: NDArray[np.int64], num_workers: int
 ) -> Iterator[Encoded]:
     """The images `ids`, some at a time, in this order; a bounded number of them is in memory.
 
-    num_workers: processes, this one among them: it works too, so that nothing waits for the others to start.
+    encoder: can be sent to another process. num_workers: processes, this one among them: it works too, so that nothing
+    waits for the others to start.
     Raises DataError.
     """
     chunks = (images.take(chunk) for chunk in _chunks(ids, num_workers))
@@ -251,7 +265,10 @@ def _chunks(ids: NDArray[np.int64], num_workers: int) -> Iterator[NDArray[np.int
 
 
 def _encode_together(
-    encoder: Encoder, chunks: Iterator[ImageSource], pool: ProcessPoolExecutor, started: list[Future[int]]
+    encoder: Callable[[ImageSource], Encoded],
+    chunks: Iterator[ImageSource],
+    pool: ProcessPoolExecutor,
+    started: list[Future[int]],
 ) -> Iterator[Encoded]:
     """A worker gets a chunk whenever too few are queued, otherwise this process encodes it."""
     ahead: deque[Future[Encoded]] = deque()

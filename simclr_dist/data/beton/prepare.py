@@ -21,6 +21,7 @@ from simclr_dist.data.beton.classes_from import with_class_names
 from simclr_dist.data.beton.content import content_fingerprint
 from simclr_dist.data.beton.encode import Encoded, Encoder, Mode, Unusable, encode_in_order, mean_and_std
 from simclr_dist.data.beton.fit import choose_fit
+from simclr_dist.data.beton.keep_channels import ChannelEncoder, KeptPixels
 from simclr_dist.data.beton.out_file import choose_target, commit, unfinished
 from simclr_dist.data.beton.reader import JPEG, open_beton
 from simclr_dist.data.beton.writer import PagedWriter
@@ -29,6 +30,7 @@ from simclr_dist.data.sources.images import FileImages, ImageSource
 from simclr_dist.data.sources.open import open_source
 from simclr_dist.errors import DataError
 from simclr_dist.parallel.threads import default_num_threads
+from simclr_dist.pixel_format import PixelFormat
 
 OnError = Literal["skip", "refuse"]
 
@@ -44,7 +46,7 @@ class PreparedInfo:
     skipped_names: of the images left out.
     num_kept_jpeg: JPEG data stored as they came, see `kept_jpeg`. num_shrunk: images that were larger than max_side.
     fit: what was chosen for the size of views, in a sentence.
-    fingerprint: of the content. warnings: sentences about the result as a whole.
+    fingerprint: of the content. warnings: sentences about the result as a whole. kept: of `--channels keep`.
     """
 
     path: Path
@@ -62,6 +64,7 @@ class PreparedInfo:
     num_bytes: int
     fingerprint: str
     seconds: float
+    kept: PixelFormat | None = None
 
 
 def prepare(
@@ -104,6 +107,9 @@ def prepare(
     options = with_class_names(options)
     at_least_1 = {"max_side": max_side, "for_views": for_views, "limit": limit, "num_workers": num_workers}
     _check_options(mode, on_error, quality, at_least_1)
+    keeps = options.keeps_channels
+    if keeps and (mode not in ("auto", "raw") or quality is not None):
+        raise DataError("--channels: samples that are kept are stored as they are; leave out --mode and --quality")
     fit = choose_fit(for_views, max_side, quality)
     target = choose_target(out, source, overwrite)
     images = open_source(source, options)
@@ -112,14 +118,20 @@ def prepare(
         raise DataError("\n  ".join([f"--strict: {account.num_left_out} found but not taken", *account.lines()]))
     ids, account = _limited(images, account, limit)
     num_processes = default_num_threads(num_workers, setting="num_workers")
-    encoder = Encoder(mode, fit.quality, fit.max_side, options.on_damage, fit.quality_of_shrunk)
+    encoder: Callable[[ImageSource], Encoded] = (
+        ChannelEncoder(fit.max_side)
+        if keeps
+        else Encoder(mode, fit.quality, fit.max_side, options.on_damage, fit.quality_of_shrunk)
+    )
+    pixels = KeptPixels()
     skipped: list[Unusable] = []
     done = Encoded()
     num_done = 0
     try:
         with unfinished(target) as file:
-            writer = PagedWriter(file, len(ids))
+            writer = PagedWriter(file, len(ids), keeps=keeps)
             for encoded in encode_in_order(encoder, images, ids, num_processes):
+                pixels.add(encoded.pixels)
                 for result in encoded.results:
                     if isinstance(result, Unusable):
                         _refuse(result, options, on_error, strict)
@@ -136,7 +148,8 @@ def prepare(
                 done.noted += encoded.noted
             if not writer.rows:
                 raise DataError(f"{source}: none of its {len(ids)} images can be used; the first: {skipped[0].reason}")
-            writer.finish()
+            kept, remarks = pixels.format() if keeps else (None, [])
+            writer.finish(kept)
             file.flush()
             with open_beton(file.name) as beton:
                 table_fingerprint = beton.fingerprint
@@ -145,7 +158,7 @@ def prepare(
             account = account.with_note("damaged (--on-damage)", done.damaged).with_note("taken in part", done.noted)
             labels = writer.labels
             counts = np.bincount(labels[labels >= 0], minlength=len(images.class_names))
-            statistics = mean_and_std(done.sums)
+            statistics = mean_and_std(done.sums) if kept is None else kept.to_json()
             fingerprint = content_fingerprint(writer.records_digest, images.class_names)
             sidecar = {
                 "num_samples": len(writer.rows),
@@ -155,7 +168,7 @@ def prepare(
                 "content_fingerprint": fingerprint,
                 "source": str(source),
                 "split": options.split,
-                "mode": "smart" if mode == "auto" else mode,
+                "mode": "raw" if keeps else "smart" if mode == "auto" else mode,
                 "quality": fit.quality,
                 "max_side": fit.max_side,
                 "for_views": for_views,
@@ -184,7 +197,8 @@ def prepare(
         num_kept_jpeg=done.num_kept,
         num_shrunk=done.num_shrunk,
         fit=None if for_views is None else fit.sentence(for_views),
-        warnings=tuple(_warnings(images, statistics)),
+        warnings=tuple(_warnings(images, statistics) if kept is None else remarks),
+        kept=kept,
         num_bytes=target.stat().st_size,
         fingerprint=fingerprint,
         seconds=time.perf_counter() - begin,

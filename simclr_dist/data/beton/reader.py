@@ -9,6 +9,9 @@ A page is a stretch of `page_size` bytes from a multiple of it; no record crosse
 
 ffcv itself checks nothing: a truncated table gives wrong images, and an unfinished file crashes the process.
 `open_beton` checks that every image lies completely inside the data.
+
+Images of other than 8-bit RGB are the samples themselves [H, W, C], little-endian, in a field of bytes; the numbers
+height and width are fields of their own, and the descriptor of the bytes says channels and bits (content.py).
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ from numpy.typing import NDArray
 
 from simclr_dist.bounded_json import read_json
 from simclr_dist.data.account import Account
-from simclr_dist.data.beton.content import cached_records_digest, content_fingerprint, digest_from_arguments
+from simclr_dist.data.beton.content import cached_records_digest, content_fingerprint, from_arguments
 from simclr_dist.data.image_size import check_num_pixels
 from simclr_dist.errors import DataError
+from simclr_dist.pixel_format import RGB, PixelFormat
 
 VERSION = 2
 HEADER = np.dtype(
@@ -43,8 +47,9 @@ HEADER = np.dtype(
 DESCRIPTOR = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "u1", (1024,))])
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
-FLOAT_FIELD, INT_FIELD, IMAGE_FIELD = 0, 1, 2
+FLOAT_FIELD, INT_FIELD, IMAGE_FIELD, BYTES_FIELD = 0, 1, 2, 3
 JPEG, RAW = 0, 1
+LARGEST_RAW_SIDE = 65535  # metadata has 16 bits
 MOST_CLASSES = 1 << 24
 LONGEST_SIDECAR = 256 << 20  # it has a line for each image that was left out
 
@@ -54,7 +59,7 @@ _FIELDS: dict[int, tuple[Any, bool]] = {
     FLOAT_FIELD: ("<f8", False),
     INT_FIELD: ("<i8", False),
     IMAGE_FIELD: (IMAGE, True),
-    3: (_BLOB, True),  # bytes
+    BYTES_FIELD: (_BLOB, True),
     4: ("<u8", True),  # array
     5: (_BLOB, True),  # JSON
     6: ("<u8", True),  # tensor
@@ -86,6 +91,7 @@ class Beton:
 
     fd: open until `close`. labels: int64 [n], -1 without a label field.
     written_digest: of the records, as `prepare` computed it; None for files of others.
+    kept: the format of pixels that `prepare --channels keep` has kept; None: those of ffcv's image field.
     sidecar: empty where there is none, or one of another file.
     """
 
@@ -101,6 +107,11 @@ class Beton:
     """A digest of the tables alone, by which release 0.1 told data sets apart."""
     written_digest: str | None
     sidecar: dict[str, Any]
+    kept: PixelFormat | None = None
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        return self.kept or RGB
 
     @property
     def account(self) -> Account | None:
@@ -159,6 +170,27 @@ def open_beton(path: str | Path) -> Beton:
         raise
 
 
+def read_kept(path: str | Path) -> PixelFormat | None:
+    """`Beton.kept` from the head of the file alone; None also where there is no such file, or none that opens.
+
+    Raises DataError where the format is damaged.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = np.frombuffer(file.read(HEADER.itemsize), HEADER)[0]
+            num_fields = int(header["num_fields"]) if header["version"] == VERSION else 0
+            descriptors = np.frombuffer(file.read(num_fields * DESCRIPTOR.itemsize), DESCRIPTOR, num_fields)
+    except (OSError, ValueError, IndexError):
+        return None
+    type_ids, _ = _fields_of(descriptors)
+    return None if IMAGE_FIELD in type_ids or BYTES_FIELD not in type_ids else _pixels(path, descriptors)[2]
+
+
+def _fields_of(descriptors: NDArray[Any]) -> tuple[list[int], list[str]]:
+    names = [name.decode("ascii", "replace") for name in descriptors["name"]]
+    return [int(t) for t in descriptors["type_id"]], names
+
+
 def _checked(path: Path, fd: int) -> Beton:
     def refuse(what: str) -> DataError:
         return DataError(f"{path}: {what}; make the file again with `simclr-dist prepare`")
@@ -181,13 +213,11 @@ def _checked(path: Path, fd: int) -> Beton:
     if metadata_start > file_size:
         raise refuse(f"truncated: {file_size} bytes end within the field descriptors")
     descriptors = np.fromfile(path, DESCRIPTOR, count=num_fields, offset=HEADER.itemsize)
-    type_ids = [int(t) for t in descriptors["type_id"]]
-    names = [name.decode("ascii", "replace") for name in descriptors["name"]]
+    type_ids, names = _fields_of(descriptors)
     for type_id, name in zip(type_ids, names, strict=True):
         if type_id not in _FIELDS:
             raise DataError(f"{path}: field `{name}` has type {type_id}, which is none of ffcv's own")
-    if IMAGE_FIELD not in type_ids:
-        raise DataError(f"{path}: has no image field; its fields are {', '.join(names)}")
+    pixels_at, written_digest, kept = _pixels(path, descriptors)
     row = metadata_type(type_ids)
     data_start = metadata_start + n * row.itemsize
     if data_start > file_size or table > file_size or table < data_start:
@@ -201,7 +231,7 @@ def _checked(path: Path, fd: int) -> Beton:
         )
     metadata = np.memmap(path, row, "r", offset=metadata_start, shape=(n,))
     allocations = np.memmap(path, ALLOCATION, "r", offset=table, shape=(num_records,))
-    images = metadata[f"f{type_ids.index(IMAGE_FIELD)}"]
+    images = metadata[f"f{pixels_at}"] if kept is None else _images_of_bytes(metadata, pixels_at, names)
     offsets, sizes = (np.ascontiguousarray(allocations[name]) for name in ("ptr", "size"))
     if np.any(offsets[1:] < offsets[:-1]):  # as ffcv's own writer leaves it with several workers
         by_offset = np.argsort(offsets)
@@ -218,14 +248,16 @@ def _checked(path: Path, fd: int) -> Beton:
     record_bytes = sizes[position].astype(np.int64)
     pixels = images["width"].astype(np.int64) * images["height"]
     valid = (pixels > 0) & (images["mode"] <= RAW)
-    valid &= (images["mode"] != RAW) | (record_bytes == 3 * pixels)
+    bytes_of_pixel = 3 if kept is None else kept.channels * kept.bits // 8
+    valid &= (images["mode"] != RAW) | (record_bytes == bytes_of_pixel * pixels)
     if not valid.all():
         bad = int(np.argmin(valid))
         mode, width, height, _ = images[bad].tolist()
         raise refuse(f"damaged: sample {bad} is {width} x {height} pixels of mode {mode} in {record_bytes[bad]} bytes")
     largest = int(pixels.argmax())
     try:
-        check_num_pixels(int(images["width"][largest]), int(images["height"][largest]))
+        num_bands = 1 if kept is None else kept.channels
+        check_num_pixels(int(images["width"][largest]), int(images["height"][largest]), num_bands=num_bands)
     except DataError as error:
         raise DataError(f"{path}: sample {largest}: {error}") from None
     digest = hashlib.blake2b(digest_size=16)
@@ -247,9 +279,38 @@ def _checked(path: Path, fd: int) -> Beton:
         max_pixels=int(pixels[largest]),
         class_names=_class_names(sidecar, labels),
         fingerprint=fingerprint,
-        written_digest=digest_from_arguments(descriptors["arguments"][type_ids.index(IMAGE_FIELD)]),
+        written_digest=written_digest,
         sidecar=sidecar,
+        kept=kept,
     )
+
+
+def _pixels(path: str | Path, descriptors: NDArray[Any]) -> tuple[int, str | None, PixelFormat | None]:
+    """The number of the field of pixels, the digest that was written with it, and their format if it is of bytes."""
+    type_ids, names = _fields_of(descriptors)
+    wanted = IMAGE_FIELD if IMAGE_FIELD in type_ids else BYTES_FIELD
+    if wanted in type_ids:
+        number = type_ids.index(wanted)
+        try:
+            digest, kept = from_arguments(descriptors["arguments"][number])
+        except ValueError as error:
+            raise DataError(f"{path}: damaged: field `{names[number]}`: {error}") from None
+        if wanted == IMAGE_FIELD:
+            return number, digest, None
+        if kept is not None and {("height", INT_FIELD), ("width", INT_FIELD)} <= set(zip(names, type_ids, strict=True)):
+            return number, digest, kept
+    raise DataError(f"{path}: has no image field; its fields are {', '.join(names)}")
+
+
+def _images_of_bytes(metadata: NDArray[Any], pixels_at: int, names: list[str]) -> NDArray[Any]:
+    """Rows of IMAGE [n]. A side that does not fit becomes 0, which is damage."""
+    images = np.zeros(len(metadata), IMAGE)
+    images["mode"] = RAW
+    images["data_ptr"] = metadata[f"f{pixels_at}"]["ptr"]
+    for side in ("height", "width"):
+        values = metadata[f"f{names.index(side)}"].astype(np.int64)
+        images[side] = np.where((values > 0) & (values <= LARGEST_RAW_SIDE), values, 0)
+    return images
 
 
 def _labels(metadata: NDArray[Any], type_ids: list[int], names: list[str], n: int) -> NDArray[np.int64]:

@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 
 from simclr_dist.data.decode.compiled import compiled
 from simclr_dist.data.decode.ffcv_import import codec
+from simclr_dist.data.decode.resize_weights import WEIGHT_BITS, resize_weights
 
 # Columns of a record.
 OFFSET, SIZE, MODE, HEIGHT, WIDTH = range(5)
@@ -50,8 +51,7 @@ _pread: Any = types.ExternalFunction("pread", types.int64(types.int32, types.uin
 # Weights of a resize are multiples of 2^-14: 8 bits of colour and twice 14 of weight stay within int32 when 6 are
 # dropped in between. What is left in between has 16 bits, and is stored less _MIDDLE to have a sign: a product of such
 # numbers of 16 bits takes a CPU one instruction for many, one of 32 bits several.
-_BITS = 14
-_ONE = 1 << _BITS
+_BITS = WEIGHT_BITS
 _BETWEEN = 6
 _SHIFT = 2 * _BITS - _BETWEEN
 _MIDDLE = 1 << 15
@@ -68,42 +68,9 @@ _bytes_2d, _int16_1d, _int32_1d, _int32_2d = (
 )
 
 
-@compiled(types.void(types.int64, types.int64, types.boolean, _int32_1d, _int32_1d, _int32_2d))
-def _resize_weights(n_in, n_out, flip, first, count, weight):  # type: ignore[no-untyped-def]
-    """Which of n_in input pixels contribute to each of n_out, and how much: weight [n_out, taps] in units of 2^-14.
-
-    Shrinking averages over areas; enlarging interpolates linearly between pixel centres. Rational numbers are kept as
-    integers, and cumulative weights are rounded, so that every row sums to exactly one. A second weight is always set.
-    flip: the output is mirrored.
-    """
-    t = 0
-    for i in range(n_out):
-        o = n_out - 1 - i if flip else i
-        if n_in > n_out:
-            begin, end = i * n_in, (i + 1) * n_in  # in units of 1/n_out input pixels
-            while (t + 1) * n_out <= begin:
-                t += 1
-            first[o] = t
-            done, taps, tap = 0, 0, t
-            while tap * n_out < end:
-                covered = min(end, (tap + 1) * n_out) - begin
-                total = (covered * _ONE + n_in // 2) // n_in
-                weight[o, taps] = total - done
-                done = total
-                taps += 1
-                tap += 1
-            count[o] = taps
-        else:
-            centre = max((2 * i + 1) * n_in - n_out, 0)  # in units of 1/(2 n_out) input pixels
-            while (t + 1) * 2 * n_out <= centre:
-                t += 1
-            right = np.int64(np.uint32((centre - t * 2 * n_out) * _ONE + n_out) // np.uint32(2 * n_out))
-            if t == n_in - 1 or right == 0:
-                right = np.int64(0)
-            first[o] = t
-            weight[o, 0] = _ONE - right
-            weight[o, 1] = right
-            count[o] = 1 if right == 0 else 2
+_resize_weights = compiled(types.void(types.int64, types.int64, types.boolean, _int32_1d, _int32_1d, _int32_2d))(
+    resize_weights
+)
 
 
 def _pixel_writer(typing_context, row, p, weights, n, address):  # type: ignore[no-untyped-def]

@@ -21,6 +21,7 @@ from torch import Tensor
 from simclr_dist.data.account import Account
 from simclr_dist.data.decode.recycled_memory import RecycledMemory
 from simclr_dist.errors import DataError
+from simclr_dist.pixel_format import PixelFormat
 
 # From heights and widths [b] of images to a table [V, b, 5] of (top, left, height, width, flip).
 CropRule = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.int32]]
@@ -33,6 +34,7 @@ class Images(Protocol):
 
     class_names: tuple[str, ...]
     labels: NDArray[np.int64]
+    pixel_format: PixelFormat
 
     # For a folder of many files these two take long: they are not computed unless they are asked for.
     @property
@@ -44,8 +46,8 @@ class Images(Protocol):
         """What was taken from the source; None for a .beton file that does not tell."""
         ...
 
-    def fill(self, ids: NDArray[np.int64], crop: CropRule, out: NDArray[np.uint8]) -> None:
-        """Writes the V crops of each image to out [V, b, S, S, 3]. Raises DataError."""
+    def fill(self, ids: NDArray[np.int64], crop: CropRule, out: NDArray) -> None:
+        """Writes the V crops of each image to out [V, b, S, S, C], of C channels. Raises DataError."""
         ...
 
     def pages(self) -> NDArray[np.int64] | None:
@@ -83,19 +85,23 @@ class DecodePool:
         batches_ahead: int = 2,
         empty: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
     ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-        """(ids [b], crops uint8 [V, b, S, S, 3]) of every batch in order, while the next ones are decoded.
+        """(ids [b], crops [V, b, S, S, C]) of every batch in order, while the next ones are decoded.
+
+        C and the type are those of the images' pixel_format.
 
         batches: sample ids and crops of each batch; may be endless.
         empty: gives the memory for a batch. By default a batch stays as it is for as long as it is held.
         Raises DataError when the turn of a batch comes that cannot be decoded.
         """
         empty = empty or RecycledMemory().empty
+        pixels = self.images.pixel_format
+        dtype = torch.uint8 if pixels.bits == 8 else torch.uint16
         batches = iter(batches)
         started: deque[tuple[NDArray[np.int64], Tensor, list[Future[None]]]] = deque()
         try:
             while True:
                 for ids, crop in islice(batches, batches_ahead + 1 - len(started)):
-                    out = empty((num_views, len(ids), image_size, image_size, 3), torch.uint8)
+                    out = empty((num_views, len(ids), image_size, image_size, pixels.channels), dtype)
                     started.append((ids, out, self._start(ids, crop, out)))
                 if not started:
                     return
@@ -120,7 +126,7 @@ class DecodePool:
         parts = [slice(i, i + size) for i in range(0, len(ids), size)]
         return [self._executor.submit(self._fill, ids[part], crop, array[:, part]) for part in parts]
 
-    def _fill(self, ids: NDArray[np.int64], crop: CropRuleOf, out: NDArray[np.uint8]) -> None:
+    def _fill(self, ids: NDArray[np.int64], crop: CropRuleOf, out: NDArray) -> None:
         try:
             self.images.fill(ids, crop(ids), out)
         except (DataError, OSError) as error:

@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 from simclr_dist.data.beton.reader import open_beton
 from simclr_dist.data.loading.decode_pool import CropRule
 from simclr_dist.errors import DataError
+from simclr_dist.pixel_format import RGB
 
 
 class BetonImages:
-    """Decodes samples of a .beton file; `fill` may be called from several threads at once."""
+    """Decodes samples of a .beton file, 8-bit RGB; `fill` may be called from several threads at once."""
+
+    pixel_format = RGB
 
     def __init__(self, path: str | Path) -> None:
         from simclr_dist.data.decode import kernel  # imported here: compiles, and needs ffcv

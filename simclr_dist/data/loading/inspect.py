@@ -12,6 +12,7 @@ import numpy as np
 from simclr_dist.data.account import Account
 from simclr_dist.data.beton.content import read_records_digest
 from simclr_dist.data.beton.reader import JPEG, Beton, open_beton
+from simclr_dist.pixel_format import PixelFormat
 
 _CHUNK = 64
 
@@ -21,7 +22,7 @@ class Inspection:
     """sides: (smallest, median, largest) longer side in pixels. account: None where the file does not tell.
 
     damaged: reason by sample id; None: not checked. changed: whether pixels or labels differ from those that were
-    written; None: not checked, or the file does not say what was written.
+    written; None: not checked, or the file does not say what was written. kept: by `prepare --channels keep`.
     """
 
     path: Path
@@ -36,12 +37,13 @@ class Inspection:
     account: Account | None
     damaged: dict[int, str] | None
     changed: bool | None
+    kept: PixelFormat | None = None
 
 
 def inspect_beton(
     path: str | Path, verify: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> Inspection:
-    """Checks the file as every opening does; with `verify`, reads and decodes every sample too, which needs ffcv.
+    """Checks the file as every opening does; with `verify`, reads and decodes every sample too, with ffcv.
 
     progress: called with (samples decoded, samples in all). Raises DataError when the file cannot be opened.
     """
@@ -59,8 +61,9 @@ def inspect_beton(
             fingerprint=beton.content_fingerprint,
             sidecar=beton.sidecar,
             account=beton.account,
-            damaged=_damaged(beton.path, beton.num_samples, progress) if verify else None,
+            damaged=_damaged(beton, progress) if verify else None,
             changed=_changed(beton) if verify else None,
+            kept=beton.kept,
         )
 
 
@@ -68,10 +71,13 @@ def _changed(beton: Beton) -> bool | None:
     return None if beton.written_digest is None else read_records_digest(beton) != beton.written_digest
 
 
-def _damaged(path: Path, num_samples: int, progress: Callable[[int, int], None] | None) -> dict[int, str]:
-    from simclr_dist.data.loading.ffcv_images import BetonImages
+def _damaged(beton: Beton, progress: Callable[[int, int], None] | None) -> dict[int, str]:
+    if beton.kept is not None:
+        from simclr_dist.data.loading.channel_images import ChannelImages as Opened
+    else:
+        from simclr_dist.data.loading.ffcv_images import BetonImages as Opened  # type: ignore[assignment]
 
-    images = BetonImages(path)
+    images, num_samples = Opened(beton.path), beton.num_samples
     try:
         found: dict[int, str] = {}
         for start in range(0, num_samples, _CHUNK):

@@ -32,7 +32,7 @@ def load_images(
 
     unreadable: images that cannot be decoded are left out, and the reason of each is put there, under its number.
     Without it the first of them is a DataError, and none is left out.
-    Yields (uint8 [b, S, S, 3], labels int64 [b], sample ids int64 [b]); the last b may be smaller than batch_size.
+    Yields (images [b, S, S, C], labels int64 [b], sample ids int64 [b]); the last b may be smaller than batch_size.
     The central 0.875 of the shorter side is resized to S = image_size, as torchvision evaluates on ImageNet;
     images of S x S stay as they are. Raises DataError.
     """
@@ -108,7 +108,9 @@ def are_whole(source: str, image_size: int, *, at_most: int = 64) -> bool:
     try:
         n = len(images.labels)
         ids = np.unique(np.linspace(0, n - 1, min(n, at_most)).astype(np.int64)) if n else np.empty(0, np.int64)
-        images.fill(ids, crop, np.empty((1, len(ids), image_size, image_size, 3), np.uint8))
+        pixels = images.pixel_format
+        dtype = np.uint8 if pixels.bits == 8 else np.uint16
+        images.fill(ids, crop, np.empty((1, len(ids), image_size, image_size, pixels.channels), dtype))
     finally:
         images.close()
     return bool(n) and all((side == image_size).all() for side in sizes)

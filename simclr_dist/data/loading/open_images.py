@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.errors import DataError
+from simclr_dist.pixel_format import RGB, PixelFormat
 
 if TYPE_CHECKING:
     from simclr_dist.data.account import Account
@@ -38,6 +39,7 @@ class DatasetInfo:
     digest: Callable[[], str] = field(repr=False, compare=False)
     labels: NDArray[np.int64]
     account: Account | None
+    pixel_format: PixelFormat = RGB
 
     @cached_property
     def content_fingerprint(self) -> str:
@@ -62,6 +64,7 @@ def describe(source: str) -> DatasetInfo:
                 lambda: _fingerprint_of_beton(source),
                 beton.labels,
                 beton.account,
+                beton.pixel_format,
             )
     images = _open_source(source)
     return DatasetInfo(
@@ -81,8 +84,21 @@ def _fingerprint_of_beton(path: str) -> str:
         return beton.content_fingerprint
 
 
+def kept_pixel_format(source: str) -> PixelFormat | None:
+    """What `prepare --channels keep` has kept in a .beton file; None: images are RGB of 8 bits. Raises DataError."""
+    if not source.endswith(".beton"):
+        return None
+    from simclr_dist.data.beton.reader import read_kept
+
+    return read_kept(source)
+
+
 def open_images(source: str, loader: LoaderName) -> Images:
     """The dataset at `source`, able to decode and crop; close it. Raises DataError."""
+    if source.endswith(".beton") and loader != "synthetic" and kept_pixel_format(source) is not None:
+        from simclr_dist.data.loading.channel_images import ChannelImages
+
+        return ChannelImages(source)
     if source.endswith(".beton") and loader in ("auto", "ffcv"):
         from simclr_dist.data.decode.ffcv_import import unavailable
 

@@ -16,10 +16,13 @@ from simclr_dist.data.loading.decode_pool import CropRule
 from simclr_dist.data.sources.decoding import Pixels, decode_jpeg
 from simclr_dist.data.sources.images import LabelledImages
 from simclr_dist.errors import DataError
+from simclr_dist.pixel_format import RGB
 
 
 class SourceImages:
     """The same crops as `BetonImages` for the same keys; pixels differ a little, because the resizing does."""
+
+    pixel_format = RGB
 
     def __init__(self, source: LabelledImages) -> None:
         self.source = source

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from simclr_dist.config import AugmentConfig, DataConfig
 from simclr_dist.data.batch import Loader
+from simclr_dist.data.loading.open_images import kept_pixel_format
 from simclr_dist.data.loading.view_loader import build_loader
 from simclr_dist.parallel.distributed import world
+from simclr_dist.pixel_format import RGB
 from simclr_dist.views.augment import Augment
 
 
@@ -28,6 +30,8 @@ def load_views(
 ) -> Views:
     """Two augmented views of every image of `source` (a folder, an archive, a .beton file, `synthetic`).
 
+    Of a file of `prepare --channels keep` with its channels, normalised by its own mean and deviation.
+
     Each process of a torch.distributed group, or of a launcher such as torchrun, reads its own part of every global
     batch; call it when the group exists. What an image becomes depends on the seed, the epoch and the image only, not
     on the number of processes. data, augment: further settings of these sections of a configuration, as
@@ -35,18 +39,19 @@ def load_views(
     Close it, or use it with `with`. Raises DataError; pydantic's ValidationError (a ValueError) for a wrong setting.
     """
     section = DataConfig(train=str(source), image_size=image_size, **(data or {}))
+    pixels = section.pixel_format if section.channels else kept_pixel_format(str(source)) or RGB
     views_of = AugmentConfig(**augment)
     device = torch.device(device)
     loader = build_loader(
         section, views_of, seed=seed, global_batch_size=global_batch_size, world=world(), device=device
     )
-    return Views(loader, Augment(views_of, seed, image_size))
+    return Views(loader, Augment(views_of, seed, image_size, pixels=pixels))
 
 
 class Views:
     """Iterating over it is one epoch, the next iteration the next epoch; len() is the steps of one.
 
-    Yields (views float32 [2, B, 3, S, S], normalised; sample ids int64 [B]), B images of this process. What is left of
+    Yields (views float32 [2, B, C, S, S], normalised; sample ids int64 [B]), B images of this process. What is left of
     an epoch beyond whole global batches is left out.
     """
 

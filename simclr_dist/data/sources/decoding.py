@@ -56,7 +56,7 @@ def decode(file: IO[bytes], decoding: Decoding = ASK) -> Decoded:
         found = _decode_usual_jpeg(file, decoding)
         if found is not None:
             return found
-        with _without_pillows_limit():
+        with without_pillows_limit():
             pages = tiff.pages(file)
             if pages and not (pages[0].is_plain and len(_pages_as_bands(pages, decoding)) == 1):
                 return Decoded(_decode_samples(file, pages, decoding), note=_note_on_pages(pages, decoding))
@@ -70,7 +70,7 @@ def decode(file: IO[bytes], decoding: Decoding = ASK) -> Decoded:
     except DataError:
         raise
     except Exception as error:  # Pillow raises nearly everything on damaged data
-        raise DataError(f"cannot be decoded: {_reason(error, file)}") from None
+        raise DataError(f"cannot be decoded: {reason_of(error, file)}") from None
 
 
 def decode_jpeg(content: bytes, height: int, width: int) -> Pixels:
@@ -80,10 +80,10 @@ def decode_jpeg(content: bytes, height: int, width: int) -> Pixels:
     """
     file = BytesIO(content)
     try:
-        with _without_pillows_limit(), Image.open(file, formats=["JPEG"]) as image:
+        with without_pillows_limit(), Image.open(file, formats=["JPEG"]) as image:
             found = image.size
     except Exception as error:
-        raise DataError(f"cannot be decoded: {_reason(error, file)}") from None
+        raise DataError(f"cannot be decoded: {reason_of(error, file)}") from None
     if found != (width, height):
         raise DataError(f"its JPEG data are {found[0]} x {found[1]} pixels where {width} x {height} are declared")
     file.seek(0)
@@ -110,7 +110,7 @@ def _decode_by_pillow(file: IO[bytes], decoding: Decoding, pages: list[tiff.Page
         if isinstance(found, Decoded):
             return found
         pixels = _by_pillow(file, image, decoding, pages)
-        return Decoded(_upright(pixels, _orientation(image)), damage=found, note=_note_on_pages(pages, decoding))
+        return Decoded(upright(pixels, orientation_of(image)), damage=found, note=_note_on_pages(pages, decoding))
 
 
 def _decode_jpeg(file: IO[bytes], image: Image.Image, decoding: Decoding) -> Decoded | str | None:
@@ -122,12 +122,12 @@ def _decode_jpeg(file: IO[bytes], image: Image.Image, decoding: Decoding) -> Dec
     pixels = turbojpeg.decode_jpeg(content, image.width, image.height)
     if pixels is None or isinstance(pixels, str):
         return pixels
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     if decoding.bands is not None:
         pixels = to_rgb(pixels if image.mode == "RGB" else pixels[..., :1], decoding)
     if decoding.bands is None and orientation not in _TURNED:
         return Decoded(pixels, jpeg=read_jpeg_file(content))
-    return Decoded(_upright(pixels, orientation))
+    return Decoded(upright(pixels, orientation))
 
 
 def _by_pillow(file: IO[bytes], image: ImageFile.ImageFile, decoding: Decoding, pages: list[tiff.Page]) -> Pixels:
@@ -169,13 +169,17 @@ def _from_16_bits(file: IO[bytes], image: Image.Image, stored_as: str, decoding:
         return _to_rgb(image, decoding)
     if stored_as == "LA;16B":
         raise DataError("16-bit grey with transparency, nearly black: convert it to 16-bit grey, then say --range")
+    samples = both_bytes(file, upper, stored_as)
+    return to_rgb(samples, decoding, num_colours=3, alpha=3 if image.mode == "RGBA" else None)
+
+
+def both_bytes(file: IO[bytes], upper: NDArray[np.uint8], stored_as: str) -> NDArray[np.uint16]:
+    """Of colours with 16 bits, of which Pillow has taken the upper bytes; stored_as: as Pillow calls it."""
     file.seek(0)
     with Image.open(file, formats=image_formats()) as again:
         # Read as if the other byte came first.
         again.tile = [(*tile[:3], stored_as.replace(";16B", ";16L")) for tile in again.tile]  # type: ignore[misc]
-        lower = np.asarray(again)
-    samples = upper.astype(np.uint16) << 8 | lower
-    return to_rgb(samples, decoding, num_colours=3, alpha=3 if image.mode == "RGBA" else None)
+        return upper.astype(np.uint16) << 8 | np.asarray(again)
 
 
 def _decode_samples(file: IO[bytes], pages: list[tiff.Page], decoding: Decoding) -> Pixels:
@@ -193,7 +197,7 @@ def _decode_samples(file: IO[bytes], pages: list[tiff.Page], decoding: Decoding)
     pixels = to_rgb(samples, decoding, num_colours=3 if photometric == tiff.RGB else 1, alpha=alpha)
     if photometric == tiff.WHITE_IS_ZERO:
         pixels = 255 - pixels
-    return _upright(pixels, page.get(tiff.ORIENTATION, 1))
+    return upright(pixels, page.get(tiff.ORIENTATION, 1))
 
 
 def _pages_as_bands(pages: list[tiff.Page], decoding: Decoding) -> list[tiff.Page]:
@@ -207,7 +211,7 @@ def _note_on_pages(pages: list[tiff.Page], decoding: Decoding) -> str | None:
     return None if taken == len(pages) else f"only the first of its {len(pages)} pages is taken"
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """Of EXIF; 1, which is upright, when EXIF is damaged. The image has been loaded, if Pillow decodes it."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -218,7 +222,7 @@ def _orientation(image: Image.Image) -> int:
 _TURNED = range(2, 9)
 
 
-def _upright(pixels: Pixels, orientation: int) -> Pixels:
+def upright(pixels: Pixels, orientation: int) -> Pixels:
     """Undoes what EXIF says about the camera: 2 to 8 are the ways to turn and mirror an image."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
@@ -238,7 +242,7 @@ class _Limit:
 
 
 @contextmanager
-def _without_pillows_limit() -> Iterator[None]:
+def without_pillows_limit() -> Iterator[None]:
     with _Limit.lock:
         if _Limit.num_decoding == 0:
             _Limit.of_pillow, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -252,7 +256,7 @@ def _without_pillows_limit() -> Iterator[None]:
                 Image.MAX_IMAGE_PIXELS = _Limit.of_pillow
 
 
-def _reason(error: Exception, file: IO[bytes]) -> str:
+def reason_of(error: Exception, file: IO[bytes]) -> str:
     if isinstance(error, MemoryError):
         return "not enough memory"
     if isinstance(error, UnidentifiedImageError):

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from simclr_dist.data.account import NAMES_SHOWN, Account, LeftOut, SourceOptions
+from simclr_dist.data.sources.channel_files import num_pages
 from simclr_dist.data.sources.images import FileImages
 from simclr_dist.data.sources.layout import read_layout
 from simclr_dist.data.sources.listing import Found, Listing, Parts, choose_images
@@ -14,12 +18,14 @@ from simclr_dist.data.sources.sample_values import Decoding
 from simclr_dist.errors import DataError
 from simclr_dist.safe_text import printable
 
+Entry = tuple[str, str, int, int]
+
 
 def images_of(listing: Listing, options: SourceOptions, class_names: tuple[str, ...] | None) -> FileImages:
     """class_names: the classes to use, in their order; by default those that are found. Raises DataError."""
     origin = listing.origin
     if options.files is None:
-        images, others, notes = choose_images(listing.files)
+        images, others, notes = choose_images(listing.files, arrays_too=options.keeps_channels)
     else:
         images, others, notes = _named_in(options.files, listing), [], []
     if not images:
@@ -43,22 +49,46 @@ def images_of(listing: Listing, options: SourceOptions, class_names: tuple[str, 
     def is_asked_for(parts: Parts) -> bool:
         return not any(parts[:depth] in reading.other_splits for depth in range(1, len(parts) + 1))
 
+    entries = [(image.name, image.path, image.offset, image.size) for image in taken]
+    pages = None
+    if options.pages == "images":
+        entries, labels, pages = _by_page(entries, labels)
+        reading.sentence += "; each page of a TIFF is an image"
+
     account = Account(
         source=origin,
         layout=reading.sentence,
-        taken=len(taken),
+        taken=len(entries),
         left_out=_groups(entry for entry in others + listing.left_out + reading.left_out if is_asked_for(entry[1])),
         notes=_groups(entry for entry in notes + listing.notes + reading.notes if is_asked_for(entry[1])),
     )
     return FileImages(
         names,
         labels,
-        entries=[(image.name, image.path, image.offset, image.size) for image in taken],
+        entries=entries,
         account=account,
         root=listing.prefix,
-        decoding=Decoding(options.value_range, options.bands, options.max_pixels, options.on_damage),
+        decoding=Decoding(
+            *(options.value_range, options.bands, options.max_pixels, options.on_damage),
+            *(options.channels, options.pages, options.axes),
+        ),
         keep=listing.keep,
+        page_of=pages,
     )
+
+
+def _by_page(
+    entries: list[Entry], labels: NDArray[np.int64]
+) -> tuple[list[Entry], NDArray[np.int64], NDArray[np.int64]]:
+    """An entry, a label and a number for each page of each file; the number is -1 where there is one page."""
+    found: list[tuple[Entry, int, int]] = []
+    for entry, label in zip(entries, labels.tolist(), strict=True):
+        name, path, offset, size = entry
+        count = num_pages(path, offset, size)
+        found += [((f"{name}, page {i + 1}", path, offset, size), label, i) for i in range(count if count > 1 else 0)]
+        found += [(entry, label, -1)] if count == 1 else []
+    expanded, its_labels, numbers = zip(*found, strict=True)
+    return list(expanded), np.array(its_labels, np.int64), np.array(numbers, np.int64)
 
 
 def _named_in(file: str, listing: Listing) -> list[Found]:

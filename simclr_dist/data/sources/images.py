@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.data.account import Account, LeftOut
 from simclr_dist.data.digest_cache import digest_once
+from simclr_dist.data.sources.channel_files import Kept, read_kept
 from simclr_dist.data.sources.decoding import Decoded, Pixels, decode
 from simclr_dist.data.sources.sample_values import ASK, Decoding
 from simclr_dist.errors import DataError
 
 _AT_A_TIME = 1024
+_Read = TypeVar("_Read")
 
 
 class LabelledImages(Protocol):
@@ -67,6 +70,10 @@ class ImageSource(LabelledImages, Protocol):
         """As `read`, with what is known of the image."""
         ...
 
+    def kept(self, index: int) -> Kept:
+        """The samples of an image as they are stored. Raises DataError, naming the image."""
+        ...
+
     def take(self, ids: NDArray[np.int64]) -> ImageSource:
         """Only these images, renumbered from 0: small enough to send to another process."""
         ...
@@ -86,6 +93,7 @@ class FileImages:
     root: str = ""  # what all names begin with, and what is no part of the images' identity
     decoding: Decoding = ASK
     keep: Any = field(default=None, repr=False)  # a temporary file that must exist as long as this object
+    page_of: NDArray[np.int64] | None = None  # the number of the page of its file that each image is; -1: all of it
 
     @property
     def fingerprint(self) -> str:
@@ -136,7 +144,9 @@ class FileImages:
         return self.entries[index][0]
 
     def take(self, ids: NDArray[np.int64]) -> FileImages:
-        return replace(self, labels=self.labels[ids], entries=[self.entries[i] for i in ids], keep=None)
+        pages = None if self.page_of is None else self.page_of[ids]
+        entries = [self.entries[i] for i in ids]
+        return replace(self, labels=self.labels[ids], entries=entries, keep=None, page_of=pages)
 
     def read(self, index: int) -> Pixels:
         found = self.decoded(index)
@@ -145,10 +155,17 @@ class FileImages:
         return found.pixels
 
     def decoded(self, index: int) -> Decoded:
+        return self._opened(index, lambda file: decode(file, self.decoding))
+
+    def kept(self, index: int) -> Kept:
+        page = -1 if self.page_of is None else int(self.page_of[index])
+        return self._opened(index, lambda file: read_kept(file, self.decoding, None if page < 0 else page))
+
+    def _opened(self, index: int, read: Callable[[IO[bytes]], _Read]) -> _Read:
         name, path, _, size = self.entries[index]
         try:
             with open(path, "rb") if size < 0 else io.BytesIO(self._content(index)) as file:
-                return decode(file, self.decoding)
+                return read(file)
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
         except OSError as error:
@@ -204,6 +221,10 @@ class ArrayImages:
 
     def decoded(self, index: int) -> Decoded:
         return Decoded(self.read(index))
+
+    def kept(self, index: int) -> Kept:
+        image = np.asarray(self.images[index])
+        return Kept(image if image.ndim == 3 else image[..., None], rgb=image.ndim == 3)
 
     def read(self, index: int) -> Pixels:
         image = np.asarray(self.images[index])

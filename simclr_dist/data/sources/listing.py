@@ -24,9 +24,10 @@ _SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "icon\r"})
 _ARCHIVES = (*TAR_SUFFIXES, ".tbz2", ".tar.zst", ".zip", ".7z", ".rar")
 # Formats with images in them that Pillow does not open.
 _UNSUPPORTED = frozenset(
-    {".heic", ".heif", ".jxl", ".npy", ".npz", ".dcm", ".nii", ".svg", ".exr", ".hdr"}
+    {".heic", ".heif", ".jxl", ".npz", ".dcm", ".nii", ".svg", ".exr", ".hdr"}
     | {".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raw", ".svs", ".ndpi"}
 )
+ARRAYS = ".npy"
 # Pillow registers these too, but they are documents, films and containers, most of which it cannot read.
 _NOT_IMAGES = frozenset({"PDF", "EPS", "MPEG", "HDF5", "GRIB", "BUFR", "WMF", "IPTC"})
 # Formats that their first bytes tell beyond doubt.
@@ -88,12 +89,15 @@ def image_formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name in Image.OPEN and name not in _NOT_IMAGES)
 
 
-def choose_images(files: list[Found]) -> tuple[list[Found], list[tuple[str, Parts]], list[tuple[str, Parts]]]:
-    """(images, the other files with the reason for each, images with a note)."""
+def choose_images(
+    files: list[Found], *, arrays_too: bool = False
+) -> tuple[list[Found], list[tuple[str, Parts]], list[tuple[str, Parts]]]:
+    """(images, the other files with the reason for each, images with a note). arrays_too: numpy's are images."""
     images: list[Found] = []
     others: list[tuple[str, Parts]] = []
     for found in files:
-        reason = _why_no_image(found)
+        is_array = arrays_too and _suffix(found.parts[-1].lower()) == ARRAYS and not found.parts[-1].startswith(".")
+        reason = None if is_array else _why_no_image(found)
         if reason is None:
             images.append(found)
         else:
@@ -119,6 +123,8 @@ def _why_no_image(found: Found) -> str | None:
     archive = next((ending for ending in _ARCHIVES if name.endswith(ending) and ending.endswith(suffix)), None)
     if archive is not None:
         return f"an archive, which is not unpacked ({max((e for e in _ARCHIVES if name.endswith(e)), key=len)})"
+    if suffix == ARRAYS:
+        return f"an array, which --channels keep takes ({suffix})"
     if suffix in _UNSUPPORTED:
         return f"a format that Pillow does not open ({suffix})"
     return f"not an image ({suffix})"

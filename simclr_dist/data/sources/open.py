@@ -100,8 +100,8 @@ def _read(path: Path, options: SourceOptions) -> tuple[ImageSource, list[Stamp]]
         os.scandir(path).close()  # a folder that cannot be read is named itself, not a file that may be in it
     known = torchvision_files(path, options.split) if is_folder else torchvision_archive(path, options.split)
     if known is not None:
-        for name in ("layout", "labels", "files", "class_depth", "value_range", "bands"):
-            if getattr(options, name) not in (None, "auto"):
+        for name in ("layout", "labels", "files", "class_depth", "value_range", "bands", "channels", "pages", "axes"):
+            if getattr(options, name) not in (None, "auto", "rgb"):
                 option = "--range" if name == "value_range" else f"--{name.replace('_', '-')}"
                 raise DataError(f"{path}: {option} is for image files; this is {known.layout}")
         if options.classes_from is not None or options.class_names is not None:

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from simclr_dist.data.account import OnDamage
+from simclr_dist.data.account import Axes, Channels, OnDamage, Pages
 from simclr_dist.errors import DataError
+from simclr_dist.pixel_format import MOST_CHANNELS
 
 DARK_16_BIT = 1 << 14  # 16 bits of which the upper two are unused rather hold 8 to 14 bits than a dark image
 
@@ -22,8 +23,9 @@ DARK_16_BIT = 1 << 14  # 16 bits of which the upper two are unused rather hold 8
 class Decoding:
     """How images are read whose files leave it open.
 
-    value_range: the values that become 0 and 255, where they do not have 8 bits.
+    value_range: the values that become 0 and 255, where they do not have 8 bits; 0 and 65535 where channels are kept.
     bands: which bands, counted from 1, are red, green and blue.
+    channels, pages, axes: see SourceOptions.
     max_pixels: larger images are refused; None: the usual limit of `image_size`.
     on_damage: what `read` does with an image whose data are damaged and can be decoded all the same.
     """
@@ -32,8 +34,18 @@ class Decoding:
     bands: tuple[int, int, int] | None = None
     max_pixels: int | None = None
     on_damage: OnDamage = "warn"
+    channels: Channels = "rgb"
+    pages: Pages | None = None
+    axes: Axes | None = None
 
     def __post_init__(self) -> None:
+        if self.channels == "rgb":
+            for name in ("pages", "axes"):
+                if getattr(self, name) is not None:
+                    raise DataError(f"--{name} {getattr(self, name)}: is for --channels keep")
+        elif self.bands is not None:
+            listed = ",".join(map(str, self.bands))
+            raise DataError(f"--bands makes RGB of other channels; --channels {listed} keeps those as they are")
         if self.value_range is not None and self.value_range[0] == self.value_range[1]:
             raise DataError(f"--range {self.value_range[0]} {self.value_range[1]}: expected two different values")
 
@@ -54,12 +66,13 @@ def to_rgb(
     if decoding.bands is not None:
         if not 1 <= min(decoding.bands) <= max(decoding.bands) <= num_bands:
             asked = " ".join(map(str, decoding.bands))
-            raise DataError(f"{_describe(samples)}: there are no --bands {asked}, only 1 to {num_bands}")
+            raise DataError(f"{describe(samples)}: there are no --bands {asked}, only 1 to {num_bands}")
         samples, alpha = samples[..., [band - 1 for band in decoding.bands]], None
     elif num_bands != num_colours + (alpha is not None):
         raise DataError(
-            f"{_describe(samples)}: which bands are red, green and blue? Say --bands I J K, each from 1 to {num_bands}"
-            + (f"; and {_range(samples)}" if decoding.value_range is None and samples.dtype != np.uint8 else "")
+            f"{describe(samples)}: which bands are red, green and blue? Say --bands I J K, each from 1 to {num_bands}"
+            " (or take all, --channels keep)"
+            + (f"; and {ask_for_range(samples)}" if decoding.value_range is None and samples.dtype != np.uint8 else "")
         )
     colours = samples if alpha is None else np.delete(samples, alpha, axis=2)
     rgb = _to_8_bits(colours, decoding.value_range)
@@ -88,25 +101,50 @@ def on_white(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
 
 
+def kept_samples(samples: NDArray, decoding: Decoding) -> NDArray:
+    """The samples [H, W, S] that are kept, uint8 or uint16. Raises DataError that says what to type."""
+    num_bands = samples.shape[2]
+    if isinstance(decoding.channels, tuple):
+        if not 1 <= min(decoding.channels) <= max(decoding.channels) <= num_bands:
+            asked = ",".join(map(str, decoding.channels))
+            raise DataError(f"{describe(samples)}: there are no --channels {asked}, only 1 to {num_bands}")
+        samples = samples[..., [number - 1 for number in decoding.channels]]
+    if samples.shape[2] > MOST_CHANNELS:
+        raise DataError(
+            f"{describe(samples)}: at most {MOST_CHANNELS} channels are kept; say which, such as --channels 1,2,3"
+        )
+    if samples.dtype == np.uint8:
+        return samples
+    if decoding.value_range is not None:
+        return _scaled(samples, decoding.value_range, 65535).astype(np.uint16)
+    if samples.dtype.kind == "u" and samples.dtype.itemsize == 2:
+        return samples.astype(np.uint16)
+    raise DataError(f"{describe(samples)}: which values become 0 and 65535? Say {ask_for_range(samples)}")
+
+
+def _scaled(samples: NDArray, value_range: tuple[float, float], largest: int) -> NDArray[np.float64]:
+    low, high = value_range
+    scaled = (samples.astype(np.float64) - low) * (largest / (high - low))
+    return np.rint(np.nan_to_num(scaled, nan=0.0).clip(0, largest))
+
+
 def _to_8_bits(samples: NDArray, value_range: tuple[float, float] | None) -> NDArray[np.uint8]:
     if samples.dtype == np.uint8:
         return samples
     if value_range is not None:
-        low, high = value_range
-        scaled = (samples.astype(np.float64) - low) * (255 / (high - low))
-        return np.rint(np.nan_to_num(scaled, nan=0.0).clip(0, 255)).astype(np.uint8)
+        return _scaled(samples, value_range, 255).astype(np.uint8)
     if samples.dtype.kind == "u" and samples.dtype.itemsize == 2 and not 0 < samples.max() < DARK_16_BIT:
         return (samples >> 8).astype(np.uint8)
-    raise DataError(f"{_describe(samples)}: which values are black and white? Say {_range(samples)}")
+    raise DataError(f"{describe(samples)}: which values are black and white? Say {ask_for_range(samples)}")
 
 
-def _describe(samples: NDArray) -> str:
+def describe(samples: NDArray) -> str:
     """Such as `int16, 512 x 512 x 1, values from -1024 to 3071`."""
     low, high = _extremes(samples)
     return f"{_kind(samples)}, values from {_text(low)} to {_text(high)}"
 
 
-def _range(samples: NDArray) -> str:
+def ask_for_range(samples: NDArray) -> str:
     low, high = _extremes(samples)
     if isinstance(high, int) and low >= 0:  # 0 to all ones, as sensors count
         low, high = 0, max(255, (1 << high.bit_length()) - 1)

@@ -39,7 +39,7 @@ _MEANING = (
 _OF_PIXELS = (*_STORAGE, *_MEANING, ORIENTATION, COLOUR_MAP, YCBCR_SUBSAMPLING)
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2
-_BYTES_ONLY = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, LZMA, Zstandard
+BYTES_ONLY = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, LZMA, Zstandard
 _REDUCED_OR_MASK = 0b101  # of SUBFILE_TYPE: a thumbnail or a mask of another page
 # What exceeds these is damage.
 _MOST_PAGES = _MOST_TAGS = 10_000
@@ -161,7 +161,7 @@ def read_samples(content: bytes, page: Page) -> NDArray:
     """All samples of a page [H, W, S], as stored. Raises ValueError and whatever Pillow raises."""
     dtype = page.dtype
     compression = page.get(COMPRESSION, 1)
-    if dtype is None or compression not in _BYTES_ONLY:
+    if dtype is None or compression not in BYTES_ONLY:
         raise ValueError(
             f"TIFF with {page.num_samples} bands of {page.get(BITS, 1)} bits and compression {compression}: "
             "convert it with a program that reads it, such as tifffile or gdal_translate"

@@ -309,4 +309,5 @@ def same_tokens(tokens: NDArray[Any], starts: NDArray[np.int64], lengths: NDArra
 
 
 def folder_size(path: Path) -> int:
-    return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
+    """Bytes; 0 where there is none."""
+    return 0 if not path.is_dir() else sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())

@@ -64,7 +64,7 @@ def spans(
     return Stretches(folder.offsets[ids] + starts, lengths)
 
 
-def padded_length(lengths: NDArray[np.int64], vocabulary: Vocabulary) -> int:
+def padded_length(lengths: NDArray[Any], vocabulary: Vocabulary) -> int:
     """T for sequences of these lengths."""
     return -(-(int(lengths.max()) + vocabulary.num_special) // PADDED_TO) * PADDED_TO
 
