@@ -340,6 +340,11 @@ def test_images_with_texts_are_evaluated_in_every_way(images_with_texts: Trainin
     run("evaluate", "knn", str(done), "--test", str(folder.parent / "images"), "--k", "5", "--device", "cpu")
     methods = [json.loads(line)["method"] for line in (done / "evaluations.jsonl").read_text().splitlines()]
     assert methods == ["retrieval", "zero-shot", "knn"]
+    export = tmp_path / "encoder.safetensors"
+    run("export", str(done), "--format", "safetensors", "--out", str(export))
+    exported, _ = load_pretrained(str(export))
+    read = next(kind.evaluation_batches(str(folder), ids, 96))[0]
+    torch.testing.assert_close(exported.encoder(kind.to_input(read)), images)
 
 
 def run(*arguments: str) -> None:

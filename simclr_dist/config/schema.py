@@ -40,6 +40,8 @@ PAIRS = IMAGE_TEXT, TEXT_PAIRS
 """The kinds whose samples are folders of pairs."""
 PIXELS = ("channels", "bits", "rgb", "mean", "std")
 """The settings of `data` that say what pixels are."""
+IMAGES_OF_PAIRS = "images.beton"
+"""In a folder of images with texts."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Probability = Annotated[float, Field(ge=0, le=1)]

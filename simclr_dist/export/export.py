@@ -12,7 +12,7 @@ from typing import Literal
 
 from simclr_dist.atomic import replace_text, replaces, replaces_folder
 from simclr_dist.checkpoint.files import Checkpoint
-from simclr_dist.checkpoint.pretrained import Source, load_pretrained, require_images
+from simclr_dist.checkpoint.pretrained import Source, load_pretrained, of_images
 from simclr_dist.data.decode.crops import EVALUATION_SHARE
 from simclr_dist.errors import ExportError
 from simclr_dist.export import hub
@@ -82,8 +82,7 @@ def export(
         hub.check_repository(push_to_hub)
     _check_free(out, card, format, overwrite)
     require_writable(out.parent)
-    model, checkpoint = load_pretrained(source, warn, image_size)
-    require_images(checkpoint, "export")
+    model, checkpoint = of_images(*load_pretrained(source, warn, image_size), "export")
     seen = Preprocessing(checkpoint.config.evaluation_data.image_size, crop_share, checkpoint.config.data.pixel_format)
 
     def describe(one_size: str = "") -> tuple[Loading, str]:

@@ -54,7 +54,12 @@ class TwoTowers(SimCLR):
     def __init__(self, images: SimCLR, text: SimCLR, image_size: int, channels: int = 3) -> None:
         super().__init__(images.encoder, images.projection_head, max(images.feature_dim, text.feature_dim))
         self.text = text
+        self.width_of_images = images.feature_dim
         self.image_shape = image_size, image_size, channels
+
+    def of_images(self) -> SimCLR:
+        """Encoder and head of the images, the same modules."""
+        return SimCLR(self.encoder, self.projection_head, self.width_of_images)
 
     def draw_by(self, draws: Draws) -> None:
         super().draw_by(draws)

@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 
 from simclr_dist.atomic import replace_text
 from simclr_dist.bounded_json import read_json
-from simclr_dist.config.schema import IMAGE_TEXT, TEXT_PAIRS
+from simclr_dist.config.schema import IMAGE_TEXT, IMAGES_OF_PAIRS, TEXT_PAIRS
 from simclr_dist.data.beton.content import record_digests
 from simclr_dist.data.beton.reader import open_beton
 from simclr_dist.data.tokens.folder import TokenFolder, open_tokens
 from simclr_dist.errors import DataError
 
-PAIRS, IMAGES, TEXTS, OFFSETS = "PAIRS.json", "images.beton", "texts", "offsets.npy"
+PAIRS, IMAGES, TEXTS, OFFSETS = "PAIRS.json", IMAGES_OF_PAIRS, "texts", "offsets.npy"
 _FORMAT = 1
 
 
