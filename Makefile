@@ -4,8 +4,10 @@
 # make test-slow the tests that take longest, and those for a GPU if there is one
 # make test-all  both: what CI runs
 #                SLURM for the tests, as root: bash tools/install_slurm.sh
+# make docs      the documentation as a site, in build/docs/html
 # make lock      renew requirements.lock
 # make dist     the source archive and the wheel, in dist/; make ffcv-wheel: ffcv's, for machines without a compiler
+# TORCH=cpu      with any of them: an installation without CUDA's gigabytes (make TORCH=cpu demo)
 # make clean     remove runs and prepared data; `rm -rf .venv` removes the installation
 
 PYTHON ?= python3
@@ -15,7 +17,7 @@ ifneq ($(wildcard ../shared/data),)
 export SIMCLR_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo demo-text demo-proteins test test-slow test-all lint install lock dist ffcv-wheel clean
+.PHONY: demo demo-text demo-proteins test test-slow test-all lint install docs lock dist ffcv-wheel clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -49,8 +51,11 @@ $(VENV)/.installed: requirements.lock pyproject.toml tools/install.sh
 	PYTHON=$(PYTHON) bash tools/install.sh $(VENV)
 	touch $@
 
+docs: install
+	$(BIN)/python -m docs.site.build build/docs
+
 lock: install
-	$(BIN)/uv pip compile --universal --python-version 3.11 --extra ffcv --extra dev --no-emit-index-url \
+	$(BIN)/uv pip compile --universal --python-version 3.11 --extra ffcv --extra dev --extra docs --no-emit-index-url \
 	    --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 dist: install

@@ -23,6 +23,7 @@ from simclr_dist.bounded_json import parse_json
 from simclr_dist.config import Config
 from simclr_dist.run.layout import newest_step
 from simclr_dist.run.status import Status
+from simclr_dist.source_text import places
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options of the command line. All raise LaunchError, with what to type.
@@ -111,7 +112,7 @@ def _bindable(path: str) -> str:
 def binds(config: Config | None, needed: Iterable[str], chosen: Iterable[str]) -> tuple[str, ...]:
     """FOLDER:INSIDE for what the training reads and writes, at the same paths, and then those that were chosen."""
     data = (config.data.train, config.data.test, config.evaluation.train) if config else ()
-    files = [os.path.abspath(path) for path in data if path and os.path.exists(path)]
+    files = [os.path.abspath(path) for source in data if source for path in places(source)]
     # What a link leads to has to be there, too.
     folders = {path for name in needed for path in (name, os.path.realpath(name))}
     folders |= {os.path.dirname(path) for name in files for path in (name, os.path.realpath(name))}

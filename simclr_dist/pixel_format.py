@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -67,6 +68,27 @@ class PixelFormat:
             return cls(channels, bits, rgb, *(tuple(map(float, found[name])) for name in ("mean", "std")))
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"no format of pixels: {error}") from None
+
+
+def together(parts: Sequence[tuple[str, PixelFormat, float]]) -> PixelFormat:
+    """That of several files as one: name, format and number of pixels of each. Mean and std are those of all pixels.
+
+    Raises ValueError where their pixels differ.
+    """
+    name, first, _ = parts[0]
+    for other_name, other, _ in parts[1:]:
+        if not first.has_pixels_of(other):
+            raise ValueError(f"{name} has {first}, and {other_name} {other}: an encoder takes one kind only")
+    if all(found == first for _, found, _ in parts):
+        return first
+    total = sum(count for *_, count in parts)
+    mean, std = [], []
+    for channel in range(first.channels):
+        average = sum(count * found.mean[channel] for _, found, count in parts) / total
+        squares = sum(count * (found.std[channel] ** 2 + found.mean[channel] ** 2) for _, found, count in parts) / total
+        mean.append(float(f"{average:.9g}"))
+        std.append(float(f"{max(squares - average**2, 0.0) ** 0.5:.9g}") or 1.0)
+    return PixelFormat(first.channels, first.bits, all(f.rgb for _, f, _ in parts), tuple(mean), tuple(std))
 
 
 RGB = PixelFormat()

@@ -37,6 +37,12 @@ def message(error: object) -> str:
     return "\n".join([first, *(line if line.startswith("  ") or not line else f"  {line}" for line in others)])
 
 
+def shortened(text: str, longest: int = 300) -> str:
+    """On one line, with … in place of what is more than `longest` letters."""
+    line = " ".join(text[: 4 * longest].split())
+    return line if len(line) <= longest and len(text) <= 4 * longest else f"{line[: longest - 1]}…"
+
+
 def markdown_cell(text: str) -> str:
     """A part of a line, or of a table's row, of Markdown: it begins no row, no column, no link and no tag."""
     text = html.escape(mask(printable(text)), quote=False)

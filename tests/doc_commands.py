@@ -37,6 +37,7 @@ OTHERS = {
         "kill",
         "mkdir",
         "nohup",
+        "hf",
         "pip",
         "pytest",
     ),
@@ -120,7 +121,7 @@ def module(name: str, rest: list[str]) -> None:
         against(train.parser(), rest)
     elif name == "simclr_dist.cli":
         against(cli.parser(), rest)
-    elif name.startswith("benchmarks."):
+    elif name.startswith(("benchmarks.", "docs.site.")):
         script(f"{name.replace('.', '/')}.py", rest)
     elif name.partition(".")[0] in FOLDERS:
         raise WrongDocumentationError(f"python -m {name}: not a program of ours")

@@ -31,6 +31,7 @@ from simclr_dist.data.loading.channel_images import ChannelImages
 from simclr_dist.data.loading.inspect import inspect_beton
 from simclr_dist.data.loading.ready_views import load_views
 from simclr_dist.data.loading.view_loader import build_loader
+from simclr_dist.data.sources import turbojpeg
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.kinds import kind_of
 from simclr_dist.network import weights
@@ -179,9 +180,22 @@ class TestPrepare:
         image = samples(3, 16)
         image[..., 1] = 7
         info = made({"a/0.npy": npy_bytes(image)})
-        assert info.warnings == ("channel 2 is 7 in every pixel of every image",)
+        assert "channel 2 is 7 in every pixel of every image" in info.warnings
         assert info.kept is not None
         assert info.kept.std[1] == 1
+
+    def test_damage_within_jpeg_is_noticed(self, made) -> None:
+        if turbojpeg.unavailable():
+            pytest.skip("needs libturbojpeg")
+        out = io.BytesIO()
+        Image.fromarray(samples(3, 8, 64, 64)).save(out, "JPEG")
+        content = bytearray(out.getvalue())
+        content[-400:-300] = bytes(100)
+        info = made({"a/0.jpg": bytes(content), "a/1.jpg": out.getvalue()})
+        assert [message.partition(": ")[0][-7:] for message in info.damaged] == ["a/0.jpg"]
+        skipping = dataclasses.replace(KEEP, on_damage="skip")
+        info = made({"a/0.jpg": bytes(content), "a/1.jpg": out.getvalue()}, skipping, name="skip")
+        assert info.num_samples == 1
 
     def test_a_damaged_format_is_refused(self, made) -> None:
         info = made({"a/0.npy": npy_bytes(samples(2, 16))})
@@ -561,7 +575,7 @@ class TestSettings:
         assert batch.views.dtype == (torch.uint8 if bits == 8 else torch.uint16)
         views = Augment(AugmentConfig(), 0, 8, "torch", data.pixel_format)(batch)
         assert views.shape == (2, 3, channels, 8, 8)
-        assert kind.pictures(views).shape == (2, 3, 3, 8, 8)
+        assert kind.show_views(views).shape == (2, 3, 3, 8, 8)
         assert kind.inputs.example(2).shape == (2, channels, 8, 8)
 
 

@@ -403,7 +403,7 @@ def test_evaluations_can_do_without_what_cannot_be_read(
 @needs_ffcv
 def test_samples_outside_of_the_file_are_refused(beton: Path) -> None:
     for outside in (NUM_SAMPLES, -1):
-        with pytest.raises(DataError, match=f"no sample {outside}; the file holds 0 to {NUM_SAMPLES - 1}"):
+        with pytest.raises(DataError, match=f"no sample {outside}; it holds 0 to {NUM_SAMPLES - 1}"):
             list(load_images(str(beton), SIDE, batch_size=4, ids=np.array([0, outside])))
 
 

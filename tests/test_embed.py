@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from simclr_dist.cli import main
 from simclr_dist.errors import CheckpointError, DataError
 from simclr_dist.evaluation.embed import embed, neighbours_of, query_embedding
 from simclr_dist.evaluation.embeddings_file import Embeddings, load_embeddings, save_embeddings
+from tests.conftest import REPOSITORY
+from tests.doc_commands import blocks
 from tests.test_evaluate import save_images
 from tests.test_export import save_run
 
@@ -35,6 +38,17 @@ def test_embeddings_come_back_with_names_and_classes(run: Path, tmp_path: Path, 
     assert found.h.shape == (9, 32)
     assert found.class_names == ("blue", "green", "red")
     assert [found.class_names[label] for label in found.labels] == [Path(name).parent.name for name in found.names]
+
+
+def test_the_guides_lines_for_scikit_learn_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_images(tmp_path / "images", 3, seed=0)
+    save_embeddings(tmp_path / "embeddings.npz", embed(run, str(folder), device="cpu", precision="fp32"))
+    guide = REPOSITORY / "docs" / "guides" / "evaluating_and_exporting.md"
+    (lines,) = [text for language, text in blocks(guide) if language == "python" and "sklearn" in text]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(lines, str(guide), "exec"), names)
+    assert names["classifier"].score(names["found"]["h"], names["found"]["labels"]) == 1  # three colours
 
 
 def test_a_flat_folder_of_any_sizes_needs_no_labels(run: Path, tmp_path: Path) -> None:
@@ -91,7 +105,7 @@ def test_large_pictures_are_cropped_as_in_the_embedding(run: Path, tmp_path: Pat
 def test_bad_input_is_named(run: Path, tmp_path: Path) -> None:
     folder = save_images(tmp_path / "images", 2, seed=0)
     embeddings = embed(run, str(folder), device="cpu")
-    with pytest.raises(DataError, match=r"nothing.jpg: neither an embedded image's name nor a readable image"):
+    with pytest.raises(DataError, match=r"nothing.jpg: neither the name of what was embedded nor a readable image"):
         query_embedding(embeddings, "nothing.jpg")
     for name in ("bad.npz", "bad.parquet"):
         (tmp_path / name).write_bytes(b"PK\x03\x04 not really")

@@ -25,7 +25,7 @@ from simclr_dist.data.loading.open_images import describe
 from simclr_dist.errors import ConfigError, DataError, ExportError, UserError
 from simclr_dist.evaluation.cache import cache_key, read_features, write_features
 from simclr_dist.evaluation.features import Features, digest
-from simclr_dist.evaluation.offline import features_of
+from simclr_dist.evaluation.offline import Score, evaluate, features_of
 from simclr_dist.few_labels.classifier import load_classifier
 from simclr_dist.network.simclr import SimCLR, build_model
 from simclr_dist.run.layout import read_records
@@ -106,6 +106,33 @@ def test_evaluate_scores_trained_untrained_and_pixels(
     assert result["step"] == 7
     recorded = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     assert [record["top1"] for record in recorded] == [result["top1"]]
+
+
+def test_the_untrained_encoder_may_be_scored_with_fewer_images_the_others_as_before(run: Path) -> None:
+    said: list[str] = []
+
+    def score(untrained_train: int | None) -> dict[str, Score]:
+        scores, _ = evaluate(
+            run,
+            method="knn",
+            k=5,
+            baselines=True,
+            untrained_train=untrained_train,
+            device=torch.device("cpu"),
+            say=said.append,
+        )
+        return {found.name: found for found in scores}
+
+    every = score(None)
+    said.clear()
+    few = score(30)
+    assert list(few) == ["raw pixels", "untrained encoder, 30 training images", "trained encoder"]
+    assert [few[name] for name in ("raw pixels", "trained encoder")] == [
+        every[name] for name in ("raw pixels", "trained encoder")
+    ]
+    assert any(" 30 images" in line for line in said)
+    assert list(score(10**6)) == list(every)
+    assert cache_key("e", "f", {}, "fp32", ids=np.arange(3)) != cache_key("e", "f", {}, "fp32", ids=np.arange(4))
 
 
 def test_second_evaluation_takes_the_features_from_the_cache(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

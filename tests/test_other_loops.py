@@ -5,15 +5,20 @@ The losses of later steps depend on the gradients of all before.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import simclr_dist
+from tests.conftest import REPOSITORY
+from tests.doc_commands import blocks
 from tests.fork_server import ModuleProcess
 
 
@@ -54,6 +59,17 @@ def test_plain_ddp() -> None:
 def test_lightning() -> None:
     pytest.importorskip("lightning")
     check("loop_lightning")
+
+
+@pytest.mark.slow
+def test_the_guides_lines_for_lightning_run_and_learn(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    guide = REPOSITORY / "docs" / "guides" / "your_own_loop.md"
+    (lines,) = [text for language, text in blocks(guide) if language == "python" and "import lightning" in text]
+    done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    (loss,) = re.findall(r"^tensor\((.*)\)$", done.stdout, re.MULTILINE)
+    assert 0 < float(loss) < math.log(63)  # of a guess among 63
 
 
 @pytest.mark.distributed

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import queue
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -92,16 +94,16 @@ def test_other_commands_take_points_or_say_that_they_do_not(points: Path) -> Non
     run("embed", str(gallery.run_dir), str(points), str(out))
     assert load_embeddings(out).h.shape == (512, 16)
     assert "0.9" in run("neighbours", str(out), f"{points}[3]", "--k", "2")
-    assert "neither an embedded" in run("neighbours", str(out), str(points), code=2)
+    assert "neither the name of what was embedded" in run("neighbours", str(out), str(points), code=2)
     assert "export is for encoders of images" in run("export", str(gallery.run_dir), "--crop", "1", code=2)
     assert "verdict is for encoders of images" in run("verdict", str(gallery.run_dir), code=2)
     assert "fine-tuning is for encoders of images" in run("finetune", str(gallery.run_dir), code=2)
     run("report", str(gallery.run_dir), "--out", str(points.parent / "page.html"))
     page = (points.parent / "page.html").read_text()
-    assert "views of a point are no pictures" in page
+    assert "views of a point are neither pictures nor texts" in page
     assert "t-SNE of h" in page
     assert "512 points" in run("doctor", config, f"data.train={points}", test)
-    assert "512 images" in run("plan", config, f"data.train={points}", test, "--measure")
+    assert "512 points" in run("plan", config, f"data.train={points}", test, "--measure")
 
 
 def test_a_view_is_a_function_of_its_key_and_a_wrong_one_is_named(points: Path) -> None:
@@ -132,6 +134,23 @@ def test_a_view_is_a_function_of_its_key_and_a_wrong_one_is_named(points: Path) 
             .loader(AugmentConfig(), seed=0, global_batch_size=8, world=World(), device="cpu")
             .batches(0)
         )
+
+
+def test_views_of_the_next_batches_are_drawn_while_a_step_computes(points: Path) -> None:
+    calls = queue.Queue[int]()
+
+    class Counted(Points):
+        def draw_views(self, values: NDArray, view_keys: NDArray[np.uint64]) -> NDArray:
+            calls.put(threading.get_ident())
+            return super().draw_views(values, view_keys)
+
+    kind = Counted(section(points, batches_ahead=3))
+    with kind.loader(AugmentConfig(), seed=0, global_batch_size=8, world=World(), device="cpu") as loader:
+        next(loader.batches(0))
+        threads = {calls.get(timeout=60) for _ in range(4)}  # this one, and three ahead
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+    assert calls.empty()
 
 
 def test_rows_have_the_fingerprint_of_their_content(tmp_path: Path) -> None:

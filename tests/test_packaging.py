@@ -23,11 +23,13 @@ from tests.images import make_folder
 BUILT_FROM = ("simclr_dist", "launcher", "configs", "slurm", "pyproject.toml", "README.md", "LICENSE")
 
 
-def run(*command: str | Path, cwd: Path, expected: int = 0) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, cwd: Path, expected: int = 0, timeout: int = 120) -> subprocess.CompletedProcess[str]:
     """As in a shell that knows nothing of the checkout."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_"))}
     words = [str(word) for word in command]
-    found = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    found = subprocess.run(
+        words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
     assert found.returncode == expected, f"{words}\n{found.stdout}\n{found.stderr}"
     return found
 
@@ -177,6 +179,33 @@ def test_commands_of_the_starters_readme_work(scripts: Path, project: Path, tmp_
     for command in (smoke, own):
         assert command[:2] == ["simclr-launch", "local"]
         run(scripts / "simclr-launch", "show", *command[1:], cwd=project)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # a new environment compiles its kernels anew
+def test_an_installed_wheel_trains_evaluates_and_exports(scripts: Path, tmp_path: Path) -> None:
+    """Nothing of the repository is at hand: no file of it, no PYTHONPATH."""
+    assert run(scripts / "simclr-dist", "--version", cwd=tmp_path).stdout.split()[-1] == simclr_dist.__version__
+    make_folder(tmp_path / "train", 24)
+    make_folder(tmp_path / "test", 12)
+    run(scripts / "simclr-launch", "init", "mine", cwd=tmp_path)
+    program = """
+import simclr_dist
+
+run = simclr_dist.pretrain(
+    "configs/smoke.yaml",
+    data={"train": "../train", "test": "../test"},
+    train={"global_batch_size": 8, "epochs": 1},
+    evaluation={"knn_k": 5},
+)
+assert run.state == "finished", run
+for method in ("knn", "linear"):
+    assert 0 <= run.evaluate(method).top1 <= 1
+for format in ("safetensors", "onnx"):
+    print(run.export(format=format).path.name)
+"""
+    done = run(scripts / "python", "-c", program, cwd=tmp_path / "mine", timeout=800)
+    assert done.stdout.splitlines()[-2:] == ["encoder.safetensors", "encoder.onnx"]
 
 
 def test_init_leaves_a_folder_with_files_alone(scripts: Path, tmp_path: Path) -> None:

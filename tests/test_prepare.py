@@ -25,6 +25,7 @@ import pytest
 from PIL import Image
 
 from simclr_dist.cli import main
+from simclr_dist.cli.prepare import _in_classes
 from simclr_dist.config import DataConfig
 from simclr_dist.data.account import Account
 from simclr_dist.data.beton.encode import Encoder, Unusable, _chunks, _encode_together
@@ -672,6 +673,12 @@ class TestAccount:
         printed = capsys.readouterr()
         assert printed.err == ""
         assert "not taken" not in printed.out
+
+    @pytest.mark.parametrize(
+        ("names", "said"), [((), "without classes"), (("a",), "in 1 class"), (("a", "b"), "in 2 classes")]
+    )
+    def test_the_number_of_classes_is_said_in_words(self, names: tuple[str, ...], said: str) -> None:
+        assert _in_classes(names) == said
 
     @pytest.mark.parametrize("lost", ["a file that is no image", "an image that cannot be read"])
     def test_strict_makes_a_loss_an_error(

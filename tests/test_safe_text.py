@@ -7,26 +7,32 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launcher import show
 from launcher.__main__ import main as launcher_main
 from simclr_dist import cli
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.evaluation.embeddings_file import Embeddings, save_embeddings
-from simclr_dist.monitor.events import Message, Summary
+from simclr_dist.monitor.events import Embedding, Message, Neighbours, Pairs, Summary
 from simclr_dist.monitor.projector import write_projector
+from simclr_dist.monitor.tensorboard import TensorBoard
 from simclr_dist.monitor.terminal import Lines, Live, Quiet
 from simclr_dist.parallel.environment import found_in, sentence
 from simclr_dist.report.figures import confusion_chart, curve_chart, map_chart
 from simclr_dist.report.html import element
-from simclr_dist.report.insight import Confusion
+from simclr_dist.report.insight import Confusion, Insight
+from simclr_dist.report.insight import Neighbours as NeighboursOfReport
+from simclr_dist.report.page import _neighbours, _pairs
 from simclr_dist.report.record import Curve, read_run
 from simclr_dist.run import history, provenance
 from simclr_dist.run.layout import RunDir, append_record
@@ -236,6 +242,47 @@ def test_labels_of_the_projector_are_a_line_each_and_none_is_empty(tmp_path: Pat
     assert "\t" not in content  # a second column would make the first line a header
     assert all(line.strip() for line in lines)
     assert is_safe(content)
+
+
+def test_texts_in_tensorboard_and_report_are_cells_of_a_table_and_no_markup(tmp_path: Path) -> None:
+    with warnings.catch_warnings(action="ignore"):  # of a library inside it
+        from tensorboard.plugin_util import markdown_to_safe_html
+    texts = [*HOSTILE, "<script>alert(1)</script>", "a | b", "[a](http://b)", "_a_ *b* `c`", "# a", "", "long " * 999]
+    rows = [texts, texts[::-1]]
+    sink = TensorBoard(tmp_path, 0, "text")
+    sink.show(Pairs(rows, 8))
+    sink.show(Neighbours(rows, 8))
+    sink.show(Embedding(torch.zeros(len(texts), 2), texts, texts, 8))
+    sink.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for tag, shape in (("data/augmented_pairs", (len(texts), 2)), ("eval/nearest_neighbours", (2, len(texts)))):
+        (summary,) = events.Tensors(f"{tag}/text_summary")
+        markdown = summary.tensor_proto.string_val[0].decode()
+        page = markdown_to_safe_html(markdown)
+        assert (page.count("<tr>") - 1, page.count("<td>")) == (shape[0], shape[0] * shape[1])
+        assert set(re.findall(r"</?(\w+)", page)) == {"table", "thead", "tbody", "tr", "th", "td"}
+        assert is_safe(markdown)
+        assert len(markdown) < 20_000
+    head, *lines = (tmp_path / "projector" / "h_0000000008" / "labels.tsv").read_text(encoding="utf-8").splitlines()
+    assert head == "label\ttext"
+    assert len(lines) == len(texts)
+    assert all(line.count("\t") == 1 for line in lines)
+
+    insight = Insight(1, "text", rows, np.ones(2), np.ones(2), [NeighboursOfReport(texts, ("a",) * len(texts))])
+    for part in (_pairs(insight), _neighbours(insight)):
+        assert set(re.findall(r"</?(\w+)", part)) <= {
+            "table",
+            "thead",
+            "tbody",
+            "tr",
+            "th",
+            "td",
+            "div",
+            "p",
+            "figure",
+            "figcaption",
+        }
+        assert is_safe(part)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])

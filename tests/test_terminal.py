@@ -131,8 +131,8 @@ def test_a_pipe_gets_whole_lines(
     ]
     steps = [line for line in lines if line.startswith("step ")]
     assert len(steps) == 17  # a checkpoint's time alone is no news
-    assert steps[7].startswith("step 8/16  loss 4.5000  1,234 img/s  eta ")
-    assert steps[-1].startswith("step 16/16  loss 4.5000  kNN 50.00%  1,234 img/s  eta 0:00:00")
+    assert steps[7].startswith("step 8/16  loss 4.5000  1,234 images/s  eta ")
+    assert steps[-1].startswith("step 16/16  loss 4.5000  kNN 50.00%  1,234 images/s  eta 0:00:00")
     assert "warning: [careful]" in re.sub(r"\x1b\[[0-9;]*m", "", err)
 
 

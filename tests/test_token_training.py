@@ -129,11 +129,13 @@ def test_other_commands_take_tokens_or_say_that_they_do_not(data: Data) -> None:
     out = data.train.with_name("h.parquet")
     run("embed", str(trained.run_dir), str(data.train), str(out))
     assert load_embeddings(out).h.shape == (512, 32)
-    run("neighbours", str(out), f"{data.train}[3]", "--k", "2")
     run("evaluate", "linear", str(trained.run_dir), "--no-cache")
     assert "export is for encoders of images" in run("export", str(trained.run_dir), "--crop", "1", code=2)
-    assert "512 proteins in 4 classes" in run("doctor", config, f"data.train={data.train}", test)
+    examined = run("doctor", config, f"data.train={data.train}", test)
+    assert "512 proteins in 4 classes" in examined
+    assert "only your script knows" not in examined
+    wrong_size = run("doctor", config, f"data.train={data.train}", test, "model.vocabulary=99", code=1)
+    assert "has 22 tokens; set it to 22" in wrong_size
+    missing = run("doctor", config, f"data.train={data.train}.not", code=1)
+    assert "no token folder" in missing
     run("plan", config, f"data.train={data.train}", test)
-    wrong = data.training("wrong", "model.vocabulary=99")
-    assert wrong.wait() == [2]
-    assert "has 22 tokens; set it to 22" in wrong.output[0]

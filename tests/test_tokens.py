@@ -299,6 +299,30 @@ def test_all_ranks_pad_a_batch_to_the_same_length_and_resume_anywhere(texts: Pat
         assert not torch.equal(whole[0].views[0], whole[0].views[1])
 
 
+def test_equal_contents_share_a_group_also_where_the_cut_makes_them_equal(tmp_path: Path) -> None:
+    """The loss makes no negatives of samples that share a group."""
+    (tmp_path / "x.txt").write_text("the same and more\nthe same and less\nother\nthe same and more\n")
+    prepare_texts(tmp_path / "x.txt", tmp_path / "out", vocabulary_size=257)  # a token a byte
+    for max_tokens, groups in ((128, {0: 0, 1: 1, 2: 2, 3: 0}), (6, {0: 0, 1: 0, 2: 2, 3: 0})):
+        kind = of(tmp_path / "out", max_tokens=max_tokens)
+        loader = kind.loader(AugmentConfig(), seed=0, global_batch_size=4, world=World(), device="cpu")
+        batch = next(iter(loader.batches(0)))
+        assert batch.group_ids is not None
+        assert dict(zip(batch.sample_ids.tolist(), batch.group_ids.tolist(), strict=True)) == groups
+        loader.close()
+
+
+def test_a_folder_is_shown_and_verified(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from simclr_dist.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(texts), "--verify"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for words in ("taken: 300 texts", "300 in 4 classes, 0 without one", "every file is what was written"):
+        assert words in shown
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Views
 

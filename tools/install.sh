@@ -7,6 +7,7 @@ case ${1:-} in
 "" | -*)
     echo "usage: bash tools/install.sh FOLDER      a virtual environment, made there with everything in it"
     echo "PYTHON=python3.12 names another Python; SIMCLR_WITHOUT_FFCV=1 leaves out ffcv, which needs a compiler"
+    echo "TORCH=cpu takes torch's build without CUDA, some 200 MB in place of several GB; TORCH_INDEX=URL from elsewhere"
     case ${1:-} in -h | --help) exit 0 ;; *) exit 2 ;; esac
     ;;
 esac
@@ -18,6 +19,16 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
     echo "Name another one: make PYTHON=python3.12 …" >&2
     exit 2
 fi
+
+torch=${TORCH:-}
+torch_index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
+case $torch in
+"" | cpu) ;;
+*)
+    echo "TORCH=$torch: the one choice is TORCH=cpu, torch without CUDA; leave it out for the usual build" >&2
+    exit 2
+    ;;
+esac
 
 want_ffcv=1
 [ -z "${SIMCLR_WITHOUT_FFCV:-}" ] || want_ffcv=
@@ -84,8 +95,27 @@ fi
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --upgrade pip
-echo "installing Python packages (several GB with CUDA libraries; minutes the first time)"
-"$venv/bin/python" -m pip install --quiet -r requirements.lock
+lock=requirements.lock
+if [ "$torch" = cpu ]; then
+    lock=$venv/requirements.cpu.lock
+    grep -Ev '^(nvidia-|cuda-|triton==)' requirements.lock >"$lock"
+    echo "installing torch without CUDA from $torch_index"
+    # A version such as 2.15.0+cpu is what the lock asks for by 2.15.0.
+    # shellcheck disable=SC2046  # two words
+    "$venv/bin/python" -m pip install --quiet --no-deps --index-url "$torch_index" \
+        $(sed -nE 's/^(torch(vision)?==[^ ;]+).*/\1/p' requirements.lock) || {
+        echo "torch without CUDA cannot be had from $torch_index. Name another index, TORCH_INDEX=URL, or leave out" >&2
+        echo "TORCH=cpu: the usual build works without a GPU too, but brings several GB of CUDA libraries." >&2
+        exit 1
+    }
+    echo "installing Python packages (minutes the first time)"
+else
+    echo "installing Python packages (several GB with CUDA libraries; minutes the first time)"
+    if [ -z "$(ls /dev/nvidia[0-9]* 2>/dev/null)" ]; then
+        echo "no NVIDIA GPU here: make TORCH=cpu … would install torch without CUDA, some 200 MB in their place"
+    fi
+fi
+"$venv/bin/python" -m pip install --quiet -r "$lock"
 if [ -n "$want_ffcv" ]; then
     # Without dependencies: ffcv asks for opencv-python, which needs libGL; the headless build in the lock serves.
     "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation ffcv==1.0.2

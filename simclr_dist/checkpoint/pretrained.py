@@ -11,7 +11,7 @@ from typing import Any, Literal
 from simclr_dist.checkpoint.files import Checkpoint, check_names
 from simclr_dist.checkpoint.lineage import find_checkpoint
 from simclr_dist.checkpoint.weights import fit, is_ours, open_weights
-from simclr_dist.config import IMAGES, LARGEST_SIDE, SMALLEST_SIDE, Config, ModelConfig, parse_config
+from simclr_dist.config import HUGGING_FACE, IMAGES, LARGEST_SIDE, SMALLEST_SIDE, Config, ModelConfig, parse_config
 from simclr_dist.config.schema import IMAGES_OF_PAIRS, TokensConfig
 from simclr_dist.errors import ConfigError
 from simclr_dist.network import guess
@@ -91,7 +91,7 @@ def checkpoint_of(source: Source, warn: Callable[[str], None]) -> Checkpoint | N
     return find_checkpoint(source, warn)
 
 
-def of_images(model: SimCLR, checkpoint: Checkpoint, what: str) -> tuple[SimCLR, Checkpoint]:
+def images_alone(model: SimCLR, checkpoint: Checkpoint, what: str) -> tuple[SimCLR, Checkpoint]:
     """The encoder of images, as if there had been no texts beside them in training.
 
     Raises ConfigError where it was trained on something else. what: knows images only.
@@ -146,6 +146,13 @@ def _config_of(weights: Weights, source: ForeignEncoder) -> Config:
     encoder = source.encoder or weights.encoder
     if encoder is None:
         raise ConfigError([f"{source.path}: of which encoder? Name it with --encoder NAME{guess.hint(weights)}"])
+    if encoder.startswith(HUGGING_FACE):
+        raise ConfigError(
+            [
+                f"{source.path}: is an encoder of tokens, and what they mean is known to runs only: begin one with "
+                f"model.encoder={encoder}"
+            ]
+        )
     size = source.image_size or weights.image_size or USUAL_SIZE
     settings: dict[str, Any] = {
         "name": re.sub(r"[^A-Za-z0-9._-]+", "_", Path(source.path).stem).lstrip("._-")[:64] or "weights",

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from simclr_dist import __version__
 from simclr_dist.argument_types import Parser
 from simclr_dist.cli import (
+    assemble,
     config,
     demo,
     doctor,
@@ -50,6 +51,7 @@ STOPPED = 75  # saved, to be continued, as the launcher says it (EX_TEMPFAIL)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """`simclr-dist`, with the kinds and encoders that this process has registered. Ends it with an exit code."""
     args = parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: its encoding may lack some letters
@@ -84,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (
         prepare,
+        assemble,
         inspect,
         evaluate,
         verdict,

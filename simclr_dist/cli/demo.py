@@ -18,6 +18,8 @@ from simclr_dist.config import load_config
 from simclr_dist.run.layout import NUMBER, RunDir, is_a, read_records
 from simclr_dist.run.status import read_status
 
+UNTRAINED_TRAIN = 5_000  # for the encoder before training: with 10,000 test images, a quarter of the work
+
 
 def register(commands: Commands) -> None:
     demo = add_command(
@@ -73,7 +75,9 @@ def _show_scores(run_dir: Path) -> None:
     """In this process, which has imported torch already. The second evaluation finds the features of the first."""
     from simclr_dist.evaluation.offline import evaluate
 
-    score = partial(evaluate, run_dir, baselines=True, device=choose_device(None), say=say)
+    score = partial(
+        evaluate, run_dir, baselines=True, untrained_train=UNTRAINED_TRAIN, device=choose_device(None), say=say
+    )
     (knn, facts), (linear, _) = score(method="knn"), score(method="linear")
     print_table(
         "",

@@ -69,7 +69,8 @@ def _run_embed(args: argparse.Namespace) -> int:
     )
     save_embeddings(args.out, embeddings)
     n, width = embeddings.h.shape
-    print(f"{args.out}: {n} images, h of width {width}, seen at {embeddings.image_size} px")
+    seen = f"{n} images, h of width {width}, seen at {embeddings.image_size} px"
+    print(f"{args.out}: {seen if embeddings.image_size else f'{n} samples, h of width {width}'}")
     return 0
 
 
@@ -87,5 +88,5 @@ def _run_neighbours(args: argparse.Namespace) -> int:
         print(json.dumps([asdict(neighbour) for neighbour in found]))
         return 0
     rows = [(neighbour.name, f"{neighbour.similarity:.4f}", neighbour.class_name or "") for neighbour in found]
-    print_table(f"nearest to {args.query}", ("image", "cosine", "class"), rows)
+    print_table(f"nearest to {args.query}", ("image" if embeddings.image_size else "sample", "cosine", "class"), rows)
     return 0

@@ -9,7 +9,7 @@ from simclr_dist.argument_types import share
 from simclr_dist.cli.arguments import Commands, add_command, add_source_arguments, source_of
 from simclr_dist.cli.terminal import say
 
-FORMATS = ("torchvision", "safetensors", "onnx", "timm", "hf")
+FORMATS = ("torchvision", "safetensors", "onnx", "timm", "hf", "sentence-transformers")
 
 
 def register(commands: Commands) -> None:
@@ -26,7 +26,9 @@ def register(commands: Commands) -> None:
             "onnx          a graph from normalised images [n, 3, H, W] to h [n, D], n free, H and W where the network\n"
             "              allows it; needs the extra `export`\n"
             "timm          a folder for timm.create_model('local-dir:…', pretrained=True); needs the extra `timm`\n"
-            "hf            a folder for transformers' AutoModel and AutoImageProcessor; needs the extra `hf`\n\n"
+            "hf            a folder for transformers' AutoModel and AutoImageProcessor; of texts,\n"
+            "              AutoTokenizer; needs the extra `hf`\n"
+            "sentence-transformers   a folder for SentenceTransformer, of an encoder of texts from hf/FOLDER\n\n"
             "--push-to-hub uploads the files and the card, and nothing else, with the token of `hf auth login` or\n"
             "HF_TOKEN. The repository is private unless --public is given."
         ),
@@ -42,7 +44,7 @@ def register(commands: Commands) -> None:
         "--out",
         metavar="PATH",
         type=Path,
-        help="default: RUN/export/encoder.pt, .safetensors or .onnx, RUN/export/timm or hf",
+        help="default: RUN/export/encoder.pt, .safetensors or .onnx, RUN/export/timm, hf or sentence_transformers",
     )
     parser.add_argument("--license", default="unspecified", help="for the model card, e.g. apache-2.0 or cc-by-4.0")
     parser.add_argument(
@@ -59,6 +61,7 @@ def register(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from simclr_dist.checkpoint.pretrained import checkpoint_of
+    from simclr_dist.config import IMAGES
     from simclr_dist.data.decode.crops import EVALUATION_SHARE
     from simclr_dist.errors import ExportError
     from simclr_dist.evaluation.offline import crop_share_of, known_accuracy
@@ -69,7 +72,8 @@ def _run(args: argparse.Namespace) -> int:
     checkpoint, out, crop_share = checkpoint_of(source, say), args.out, args.crop
     if checkpoint is not None:
         source, out = checkpoint, out or RunDir.of_checkpoint(checkpoint.path).export / name
-        crop_share = crop_share or crop_share_of(checkpoint, args.image_size, say)
+        if checkpoint.config.data.kind == IMAGES:
+            crop_share = crop_share or crop_share_of(checkpoint, args.image_size, say)
     if out is None:
         raise ExportError(f"{args.source}: is of no run, so name the file to write with --out")
     exported = export(

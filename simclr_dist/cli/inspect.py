@@ -1,4 +1,4 @@
-"""`simclr-dist inspect`: what a .beton file holds, or a file of weights."""
+"""`simclr-dist inspect`: what a .beton file, a token folder or a file of weights holds."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from simclr_dist.cli.arguments import Commands, add_command
+from simclr_dist.data.tokens.folder import is_token_folder
 
 if TYPE_CHECKING:
     from simclr_dist.data.loading.inspect import Inspection
@@ -19,18 +20,46 @@ def register(commands: Commands) -> None:
         commands,
         "inspect",
         _run,
-        help="show what a .beton file or a file of weights holds, and check it",
+        help="show what .beton files, a token folder or a file of weights hold, and check it",
         description=(
-            "Show what a .beton file holds. Of weights (a file, a folder as model hubs have it, a run): which encoder\n"
+            "Show what a .beton file holds, or many as one data set (a folder, a pattern), or a token folder.\n"
+            "Of weights (a file, a folder as model hubs have it, a run): which encoder\n"
             "takes them, and under which names they lie."
         ),
     )
     inspect.add_argument("file", metavar="FILE", type=Path)
-    inspect.add_argument("--verify", action="store_true", help="also decode every image and compare the content")
+    inspect.add_argument("--verify", action="store_true", help="also read all of it and compare the content")
 
 
 def _run(args: argparse.Namespace) -> int:
-    return _run_beton(args) if args.file.suffix == ".beton" or not _is_of_weights(args.file) else _run_weights(args)
+    from simclr_dist.data.beton.shard_files import names_beton
+
+    if is_token_folder(args.file):
+        return _run_tokens(args)
+    is_beton = names_beton(args.file) or not _is_of_weights(args.file)
+    return _run_beton(args) if is_beton else _run_weights(args)
+
+
+def _run_tokens(args: argparse.Namespace) -> int:
+    from simclr_dist.data.tokens.folder import open_tokens
+    from simclr_dist.safe_text import printable
+
+    found = open_tokens(args.file)
+    vocabulary, lengths, unlabelled = found.vocabulary, found.lengths, int((found.labels < 0).sum())
+    sizes = f"{lengths.min():,} to {lengths.max():,}, mean {lengths.mean():,.1f}"
+    rows = {
+        "samples": f"{len(found):,} in {len(found.class_names):,} classes, {unlabelled:,} without one",
+        "tokens": f"{len(found.tokens):,}; of a sample {sizes}",
+        "vocabulary": f"{vocabulary.size:,} ({vocabulary.what}), digest {vocabulary.digest[:16]}",
+        "fingerprint": found.verified_fingerprint() if args.verify else found.fingerprint,
+    }
+    for line in found.account.lines():
+        print(printable(line))
+    for key, value in rows.items():
+        print(f"{key:12} {value}")
+    if args.verify:
+        print("verified     every file is what was written")
+    return 0
 
 
 def _is_of_weights(file: Path) -> bool:
@@ -65,17 +94,19 @@ def _run_beton(args: argparse.Namespace) -> int:
     for sample, reason in list((found.damaged or {}).items())[:20]:
         print(printable(f"damaged: sample {sample}: {reason}"), file=sys.stderr)
     if found.changed:
-        print(f"{printable(str(found.path))}: its pixels or labels have changed since it was written", file=sys.stderr)
+        print(
+            f"{printable(str(found.changed_file))}: its pixels or labels have changed since it was written",
+            file=sys.stderr,
+        )
     return 2 if found.damaged or found.changed else 0
 
 
 def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
-    from simclr_dist.data.beton.fit import prepared_for
-
     smallest, median, largest = found.sides
-    yield "file", f"{found.path}, {found.num_bytes / 1e6:,.1f} MB"
-    kept = found.sidecar.get("num_kept_jpeg", 0)
-    as_they_came = f", {kept:,} of them as they came;" if isinstance(kept, int) and kept else ","
+    several = f", {found.num_files:,} files" if found.num_files > 1 else ""
+    yield "file", f"{found.path}{several}, {found.num_bytes / 1e6:,.1f} MB"
+    kept = sum(n for n in (sidecar.get("num_kept_jpeg") for sidecar in found.sidecars) if isinstance(n, int))
+    as_they_came = f", {kept:,} of them as they came;" if kept else ","
     raw = found.num_samples - found.num_jpeg
     yield "images", f"{found.num_samples:,} ({found.num_jpeg:,} JPEG{as_they_came} {raw:,} raw)"
     if found.kept is not None:
@@ -83,9 +114,9 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "mean", " ".join(f"{x:.6g}" for x in found.kept.mean) + f" (1 is {found.kept.largest})"
         yield "std", " ".join(f"{x:.6g}" for x in found.kept.std)
     yield "longer side", f"{smallest} to {largest} px, median {median}"
-    if (side := prepared_for(found.sidecar)) is not None:
-        max_side, quality, shrunk = (found.sidecar.get(key) for key in ("max_side", "quality_of_shrunk", "num_shrunk"))
-        yield "made for", f"views of {side} px: {shrunk} images shrunk to {max_side} px, JPEG quality {quality}"
+    for line in dict.fromkeys(_made_for(sidecar) for sidecar in found.sidecars):
+        if line:
+            yield "made for", line
     classes = ", ".join(f"{n} {c}" for n, c in zip(found.class_names[:20], found.class_counts, strict=False))
     more = f" … ({len(found.class_names)} in all)" if len(found.class_names) > 20 else ""
     yield "classes", classes + more
@@ -98,3 +129,12 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "decoded", f"{found.num_samples - len(found.damaged):,} well"
     as_written = {None: "cannot be compared: not made by `simclr-dist prepare`", True: "CHANGED", False: "as written"}
     yield "content", as_written[found.changed]
+
+
+def _made_for(sidecar: dict[str, Any]) -> str:
+    from simclr_dist.data.beton.fit import prepared_for
+
+    if (side := prepared_for(sidecar)) is None:
+        return ""
+    max_side, quality, shrunk = (sidecar.get(key) for key in ("max_side", "quality_of_shrunk", "num_shrunk"))
+    return f"views of {side} px: {shrunk} images shrunk to {max_side} px, JPEG quality {quality}"

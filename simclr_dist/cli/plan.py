@@ -7,13 +7,13 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simclr_dist.argument_types import positive_float, positive_int
 from simclr_dist.cli.arguments import Commands, add_command
 from simclr_dist.config import IMAGES, load_config
 from simclr_dist.errors import ConfigError
+from simclr_dist.source_text import lines, missing
 
 if TYPE_CHECKING:
     from simclr_dist.plan.forecast import Forecast
@@ -58,6 +58,8 @@ def _run(args: argparse.Namespace) -> int:
     tell("importing torch")
     import torch
 
+    from simclr_dist.data.beton.shard_set import sizes_of_places
+    from simclr_dist.data.mix import MixedOrder
     from simclr_dist.kinds import kind_of
     from simclr_dist.plan.forecast import Speed, forecast
     from simclr_dist.plan.measure import measure_loader, measure_step
@@ -69,17 +71,19 @@ def _run(args: argparse.Namespace) -> int:
     device_type = "cuda" if args.gpus or here else "cpu"
     config = settled(load_config(args.config, args.overrides, world_size=world_size, check_data=False))
     data, train, kind = config.data, config.train, kind_of(config.data)
-    data_is_here = data.kind != IMAGES or data.train == "synthetic" or Path(data.train).exists()
+    data_is_here = data.kind != IMAGES or data.train == "synthetic" or missing(data.train) is None
     if not args.images and not data_is_here:
-        raise ConfigError([f"data.train: {data.train} is not here; say how many images it holds with --images"])
+        raise ConfigError([f"data.train: {data.train} is not here; say how many {kind.noun}s it holds with --images"])
     num_images = args.images or kind.describe(data.train).num_samples
     if num_images < train.global_batch_size:
-        raise ConfigError([f"train.global_batch_size: {train.global_batch_size} is more than the {num_images} images"])
+        raise ConfigError(
+            [f"train.global_batch_size: {train.global_batch_size} is more than the {num_images} {kind.noun}s"]
+        )
     network_facts(config)  # refuses what the network cannot take
     speed, step = Speed(args.images_per_s), None
     if args.measure:
         images = train.global_batch_size // world_size
-        tell(f"measuring steps of {images} images")
+        tell(f"measuring steps of {images} {kind.noun}s")
         step = measure_step(
             augment=config.augment,
             model=config.model,
@@ -125,30 +129,36 @@ def _run(args: argparse.Namespace) -> int:
         }
         print(json.dumps(values, indent=1))
     else:
-        rows = [*render(found, bottleneck, step)]
+        rows = [*render(found, bottleneck, step, kind.noun)]
+        if data.mix is not None and data_is_here:
+            order = MixedOrder(sizes_of_places(data.train), data.mix, train.global_batch_size, config.seed)
+            rows += [("mix", line) for line in order.sentences(lines(data.train), found.num_steps)]
         if (size := config.evaluation_data.image_size) != data.image_size:
             rows.append(("evaluations", f"see images of {size} px; views are of {data.image_size} px"))
         print("\n".join(f"{key:15} {text}".rstrip() for key, text in rows))
     return 0
 
 
-def render(found: Forecast, bottleneck: str, step: MeasuredStep | None) -> Iterator[tuple[str, str]]:
+def render(
+    found: Forecast, bottleneck: str, step: MeasuredStep | None, noun: str = "image"
+) -> Iterator[tuple[str, str]]:
+    """Rows of a name and a text. noun: what a sample is called."""
     memory, speed = found.memory, found.speed
     yield (
         "devices",
-        f"{found.num_devices} x {found.device_type}, {found.batch_size_per_device} images in {found.num_views} views "
+        f"{found.num_devices} x {found.device_type}, {found.batch_size_per_device} {noun}s in {found.num_views} views "
         "each a step",
     )
     yield "precision", found.precision
     yield "global batch", f"{found.global_batch_size:,}, peak learning rate {found.peak_learning_rate:.4g}"
     for number, rates in enumerate(found.layer_rates):
         yield "" if number else "rates by layer", rates
-    yield "steps", f"{found.num_steps:,} ({found.steps_per_epoch:,} an epoch of {found.num_images:,} images)"
+    yield "steps", f"{found.num_steps:,} ({found.steps_per_epoch:,} an epoch of {found.num_images:,} {noun}s)"
     yield "parameters", f"{found.num_parameters:,}"
     parts = ", ".join(f"{name} {size_of(value)}" for name, value in vars(memory).items())
     yield "device memory", f"{size_of(memory.total)}: {parts}"
     if step and step.peak_bytes is not None:
-        yield "", f"a step of {step.images} images was measured to hold {size_of(step.peak_bytes)}"
+        yield "", f"a step of {step.images} {noun}s was measured to hold {size_of(step.peak_bytes)}"
     yield "host memory", f"{size_of(found.loader_bytes)} of batches decoded ahead, a process"
     yield (
         "page cache",
@@ -160,10 +170,11 @@ def render(found: Forecast, bottleneck: str, step: MeasuredStep | None) -> Itera
         for name, num_bytes in traffic_by_part(found).items():
             yield "", f"  {name}: {size_of(num_bytes)}"
     if speed.device:
-        how = f" (measured here, {step.images} images a step)" if step else " (given)"
-        yield "speed", f"{speed.device:,.0f} images/s a device{how}"
+        how = f" (measured here, {step.images} {noun}s a step)" if step else " (given)"
+        yield "speed", f"{speed.device:,.0f} {noun}s/s a device{how}"
     if speed.loader:
-        yield "", f"{speed.loader:,.0f} images/s decoded by a process of this machine (measured)"
+        made = "decoded" if noun == "image" else "read"
+        yield "", f"{speed.loader:,.0f} {noun}s/s {made} by a process of this machine (measured)"
     if found.hours is not None:
         yield "time", hours(found.hours)
     yield "bottleneck", bottleneck

@@ -158,7 +158,7 @@ def _prepare_tokens(args: argparse.Namespace) -> int:
         print(printable(line))
     print(
         printable(
-            f"{info.path}: {info.account.taken:,} {info.account.noun}s in {len(info.class_names)} classes, "
+            f"{info.path}: {info.account.taken:,} {info.account.noun}s {_in_classes(info.class_names)}, "
             f"{info.num_tokens:,} tokens, the longest had {info.longest:,}; {info.seconds:.1f} s"
         )
     )
@@ -214,6 +214,10 @@ def _prepare_pairs(args: argparse.Namespace, common: dict[str, Any]) -> int:
         )
     print(f"  for your configuration: data.kind: {args.kind}, {vocabulary}: {info.vocabulary_size}")
     return 0
+
+
+def _in_classes(names: Sequence[str]) -> str:
+    return f"in {len(names)} class{'es' if len(names) > 1 else ''}" if names else "without classes"
 
 
 def _run_prepare(args: argparse.Namespace) -> int:
@@ -292,7 +296,7 @@ def _summary(info: PreparedInfo) -> Iterator[str]:
     yield from info.account.lines()
     rate = info.num_samples / max(info.seconds, 1e-9)
     yield (
-        f"{info.path}: {info.num_samples:,} images in {len(info.class_names)} classes, "
+        f"{info.path}: {info.num_samples:,} images {_in_classes(info.class_names)}, "
         f"{info.num_bytes / 1e6:,.1f} MB, {rate:,.0f} images/s"
     )
     if info.kept is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from simclr_dist.cli.prepare import prepare_with_progress
 from simclr_dist.config import Config
 from simclr_dist.data.account import SourceOptions
+from simclr_dist.data.beton.shard_files import names_beton
 from simclr_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def _look(args: argparse.Namespace, out: Path) -> Images:
     from simclr_dist.data.sources.open import open_source
 
     options = SourceOptions.from_arguments(args)
-    if args.source.endswith(".beton"):
+    if names_beton(args.source):
         if source_options(args):
             raise DataError(
                 f"{args.source}: is a .beton file already; how images are read was said when it was prepared"
@@ -88,9 +89,9 @@ def _look(args: argparse.Namespace, out: Path) -> Images:
 def _beton(path: str) -> tuple[Prepared, int]:
     import numpy as np
 
-    from simclr_dist.data.beton.reader import open_beton
+    from simclr_dist.data.beton.shard_set import open_data
 
-    with open_beton(path) as beton:
+    with open_data(path) as beton:
         sides = np.minimum(beton.images["height"], beton.images["width"])
         labelled = beton.labels[beton.labels >= 0]
         train = Prepared(path, Path(path), None, beton.num_samples, len(np.unique(labelled)))
@@ -133,7 +134,7 @@ def _with_labelled_test(args: argparse.Namespace, out: Path, train: Prepared, si
         return Images(train, None, side, f"none ({why})")
     if train.num_classes < 2:
         raise DataError(f"--test {args.test}: evaluations need two classes or more in {args.source}, too")
-    if args.test.endswith(".beton"):
+    if names_beton(args.test):
         test = _beton(args.test)[0]
     else:
         classes_from = str(train.path) if train.options is None else None

@@ -1,6 +1,7 @@
 """What to learn: the configuration of a run, read from YAML and `key=value`, checked before anything starts."""
 
 from simclr_dist.config.schema import (
+    HUGGING_FACE,
     IMAGE_TEXT,
     IMAGES,
     LARGEST_SIDE,
@@ -35,6 +36,7 @@ from simclr_dist.config.yaml_source import compose_config, load_config, load_sec
 from simclr_dist.errors import ConfigError
 
 __all__ = [
+    "HUGGING_FACE",
     "IMAGES",
     "IMAGE_TEXT",
     "LARGEST_SIDE",

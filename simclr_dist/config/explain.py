@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from simclr_dist.config.schema import IMAGES, Config, Section
+from simclr_dist.source_text import missing
 
 KeyPath = tuple[str, ...]
 
@@ -53,11 +54,12 @@ def cross_checks(
     if check_data and get("data", "kind") in (None, IMAGES):  # what others name, only they know
         for keys in (("data", "train"), ("data", "test"), ("evaluation", "train")):
             source = get(*keys)
-            if isinstance(source, str) and source != "synthetic" and not Path(source).exists():
-                problems.append(
-                    f"{_place(keys, origins, path)}: {'.'.join(keys)}: {source} does not exist; "
-                    f"make it with `simclr-dist prepare SOURCE {source}`"
-                )
+            for name in source if isinstance(source, list) else [source]:
+                if isinstance(name, str) and name != "synthetic" and (gone := missing(name)) is not None:
+                    problems.append(
+                        f"{_place(keys, origins, path)}: {'.'.join(keys)}: {gone} does not exist; "
+                        f"make it with `simclr-dist prepare SOURCE {gone}`"
+                    )
     return problems
 
 

@@ -13,17 +13,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticKnownError
 
 from simclr_dist.pixel_format import MOST_CHANNELS, RGB, PixelFormat
+from simclr_dist.source_text import SourceText, lines, source_text
 
 BASE = "_base_"
 """The key under which a file names those that it begins from (yaml_source.py)."""
@@ -42,6 +47,8 @@ PIXELS = ("channels", "bits", "rgb", "mean", "std")
 """The settings of `data` that say what pixels are."""
 IMAGES_OF_PAIRS = "images.beton"
 """In a folder of images with texts."""
+HUGGING_FACE = "hf/"
+"""`model.encoder: hf/FOLDER`."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -52,6 +59,14 @@ Count = Annotated[int, Field(ge=1)]
 SMALLEST_SIDE, LARGEST_SIDE = 8, 1024
 Side = Annotated[int, Field(ge=SMALLEST_SIDE, le=LARGEST_SIDE)]
 Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
+Source = Annotated[
+    str,
+    BeforeValidator(lambda given: source_text(given) if isinstance(given, list | tuple) else given),
+    AfterValidator(SourceText),
+    PlainSerializer(lambda text: lines(text) if "\n" in text else str(text), return_type=str | list[str]),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+]
+"""A text with a line for each place. Written, and read, as a list where there are several."""
 Precision = Literal["fp32", "bf16", "fp16"]
 PrecisionSetting = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -82,15 +97,18 @@ class TokensConfig(Section):
 
 
 class DataConfig(Section):
+    """What is trained on, and how it is read."""
+
     kind: str = Field(
         "images",
         description="What is trained on: `images`, `text`, `proteins`, `image_text`, `text_pairs`, or a kind that a "
         "script of yours registers.",
     )
-    train: str = Field(
-        description="A .beton file, an image folder, or `synthetic`; of other kinds the folder that `prepare` wrote."
+    train: Source = Field(
+        description="A .beton file, several (a list, a folder of them, a pattern), an image folder, or `synthetic`; of "
+        "others the folder that `prepare` wrote."
     )
-    test: str | None = Field(None, description="Held-out images for kNN during training; same kinds as `train`.")
+    test: Source | None = Field(None, description="Held-out images for kNN during training; same kinds as `train`.")
     loader: Literal["auto", "ffcv", "folder", "synthetic"] = Field(
         "auto", description="`auto`: by the kind of `train`; a .beton file needs ffcv."
     )
@@ -102,6 +120,9 @@ class DataConfig(Section):
     )
     order: Literal["random", "page_local"] = Field(
         "random", description="`page_local`: near places of the file together, for files larger than memory."
+    )
+    mix: tuple[Positive, ...] | None = Field(
+        None, description="Weights of the places that `train` lists: shares of the images drawn; null: each image once."
     )
     num_threads: Count | None = Field(None, description="Decoding threads a process; null: its share of the CPUs.")
     batches_ahead: Annotated[int, Field(ge=1, le=16)] = Field(2, description="Batches decoded ahead of the step.")
@@ -158,10 +179,22 @@ class DataConfig(Section):
         usual = (RGB.mean, RGB.std) if rgb else (zeros, ones)
         return PixelFormat(self.channels, self.bits or 8, rgb, self.mean or usual[0], self.std or usual[1])
 
-    @field_validator("mean", "std", mode="before")
+    @field_validator("mix", "mean", "std", mode="before")
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _mix_fits(self) -> DataConfig:
+        places = lines(self.train)
+        if self.mix is not None and len(self.mix) != len(places):
+            raise ValueError(
+                f"data.mix has {len(self.mix)} weights, but data.train lists {len(places)} "
+                f"place{'s' if len(places) != 1 else ''}: it takes one weight for each of a list"
+            )
+        if self.mix is not None and self.order != "random":
+            raise ValueError(f"data.mix draws from sources in random order: set data.order to random, not {self.order}")
+        return self
 
     @field_validator("image_size", mode="wrap")
     @classmethod
@@ -192,9 +225,11 @@ class AugmentConfig(Section):
 
 
 class ModelConfig(Section):
+    """Encoder and projection head."""
+
     encoder: str = Field(
         description="torchvision's networks by name, timm's as `timm/NAME`, `resnet_small`; of tokens, "
-        "`transformer_small`."
+        "`transformer_small`, or a local folder of transformers as `hf/FOLDER`."
     )
     image_size: Count | None = Field(None, description="Side that a ViT is built for; null: data.image_size.")
     channels: Channels = Field(3, description="What the first layer takes; from data.channels: leave it out.")
@@ -222,13 +257,21 @@ class ModelConfig(Section):
     weights: str | None = Field(
         None,
         description="Weights to start from: a file, a folder or a run of whatever origin, `pretrained`: those that the "
-        "encoder's library publishes; null: random ones. See docs/guides/starting_from_weights.md.",
+        "encoder's library publishes, of `hf/FOLDER` the folder's own, where it is the default; null: random ones. See "
+        "docs/guides/starting_from_weights.md.",
     )
     weights_partial: bool = Field(False, description="Also start from weights of a part of the encoder only.")
     freeze: tuple[str, ...] = Field((), description="Patterns of parameters that are not trained: `encoder.layer1.*`.")
     text: ModelConfig | None = Field(
         None, description="Of data.kind=image_text: the encoder of texts and its head, with the settings of `model`."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_folder_has_weights(cls, values: Any) -> Any:
+        if isinstance(values, dict) and str(values.get("encoder", "")).startswith(HUGGING_FACE):
+            return {"weights": "pretrained", **values}
+        return values
 
     @field_validator("freeze", mode="before")
     @classmethod
@@ -259,6 +302,8 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
+    """The contrastive loss over the global batch."""
+
     kind: Literal["nt_xent", "dcl", "supcon"] = Field(
         "nt_xent", description="`dcl`: the positive is not in the denominator; `supcon`: data.train's labels decide."
     )
@@ -278,6 +323,8 @@ class LossConfig(Section):
 
 
 class OptimConfig(Section):
+    """Optimiser, learning rate and weight decay."""
+
     optimizer: Literal["lars", "sgd", "adam", "adamw", "muon"] = Field(
         "lars", description="`muon`: for the weights of linear layers and convolutions; AdamW for the rest."
     )
@@ -314,6 +361,8 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
+    """How much is trained, and how a step is computed."""
+
     global_batch_size: Annotated[int, Field(ge=2)] = Field(description="G: images a step, over all devices.")
     micro_batch_size: Count | None = Field(
         None, description="Images a device holds activations of at once; null: all of its share (see docs)."
@@ -343,7 +392,9 @@ class TrainConfig(Section):
 
 
 class EvaluationConfig(Section):
-    train: str | None = Field(
+    """How good the encoder is: while training, and by `simclr-dist evaluate` afterwards."""
+
+    train: Source | None = Field(
         None, description="Labelled images for kNN's bank and `evaluate`, where data.train has none; null: data.train."
     )
     image_size: Side | None = Field(
@@ -363,6 +414,8 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """When a run is saved, and which checkpoints stay."""
+
     every_steps: Count | None = Field(None, description="Save at every n-th step.")
     every_epochs: Count | None = Field(None, description="Save at every n-th epoch's end.")
     every_min: Positive | None = Field(10.0, description="Save when this many minutes have passed.")
@@ -375,6 +428,8 @@ class CheckpointConfig(Section):
 
 
 class MonitorConfig(Section):
+    """What is shown and written down of a run."""
+
     log_every_steps: Count = 10
     image_pairs: Annotated[int, Field(ge=0, le=64)] = Field(16, description="Augmented pairs shown; 0: none.")
     health_every_steps: Count | None = Field(
@@ -410,6 +465,8 @@ class TimeoutConfig(Section):
 
 
 class Config(Section):
+    """Everything about a run."""
+
     name: Annotated[str, Field(pattern=NAME_PATTERN, description="The run's folder under `runs_dir`.")]
     runs_dir: str = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -572,6 +629,7 @@ class Config(Section):
             "augment": (self.augment, AugmentConfig()),
             "data.loader": (self.data.loader, "auto"),
             "data.order": (self.data.order, "random"),
+            "data.mix": (self.data.mix, None),
             "model.image_size": (self.model.image_size, None),
             "evaluation.image_size": (self.evaluation.image_size, None),
             "model.first_layer": (self.model.first_layer, "random"),

@@ -224,13 +224,17 @@ def _expand_paths(values: dict[str, Any], reader: _Reader) -> None:
         for key in key_path[:-1]:
             section = section.get(key) if isinstance(section, dict) else None
         written = section.get(key_path[-1]) if isinstance(section, dict) else None
-        if not isinstance(written, str) or not re.search(r"^~|\$", written):
-            continue
-        try:
-            section[key_path[-1]] = _expanded(written)
-        except KeyError as error:
-            where = reader.origins.get(key_path, "the configuration")
-            reader.problems.append(f"{where}: {'.'.join(key_path)}: {written}: {error.args[0]}")
+        names = written if isinstance(written, list) else [written]
+        for i, name in enumerate(names):
+            if not isinstance(name, str) or not re.search(r"^~|\$", name):
+                continue
+            try:
+                names[i] = _expanded(name)
+            except KeyError as error:
+                where = reader.origins.get(key_path, "the configuration")
+                reader.problems.append(f"{where}: {'.'.join(key_path)}: {name}: {error.args[0]}")
+        if isinstance(written, str):
+            section[key_path[-1]] = names[0]
 
 
 def _expanded(written: str) -> str:

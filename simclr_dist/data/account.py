@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -131,6 +131,26 @@ class Account:
             **groups,
             noun=str(content.get("noun", "image")),
         )
+
+
+def together(accounts: Sequence[Account], source: str, layout: str) -> Account:
+    """One account of several sources; what was left out of them for the same reason is counted together."""
+
+    def joined(groups: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
+        found: dict[str, LeftOut] = {}
+        for group in groups:
+            before = found.get(group.reason, LeftOut(group.reason, 0, ()))
+            names = (*before.names, *group.names)[:NAMES_SHOWN]
+            found[group.reason] = LeftOut(group.reason, before.count + group.count, names)
+        return tuple(found.values())
+
+    return Account(
+        source,
+        layout,
+        sum(account.taken for account in accounts),
+        joined(group for account in accounts for group in account.left_out),
+        joined(group for account in accounts for group in account.notes),
+    )
 
 
 def _line(group: LeftOut) -> str:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Batch:
     """V cropped and flipped views of B images; colour comes later, on the device.
 
-    views: uint8 [V, B, H, W, 3]; view 0 of all images, then view 1, and so on.
+    views: uint8 [V, B, H, W, 3], of other channels and depths [V, B, H, W, C], uint8 or uint16; view 0 of
+        all images, then view 1, and so on.
     sample_ids: int64 [B], the images' numbers in their dataset.
     labels: int64 [B], -1 where there is none; only SupCon uses them.
     group_ids: int64 [B], the same for samples of equal content, captions of one image, and the like: the loss makes

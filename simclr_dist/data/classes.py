@@ -42,13 +42,10 @@ def match_classes(
     train, test: the sources, for messages. Raises DataError.
     """
     for source, names in ((train, train_names), (test, test_names)):
-        if twice := sorted(name for name, count in Counter(names).items() if count > 1):
-            raise DataError(f"{source}: two of its classes have the same name: {_few(twice)}")
+        _refuse_same_names(source, names)
     for source, names, labels in ((train, train_names, train_labels), (test, test_names, test_labels)):
-        if labels is not None and len(labels) and int(labels.max()) >= len(names):
-            raise DataError(
-                f"{source}: has label {int(labels.max())}, but names only {len(names)} classes; prepare it again"
-            )
+        if labels is not None:
+            check_labels(source, names, labels)
     if train_labels is not None:
         has_images = np.bincount(train_labels[train_labels >= 0], minlength=len(train_names)) > 0
     else:
@@ -72,6 +69,56 @@ def match_classes(
     elif tuple(train_names) != tuple(test_names):
         sentence = f"{test} numbers its classes in another order than {train}; they are matched by name"
     return ClassMap(np.array([number.get(name, -1) for name in test_names], np.int64), sentence)
+
+
+@dataclass(frozen=True)
+class ClassUnion:
+    """The classes of several files that are one data set. maps: from each file's class numbers to those of all."""
+
+    names: tuple[str, ...]
+    maps: tuple[ClassMap, ...]
+    sentence: str
+    """How they fit, for people; empty where all files have the same."""
+
+
+def union_of_classes(files: Sequence[tuple[str, Sequence[str], bool]]) -> ClassUnion:
+    """files: of each its name, the names of its classes, and whether somebody has named them: else they are numbers.
+
+    Classes are numbered as they come, from the first file on. Raises DataError where they cannot be told by name.
+    """
+    named = [source for source, names, is_named in files if is_named and names]
+    unnamed = [source for source, _, is_named in files if not is_named]
+    if named and unnamed:
+        raise DataError(
+            f"{unnamed[0]}: its classes have no names, and those of {named[0]} have: classes of several files are "
+            "compared by name. Put the JSON file with its class names beside it, or prepare it again"
+        )
+    numbers: dict[str, int] = {}
+    for source, names, _ in files:
+        _refuse_same_names(source, names)
+        for name in names:
+            numbers.setdefault(name, len(numbers))
+    union = tuple(numbers)
+    maps: dict[tuple[str, ...], ClassMap] = {}
+    for _, names, _ in files:
+        if tuple(names) not in maps:
+            maps[tuple(names)] = ClassMap(np.array([numbers[name] for name in names], np.int64), "")
+    same = unnamed or all(tuple(names) in ((), union) for _, names, _ in files)
+    sentence = "" if same else f"they name their classes differently and are matched by name: {len(union)} in all"
+    return ClassUnion(union, tuple(maps[tuple(names)] for _, names, _ in files), sentence)
+
+
+def check_labels(source: str, names: Sequence[str], labels: NDArray[np.int64]) -> None:
+    """Raises DataError where a label has no name."""
+    if len(labels) and int(labels.max()) >= len(names):
+        raise DataError(
+            f"{source}: has label {int(labels.max())}, but names only {len(names)} classes; prepare it again"
+        )
+
+
+def _refuse_same_names(source: str, names: Sequence[str]) -> None:
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise DataError(f"{source}: two of its classes have the same name: {_few(twice)}")
 
 
 def draw_by_class(labels: NDArray[np.int64], most: int | None, seed: int) -> NDArray[np.int64]:

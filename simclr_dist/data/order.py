@@ -58,20 +58,22 @@ class Order:
         self.lengths = lengths
         self.length_window = length_window
         self.steps_per_epoch = num_samples // global_batch_size
+        self.left_out = num_samples % global_batch_size
+        """Samples of every epoch, other ones each time."""
         self._last: tuple[int, NDArray[np.int64]] | None = None
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
         """All n samples in the order of `epoch`. The last epoch asked for is kept in memory."""
         last = self._last
         if last is None or last[0] != epoch:
-            order = permutation(self.seed, epoch, _SAMPLES, self.num_samples)
-            if self.pages is not None:
-                order = self._by_window(order, self.pages, epoch)
-            if self.lengths is not None and self.length_window > 1:
-                order = self._by_length(order, self.lengths, epoch)
-            last = epoch, order
-            self._last = last
+            last = self._last = epoch, self._order_of(epoch)
         return last[1]
+
+    def epoch_of_draws(self, step: int) -> int:
+        """What stands for the epoch in the keys of the random draws at a step of the training: a sample that comes
+        again must come with another.
+        """
+        return step // self.steps_per_epoch
 
     def sample_ids(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> NDArray[np.int64]:
         """The samples [G/W] that `rank` reads at `step` (0 .. steps_per_epoch-1) of `epoch`."""
@@ -83,6 +85,14 @@ class Order:
         B = G // world_size
         start = step * G + rank * B
         return self.permutation(epoch)[start : start + B]
+
+    def _order_of(self, epoch: int) -> NDArray[np.int64]:
+        order = permutation(self.seed, epoch, _SAMPLES, self.num_samples)
+        if self.pages is not None:
+            order = self._by_window(order, self.pages, epoch)
+        if self.lengths is not None and self.length_window > 1:
+            order = self._by_length(order, self.lengths, epoch)
+        return order
 
     def _by_window(self, order: NDArray[np.int64], pages: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         names, page_of = np.unique(pages, return_inverse=True)

@@ -291,7 +291,7 @@ def examine_precision(setting: str, gpus: list[dict[str, Any]]) -> Iterator[Find
 def examine_config(
     path: str, overrides: Sequence[str], probe: dict[str, Any], tell: Callable[[str], None] = lambda _: None
 ) -> Iterator[Finding]:
-    from simclr_dist.config import IMAGES, load_config
+    from simclr_dist.config import load_config
     from simclr_dist.errors import ConfigError, DataError
 
     try:
@@ -301,7 +301,7 @@ def examine_config(
             yield Finding("problem", "configuration", problem)
         return
     yield Finding("ok", "configuration", f"{path}: {config.name}")
-    from simclr_dist.kinds import kind_of
+    from simclr_dist.kinds import is_built_in, kind_of
 
     try:
         config = config.with_data(kind_of(config.data).settled())
@@ -324,7 +324,7 @@ def examine_config(
         yield from guarded("precision", lambda: examine_precision(config.train.precision, gpus))
 
     yield from guarded("runs_dir", lambda: examine_folder("runs_dir", config.run_dir, 0))
-    if config.data.kind != IMAGES:
+    if not is_built_in(config.data.kind):
         own = f"not looked at: only your script knows data.kind={config.data.kind}; the training's start does it"
         yield Finding("ok", "before step 0", own)
     elif "version" in probe.get("torch", {}):

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 from simclr_dist.config import IMAGES
 from simclr_dist.data.beton.fit import remark_on_views
+from simclr_dist.data.beton.shard_files import names_beton
 from simclr_dist.data.decode.ffcv_import import codec, import_ffcv
 from simclr_dist.doctor.finding import Finding
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.kinds import kind_of
+from simclr_dist.source_text import missing
 
 if TYPE_CHECKING:
     from simclr_dist.config import DataConfig, EvaluationConfig
@@ -59,8 +61,8 @@ def examine_data(data: DataConfig, global_batch_size: int, labelled: str | None 
     for what, source in (("data.train", data.train), ("data.test", data.test), ("evaluation.train", labelled)):
         if source is None:
             continue
-        if data.kind == IMAGES and source != "synthetic" and not Path(source).exists():
-            yield Finding("problem", what, f"{source} does not exist", f"simclr-dist prepare SOURCE {source}")
+        if data.kind == IMAGES and source != "synthetic" and (gone := missing(source)) is not None:
+            yield Finding("problem", what, f"{gone} does not exist", f"simclr-dist prepare SOURCE {gone}")
             continue
         try:
             info = kind.describe(source)
@@ -94,7 +96,7 @@ def examine_source(source: str, options: SourceOptions) -> Iterator[Finding]:
     from simclr_dist.data.sources.open import open_source
 
     try:
-        is_beton = source.endswith(".beton")
+        is_beton = names_beton(source)
         account = describe(source).account if is_beton else open_source(source, with_class_names(options)).account
     except DataError as error:
         yield Finding("problem", "data", str(error))

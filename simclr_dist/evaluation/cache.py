@@ -37,12 +37,15 @@ def cache_key(
     signature: Mapping[str, Any],
     precision: str,
     dtype: str = "float32",
+    ids: NDArray[np.int64] | None = None,
 ) -> str:
     """A name for the features of one encoder on one dataset. encoder_digest: of `features.digest`. dtype: of h.
 
-    signature: Kind.input_signature.
+    signature: Kind.input_signature. ids: of the images; None: all.
     """
     more = [] if dtype == "float32" else [dtype]
+    if ids is not None:
+        more.append(hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=16).hexdigest())
     parts = json.dumps([1, encoder_digest, data_fingerprint, *signature.values(), precision, *more], sort_keys=True)
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 

@@ -71,7 +71,7 @@ def embed(
 
 
 def neighbours_of(embeddings: Embeddings, h: NDArray[np.float32], k: int) -> list[Neighbour]:
-    """The k images whose h is most similar to `h` [D] by cosine, most similar first; all of them if there are fewer."""
+    """The k samples whose h is most similar to `h` [D] by cosine, most similar first; all if there are fewer."""
     similarity, rows = nearest(torch.from_numpy(h)[None], torch.from_numpy(embeddings.h), min(k, len(embeddings.h)))
     return [
         Neighbour(embeddings.names[row], value, embeddings.class_names[label] if label >= 0 else None)
@@ -109,7 +109,7 @@ def query_embedding(
         with open(query, "rb") as file:
             image = _read(file, data.pixel_format, data.image_size)
     except (OSError, DataError) as error:
-        raise DataError(f"{query}: neither an embedded image's name nor a readable image: {error}") from None
+        raise DataError(f"{query}: neither the name of what was embedded nor a readable image: {error}") from None
     batch = (image[None], torch.tensor([-1]), torch.tensor([0]))
     to_input = kind_of(data).to_input
     features = extract_features(model.encoder.to(device), [batch], device=device, normalize=to_input)

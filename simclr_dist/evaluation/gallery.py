@@ -1,4 +1,4 @@
-"""What the encoder finds alike: its embedding in TensorBoard's projector, and nearest neighbours as pictures.
+"""What the encoder finds alike: its embedding in TensorBoard's projector, and nearest neighbours as people see them.
 
 The same samples every time, so that one sees neighbourhoods form.
 """
@@ -6,6 +6,7 @@ The same samples every time, so that one sees neighbourhoods form.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from simclr_dist.monitor.events import Embedding, Neighbours
 from simclr_dist.monitor.monitor import Monitor
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
+
+if TYPE_CHECKING:
+    from simclr_dist.kinds.kind import Shown
 
 SAMPLES = 1000
 QUERIES, NEIGHBOURS = 8, 8
@@ -54,16 +58,21 @@ def show_gallery(
         monitor.warn_once(sentence)
     if distributed.rank() != 0:
         return
-    pictures = None
-    if (shown := kind.show(source, features.sample_ids.numpy())) is not None:
-        pictures, found = shown
+    shown = None
+    if (to_look_at := kind.show(source, features.sample_ids.numpy())) is not None:
+        shown, found = to_look_at
         features = features[torch.isin(features.sample_ids, torch.from_numpy(found))]
     labels = [_class_of(label, info.class_names) for label in features.labels.tolist()]
-    monitor.show(Embedding(features.h, pictures, labels, samples_seen))
-    if pictures is None:
+    monitor.show(Embedding(features.h, shown, labels, samples_seen))
+    if shown is None:
         return
     queries = torch.arange(min(QUERIES, len(features))) * len(features) // min(QUERIES, len(features))
-    monitor.show(Neighbours(pictures[neighbour_rows(features.h, queries)], samples_seen))
+    monitor.show(Neighbours(in_rows(shown, neighbour_rows(features.h, queries)), samples_seen))
+
+
+def in_rows(shown: Shown, rows: Tensor) -> Tensor | list[list[str]]:
+    """Pictures or texts at row numbers int64 [q, 1 + k]."""
+    return shown[rows] if isinstance(shown, Tensor) else [[shown[i] for i in row] for row in rows.tolist()]
 
 
 def _class_of(label: int, names: Sequence[str]) -> str:

@@ -354,13 +354,17 @@ class _Curvature:
 def _add_slopes(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, loss: Tensor, slope: Tensor, bias_slope: Tensor
 ) -> None:
-    """Adds the cross-entropy of x [c, D] and its gradients: loss [], slope [D, C], bias_slope [C]."""
+    """Adds the cross-entropy of x [c, D] and its gradients: loss [], slope [D, C], bias_slope [C].
+
+    Both products have x as it lies and the few classes on the other side: with ten of them BLAS takes a third of the
+    time, or less, that it takes for x transposed.
+    """
     i = torch.arange(len(y), device=y.device)
-    residual = torch.addmm(bias, x, weight).log_softmax(dim=1)
+    residual = F.linear(x, weight.T.contiguous(), bias).log_softmax(dim=1)
     loss -= residual[i, y].sum(dtype=torch.float64)
     residual.exp_()
     residual[i, y] -= 1
-    slope += x.T @ residual
+    slope += (residual.T @ x).T
     bias_slope += residual.sum(dim=0, dtype=torch.float64)
 
 

@@ -70,16 +70,18 @@ def features_of(
     say: Say,
     keeping: Keeping | None = None,
     dtype: FeatureDtype = "float32",
+    ids: NDArray[np.int64] | None = None,
 ) -> Features:
     """h of the readable images of `source` on every rank, from the cache when it has them. Raises DataError.
 
+    ids: of the images; None: all.
     keeping: is told when the cache cannot be written; None: `say` is, at once.
     """
     # A cache on a node's own disk may be there, or damaged, for some ranks only; they must all do the same.
     kind = kind_of(data)
-    key = cache_key(digest(encoder), info.content_fingerprint, kind.input_signature, precision, dtype)
+    key = cache_key(digest(encoder), info.content_fingerprint, kind.input_signature, precision, dtype, ids)
     found = run_on_all_ranks(lambda: read_features(cache, key) if cache else None, device, catch=Exception)
-    ids = np.arange(info.num_samples)
+    ids = np.arange(info.num_samples) if ids is None else ids
     load = ReadableImages(kind, source, batch_size)
     if distributed.first_failing_rank(found is None, device) is None:
         assert found is not None
@@ -126,6 +128,7 @@ def evaluate(
     precision: Precision | None = None,
     batch_size: int | None = None,
     baselines: bool = False,
+    untrained_train: int | None = None,
     cache: Path | Literal["run"] | None = "run",
     out: Path | None = None,
     feature_dtype: FeatureDtype = "float32",
@@ -137,6 +140,7 @@ def evaluate(
 
     Values left None come from the checkpoint's configuration; training images from `evaluation.train`, else data.train.
     image_size: side at which the encoder sees images; None: evaluation.image_size, else data.image_size.
+    untrained_train: how many training images the encoder before training is scored with; None: all. Its name says so.
     max_train: kNN looks at this many of them only, those that it looks at while training with evaluation.knn_max_train.
     cache "run": the folder `features` beside the record. out: the folder for both; None: that of the run. Weights from
     elsewhere (ForeignEncoder) have no run: without `out` nothing is kept.
@@ -182,7 +186,7 @@ def evaluate(
             settings["weight_decay"] = linear.weight_decay
         return Score(name, linear.top1, linear.top5)
 
-    def features(encoder: nn.Module) -> tuple[Features, Features]:
+    def features(encoder: nn.Module, ids: NDArray[np.int64] | None = None) -> tuple[Features, Features]:
         train, test = (
             features_of(
                 encoder.to(device),
@@ -196,17 +200,24 @@ def evaluate(
                 say=say,
                 keeping=keeping,
                 dtype=feature_dtype,
+                ids=of_these,
             )
-            for source, info in ((images.train, images.train_info), (images.test, images.test_info))
+            for source, info, of_these in (
+                (images.train, images.train_info, ids),
+                (images.test, images.test_info, None),
+            )
         )
         return train, relabelled(test, images.classes)
 
     scores = []
     if baselines:
         known = run_on_all_ranks(lambda: _baselines(images, kind), device, catch=Exception)
-        untrained = run_on_all_ranks(lambda: before_training(config.model, config.data, config.seed, say), device)
+        name, encoder = run_on_all_ranks(lambda: before_training(config.model, config.data, config.seed, say), device)
+        few = bank[draw_by_class(images.train_info.labels[bank], untrained_train, config.seed)]
+        if len(few) < len(bank):
+            name = f"{name}, {len(few):,} training {images.noun}s"
         scores += [score(name, train, relabelled(test, images.classes)) for name, (train, test) in known.items()]
-        scores.append(score(untrained[0], *features(untrained[1])))
+        scores.append(score(name, *features(encoder, few if len(few) < images.train_info.num_samples else None)))
     trained = features(model.encoder)
     scores.append(score("trained encoder", *trained))
     record = score_record(

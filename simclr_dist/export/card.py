@@ -24,7 +24,12 @@ from simclr_dist.network.encoders import (
 )
 from simclr_dist.safe_text import markdown_cell, mask, printable
 
-_LIBRARIES = {"timm": ("timm", "timm"), "hf": ("transformers", "transformers"), "onnx": ("onnx", "onnxruntime")}
+_LIBRARIES = {
+    "timm": ("timm", "timm"),
+    "hf": ("transformers", "transformers"),
+    "sentence-transformers": ("sentence-transformers", "sentence-transformers"),
+    "onnx": ("onnx", "onnxruntime"),
+}
 # Those that model hubs know (huggingface.co/docs/hub/repositories-licenses) and that are used for weights.
 _LICENCES = """
 apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd
@@ -50,11 +55,59 @@ class Loading:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Samples:
+    """What a card says of that which the encoder eats."""
+
+    noun: str
+    plural: str
+    """As the headings call them."""
+    classifier: str
+    """Of them, in Python."""
+    size: str
+    """Of a view."""
+    task: str
+    """The pipeline of model hubs."""
+    encoder: str
+    """More about it; a comma before."""
+    rows: str
+    """Of the table."""
+
+
+def of_images(config: ModelConfig, seen: Preprocessing, view_px: int) -> Samples:
+    pixels = "RGB" if seen.pixels.is_usual else seen.pixels
+    rows = (
+        f"| Input | {pixels}, {seen.image_size} px: {seen.sentence()} |\n"
+        f"| Mean, std | {', '.join(map(str, seen.mean))}; {', '.join(map(str, seen.std))} |\n"
+    )
+    return Samples(
+        *("image", "pictures", CLASSIFIER if seen.pixels.is_usual else CLASSIFIER_OF_ARRAYS),
+        *(f"{view_px} px", "image-feature-extraction"),
+        encoder=f", {config.stem} stem",
+        rows=rows,
+    )
+
+
+def of_texts(noun: str, config: ModelConfig, max_tokens: int) -> Samples:
+    h = "the mean over the tokens" if config.pooling == "mean" else "the first token"
+    return Samples(
+        *(noun, f"{noun}s", CLASSIFIER_OF_TEXTS, f"at most {max_tokens} tokens", "feature-extraction"),
+        encoder=f", {h}",
+        rows=f"| Input | {noun}s; more than {max_tokens} tokens are cut off |\n",
+    )
+
+
 CLASSIFIER = """from sklearn.linear_model import LogisticRegression
 
 files, labels = ["a.png", "b.png"], [0, 1]  # your pictures and their classes
 classifier = LogisticRegression(max_iter=1000).fit(features(files), labels)
 print(classifier.predict(features(files)))"""
+
+CLASSIFIER_OF_TEXTS = """from sklearn.linear_model import LogisticRegression
+
+texts, labels = ["A text.", "Another."], [0, 1]  # yours, and their classes
+classifier = LogisticRegression(max_iter=1000).fit(features(texts), labels)
+print(classifier.predict(features(texts)))"""
 
 CLASSIFIER_OF_ARRAYS = """from sklearn.linear_model import LogisticRegression
 
@@ -153,6 +206,29 @@ def features(files):
     return Loading(load, features, ())
 
 
+def text_loading(config: ModelConfig, feature_dim: int, format: str, address: str, max_tokens: int) -> Loading:
+    """Of `hf` and `sentence-transformers`."""
+    if format == "sentence-transformers":
+        load = f"""from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer({json.dumps(address)})"""
+        return Loading(load, f"def features(texts):\n    return model.encode(texts)  # h [n, {feature_dim}]")
+    load = f"""from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(address)})
+model = AutoModel.from_pretrained({json.dumps(address)}).eval()"""
+    h = "(states * mask).sum(1) / mask.sum(1)" if config.pooling == "mean" else "states[:, 0]"
+    features = f"""import torch
+
+
+@torch.no_grad()
+def features(texts):
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length={max_tokens}, return_tensors="pt")
+    states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+    return ({h}).numpy()  # h [n, {feature_dim}]"""
+    return Loading(load, features, ("Its pooler, where the network has one, was not trained: h is made as below.",))
+
+
 def _onnx_lines(seen: Preprocessing, feature_dim: int, address: str, one_size: str) -> Loading:
     S = seen.image_size
     load = f"""import numpy as np
@@ -227,7 +303,7 @@ transform = transforms.Compose(
 def render_card(
     checkpoint: Checkpoint,
     feature_dim: int,
-    seen: Preprocessing,
+    samples: Samples,
     format: str,
     lines: Loading,
     license: str,
@@ -240,20 +316,19 @@ def render_card(
     trained = (
         f"| Trained on | {markdown_cell(config.data.train)} (fingerprint {markdown_cell(checkpoint.fingerprint)}) |\n"
         f"| Training | {epochs}; global batch {config.train.global_batch_size}, {config.data.num_views} views of "
-        f"{config.data.image_size} px, temperature {_temperature(checkpoint)} |\n"
+        f"{samples.size}, temperature {_temperature(checkpoint)} |\n"
     )
-    introduction = _METHOD[config.loss.kind]
+    introduction = _METHOD[config.loss.kind].format(f"{'An' if samples.noun[0] in 'aeiou' else 'A'} {samples.noun}")
     if not checkpoint.of_run:
         introduction, trained = "An image encoder that others have trained; its weights as they came.", ""
     figures = "\n".join(f"| {markdown_cell(name)} | {100 * value:.2f} % |" for name, value in accuracy.items())
     table = f"| Evaluation | Result |\n|---|---|\n{figures}" if figures else "Not measured before the export."
-    pixels = "RGB" if seen.pixels.is_usual else seen.pixels
     settings = mask(printable(render_config(config).rstrip(), keep="\n"))
     return f"""---
 {_front_licence(license)}
 library_name: {library}
-pipeline_tag: image-feature-extraction
-tags: [simclr, self-supervised, image-feature-extraction, {tag}]
+pipeline_tag: {samples.task}
+tags: [simclr, self-supervised, {samples.task}, {tag}]
 ---
 
 # {markdown_cell(config.name)}
@@ -262,10 +337,8 @@ tags: [simclr, self-supervised, image-feature-extraction, {tag}]
 
 | | |
 |---|---|
-| Encoder | {markdown_cell(config.model.encoder)}, {config.model.stem} stem, h of width {feature_dim} |
-{trained}{_origin(checkpoint)}| Input | {pixels}, {seen.image_size} px: {seen.sentence()} |
-| Mean, std | {", ".join(map(str, seen.mean))}; {", ".join(map(str, seen.std))} |
-| Licence | {markdown_cell(license)} |
+| Encoder | {markdown_cell(config.model.encoder)}{samples.encoder}, h of width {feature_dim} |
+{trained}{_origin(checkpoint)}{samples.rows}| Licence | {markdown_cell(license)} |
 | Written by | simclr_dist {__version__} from {checkpoint.path.name} |
 
 ## Accuracy
@@ -277,13 +350,13 @@ tags: [simclr, self-supervised, image-feature-extraction, {tag}]
 {_fenced("python", lines.load)}
 
 {"".join(f"{note}{chr(10)}" for note in lines.notes)}
-## From pictures to features, and to classes
+## From {samples.plural} to features, and to classes
 
 {_fenced("python", lines.features)}
 
 A classifier for your own classes, by scikit-learn:
 
-{_fenced("python", CLASSIFIER if seen.pixels.is_usual else CLASSIFIER_OF_ARRAYS)}
+{_fenced("python", samples.classifier)}
 
 ## Configuration
 
@@ -292,10 +365,9 @@ A classifier for your own classes, by scikit-learn:
 
 
 _METHOD = {
-    "nt_xent": "An image encoder trained without labels by SimCLR (Chen et al. 2020).",
-    "dcl": "An image encoder trained without labels by SimCLR (Chen et al. 2020) with the decoupled loss (Yeh et al. "
-    "2022).",
-    "supcon": "An image encoder trained with labels by supervised contrastive learning (Khosla et al. 2020).",
+    "nt_xent": "{} encoder trained without labels by SimCLR (Chen et al. 2020).",
+    "dcl": "{} encoder trained without labels by SimCLR (Chen et al. 2020) with the decoupled loss (Yeh et al. 2022).",
+    "supcon": "{} encoder trained with labels by supervised contrastive learning (Khosla et al. 2020).",
 }
 
 

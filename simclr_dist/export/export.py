@@ -6,34 +6,40 @@ Before it gets its name it is read back, and the outputs of that network must be
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from simclr_dist.atomic import replace_text, replaces, replaces_folder
 from simclr_dist.checkpoint.files import Checkpoint
-from simclr_dist.checkpoint.pretrained import Source, load_pretrained, of_images
+from simclr_dist.checkpoint.pretrained import Source, images_alone, load_pretrained
+from simclr_dist.config import OF_TOKENS
 from simclr_dist.data.decode.crops import EVALUATION_SHARE
 from simclr_dist.errors import ExportError
 from simclr_dist.export import hub
-from simclr_dist.export.card import Loading, loading, render_card
+from simclr_dist.export.card import Loading, loading, of_images, of_texts, render_card, text_loading
 from simclr_dist.export.folders import CONFIG, PROCESSOR, WEIGHTS, write_timm, write_transformers
 from simclr_dist.export.formats import OnnxGraph, write_onnx, write_safetensors, write_torchvision
 from simclr_dist.export.preprocessing import Preprocessing
 from simclr_dist.export.self_check import check_same_outputs
+from simclr_dist.export.texts import FILES as TEXT_FILES
+from simclr_dist.export.texts import write_texts
+from simclr_dist.network.hugging_face import HuggingFaceEncoder
 from simclr_dist.network.simclr import SimCLR
 from simclr_dist.run.results import require_writable
 
-Format = Literal["torchvision", "safetensors", "onnx", "timm", "hf"]
+Format = Literal["torchvision", "safetensors", "onnx", "timm", "hf", "sentence-transformers"]
 NAMES: dict[Format, str] = {
     "torchvision": "encoder.pt",
     "safetensors": "encoder.safetensors",
     "onnx": "encoder.onnx",
     "timm": "timm",
     "hf": "hf",
+    "sentence-transformers": "sentence_transformers",
 }
-"""Of what is written, where nobody chose another: files, and the folders of timm and hf."""
-FOLDERS: tuple[Format, ...] = ("timm", "hf")
+"""Of what is written, where nobody chose another: files, and the folders of others."""
+FOLDERS: tuple[Format, ...] = ("timm", "hf", "sentence-transformers")
+_OF_TEXTS: tuple[Format, ...] = ("hf", "sentence-transformers")
 CARD = "README.md"
 
 
@@ -82,33 +88,79 @@ def export(
         hub.check_repository(push_to_hub)
     _check_free(out, card, format, overwrite)
     require_writable(out.parent)
-    model, checkpoint = of_images(*load_pretrained(source, warn, image_size), "export")
-    seen = Preprocessing(checkpoint.config.evaluation_data.image_size, crop_share, checkpoint.config.data.pixel_format)
+    model, checkpoint = load_pretrained(source, warn, image_size)
+    config, address = checkpoint.config, _address(format, out, push_to_hub)
+    if isinstance(model.encoder, HuggingFaceEncoder):
+        lines, files = _write_text_folder(
+            model.encoder, model.feature_dim, checkpoint, format, address, out, license, accuracy or {}
+        )
+        return _pushed(Exported(out, card, lines.load, lines.notes, files), checkpoint, push_to_hub, public)
+    if config.data.kind in OF_TOKENS or format == "sentence-transformers":
+        raise ExportError(
+            f"{checkpoint.path}: {config.model.encoder} is no network of transformers; of texts, those from hf/FOLDER "
+            "are exported"
+        )
+    model, checkpoint = images_alone(model, checkpoint, "export")
+    config = checkpoint.config
+    seen = Preprocessing(config.evaluation_data.image_size, crop_share, config.data.pixel_format)
+    samples = of_images(config.model, seen, config.data.image_size)
 
     def describe(one_size: str = "") -> tuple[Loading, str]:
-        address = _address(format, out, push_to_hub)
-        lines = loading(checkpoint.config.model, seen, model.feature_dim, format, address, one_size)
-        return lines, render_card(checkpoint, model.feature_dim, seen, format, lines, license, accuracy or {})
+        lines = loading(config.model, seen, model.feature_dim, format, address, one_size)
+        return lines, render_card(checkpoint, model.feature_dim, samples, format, lines, license, accuracy or {})
 
     if format in FOLDERS:
         write = write_timm if format == "timm" else write_transformers
         with replaces_folder(out) as folder:
-            write(model.encoder, model.feature_dim, checkpoint.config.model, license, seen, folder)
+            write(model.encoder, model.feature_dim, config.model, license, seen, folder)
             lines, text = describe()
             (folder / CARD).write_text(text, encoding="utf-8")
-        files = {path.name: path for path in sorted(out.iterdir())}
+        files = _files_in(out)
     else:
         lines, text = describe(_write_file(format, model, checkpoint, license, out))
         replace_text(card, text)
         files = {out.name: out, CARD: card}
-    address = None
-    if push_to_hub is not None:
-        try:
-            message = f"{checkpoint.config.name}, step {checkpoint.step}"
-            address = hub.push(files, push_to_hub, public=public, message=message)
-        except ExportError as error:
-            raise ExportError(f"{error}\n{out} is written; to try again, add --overwrite") from None
-    return Exported(out, card, lines.load, lines.notes, files, address)
+    return _pushed(Exported(out, card, lines.load, lines.notes, files), checkpoint, push_to_hub, public)
+
+
+def _pushed(written: Exported, checkpoint: Checkpoint, repository: str | None, public: bool) -> Exported:
+    """Uploaded, where that was asked for."""
+    if repository is None:
+        return written
+    try:
+        message = f"{checkpoint.config.name}, step {checkpoint.step}"
+        return replace(written, address=hub.push(written.files, repository, public=public, message=message))
+    except ExportError as error:
+        raise ExportError(f"{error}\n{written.path} is written; to try again, add --overwrite") from None
+
+
+def _write_text_folder(
+    encoder: HuggingFaceEncoder,
+    feature_dim: int,
+    checkpoint: Checkpoint,
+    format: Format,
+    address: str,
+    out: Path,
+    license: str,
+    accuracy: Mapping[str, float],
+) -> tuple[Loading, dict[str, Path]]:
+    config, noun = checkpoint.config, "text" if encoder.letters is None else "protein"
+    if format not in _OF_TEXTS or (format == "sentence-transformers" and encoder.letters is not None):
+        fitting = "hf" if encoder.letters is not None else " or ".join(_OF_TEXTS)
+        raise ExportError(f"--format {format} has no encoders of {noun}s; use --format {fitting}")
+    max_tokens = config.data.tokens.max_tokens
+    with replaces_folder(out) as folder:
+        write_texts(encoder, feature_dim, max_tokens, folder, sentences=format == "sentence-transformers")
+        lines = text_loading(config.model, feature_dim, format, address, max_tokens)
+        samples = of_texts(noun, config.model, max_tokens)
+        card = render_card(checkpoint, feature_dim, samples, format, lines, license, accuracy)
+        (folder / CARD).write_text(card, encoding="utf-8")
+    return lines, _files_in(out)
+
+
+def _files_in(folder: Path) -> dict[str, Path]:
+    """By their names on a model hub."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _write_file(format: Format, model: SimCLR, checkpoint: Checkpoint, license: str, out: Path) -> str:
@@ -139,7 +191,7 @@ def _check_free(out: Path, card: Path, format: Format, overwrite: bool) -> None:
             if path.exists():
                 raise ExportError(f"{path} exists; choose another name with --out, or --overwrite it")
     elif format in FOLDERS and out.exists():
-        ours = {WEIGHTS, CONFIG, PROCESSOR, CARD}
+        ours = {WEIGHTS, CONFIG, PROCESSOR, CARD, *TEXT_FILES}
         others = [out] if not out.is_dir() else [path for path in sorted(out.iterdir()) if path.name not in ours]
         if others:
             raise ExportError(f"{others[0]} is no part of an export, and would be lost; choose another name with --out")

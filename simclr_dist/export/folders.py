@@ -162,7 +162,7 @@ def write_transformers(
     facts["producer"] = f"simclr_dist {__version__}"
     (folder / CONFIG).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (folder / PROCESSOR).write_text(json.dumps(_processor(seen), indent=2) + "\n", encoding="utf-8")
-    with _quiet(transformers):
+    with quiet(transformers):
         model, report = transformers.AutoModel.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -190,7 +190,7 @@ def import_transformers() -> Any:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Without its bar and its table of what does not fit, which a message of ours says."""
     logging = transformers.utils.logging
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -4,6 +4,6 @@ Importing the package does not import torch.
 """
 
 from simclr_dist.kinds.kind import Kind
-from simclr_dist.kinds.registry import kind_of, register
+from simclr_dist.kinds.registry import is_built_in, kind_of, noun_of, register
 
-__all__ = ["Kind", "kind_of", "register"]
+__all__ = ["Kind", "is_built_in", "kind_of", "noun_of", "register"]

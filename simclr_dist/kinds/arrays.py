@@ -127,7 +127,7 @@ class ArrayKind(Kind):
                 raise DataError(f"draw_views gave {tuple(views.shape)}, not {len(view_keys)} views of {len(ids)} rows")
             return Batch(views, torch.from_numpy(ids.copy()), torch.from_numpy(rows.labels[ids]), epoch, ids)
 
-        return KeyedLoader(self.describe(self.data.train), order, draw, device)
+        return KeyedLoader(self.describe(self.data.train), order, draw, device, self.data.batches_ahead)
 
     def evaluation_batches(
         self, source: str, ids: NDArray[np.int64], batch_size: int, unreadable: dict[int, str] | None = None

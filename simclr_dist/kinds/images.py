@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -11,11 +10,14 @@ from numpy.typing import NDArray
 
 from simclr_dist.config import PIXELS, AugmentConfig, DataConfig
 from simclr_dist.data.batch import Batch, Loader
+from simclr_dist.data.beton.shard_files import names_beton
+from simclr_dist.data.beton.shard_set import open_data, size_of_data
 from simclr_dist.data.loading.open_images import DatasetInfo, LoaderName, describe, kept_pixel_format
 from simclr_dist.data.sources.open import open_source, size_on_disk
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.kinds.kind import Kind
 from simclr_dist.pixel_format import RGB, PixelFormat
+from simclr_dist.source_text import missing
 from simclr_dist.views.presets import resolve_augmentation, without_colours
 
 if TYPE_CHECKING:
@@ -33,7 +35,6 @@ class Images(Kind):
     """Read as [b, S, S, C] of 8 or 16 bits; the encoder eats them normalised, float [b, C, S, S]."""
 
     noun: ClassVar[str] = "image"
-    shows_views: ClassVar[bool] = True
 
     @property
     def pixels(self) -> PixelFormat:
@@ -41,7 +42,7 @@ class Images(Kind):
 
     def settled(self) -> DataConfig:
         """What `prepare --channels keep` kept is in the file itself."""
-        if self.data.channels is not None and not Path(self.data.train).exists():
+        if self.data.channels is not None and missing(self.data.train) is not None:
             return self.data  # a plan for data that are elsewhere
         found = kept_pixel_format(self.data.train) or RGB
         given = {name: getattr(self.data, name) for name in PIXELS if getattr(self.data, name) is not None}
@@ -155,7 +156,7 @@ class Images(Kind):
 
         return {"raw pixels": Pixels()}
 
-    def pictures(self, views: Tensor) -> Tensor:
+    def show_views(self, views: Tensor) -> Tensor:
         """RGB as it is; of other channels the first three, see `shown_as`."""
         from simclr_dist.kinds.pixels import first_three
 
@@ -180,18 +181,21 @@ class Images(Kind):
         return torch.cat([images for images, _ in shown]), torch.cat([found for _, found in shown]).numpy()
 
     def size_on_disk(self, source: str) -> int:
-        return size_on_disk(source)
+        return size_of_data(source) if names_beton(source) else size_on_disk(source)
 
     def obstacle(self) -> str | None:
         from simclr_dist.data.decode.ffcv_import import unavailable
 
-        if self.data.order == "page_local" and not self.data.train.endswith(".beton"):
+        if self.data.order == "page_local" and not names_beton(self.data.train):
             return f"data.order=page_local: {self.data.train} has no pages; use a .beton file, or data.order=random"
         return unavailable() if self.data.loader == "ffcv" else None
 
     def names(self, source: str, n: int) -> tuple[str, ...]:
         """Those of files, where there are any."""
-        if source.endswith(".beton") or source == "synthetic":
+        if source == "synthetic":
             return super().names(source, n)
+        if names_beton(source):
+            with open_data(source) as beton:
+                return tuple(f"{path}[{i}]" for path, count in beton.files() for i in range(count))[:n]
         images = open_source(source)
         return tuple(images.name(i) for i in range(n))

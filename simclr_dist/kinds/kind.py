@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from simclr_dist.network.inputs import Inputs
     from simclr_dist.parallel.distributed import World
 
+    Shown = Tensor | list[str]
     SampleBatch = tuple[Tensor, Tensor, Tensor]  # what was read [b, ...], labels int64 [b], sample ids int64 [b]
     ViewsOf = Callable[[Batch], Tensor]
 
@@ -103,16 +104,17 @@ class Kind(ABC):
         """Encoders that nobody trains, by name, fitted to the samples of `train` where they need to be."""
         return {}
 
-    def show(self, source: str, ids: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]] | None:
-        """Small pictures uint8 [n, s, s, 3] of those samples that can be read, and their numbers; None: it has none."""
+    def show(self, source: str, ids: NDArray[np.int64]) -> tuple[Shown, NDArray[np.int64]] | None:
+        """Those samples that can be read, for people, and their numbers: small pictures uint8 [n, s, s, 3], or n texts.
+        None: there is nothing to look at.
+        """
         return None
 
-    shows_views: ClassVar[bool] = False
-    """Whether views can be shown as pictures."""
-
-    def pictures(self, views: Tensor) -> Tensor:
-        """Of views as the encoder eats them: float [..., 3, H, W], on whatever scale, where they can be shown."""
-        return views
+    def show_views(self, views: Tensor) -> Tensor | list[list[str]] | None:
+        """Views [V, n, ...], as the encoder eats them, for people: pictures float [V, n, 3, H, W], on whatever scale,
+        or V lists of n texts.
+        """
+        return None
 
     def size_on_disk(self, source: str) -> int:
         """Bytes that an epoch reads; 0: nothing is read while training."""

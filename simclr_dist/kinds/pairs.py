@@ -58,6 +58,7 @@ class PairsOfTexts(Texts):
     """A pair is two texts: a premise and what follows from it, a word and its definition, a question and its answer."""
 
     noun: ClassVar[str] = "pair"
+    draws_views: ClassVar[bool] = False
     evaluations: ClassVar[tuple[str, ...]] = ("similarity", "retrieval")
 
     def pairs(self, source: str) -> TextPairs:
@@ -97,6 +98,10 @@ class PairsOfTexts(Texts):
         """The first texts of the pairs."""
         return self.sides(source)[0].batches(ids, batch_size)
 
+    def show(self, source: str, ids: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int64]]:
+        """The first texts."""
+        return super().show(source, 2 * ids)[0], ids
+
     def sides(self, source: str) -> tuple[Side, Side]:
         """h of one encoder is compared, as it is without its projection head."""
         pairs = self.pairs(source)
@@ -120,6 +125,10 @@ def _sides(ids: NDArray[np.int64]) -> NDArray[np.int64]:
     return 2 * ids + np.arange(2)[:, None]
 
 
+class _TextsOfPairs(Texts):
+    draws_views: ClassVar[bool] = False
+
+
 class ImagesWithTexts(Images):
     """View 0 is a crop of an image, view 1 one of its texts; each epoch draws which.
 
@@ -127,7 +136,6 @@ class ImagesWithTexts(Images):
     """
 
     evaluations: ClassVar[tuple[str, ...]] = ("knn", "linear", "similarity", "retrieval", "zero-shot")
-    shows_views: ClassVar[bool] = False
 
     @cached_property
     def train(self) -> ImageText:
@@ -146,7 +154,7 @@ class ImagesWithTexts(Images):
     @cached_property
     def of_texts(self) -> Texts:
         """The texts alone, in tokens."""
-        return Texts(self.data.model_copy(update={"kind": "text", "train": str(Path(self.data.train) / TEXTS)}))
+        return _TextsOfPairs(self.data.model_copy(update={"kind": "text", "train": str(Path(self.data.train) / TEXTS)}))
 
     @cached_property
     def _of_images(self) -> Images:
@@ -214,6 +222,9 @@ class ImagesWithTexts(Images):
             return pack_pairs(of_images(batch)[0], batch.texts)
 
         return packed, implementations
+
+    def show_views(self, views: Tensor) -> None:
+        """Rows of `pack_pairs` are no pictures."""
 
     def check_encoder(self, encoder: nn.Module, model: ModelConfig, section: str = "model") -> None:
         from simclr_dist.network.shape import shape_of_model

@@ -35,6 +35,16 @@ def kind_of(data: DataConfig) -> Kind:
     return known[data.kind](data)
 
 
+def is_built_in(name: str) -> bool:
+    """Whether every process knows the kind, not only a script that registers it."""
+    return name in _BUILT_IN
+
+
+def noun_of(kind: str) -> str:
+    """What samples of `data.kind` are called, also where nobody has registered it here."""
+    return str(getattr({**_BUILT_IN, **_REGISTERED}.get(kind), "noun", "sample"))
+
+
 def register(name: str, build: Build) -> None:
     """Makes `data.kind: NAME` use build(config.data), usually a class of your own.
 

@@ -23,7 +23,9 @@ from simclr_dist.data.batch import Batch, Loader
 from simclr_dist.data.loading.open_images import DatasetInfo
 from simclr_dist.data.order import Order
 from simclr_dist.data.randomness import keys
+from simclr_dist.data.tokens import alphabet
 from simclr_dist.data.tokens.folder import MANIFEST, TokenFolder, folder_size, open_tokens, same_tokens
+from simclr_dist.data.tokens.tokenizer import load_tokenizer, vocabulary_of
 from simclr_dist.data.tokens.views import beginnings, content_limit, padded_length, spans, written
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.kinds.keyed_loader import KeyedLoader
@@ -31,9 +33,10 @@ from simclr_dist.kinds.kind import Kind
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from simclr_dist.kinds.kind import SampleBatch
+    from simclr_dist.network.hugging_face import HuggingFaceEncoder
     from simclr_dist.network.inputs import Inputs
     from simclr_dist.parallel.distributed import World
 
@@ -43,6 +46,8 @@ class Tokens(Kind):
 
     what: ClassVar[str]
     """What the folder's manifest calls its content."""
+    draws_views: ClassVar[bool] = True
+    """False: views are the sides of a pair, and differ by themselves."""
 
     def folder(self, source: str) -> TokenFolder:
         """It is kept in this process until it changes. Raises DataError, also where its tokenizer is another than that
@@ -127,7 +132,7 @@ class Tokens(Kind):
         def draw(epoch: int, step: int) -> Batch:
             return self._draw(order, groups, epoch, step, world)
 
-        return KeyedLoader(info, order, draw, device)
+        return KeyedLoader(info, order, draw, device, self.data.batches_ahead)
 
     def _draw(self, order: Order, groups: NDArray[np.int64], epoch: int, step: int, world: World) -> Batch:
         import torch
@@ -148,6 +153,7 @@ class Tokens(Kind):
         return Batch(torch.from_numpy(views), torch.from_numpy(ids.copy()), labels, epoch, ids, group_ids)
 
     def check_encoder(self, encoder: nn.Module, model: ModelConfig, section: str = "model") -> None:
+        from simclr_dist.network.hugging_face import HuggingFaceEncoder
         from simclr_dist.network.trial import normalised_over_positions
 
         if names := normalised_over_positions(encoder, self.inputs):
@@ -157,7 +163,57 @@ class Tokens(Kind):
                     "statistics would be those of the padding, too; use LayerNorm"
                 ]
             )
-        check_transformer(model, self.train, self.noun, section)
+        if isinstance(encoder, HuggingFaceEncoder):
+            self._check_folder(encoder)
+        check_transformer(model, encoder, self.train, self.noun, section)
+
+    def _check_folder(self, encoder: HuggingFaceEncoder) -> None:
+        """Whether it knows these tokens, and makes views of one sample differ."""
+        tokens, folder, vocabulary = self.data.tokens, encoder.folder, self.train.vocabulary
+        if (encoder.letters is not None) != (self.what == "proteins"):
+            knows = "the letters of proteins" if encoder.letters is not None else "a tokenizer of texts"
+            raise ConfigError([f"model.encoder: {folder} knows {knows}, and data.kind is {self.data.kind}"])
+        if self.what == "text":
+            theirs = vocabulary_of(load_tokenizer(folder))
+            if theirs.digest != vocabulary.digest:
+                raise ConfigError(
+                    [
+                        f"model.encoder: the tokenizer of {folder} ({theirs.digest[:12]}) is not the one that "
+                        f"{self.train.path} was prepared with ({vocabulary.digest[:12]}), so it would take tokens for "
+                        f"others; prepare the texts again with --tokenizer {folder}"
+                    ]
+                )
+            if vocabulary.size > encoder.vocabulary:
+                raise ConfigError(
+                    [f"model.encoder: {folder} has {encoder.vocabulary:,} tokens, its tokenizer {vocabulary.size:,}"]
+                )
+        if (
+            self.draws_views
+            and tokens.views == "whole"
+            and not (tokens.mask_p or tokens.mutate_p or encoder.has_dropout)
+        ):
+            raise ConfigError(
+                [
+                    f"the views of a {self.noun} would be the same: data.tokens.views is whole and the config.json of "
+                    f"{folder} has no dropout; set data.tokens.mask_p above 0, or data.tokens.views to spans"
+                ]
+            )
+
+    def show(self, source: str, ids: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int64]]:
+        folder = self.folder(source)
+        seen = beginnings(folder, ids, self.data.tokens)
+        stretches = zip(seen.starts.tolist(), seen.lengths.tolist(), strict=True)
+        return self._in_letters([folder.tokens[start : start + length] for start, length in stretches]), ids
+
+    def show_views(self, views: Tensor) -> list[list[str]]:
+        """Special tokens too."""
+        return [self._in_letters([row[row != 0] - 1 for row in view.numpy()]) for view in views]
+
+    def _in_letters(self, samples: Sequence[NDArray[Any]]) -> list[str]:
+        if self.what == "proteins":
+            return [alphabet.decode(ids) for ids in samples]
+        tokenizer = load_tokenizer(self.train.path)
+        return [tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in samples]
 
     def evaluation_batches(
         self, source: str, ids: NDArray[np.int64], batch_size: int, unreadable: dict[int, str] | None = None
@@ -191,19 +247,17 @@ def content_ids(folder: TokenFolder, config: TokensConfig) -> NDArray[np.int64]:
     return same_tokens(folder.tokens, folder.offsets[:-1], seen)
 
 
-def check_transformer(model: ModelConfig, folder: TokenFolder, noun: str, section: str) -> None:
-    """Raises ConfigError where the settings of a transformer_small, in `section`, do not fit the tokens of `folder`."""
+def check_transformer(model: ModelConfig, encoder: nn.Module, folder: TokenFolder, noun: str, section: str) -> None:
+    """Raises ConfigError where the settings of an encoder, in `section`, do not fit the tokens of `folder`."""
     vocabulary = folder.vocabulary
-    if model.encoder != "transformer_small":
-        return
-    if model.vocabulary != vocabulary.size:
+    if model.encoder == "transformer_small" and model.vocabulary != vocabulary.size:
         raise ConfigError(
             [
                 f"{section}.vocabulary: is {model.vocabulary}, but {folder.path} has {vocabulary.size:,} tokens; "
                 f"set it to {vocabulary.size}"
             ]
         )
-    if model.pooling == "first" and not vocabulary.prefix:
+    if model.pooling == "first" and not (vocabulary.prefix or getattr(encoder, "letters", None)):
         raise ConfigError(
             [
                 f"{section}.pooling=first takes the first token for h, which must be a special one: the tokenizer of "

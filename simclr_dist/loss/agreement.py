@@ -60,6 +60,7 @@ class Settings:
     row_dtype: torch.dtype
     grad_reduction: str = "mean"
     pairs: Pairs = "within"
+    decoupled: bool = False
 
     def __post_init__(self) -> None:
         check_name(self.implementation)
@@ -248,6 +249,7 @@ class Header:
     row_dtype: int  # index in DTYPES: what rows are rounded to
     code: int  # index in CODES: this rank's choice
     pairs: int  # index in PAIRS
+    decoupled: int  # 0 or 1
     temperature_bits: int  # of the float64
     wide_ids: int  # whether they are int64
     # Known to the device alone:
@@ -260,8 +262,10 @@ class Header:
         return value
 
     def terms(self) -> Header:
-        """What the collectives depend on. Temperature and pairs are not among it: they may change from step to step."""
-        return replace(self, temperature_bits=0, pairs=0, num_bad_rows=0, first_bad_row=0)
+        """What the collectives depend on. Temperature, pairs and decoupled are not among it: they may change from step
+        to step.
+        """
+        return replace(self, temperature_bits=0, pairs=0, decoupled=0, num_bad_rows=0, first_bad_row=0)
 
     def terms_without_choices(self) -> Header:
         """What a rank cannot do otherwise than it is."""
@@ -310,6 +314,7 @@ def _own_header(
         row_dtype=DTYPES.index(settings.rounding),
         code=CODES.index("plain"),  # of what no code can compute; any other is refused at low temperatures
         pairs=PAIRS.index(settings.pairs),
+        decoupled=int(settings.decoupled),
         temperature_bits=struct.unpack("<q", struct.pack("<d", tau))[0],
         wide_ids=int(num_ids > 0 and ids is not None and ids.dtype == torch.int64),
     )
@@ -376,6 +381,7 @@ _MUST_AGREE = {
     "row_dtype": "what the rows of z are rounded to",
     "temperature": "the temperature",
     "pairs": "pairs",
+    "decoupled": "decoupled",
     "code": "the implementation",
 }
 
@@ -386,6 +392,8 @@ def _in_words(header: Header, name: str) -> Any:
         return DTYPES[value]
     if name == "pairs":
         return PAIRS[value]
+    if name == "decoupled":
+        return bool(value)
     if name == "code":  # tiles on one rank, kernels on another: all take tiles
         return "plain" if CODES[value] == "plain" else "another than plain"
     return value

@@ -56,9 +56,9 @@ def nt_xent(
     grad_reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
     """`NTXentLoss` as a function; the temperature may be a tensor that requires a gradient."""
-    settings = Settings(num_views, implementation, gather_dtype, row_dtype, grad_reduction, pairs)
+    settings = Settings(num_views, implementation, gather_dtype, row_dtype, grad_reduction, pairs, decoupled)
     ids = sample_ids if group_ids is None else group_ids
-    (loss, _), _ = _nt_xent(z, temperature, ids, decoupled, settings)
+    (loss, _), _ = _nt_xent(z, temperature, ids, settings)
     return loss
 
 
@@ -90,8 +90,7 @@ class NTXentLoss(ContrastiveLoss):
         **settings: Any,
     ) -> None:
         super().__init__(temperature, implementation, gather_dtype, **settings)
-        self.settings = replace(self.settings, pairs=pairs)
-        self.decoupled = decoupled
+        self.settings = replace(self.settings, pairs=pairs, decoupled=decoupled)
         self.masked_duplicates = torch.zeros((), dtype=torch.int64)
         """How many images of the last global batch have an id that occurs earlier in it (int64, on z's device)."""
 
@@ -103,7 +102,7 @@ class NTXentLoss(ContrastiveLoss):
         group_ids: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
         ids = sample_ids if group_ids is None else group_ids
-        (loss, self.masked_duplicates), choice = _nt_xent(z, self.temperature, ids, self.decoupled, self.settings)
+        (loss, self.masked_duplicates), choice = _nt_xent(z, self.temperature, ids, self.settings)
         self._note(choice)
         return loss
 
@@ -112,7 +111,6 @@ def _nt_xent(
     z: Tensor,
     temperature: float | Tensor,
     ids: Tensor | Sequence[int] | None,
-    decoupled: bool,
     settings: Settings,
 ) -> tuple[tuple[Tensor, Tensor], Choice]:
     """(the loss, how many duplicates), and the code that was used."""
@@ -121,8 +119,8 @@ def _nt_xent(
     def compute(batch: GlobalBatch) -> tuple[Tensor, Tensor]:
         tau = batch.temperature_of(temperature)
         if batch.code == "plain":
-            return plain.nt_xent(batch, tau, decoupled=decoupled), batch.duplicates
-        return _symmetric(batch, tau, decoupled), batch.duplicates
+            return plain.nt_xent(batch, tau, decoupled=settings.decoupled), batch.duplicates
+        return _symmetric(batch, tau, settings.decoupled), batch.duplicates
 
     with torch.autocast(z.device.type, enabled=False):
         return over_all_ranks("NT-Xent", compute, z, temperature, ids, settings)

@@ -54,26 +54,26 @@ class Histograms:
 
 @dataclass(frozen=True)
 class Pairs:
-    """All views of n images, side by side. views: float [V, n, 3, H, W], normalised."""
+    """All views of n samples, side by side: float [V, n, 3, H, W], normalised, or V lists of n texts."""
 
-    views: Tensor
+    views: Tensor | Sequence[Sequence[str]]
     samples_seen: int
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """rows: uint8 [q, 1 + k, S, S, 3], each a query image and its nearest neighbours, nearest first."""
+    """q rows of a query and its k nearest neighbours, nearest first: uint8 [q, 1 + k, S, S, 3], or texts."""
 
-    rows: Tensor
+    rows: Tensor | Sequence[Sequence[str]]
     samples_seen: int
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """For the embedding projector: h [n, D], thumbnails uint8 [n, S, S, 3] if there are any, and a label each."""
+    """For the embedding projector: h [n, D], labels, and thumbnails uint8 [n, S, S, 3] or texts if there are any."""
 
     h: Tensor
-    images: Tensor | None
+    shown: Tensor | Sequence[str] | None
     labels: Sequence[str]
     samples_seen: int
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,23 +97,29 @@ def open_monitor(
     samples_seen: int,
     steps_per_epoch: int | None = None,
     settings_of_run: Mapping[str, Any] | None = None,
+    noun: str = "image",
 ) -> Monitor:
     """The main process's monitor: it writes under `run_dir` and to the terminal.
 
     samples_seen: where a resumed run goes on; later points of earlier starts are removed.
-    settings_of_run: the configuration, for trackers. Raises ConfigError when a tracker cannot be had or a file cannot
-    be written.
+    settings_of_run: the configuration, for trackers. noun: what a sample is called.
+
+    Raises ConfigError when a tracker cannot be had or a file cannot be written.
     """
     settings = settings or MonitorConfig()
     terminal = build_terminal(
-        settings.terminal, total_steps=total_steps, first_step=first_step, steps_per_epoch=steps_per_epoch
+        settings.terminal,
+        total_steps=total_steps,
+        first_step=first_step,
+        steps_per_epoch=steps_per_epoch,
+        noun=noun,
     )
     trackers = Trackers(settings.trackers, run_dir, settings_of_run or {}, terminal.warn)
     places = RunDir(run_dir)
     files: list[Sink] = []
-    for place, kind in ((places.tensorboard, TensorBoard), (places.log, LogFile)):
+    for place, build in ((places.tensorboard, partial(TensorBoard, noun=noun)), (places.log, LogFile)):
         try:
-            files.append(kind(place, samples_seen))
+            files.append(build(place, samples_seen))
         except Exception as error:
             raise ConfigError([f"{place}: cannot be written to ({error}); make room, or move it away"]) from error
     monitor = Monitor([*files, trackers, terminal])

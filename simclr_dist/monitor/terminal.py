@@ -31,8 +31,8 @@ _SHORT: dict[str, Callable[[float], str]] = {
     "eval/knn_top1": lambda v: f"kNN {v:.2%}",
     "train/probe_top1": lambda v: f"probe {v:.1%}",
     "train/temperature": lambda v: f"temp {v:.4f}",
-    LAST_INTERVAL: lambda v: f"{v:,.0f} img/s",
-    SINCE_START: lambda v: f"mean {v:,.0f} img/s",
+    LAST_INTERVAL: lambda v: f"{v:,.0f}",  # and its unit
+    SINCE_START: lambda v: f"mean {v:,.0f}",
     "speed/data_wait_share": lambda v: f"wait {v:.0%}",
 }
 _SELDOM = ("eval/knn_top1",)  # stays on the line until there is a new one
@@ -116,8 +116,10 @@ class JsonLines(Quiet):
 class Lines(Quiet):
     """Plain lines, never wrapped, so that they can be searched."""
 
-    def __init__(self, *, total_steps: int, first_step: int, steps_per_epoch: int | None) -> None:
+    def __init__(self, *, total_steps: int, first_step: int, steps_per_epoch: int | None, noun: str = "image") -> None:
+        """noun: what a sample is called."""
         super().__init__()
+        self._rate = f" {noun}s/s"
         self._console = _Console(highlight=False)
         self._total_steps = total_steps
         self._first_step = first_step
@@ -135,13 +137,22 @@ class Lines(Quiet):
             self.say(f"  {name:<{width}}  {text}")
 
     def log(self, record: Mapping[str, Any]) -> None:
-        if not _numbers(record):
+        if not self._numbers(record):
             return
         self._seldom |= {tag: record[tag] for tag in _SELDOM if tag in record}
         step = record["step"]
         self.say(
-            "  ".join([f"step {step}/{self._total_steps}", *_numbers({**record, **self._seldom}), *self._eta(step)])
+            "  ".join(
+                [f"step {step}/{self._total_steps}", *self._numbers({**record, **self._seldom}), *self._eta(step)]
+            )
         )
+
+    def _numbers(self, record: Mapping[str, Any]) -> list[str]:
+        return [
+            render(record[tag]) + (self._rate if tag in (LAST_INTERVAL, SINCE_START) else "")
+            for tag, render in _SHORT.items()
+            if record.get(tag) is not None
+        ]
 
     def _epoch(self, step: int) -> str:
         if self._steps_per_epoch is None:
@@ -161,8 +172,8 @@ class Lines(Quiet):
 class Live(Lines):
     """A bar that moves, fitted to the terminal's width; everything else scrolls above it."""
 
-    def __init__(self, *, total_steps: int, first_step: int, steps_per_epoch: int | None) -> None:
-        super().__init__(total_steps=total_steps, first_step=first_step, steps_per_epoch=steps_per_epoch)
+    def __init__(self, *, total_steps: int, first_step: int, steps_per_epoch: int | None, noun: str = "image") -> None:
+        super().__init__(total_steps=total_steps, first_step=first_step, steps_per_epoch=steps_per_epoch, noun=noun)
         self._latest: dict[str, Any] = {}
         self._progress = Progress(
             TextColumn("{task.description}", markup=False), _Bar(self._console), console=self._console, expand=True
@@ -197,7 +208,7 @@ class Live(Lines):
             parts, room = [f"{step}/{self._total_steps}"], width - 2
         else:
             parts, room = [part for part in (self._epoch(step), f"step {step}/{self._total_steps}") if part], width - 10
-        return fit([*parts, *self._eta(step), *_numbers(self._latest)], room)
+        return fit([*parts, *self._eta(step), *self._numbers(self._latest)], room)
 
 
 class _Bar(ProgressColumn):
@@ -212,7 +223,9 @@ class _Bar(ProgressColumn):
         return Text("") if self._console.width < _NARROW else self._bar.render(task)
 
 
-def build_terminal(style: TerminalStyle, *, total_steps: int, first_step: int, steps_per_epoch: int | None) -> Quiet:
+def build_terminal(
+    style: TerminalStyle, *, total_steps: int, first_step: int, steps_per_epoch: int | None, noun: str = "image"
+) -> Quiet:
     """auto: a live bar on a terminal that can draw one, else plain lines."""
     if style == "quiet":
         return Quiet()
@@ -220,7 +233,8 @@ def build_terminal(style: TerminalStyle, *, total_steps: int, first_step: int, s
         return JsonLines()
     # rich takes a pipe for a terminal where FORCE_COLOR is set, as it is in many CI systems.
     live = style == "auto" and sys.stdout.isatty() and not Console().is_dumb_terminal
-    return (Live if live else Lines)(total_steps=total_steps, first_step=first_step, steps_per_epoch=steps_per_epoch)
+    shown = Live if live else Lines
+    return shown(total_steps=total_steps, first_step=first_step, steps_per_epoch=steps_per_epoch, noun=noun)
 
 
 def fit(parts: list[str], width: int, gap: str = "  ") -> str:
@@ -237,7 +251,3 @@ def duration(seconds: float) -> str:
     """3725.9 -> 1:02:05"""
     minutes, s = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
-
-
-def _numbers(record: Mapping[str, Any]) -> list[str]:
-    return [render(record[tag]) for tag, render in _SHORT.items() if record.get(tag) is not None]

@@ -1,5 +1,5 @@
 """Encoders by name: torchvision's networks, timm's as `timm/NAME`, our own two, and yours. Images in, h out; of
-`transformer_small`, tokens in.
+`transformer_small` and `hf/FOLDER` (hugging_face.py), tokens in.
 
 h is the input of the network's own class layer: pooled features of a ResNet, the normalised pooled features of a
 ConvNeXt, the class token of a ViT. Parameters keep their library's names, so that an export only copies them. Weights
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from simclr_dist.config import ModelConfig
+from simclr_dist.config import HUGGING_FACE, ModelConfig
 from simclr_dist.errors import ConfigError
 from simclr_dist.network.transformer import transformer_small
 
@@ -50,6 +50,10 @@ def build_encoder(config: ModelConfig) -> tuple[nn.Module, int]:
         raise ConfigError([f"model.stem: cifar is for ResNets only; {config.encoder} takes `stem: imagenet`"])
     if config.encoder.startswith(TIMM):
         return _timm_encoder(config.encoder.removeprefix(TIMM), config.image_size, config.channels)
+    if config.encoder.startswith(HUGGING_FACE):
+        from simclr_dist.network.hugging_face import hugging_face_encoder  # transformers takes seconds
+
+        return hugging_face_encoder(config)
     network = torchvision_network(config)
     return network, remove_class_layer(network)
 
@@ -66,7 +70,7 @@ def register(name: str, build: Build) -> None:
     (docs/guides/extending.md); a configuration cannot name code itself, because it may come from somebody else.
     Raises ValueError for a name that is taken.
     """
-    if name in (*OURS, *torchvision_names()) or name.startswith(TIMM):
+    if name in (*OURS, *torchvision_names()) or name.startswith((TIMM, HUGGING_FACE)):
         raise ValueError(f"encoder {name!r} is taken; choose another name")
     _REGISTERED[name] = build
 

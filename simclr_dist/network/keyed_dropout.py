@@ -56,7 +56,11 @@ def draw_keys(
 class Draws:
     """What the keyed modules of one network share: the keys of the forward pass that runs, or ran last."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_place: bool = False) -> None:
+        """by_place: what an element draws depends on its place along each axis, not on the sizes of the others: texts
+        are padded to the longest of their batch, and its length must not move the others' masks.
+        """
+        self.by_place = by_place
         self.layers: list[KeyedLayer] = []
         self.owners: dict[str, Owner] = {}
         self.recomputing = False
@@ -181,15 +185,25 @@ class Call(TorchFunctionMode):
             streams = self._batch
         return mix_(streams + number * _GOLDEN) if number else streams
 
+    def _elements(self, shape: Shape, streams: Tensor) -> Tensor | None:
+        """Hashes of the elements that each stream draws, [E]. None: it draws one."""
+        E = math.prod(shape) // len(streams)
+        if not self._layer.draws.by_place:
+            return None if E == 1 else _hashes(E, streams)
+        elements = torch.zeros(1, dtype=torch.int32, device=streams.device)
+        for size in (shape[0] // len(streams), *shape[1:]):
+            elements = mix_(elements[:, None] ^ _hashes(size, streams)).flatten()
+        return elements
+
     def bits(self, shape: Shape) -> Tensor:
         """Uniform int32 of `shape`."""
         streams = self.streams(shape)
-        return _bits(streams, _elements(shape, streams)).view(shape)
+        return _bits(streams, self._elements(shape, streams)).view(shape)
 
     def keep(self, shape: Shape, p: float) -> Tensor:
         """bool of `shape`: False with probability p."""
         streams = self.streams(shape)
-        elements = _elements(shape, streams)
+        elements = self._elements(shape, streams)
         threshold = min(round(p * 2**32) - 2**31, 2**31 - 1)
         if streams.device.type != "cpu" or torch.compiler.is_compiling() or elements is None:
             return (_bits(streams, elements) >= threshold).view(shape)
@@ -210,10 +224,9 @@ class Call(TorchFunctionMode):
         return -torch.log(self.uniform(shape))
 
 
-def _elements(shape: Shape, streams: Tensor) -> Tensor | None:
-    """Hashes of the elements that each stream draws, [E]. None: it draws one."""
-    E = math.prod(shape) // len(streams)
-    return None if E == 1 else mix_(torch.arange(1, E + 1, dtype=torch.int32, device=streams.device))
+def _hashes(n: int, like: Tensor) -> Tensor:
+    """Of the numbers from 1 to n."""
+    return mix_(torch.arange(1, n + 1, dtype=torch.int32, device=like.device))
 
 
 def _bits(streams: Tensor, elements: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""`model.weights: pretrained`: the weights that torchvision or timm publish for an encoder.
+"""`model.weights: pretrained`: the weights that torchvision or timm publish for an encoder, or those of `hf/FOLDER`.
 
 The libraries name the file, fetch it into their own caches and check it; nothing else is downloaded, ever. Without
 network the message says what to bring, and where to put it.
@@ -17,6 +17,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from simclr_dist.config import HUGGING_FACE
 from simclr_dist.errors import CheckpointError, ConfigError
 from simclr_dist.network.encoders import TIMM, timm_network, torchvision_names
 from simclr_dist.network.weight_files import Weights, read_weights
@@ -29,6 +30,10 @@ def library_weights(encoder: str, image_size: int | None, say: Callable[[str], N
     """Raises ConfigError for an encoder that has none, CheckpointError where they cannot be fetched."""
     if encoder.startswith(TIMM):
         return _timm(encoder.removeprefix(TIMM), image_size, say)
+    if encoder.startswith(HUGGING_FACE):
+        from simclr_dist.network.hugging_face import folder_of
+
+        return read_weights(folder_of(encoder), only_safetensors=True)
     if encoder in torchvision_names():
         return _torchvision(encoder, say)
     raise ConfigError(

@@ -66,6 +66,7 @@ def key_draws(network: SimCLR, inputs: Inputs) -> RandomLayers:
     stays as it is.
     """
     failure = ""
+    tokens = not inputs.example(1).is_floating_point()
     for device, passes in (("meta", 1), ("cpu", _PASSES_WITH_VALUES)):
         try:
             with _generators_stay():
@@ -73,7 +74,7 @@ def key_draws(network: SimCLR, inputs: Inputs) -> RandomLayers:
         except Exception as error:  # anything: it is a user's encoder
             failure = f"{type(error).__name__}: {error}"
             continue
-        draws = Draws()
+        draws = Draws(by_place=tokens)
         keyed = [name for name, shapes in found.shapes_of_batch.items() if shapes is not None]
         for layer in make_keyed(network, keyed, draws):
             layer.shapes_of_batch = found.shapes_of_batch[layer.name] or frozenset()

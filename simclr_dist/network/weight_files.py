@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from simclr_dist.bounded_json import read_json
+from simclr_dist.config import HUGGING_FACE
 from simclr_dist.errors import CheckpointError
 from simclr_dist.safe_text import printable
 
@@ -59,10 +60,13 @@ class Weights:
     """Of a safetensors file."""
 
 
-def read_weights(path: Path) -> Weights:
-    """A file of torch or safetensors, or a folder with config.json. Raises CheckpointError."""
+def read_weights(path: Path, *, only_safetensors: bool = False) -> Weights:
+    """A file of torch or safetensors, or a folder with config.json. Raises CheckpointError.
+
+    only_safetensors: of a folder; no other file of it is opened.
+    """
     try:
-        return _read_folder(path) if path.is_dir() else _read_file(path)
+        return _read_folder(path, only_safetensors) if path.is_dir() else _read_file(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
 
@@ -89,8 +93,13 @@ def _read_file(path: Path) -> Weights:
 # Folders as model hubs lay them out
 
 
-def _read_folder(folder: Path) -> Weights:
+def _read_folder(folder: Path, only_safetensors: bool) -> Weights:
     files = _weight_files(folder)
+    if only_safetensors and (others := [file.name for file in files if file.suffix != ".safetensors"]):
+        raise CheckpointError(
+            f"{folder}: its weights are in {others[0]}, a pickle, which is not read here; save them as "
+            f"{FOLDER_FILES[0]} where you trust the folder (`save_pretrained` does), or set model.weights to null"
+        )
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= _read_safetensors(file)[0] if file.suffix == ".safetensors" else _read_torch(file)
@@ -104,7 +113,9 @@ def _read_folder(folder: Path) -> Weights:
         _sha256(files),
         tensors,
         "a folder of timm" if is_timm else "a folder of transformers" if "model_type" in facts else "a folder",
-        encoder=f"timm/{facts['architecture'].partition('.')[0]}" if is_timm else _encoder_of_transformers(facts),
+        encoder=f"timm/{facts['architecture'].partition('.')[0]}"
+        if is_timm
+        else _encoder_of_transformers(folder, facts),
         image_size=_side(pretrained.get("input_size"), facts.get("image_size")),
         mean=_three(images.get("image_mean") or pretrained.get("mean")),
         std=_three(images.get("image_std") or pretrained.get("std")),
@@ -140,8 +151,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _encoder_of_transformers(facts: Mapping[str, Any]) -> str | None:
-    """torchvision's or timm's name of the same architecture."""
+def _encoder_of_transformers(folder: Path, facts: Mapping[str, Any]) -> str | None:
+    """torchvision's or timm's name of the same architecture; of tokens it is the folder itself."""
+    if "model_type" in facts and isinstance(facts.get("vocab_size"), int):
+        return f"{HUGGING_FACE}{folder}"
     resnets = {
         ("basic", (2, 2, 2, 2)): "resnet18",
         ("basic", (3, 4, 6, 3)): "resnet34",

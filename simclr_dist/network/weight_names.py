@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from simclr_dist.network.hugging_face import HuggingFaceEncoder
 from simclr_dist.network.names_elsewhere import timm_to_transformers, torchvision_to_timm
 
 Names = tuple[str, ...]
@@ -29,6 +30,12 @@ class Naming:
 
 def namings(encoder: nn.Module) -> list[Naming]:
     """All that are tried for this encoder, the most usual first. A name that a rule does not know stays as it is."""
+    if isinstance(encoder, HuggingFaceEncoder):
+        return [
+            Naming("the library's own", lambda name: (name,)),
+            Naming("transformers'", lambda name: (name.removeprefix("network."),)),
+            Naming("transformers' before 2020", lambda name: (_before_2020(name.removeprefix("network.")),)),
+        ]
     numbers = _numbers(encoder, ())
     without_pooling = _numbers(encoder, (nn.MaxPool2d, nn.Identity))
     families = ("vit", "convnext", "swin", "regnet")
@@ -56,6 +63,10 @@ def _numbers(encoder: nn.Module, skipped: tuple[type[nn.Module], ...]) -> dict[s
 def _with_number(numbers: dict[str, int], name: str) -> Names:
     first, dot, rest = name.partition(".")
     return (f"{numbers[first]}{dot}{rest}" if first in numbers else name,)
+
+
+def _before_2020(name: str) -> str:
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
 
 
 def _timm(family: str, name: str) -> Names:

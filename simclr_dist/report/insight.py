@@ -17,7 +17,7 @@ from simclr_dist.checkpoint.pretrained import Source, load_pretrained
 from simclr_dist.config import AugmentConfig
 from simclr_dist.errors import DataError
 from simclr_dist.evaluation.features import Features, extract_features
-from simclr_dist.evaluation.gallery import neighbour_rows
+from simclr_dist.evaluation.gallery import in_rows, neighbour_rows
 from simclr_dist.evaluation.labels import relabelled
 from simclr_dist.evaluation.linear import linear_probe
 from simclr_dist.kinds import Kind, kind_of
@@ -33,9 +33,9 @@ SMALLEST_MAP = 8
 
 @dataclass(frozen=True)
 class Neighbours:
-    """images uint8 [1 + k, S, S, 3], the query first, and their classes."""
+    """uint8 [1 + k, S, S, 3] or texts, the query first, and their classes."""
 
-    images: Tensor
+    shown: Tensor | list[str]
     classes: tuple[str, ...]
 
 
@@ -62,13 +62,15 @@ class EmbeddingMap:
 @dataclass
 class Insight:
     """positives [n], negatives [n (n - 1)]: cosine similarities of z. pairs: float [2, PAIRS, 3, S, S],
-    normalised, where views are pictures.
+    normalised, or two lists of texts; None: there is nothing to look at.
 
     notes: what is missing, and why.
     """
 
     step: int
-    pairs: Tensor | None
+    noun: str
+    """What a sample is called."""
+    pairs: Tensor | list[list[str]] | None
     positives: NDArray[np.float32]
     negatives: NDArray[np.float32]
     neighbours: list[Neighbours]
@@ -105,7 +107,7 @@ def look_into(
     data, batch_size = kind.data, config.evaluation.batch_size
     pairs, z = _views(views, config.augment, config.seed, model, device)
     positives, negatives = similarities(z)
-    insight = Insight(checkpoint.step, pairs, positives, negatives, [])
+    insight = Insight(checkpoint.step, kind.noun, pairs, positives, negatives, [])
     if not checkpoint.of_run:
         insight.notes.append("similarities are those of h: there is no projection head")
 
@@ -115,9 +117,9 @@ def look_into(
     some = shown[torch.from_numpy(_spread(min(MAP_IMAGES, len(shown)), len(shown)))]
     insight.neighbours = _neighbours(kind, source, some, names)
     if not insight.neighbours:
-        insight.notes.append(f"no neighbours: a {kind.noun} is no picture")
+        insight.notes.append(f"no neighbours: a {kind.noun} is neither picture nor text")
     if pairs is None:
-        insight.notes.append(f"no pairs: views of a {kind.noun} are no pictures")
+        insight.notes.append(f"no pairs: views of a {kind.noun} are neither pictures nor texts")
     if len(some) >= SMALLEST_MAP:
         insight.map = EmbeddingMap(*two_dimensions(some.h.numpy()), some.labels.numpy(), names)
     else:
@@ -165,8 +167,8 @@ def confusion(train: Features, test: Features, class_names: tuple[str, ...], dev
 
 def _views(
     kind: Kind, augment: AugmentConfig, seed: int, model: SimCLR, device: torch.device
-) -> tuple[Tensor | None, Tensor]:
-    """The first augmented pairs on the CPU, where they are pictures, and z [2, n, K] of the first batch of epoch 0."""
+) -> tuple[Tensor | list[list[str]] | None, Tensor]:
+    """The first augmented pairs as people see them, and z [2, n, K] of the first batch of epoch 0."""
     # The first two views are the same, however many there are.
     kind = kind_of(kind.data.model_copy(update={"num_views": 2}))
     count = min(SIMILARITY_IMAGES, kind.describe(kind.data.train).num_samples)
@@ -174,7 +176,7 @@ def _views(
     with loader, torch.no_grad():
         views = kind.views(augment, seed, device, lambda _: None)[0](next(iter(loader.batches(0))))
         z = model(views.flatten(0, 1))[1].unflatten(0, (2, -1))
-        return kind.pictures(views[:, :PAIRS].clone().cpu()) if kind.shows_views else None, z
+        return kind.show_views(views[:, :PAIRS].clone().cpu()), z
 
 
 def _spread(count: int, total: int) -> NDArray[np.int64]:
@@ -193,9 +195,8 @@ def _neighbours(kind: Kind, source: str, features: Features, names: tuple[str, .
     wanted, place = features.sample_ids[rows].unique(return_inverse=True)
     if (shown := kind.show(source, wanted.numpy())) is None:
         return []
-    images, _ = shown
     labels = features.labels[rows].tolist()
     return [
-        Neighbours(images[at], tuple(names[label] if label >= 0 else "unlabelled" for label in classes))
-        for at, classes in zip(place, labels, strict=True)
+        Neighbours(samples, tuple(names[label] if label >= 0 else "unlabelled" for label in classes))
+        for samples, classes in zip(in_rows(shown[0], place), labels, strict=True)
     ]

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from simclr_dist.evaluation.score_record import HEADLINES, name_of
 from simclr_dist.monitor.speed import LAST_INTERVAL, SINCE_START
 from simclr_dist.report import figures
@@ -14,6 +16,7 @@ from simclr_dist.report.html import Html, element, figure, join, table
 from simclr_dist.report.insight import Insight
 from simclr_dist.report.record import Curve, RunRecord
 from simclr_dist.run.layout import is_share
+from simclr_dist.safe_text import shortened
 
 # In the order of the questions: does it learn, is it healthy, is it fast?
 CHARTS = (
@@ -110,15 +113,15 @@ def _results(runs: Mapping[str, RunRecord], insights: Mapping[str, Insight | str
             facts["left out"] = "; ".join(run.remarks)
         insight = insights[name]
         if isinstance(insight, Insight) and insight.confusion is not None:
-            fitted = f"linear probe fitted for this page, to {insight.confusion.fitted_to:,} images, top-1"
+            fitted = f"linear probe fitted for this page, to {insight.confusion.fitted_to:,} {insight.noun}s, top-1"
             facts[fitted] = f"{insight.confusion.top1:.2%} (step {insight.step})"
         last = {tag: curve.values[-1] for tag, curve in run.curves.items() if curve.values}
         for tag, label in (("eval/knn_top1", "kNN while training"), ("eval/probe_top1", "online probe")):
             if tag in last:
                 facts[f"{label}, the last top-1"] = f"{last[tag]:.2%}"
         for tag, label, form in (
-            (SINCE_START, "images/s since its last start, evaluations and saves left out", "{:,.0f}"),
-            (LAST_INTERVAL, "images/s between log lines, median", "{:,.0f}"),
+            (SINCE_START, f"{run.noun}s/s since its last start, evaluations and saves left out", "{:,.0f}"),
+            (LAST_INTERVAL, f"{run.noun}s/s between log lines, median", "{:,.0f}"),
             ("speed/data_wait_share", "time waiting for data, median", "{:.1%}"),
             ("speed/memory_peak_gib", "peak memory, GiB", "{:.2f}"),
         ):
@@ -165,6 +168,10 @@ def _side_by_side(insights: Mapping[str, Insight | str], show: Any) -> Html:
 def _pairs(insight: Insight) -> Html:
     if insight.pairs is None:
         return _missing(insight, "no pairs")
+    if not isinstance(insight.pairs, Tensor):
+        return table(
+            ["view 0", "view 1"], [[shortened(text) for text in pair] for pair in zip(*insight.pairs, strict=True)]
+        )
     caption = "Two views of an image, one above the other, as the network sees them in training."
     return figure(figures.pair_image(insight.pairs), "augmented pairs", caption, "pixels")
 
@@ -176,10 +183,15 @@ def _neighbours(insight: Insight) -> Html:
     for row in insight.neighbours:
         query, *others = row.classes
         caption = f"{query}: {others.count(query)} of {len(others)} neighbours share its class"
-        rows.append(figure(figures.row_image(row.images), "query and neighbours", caption, "pixels"))
+        if isinstance(row.shown, Tensor):
+            rows.append(figure(figures.row_image(row.shown), "query and neighbours", caption, "pixels"))
+        else:
+            texts = [shortened(text) for text in row.shown]
+            head, nearest = [texts[0], query], [list(pair) for pair in zip(texts[1:], others, strict=True)]
+            rows.append(element("figure", table(head, nearest), element("figcaption", caption)))
     return join(
         [
-            element("p", f"Left the query, then the nearest by cosine of h, step {insight.step}.", class_="note"),
+            element("p", f"First the query, then the nearest by cosine of h, step {insight.step}.", class_="note"),
             element("div", *rows, class_="grid"),
         ]
     )
@@ -190,7 +202,9 @@ def _map(insight: Insight) -> Html:
     if found is None:
         return _missing(insight, "no map")
     maps = [
-        figure(figures.map_chart(points, found.labels, found.class_names, name), name, f"{len(points):,} images")
+        figure(
+            figures.map_chart(points, found.labels, found.class_names, name), name, f"{len(points):,} {insight.noun}s"
+        )
         for name, points in (("PCA of h", found.pca), ("t-SNE of h", found.tsne))
     ]
     return element("div", *maps, class_="grid")
@@ -201,8 +215,8 @@ def _confusion(insight: Insight) -> Html:
     if found is None:
         return _missing(insight, "no probe")
     caption = (
-        f"Linear probe on h, fitted to {found.fitted_to:,} training images: top-1 {found.top1:.2%} of "
-        f"{int(found.counts.sum()):,} test images. Cells: % of the true class."
+        f"Linear probe on h, fitted to {found.fitted_to:,} training {insight.noun}s: top-1 {found.top1:.2%} of "
+        f"{int(found.counts.sum()):,} test {insight.noun}s. Cells: % of the true class."
     )
     return element("div", figure(figures.confusion_chart(found), "confusion matrix", caption), class_="grid")
 
@@ -211,8 +225,8 @@ def _similarities(insight: Insight) -> Html:
     n = len(insight.positives)
     of_h = "".join(f" {note}." for note in insight.notes if note.startswith("similarities"))
     caption = (
-        f"{n} images in evaluation mode. Positives: two views of an image, mean {insight.positives.mean():.3f}; "
-        f"negatives: views of different images, mean {insight.negatives.mean():.3f}.{of_h}"
+        f"{n} {insight.noun}s in evaluation mode. Positives: two views of one, mean {insight.positives.mean():.3f}; "
+        f"negatives: views of different {insight.noun}s, mean {insight.negatives.mean():.3f}.{of_h}"
     )
     return element("div", figure(figures.similarity_chart(insight), "similarities", caption), class_="grid")
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from simclr_dist.config import flatten
+from simclr_dist.config import IMAGES, flatten
 from simclr_dist.config.bounded_yaml import read_yaml
 from simclr_dist.errors import ConfigError
+from simclr_dist.kinds import noun_of
 from simclr_dist.run import history
 from simclr_dist.run.layout import NUMBER, RunDir, is_a, read_record, read_records
 from simclr_dist.run.status import Status, read_status
@@ -46,6 +47,11 @@ class RunRecord:
     story: tuple[str, ...] = ()
     """Starts, changes of settings and rewinds, a line each."""
     remarks: tuple[str, ...] = ()
+
+    @property
+    def noun(self) -> str:
+        """What a sample is called."""
+        return noun_of(str(self.settings.get("data.kind", IMAGES)))
 
 
 def read_run(path: Path, *, of_run: bool = True) -> RunRecord:

@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None, trainer_class: type[Trainer] | None = None) -> None:
+    """`python -m simclr_dist.train`, with your own trainer. argv: CONFIG and key=value; None: of this process."""
     make_output_safe()
     args = parser().parse_intermixed_args(argv)
     if args.terminal:

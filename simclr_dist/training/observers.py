@@ -138,11 +138,15 @@ class AugmentedPairs(Observer):
     setting = "monitor.image_pairs"
 
     def __init__(
-        self, num_images: int, steps_per_epoch: int, pictures_of: Callable[[Batch], Tensor], monitor: Monitor
+        self,
+        num_images: int,
+        steps_per_epoch: int,
+        show_views: Callable[[Batch], Tensor | list[list[str]] | None],
+        monitor: Monitor,
     ) -> None:
         self._num_images = num_images
         self._steps_per_epoch = steps_per_epoch
-        self._pictures_of = pictures_of
+        self._show_views = show_views
         self._monitor = monitor
 
     def is_due(self, finished: FinishedStep) -> bool:
@@ -155,8 +159,9 @@ class AugmentedPairs(Observer):
         few = Batch(batch.views[:, :n], batch.sample_ids[:n], batch.labels[:n], batch.epoch)
         global_batch_size = len(batch.labels) * distributed.world_size()
         with torch.no_grad():
-            views = self._pictures_of(few)
-        self._monitor.show(Pairs(views, finished.samples_seen - global_batch_size))
+            shown = self._show_views(few)
+        if shown is not None:
+            self._monitor.show(Pairs(shown, finished.samples_seen - global_batch_size))
 
 
 class Probe(Observer):
@@ -437,7 +442,6 @@ def build_observers(
     precision = assumed_precision(config.train.precision, device.type)
     batch_size = config.evaluation.batch_size
 
-    pairs = config.monitor.image_pairs if parts.kind.shows_views else 0
     seen = kind_of(config.evaluation_data)  # by evaluations
     images, evaluation = parts.evaluation_images, None
     if images is not None:
@@ -487,7 +491,10 @@ def build_observers(
     return Observers(
         [
             AugmentedPairs(
-                pairs, parts.steps_per_epoch, lambda batch: parts.kind.pictures(augment(batch).cpu()), monitor
+                config.monitor.image_pairs,
+                parts.steps_per_epoch,
+                lambda batch: parts.kind.show_views(augment(batch).cpu()),
+                monitor,
             ),
             Probe(parts.probe, config.monitor.log_every_steps),
             figures,

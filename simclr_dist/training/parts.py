@@ -347,6 +347,7 @@ def _open_monitor(
         samples_seen=state.samples_seen,
         steps_per_epoch=steps_per_epoch,
         settings_of_run=config.model_dump(mode="json"),
+        noun=kind_of(config.data).noun,
     )
     if superseded:
         monitor.warn(

@@ -31,6 +31,7 @@ from simclr_dist.parallel.run_on_all_ranks import run_on_all_ranks
 from simclr_dist.run.layout import is_checkpoint
 from simclr_dist.run.owner import refuse_if_owned
 from simclr_dist.run.status import attempt_name
+from simclr_dist.source_text import missing
 from simclr_dist.training.network_facts import NetworkFacts, network_facts
 from simclr_dist.training.resuming import changed_settings, refuse_another_training, refuse_to_relabel
 
@@ -255,7 +256,7 @@ def main(argv: list[str]) -> None:
         return
 
     data = config.data
-    data_is_here = data.kind != IMAGES or data.train == "synthetic" or Path(data.train).exists()
+    data_is_here = data.kind != IMAGES or data.train == "synthetic" or missing(data.train) is None
     network: list[NetworkFacts] = []
     checks: dict[str, Callable[[], str]] = {
         "owner": lambda: _check_owner(config),

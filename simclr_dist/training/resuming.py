@@ -94,6 +94,7 @@ def refuse_another_training(found: Checkpoint, config: Config, known_as: tuple[s
             ("data.kind", then.data.kind, now.data.kind),
             ("train.global_batch_size", then.train.global_batch_size, now.train.global_batch_size),
             ("data.order", then.data.order, now.data.order),
+            ("data.mix", *(list(c.data.mix) if c.data.mix else "null" for c in (then, now))),
             ("optim.optimizer", then.optim.optimizer, now.optim.optimizer),
             ("loss.learn_temperature", *(str(c.loss.learn_temperature).lower() for c in (then, now))),
             *((f"data.tokens.{key}", *pair) for key, pair in _tokens(then, now).items()),

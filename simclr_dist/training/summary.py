@@ -10,6 +10,7 @@ from torch import nn
 
 from simclr_dist.checkpoint.lineage import list_checkpoints
 from simclr_dist.config import Config, LossConfig, ModelConfig, TrainConfig
+from simclr_dist.data.mix import MixedOrder
 from simclr_dist.kinds import Kind, kind_of
 from simclr_dist.loss.build import choices, negatives
 from simclr_dist.monitor.events import Summary
@@ -22,6 +23,7 @@ from simclr_dist.plan.memory import optimizer_state
 from simclr_dist.run.state import TrainState
 from simclr_dist.run.status import State
 from simclr_dist.safe_text import printable
+from simclr_dist.source_text import lines
 from simclr_dist.training.parts import Parts
 
 
@@ -75,17 +77,18 @@ def start_rows(config: Config, parts: Parts) -> dict[str, str]:
     head = config.model.head_out_dim
     parameters = sum(p.numel() for p in model.parameters())
     evaluated = f" (evaluations: {config.evaluation.image_size} px)" if config.evaluation_data != config.data else ""
-    left_out = loader.num_samples - epoch * G
+    left_out = loader.order.left_out
     warmup = f" after {config.optim.warmup_epochs:g} epochs" if config.optim.warmup_epochs else ""
     decay = "half a cosine to 0" if config.optim.schedule == "cosine" else "constant"
     return {
         "data": f"{config.data.train}: {loader.num_samples:,} {kind.noun}s, {config.data.num_views} views of "
         f"{kind.inputs.size}{evaluated}, {epoch:,} steps an epoch"
         + (f"; each epoch leaves out another {left_out:,}" if left_out else ""),
+        **_mix_rows(config, parts),
         **({"read as": printable(loader.account.layout)} if loader.account is not None else {}),
         **kind.start_rows(config.augment),
         "global batch": split_of_batch(G, world, config.train.micro_batch_size, kind.noun),
-        **shards_in_words(config.train),
+        **shards_in_words(config.train, kind.noun),
         "learning rate": f"{config.optim.optimizer}, peak {learning_rate_formula(config)}{warmup}, then {decay}",
         **learning_rates_of_parts(config, model),
         "loss": loss_in_words(config.loss, config.data.num_views, G),
@@ -97,6 +100,14 @@ def start_rows(config: Config, parts: Parts) -> dict[str, str]:
         "plan` estimates the rest",
         "run directory": str(config.run_dir),
     }
+
+
+def _mix_rows(config: Config, parts: Parts) -> dict[str, str]:
+    order = parts.loader.order
+    if not isinstance(order, MixedOrder):
+        return {}
+    sentences = order.sentences(lines(config.data.train), parts.last_step)
+    return {f"mix {i}": printable(sentence) for i, sentence in enumerate(sentences, 1)}
 
 
 def weight_rows(config: Config, state: TrainState, network: nn.Module) -> dict[str, str]:
@@ -168,12 +179,10 @@ def split_of_batch(global_batch_size: int, world: World, micro_batch_size: int |
     return f"{global_batch_size:,} = {' x '.join(parts)}{micro}"
 
 
-def shards_in_words(train: TrainConfig) -> dict[str, str]:
+def shards_in_words(train: TrainConfig, noun: str = "image") -> dict[str, str]:
     if train.virtual_shards is None:
         return {}
-    text = (
-        f"{train.virtual_shards} of {_count(train.images_of_shard or 0, 'image')}, each computed alone with one thread"
-    )
+    text = f"{train.virtual_shards} of {_count(train.images_of_shard or 0, noun)}, each computed alone with one thread"
     return {"shards": f"{text}: the same bytes on any power of two of processes up to {train.virtual_shards}"}
 
 

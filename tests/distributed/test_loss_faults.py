@@ -66,6 +66,10 @@ FAULTS: dict[str, tuple[Callable[[int], Tensor], str]] = {
         lambda rank: nt_xent(ones(rank), pairs="across" if rank else "within"),
         "disagree about pairs: within on rank 0, across on rank 1",
     ),
+    "decoupled": (
+        lambda rank: nt_xent(ones(rank), decoupled=rank > 0),
+        "disagree about decoupled: False on rank 0, True on rank 1",
+    ),
     "too cold": (lambda rank: nt_xent(ones(rank), 0.001), "too low for exp() in float64"),
     "not finite": (
         lambda rank: nt_xent(poisoned(rank)),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simclr_dist.data.beton.encode import RAW_UP_TO_PIXELS
+from simclr_dist.data.beton.shard_files import names_beton
 from simclr_dist.errors import DataError
 
 QUALITY = 90
@@ -52,20 +53,21 @@ def prepared_for(sidecar: dict[str, object]) -> int | None:
     return side if isinstance(side, int) and not isinstance(side, bool) and side > 0 else None
 
 
-def remark_on_views(path: str | Path, image_size: int) -> str:
-    """A sentence where a .beton file was prepared for smaller views; else, and for other data, nothing."""
-    from simclr_dist.data.beton.reader import open_beton
+def remark_on_views(source: str | Path, image_size: int) -> str:
+    """A sentence where .beton files were prepared for smaller views; else, and for other data, nothing."""
+    from simclr_dist.data.beton.shard_set import open_data
 
-    if not str(path).endswith(".beton"):
-        return ""
     try:
-        with open_beton(path) as beton:
-            side = prepared_for(beton.sidecar) if beton.sidecar.get("num_shrunk") else None
+        if not names_beton(source):
+            return ""
+        with open_data(source) as beton:
+            sides = [prepared_for(sidecar) for sidecar in beton.sidecars if sidecar.get("num_shrunk")]
     except DataError:
         return ""  # found where the images are opened
-    if side is None or side >= image_size:
+    side = min((side for side in sides if side is not None), default=image_size)
+    if side >= image_size:
         return ""
     return (
-        f"{path}: prepared for views of {side} px; this training takes {image_size} px (data.image_size), for which "
+        f"{source}: prepared for views of {side} px; this training takes {image_size} px (data.image_size), for which "
         f"its images are small and coarse: prepare again with --for-views {image_size}"
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from simclr_dist.data.account import OnDamage
 from simclr_dist.data.beton.encode import Encoded, PixelsOf, Unusable
 from simclr_dist.data.beton.reader import LARGEST_RAW_SIDE, RAW
 from simclr_dist.data.beton.writer import KEPT_PAGE_BYTES, Record
@@ -24,6 +25,7 @@ class ChannelEncoder:
     """max_side: of the longer side; larger images are shrunk to it, averaged over areas. None: any."""
 
     max_side: int | None
+    on_damage: OnDamage = "warn"
 
     def __call__(self, images: ImageSource) -> Encoded:
         done = Encoded()
@@ -34,11 +36,15 @@ class ChannelEncoder:
             except DataError as error:
                 done.results.append(Unusable(name, str(error)))
                 continue
+            if kept.damage is not None and self.on_damage != "warn":
+                done.results.append(Unusable(name, f"{name}: is damaged: {kept.damage}", damaged=True))
+                continue
             samples = _shrunk(kept.samples, self.max_side)
             result = _record(samples, name, int(images.labels[index]))
             done.results.append(result)
             if isinstance(result, Record):
                 done.num_shrunk += samples is not kept.samples
+                done.damaged += [] if kept.damage is None else [f"{name}: {kept.damage}"]
                 bits = 8 * samples.dtype.itemsize
                 done.pixels.append(PixelsOf(name, samples.shape[2], bits, kept.rgb, _sums(samples)))
         return done

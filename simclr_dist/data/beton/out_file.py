@@ -6,8 +6,9 @@ import fcntl
 import glob
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -18,10 +19,10 @@ from simclr_dist.data.beton.reader import LONGEST_SIDECAR, VERSION, next_sidecar
 from simclr_dist.errors import DataError
 
 
-def choose_target(out: Path, source: str | Path, overwrite: bool) -> Path:
+def choose_target(out: Path, sources: Sequence[str | Path], overwrite: bool) -> Path:
     """The file to write: `out`, or what `out` links to.
 
-    Raises DataError unless nothing is there, or with `overwrite` a .beton file that is not the source itself.
+    Raises DataError unless nothing is there, or with `overwrite` a .beton file that is none of the sources.
     """
     if out.parent.parent.is_dir():  # makes `data/` in a fresh checkout, but no longer path: that is a typing error
         out.parent.mkdir(exist_ok=True)
@@ -33,8 +34,8 @@ def choose_target(out: Path, source: str | Path, overwrite: bool) -> Path:
     if not target.parent.is_dir():
         raise DataError(f"{out}: links to {target}, and there is no folder {target.parent}")
     if target.exists():
-        if os.path.exists(source) and os.path.samefile(source, target):
-            raise DataError(f"{out}: is the source itself; write to another file")
+        if any(os.path.exists(source) and os.path.samefile(source, target) for source in sources):
+            raise DataError(f"{out}: is {'the' if len(sources) == 1 else 'a'} source itself; write to another file")
         if not _is_beton(target):
             raise DataError(f"{out}: holds something other than a .beton file, which is not replaced; move it away")
         if not overwrite:
@@ -80,6 +81,29 @@ def unfinished(target: Path) -> Iterator[IO[bytes]]:
             raise
 
 
+@contextmanager
+def unfinished_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target`, deleted when the block ends; rename it to keep it."""
+    _remove_abandoned(target)
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target)))
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(fd)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Gives an unfinished folder, whose files are on disk, its name. Raises OSError: another is there by now."""
+    folder.chmod(0o777 & ~_umask())
+    flush(folder)
+    os.rename(folder, target)
+    flush(target.parent)
+
+
 def commit(file: IO[bytes], target: Path, sidecar: dict[str, Any]) -> None:
     """Flushes the unfinished file to disk and gives it its name. Raises OSError.
 
@@ -103,11 +127,15 @@ def _prefix(target: Path) -> str:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Deletes unfinished files for `target` whose writer was killed."""
+    """Deletes unfinished files and folders for `target` whose writer was killed."""
     for path in target.parent.glob(f"{glob.escape(_prefix(target))}*"):
-        with suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+        with suppress(OSError):
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(fd)
 
 
 def _umask() -> int:

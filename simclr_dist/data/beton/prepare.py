@@ -111,7 +111,7 @@ def prepare(
     if keeps and (mode not in ("auto", "raw") or quality is not None):
         raise DataError("--channels: samples that are kept are stored as they are; leave out --mode and --quality")
     fit = choose_fit(for_views, max_side, quality)
-    target = choose_target(out, source, overwrite)
+    target = choose_target(out, [source], overwrite)
     images = open_source(source, options)
     account = images.account
     if strict and account.num_left_out:
@@ -119,7 +119,7 @@ def prepare(
     ids, account = _limited(images, account, limit)
     num_processes = default_num_threads(num_workers, setting="num_workers")
     encoder: Callable[[ImageSource], Encoded] = (
-        ChannelEncoder(fit.max_side)
+        ChannelEncoder(fit.max_side, options.on_damage)
         if keeps
         else Encoder(mode, fit.quality, fit.max_side, options.on_damage, fit.quality_of_shrunk)
     )
@@ -197,7 +197,7 @@ def prepare(
         num_kept_jpeg=done.num_kept,
         num_shrunk=done.num_shrunk,
         fit=None if for_views is None else fit.sentence(for_views),
-        warnings=tuple(_warnings(images, statistics) if kept is None else remarks),
+        warnings=tuple(_warnings(images, None if keeps else statistics)) + tuple(remarks),
         kept=kept,
         num_bytes=target.stat().st_size,
         fingerprint=fingerprint,
@@ -238,11 +238,11 @@ def _refuse(image: Unusable, options: SourceOptions, on_error: OnError, strict: 
         raise DataError(f"--strict: {image.reason}")
 
 
-def _warnings(images: ImageSource, statistics: dict[str, list[float]]) -> Iterator[str]:
+def _warnings(images: ImageSource, statistics: dict[str, list[float]] | None) -> Iterator[str]:
     unnoticed = turbojpeg.unavailable() if isinstance(images, FileImages) else None
     if unnoticed is not None:
         yield f"damage within JPEG files is not noticed: {unnoticed}"
-    if max(statistics["std"]) < _NEARLY_CONSTANT_STD:
+    if statistics is not None and max(statistics["std"]) < _NEARLY_CONSTANT_STD:
         mean, std = (", ".join(f"{value:.3f}" for value in statistics[key]) for key in ("mean", "std"))
         yield (
             f"the images are nearly constant (red, green, blue from 0 to 1: mean {mean}, std {std}); "

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 from simclr_dist.bounded_json import read_json
 from simclr_dist.data.account import Account
 from simclr_dist.data.beton.content import cached_records_digest, content_fingerprint, from_arguments
+from simclr_dist.data.classes import ClassMap
 from simclr_dist.data.image_size import check_num_pixels
 from simclr_dist.errors import DataError
 from simclr_dist.pixel_format import RGB, PixelFormat
@@ -97,6 +99,7 @@ class Beton:
 
     path: Path
     fd: int
+    num_bytes: int
     page_size: int
     images: NDArray[Any]  # IMAGE [n]
     labels: NDArray[np.int64]
@@ -108,6 +111,10 @@ class Beton:
     written_digest: str | None
     sidecar: dict[str, Any]
     kept: PixelFormat | None = None
+    other_fields: tuple[str, ...] = ()
+    """Fields that are neither the image nor its label."""
+    sentence: str = ""
+    """How the classes of several files fit together; here there is one."""
 
     @property
     def pixel_format(self) -> PixelFormat:
@@ -116,10 +123,7 @@ class Beton:
     @property
     def account(self) -> Account | None:
         """What `prepare` took from its source and what it left out, where the sidecar says so."""
-        try:
-            return Account.from_json(self.sidecar["account"])
-        except (KeyError, TypeError, ValueError, OverflowError):
-            return None
+        return account_of(self.sidecar)
 
     @cached_property
     def content_fingerprint(self) -> str:
@@ -133,14 +137,34 @@ class Beton:
     def num_samples(self) -> int:
         return len(self.images)
 
+    @property
+    def class_maps(self) -> tuple[ClassMap, ...]:
+        """From the class numbers of each file to those of all."""
+        return (ClassMap(np.arange(len(self.class_names), dtype=np.int64), ""),)
+
+    @property
+    def sidecars(self) -> tuple[dict[str, Any], ...]:
+        return (self.sidecar,)
+
     def records(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The records [b, 5] of `ids`: offset, size, mode, height, width. Raises DataError for unknown ids."""
-        if len(ids) and not (ids.min() >= 0 and ids.max() < self.num_samples):
-            outside = ids[(ids < 0) | (ids >= self.num_samples)][0]
-            raise DataError(f"{self.path}: there is no sample {outside}; the file holds 0 to {self.num_samples - 1}")
-        image = self.images[ids]
-        columns = [image["data_ptr"], self.record_bytes[ids], image["mode"], image["height"], image["width"]]
-        return np.stack(columns, axis=1, dtype=np.int64, casting="unsafe")
+        return records_of(self.images, self.record_bytes, ids, self.path)
+
+    def reading(self, ids: NDArray[np.int64]) -> Iterator[tuple[slice, int]]:
+        """The parts of `ids` that lie in one file, and its descriptor, open until the next part is asked for."""
+        yield slice(0, len(ids)), self.fd
+
+    def place(self, sample: int) -> tuple[Path, int]:
+        """The file in which a sample lies, and its number there."""
+        return self.path, sample
+
+    def files(self) -> Iterator[tuple[Path, int]]:
+        """Each file and how many samples lie in it."""
+        yield self.path, self.num_samples
+
+    def num_bytes_of(self, sample: int) -> int:
+        """The size of the file of a sample when it was opened."""
+        return self.num_bytes
 
     def pages(self) -> NDArray[np.int64]:
         """The page in which each sample lies [n]."""
@@ -156,15 +180,37 @@ class Beton:
         self.close()
 
 
-def open_beton(path: str | Path) -> Beton:
-    """Opens and checks a file. Raises DataError when it is not a .beton file, or not a complete one."""
+def account_of(sidecar: dict[str, Any]) -> Account | None:
+    try:
+        return Account.from_json(sidecar["account"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def records_of(
+    images: NDArray[Any], record_bytes: NDArray[np.int64], ids: NDArray[np.int64], source: str | Path
+) -> NDArray[np.int64]:
+    """See `Beton.records`. source: for the message."""
+    if len(ids) and not (ids.min() >= 0 and ids.max() < len(images)):
+        outside = ids[(ids < 0) | (ids >= len(images))][0]
+        raise DataError(f"{source}: there is no sample {outside}; it holds 0 to {len(images) - 1}")
+    image = images[ids]
+    columns = [image["data_ptr"], record_bytes[ids], image["mode"], image["height"], image["width"]]
+    return np.stack(columns, axis=1, dtype=np.int64, casting="unsafe")
+
+
+def open_beton(path: str | Path, *, mapped: bool = True) -> Beton:
+    """Opens and checks a file. Raises DataError when it is not a .beton file, or not a complete one.
+
+    mapped: the tables are mapped into memory, for which the file stays open; else they are read, as of small files.
+    """
     path = Path(path)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; make it with `simclr-dist prepare SOURCE {path}`") from None
     try:
-        return _checked(path, fd)
+        return _checked(path, fd, mapped)
     except BaseException:
         os.close(fd)
         raise
@@ -191,7 +237,7 @@ def _fields_of(descriptors: NDArray[Any]) -> tuple[list[int], list[str]]:
     return [int(t) for t in descriptors["type_id"]], names
 
 
-def _checked(path: Path, fd: int) -> Beton:
+def _checked(path: Path, fd: int, mapped: bool) -> Beton:
     def refuse(what: str) -> DataError:
         return DataError(f"{path}: {what}; make the file again with `simclr-dist prepare`")
 
@@ -200,7 +246,7 @@ def _checked(path: Path, fd: int) -> Beton:
     file_size = os.fstat(fd).st_size
     if file_size < HEADER.itemsize:
         raise refuse(f"not a .beton file ({file_size} bytes)")
-    header = np.fromfile(path, HEADER, count=1)[0]
+    header = _read(fd, HEADER, 0, 1)[0]
     if header["version"] != VERSION:
         raise refuse(f"not a .beton file of version {VERSION} (it says {header['version']})")
     n, num_fields, table = int(header["num_samples"]), int(header["num_fields"]), int(header["alloc_table_ptr"])
@@ -212,7 +258,7 @@ def _checked(path: Path, fd: int) -> Beton:
     metadata_start = HEADER.itemsize + num_fields * DESCRIPTOR.itemsize
     if metadata_start > file_size:
         raise refuse(f"truncated: {file_size} bytes end within the field descriptors")
-    descriptors = np.fromfile(path, DESCRIPTOR, count=num_fields, offset=HEADER.itemsize)
+    descriptors = _read(fd, DESCRIPTOR, HEADER.itemsize, num_fields)
     type_ids, names = _fields_of(descriptors)
     for type_id, name in zip(type_ids, names, strict=True):
         if type_id not in _FIELDS:
@@ -229,8 +275,10 @@ def _checked(path: Path, fd: int) -> Beton:
             f"truncated: its allocation table has {table_bytes} bytes, "
             f"{num_records} records need {num_records * ALLOCATION.itemsize}"
         )
-    metadata = np.memmap(path, row, "r", offset=metadata_start, shape=(n,))
-    allocations = np.memmap(path, ALLOCATION, "r", offset=table, shape=(num_records,))
+    metadata, allocations = (
+        np.memmap(path, kind, "r", offset=start, shape=(count,)) if mapped else _read(fd, kind, start, count)
+        for kind, start, count in ((row, metadata_start, n), (ALLOCATION, table, num_records))
+    )
     images = metadata[f"f{pixels_at}"] if kept is None else _images_of_bytes(metadata, pixels_at, names)
     offsets, sizes = (np.ascontiguousarray(allocations[name]) for name in ("ptr", "size"))
     if np.any(offsets[1:] < offsets[:-1]):  # as ffcv's own writer leaves it with several workers
@@ -272,6 +320,7 @@ def _checked(path: Path, fd: int) -> Beton:
     return Beton(
         path=path,
         fd=fd,
+        num_bytes=file_size,
         page_size=page_size,
         images=images,
         labels=labels,
@@ -282,6 +331,7 @@ def _checked(path: Path, fd: int) -> Beton:
         written_digest=written_digest,
         sidecar=sidecar,
         kept=kept,
+        other_fields=_other_fields(type_ids, names, pixels_at, kept),
     )
 
 
@@ -313,12 +363,29 @@ def _images_of_bytes(metadata: NDArray[Any], pixels_at: int, names: list[str]) -
     return images
 
 
+def _read(fd: int, kind: np.dtype, offset: int, count: int) -> NDArray[Any]:
+    """A table, as far as the file goes. Raises DataError."""
+    try:
+        content = os.pread(fd, count * kind.itemsize, offset)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from None
+    return np.frombuffer(content, kind)
+
+
 def _labels(metadata: NDArray[Any], type_ids: list[int], names: list[str], n: int) -> NDArray[np.int64]:
+    chosen = _label_field(type_ids, names)
+    return np.full(n, -1, np.int64) if chosen is None else np.array(metadata[f"f{chosen}"], np.int64)
+
+
+def _label_field(type_ids: list[int], names: list[str]) -> int | None:
     integers = [i for i, t in enumerate(type_ids) if t == INT_FIELD]
-    if not integers:
-        return np.full(n, -1, np.int64)
-    chosen = next((i for i in integers if names[i] == "label"), integers[0])
-    return np.array(metadata[f"f{chosen}"], np.int64)
+    return next((i for i in integers if names[i] == "label"), integers[0] if integers else None)
+
+
+def _other_fields(type_ids: list[int], names: list[str], pixels_at: int, kept: PixelFormat | None) -> tuple[str, ...]:
+    used = {pixels_at, _label_field(type_ids, names)}
+    used |= set() if kept is None else {names.index("height"), names.index("width")}
+    return tuple(name for i, name in enumerate(names) if i not in used)
 
 
 def _read_sidecar(path: Path, fingerprint: str) -> dict[str, Any]:

@@ -39,15 +39,18 @@ class PagedWriter:
     """Puts records into pages, the first of which begins with the tables; `finish` writes the tables.
 
     keeps: records are samples with channels and a depth of their own (see reader.py), not ffcv's images.
+    page_bytes: a record lies within one page, and no record may be larger; None: as `prepare` has them.
     records_digest: set by `finish`.
     """
 
     _FIELDS: tuple[tuple[str, int], ...] = (("image", IMAGE_FIELD), ("label", INT_FIELD))
     _FIELDS_OF_KEPT = (("image", BYTES_FIELD), ("label", INT_FIELD), ("height", INT_FIELD), ("width", INT_FIELD))
 
-    def __init__(self, file: IO[bytes], max_samples: int, *, keeps: bool = False) -> None:
+    def __init__(
+        self, file: IO[bytes], max_samples: int, *, keeps: bool = False, page_bytes: int | None = None
+    ) -> None:
         self._file = file
-        self._page_bytes = KEPT_PAGE_BYTES if keeps else PAGE_BYTES
+        self._page_bytes = page_bytes or (KEPT_PAGE_BYTES if keeps else PAGE_BYTES)
         if keeps:
             self._FIELDS = self._FIELDS_OF_KEPT
         self._metadata = metadata_type([type_id for _, type_id in self._FIELDS])

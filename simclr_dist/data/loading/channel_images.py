@@ -1,4 +1,4 @@
-"""Images of a .beton file that `prepare --channels keep` made: samples as they were, of any number of channels."""
+"""Images of .beton files that `prepare --channels keep` made: samples as they were, of any number of channels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.data.beton.reader import open_beton
+from simclr_dist.data.beton.shard_set import open_data
 from simclr_dist.data.loading.decode_pool import CropRule
 from simclr_dist.errors import DataError
 
@@ -19,10 +19,10 @@ _OFFSET, _SIZE, _MODE, _HEIGHT, _WIDTH = range(5)
 
 
 class ChannelImages:
-    """Crops samples of a .beton file; `fill` may be called from several threads at once. Needs no ffcv."""
+    """Crops samples of one .beton file or more; `fill` may be called from several threads at once. Needs no ffcv."""
 
     def __init__(self, path: str | Path) -> None:
-        self.beton = open_beton(path)
+        self.beton = open_data(path)
         self.pixel_format = self.beton.pixel_format
         self.class_names = self.beton.class_names
         self.fingerprint = self.beton.fingerprint
@@ -39,24 +39,27 @@ class ChannelImages:
         """Writes the V crops of each image to out [V, b, S, S, C]."""
         records = self.beton.records(ids)
         crops = crop(records[:, _HEIGHT], records[:, _WIDTH])
-        for k, record in enumerate(records.tolist()):
-            try:
-                samples = self._read(record)
-            except DataError as error:
-                raise DataError(f"{self.beton.path}: sample {int(ids[k])}: {error}") from None
-            _crop_and_resize()(samples, crops[:, k], out[:, k])
+        for part, fd in self.beton.reading(ids):
+            for k in range(part.start, part.stop):
+                try:
+                    samples = self._read(fd, records[k].tolist())
+                except DataError as error:
+                    path, number = self.beton.place(int(ids[k]))
+                    raise DataError(f"{path}: sample {number}: {error}") from None
+                _crop_and_resize()(samples, crops[:, k], out[:, k])
 
     def damaged(self, ids: NDArray[np.int64]) -> dict[int, str]:
         """The reason for each of `ids` that cannot be read."""
-        found = {}
-        for number, record in zip(ids.tolist(), self.beton.records(ids).tolist(), strict=True):
-            try:
-                self._read(record)
-            except DataError as error:
-                found[number] = str(error)
+        found, records = {}, self.beton.records(ids)
+        for part, fd in self.beton.reading(ids):
+            for k in range(part.start, part.stop):
+                try:
+                    self._read(fd, records[k].tolist())
+                except DataError as error:
+                    found[int(ids[k])] = str(error)
         return found
 
-    def _read(self, record: list[int]) -> NDArray:
+    def _read(self, fd: int, record: list[int]) -> NDArray:
         """Samples [H, W, C], which are overwritten by the next ones of this thread."""
         if not hasattr(self._scratch, "bytes"):  # one per thread, sized for the largest image
             self._scratch.bytes = np.empty(int(self.beton.record_bytes.max()), np.uint8)
@@ -64,7 +67,7 @@ class ChannelImages:
         done = 0
         try:
             while done < len(room):
-                got = os.preadv(self.beton.fd, [room[done:]], record[_OFFSET] + done)
+                got = os.preadv(fd, [room[done:]], record[_OFFSET] + done)
                 if got <= 0:
                     raise DataError("the file ends before the image does")
                 done += got

@@ -1,8 +1,8 @@
-"""What is in a .beton file, whether every image can be decoded, and whether its content is as it was written."""
+"""What .beton files hold, whether every image can be decoded, and whether the content is as it was written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,24 @@ import numpy as np
 from simclr_dist.data.account import Account
 from simclr_dist.data.beton.content import read_records_digest
 from simclr_dist.data.beton.reader import JPEG, Beton, open_beton
+from simclr_dist.data.beton.shard_set import ShardSet, open_data
 from simclr_dist.pixel_format import PixelFormat
+from simclr_dist.source_text import shown
 
 _CHUNK = 64
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """sides: (smallest, median, largest) longer side in pixels. account: None where the file does not tell.
+    """path: as it was given. sides: (smallest, median, largest) longer side in pixels.
+    account: None where a file does not tell.
 
     damaged: reason by sample id; None: not checked. changed: whether pixels or labels differ from those that were
     written; None: not checked, or the file does not say what was written. kept: by `prepare --channels keep`.
     """
 
-    path: Path
+    path: str
+    num_files: int
     num_bytes: int
     num_samples: int
     num_jpeg: int
@@ -33,10 +37,11 @@ class Inspection:
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]
     fingerprint: str
-    sidecar: dict[str, Any]
+    sidecars: tuple[dict[str, Any], ...]
     account: Account | None
     damaged: dict[int, str] | None
     changed: bool | None
+    changed_file: Path | None = None
     kept: PixelFormat | None = None
 
 
@@ -47,42 +52,56 @@ def inspect_beton(
 
     progress: called with (samples decoded, samples in all). Raises DataError when the file cannot be opened.
     """
-    with open_beton(path) as beton:
+    with open_data(path) as beton:
+        files = [place for place, _ in beton.files()]
+        changed, changed_file = _changed(files) if verify else (None, None)
         longer = np.sort(np.maximum(beton.images["width"], beton.images["height"]))
         counts = np.bincount(beton.labels[beton.labels >= 0], minlength=len(beton.class_names))
         return Inspection(
-            path=beton.path,
-            num_bytes=beton.path.stat().st_size,
+            path=shown(str(path)),
+            num_files=len(files),
+            num_bytes=beton.num_bytes,
             num_samples=beton.num_samples,
             num_jpeg=int((beton.images["mode"] == JPEG).sum()),
             sides=(int(longer[0]), int(longer[len(longer) // 2]), int(longer[-1])),
             class_names=beton.class_names,
             class_counts=tuple(counts.tolist()),
             fingerprint=beton.content_fingerprint,
-            sidecar=beton.sidecar,
+            sidecars=beton.sidecars,
             account=beton.account,
-            damaged=_damaged(beton, progress) if verify else None,
-            changed=_changed(beton) if verify else None,
+            damaged=_damaged(str(path), beton, progress) if verify else None,
+            changed=changed,
+            changed_file=changed_file,
             kept=beton.kept,
         )
 
 
-def _changed(beton: Beton) -> bool | None:
-    return None if beton.written_digest is None else read_records_digest(beton) != beton.written_digest
+def _changed(files: Iterable[Path]) -> tuple[bool | None, Path | None]:
+    """Whether any of them has, and which; None: none has, but not all tell what was written."""
+    unknown = False
+    for path in files:
+        with open_beton(path) as beton:
+            if beton.written_digest is None:
+                unknown = True
+            elif read_records_digest(beton) != beton.written_digest:
+                return True, path
+    return (None if unknown else False), None
 
 
-def _damaged(beton: Beton, progress: Callable[[int, int], None] | None) -> dict[int, str]:
+def _damaged(source: str, beton: Beton | ShardSet, progress: Callable[[int, int], None] | None) -> dict[int, str]:
     if beton.kept is not None:
         from simclr_dist.data.loading.channel_images import ChannelImages as Opened
     else:
         from simclr_dist.data.loading.ffcv_images import BetonImages as Opened  # type: ignore[assignment]
 
-    images, num_samples = Opened(beton.path), beton.num_samples
+    images, num_samples = Opened(source), beton.num_samples
     try:
         found: dict[int, str] = {}
         for start in range(0, num_samples, _CHUNK):
             ids = np.arange(start, min(start + _CHUNK, num_samples))
-            found |= images.damaged(ids)
+            for sample, why in images.damaged(ids).items():
+                file, number = images.beton.place(sample)
+                found[sample] = why if number == sample else f"{file}, sample {number} there: {why}"
             if progress is not None:
                 progress(int(ids[-1]) + 1, num_samples)
         return found

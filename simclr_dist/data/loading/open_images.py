@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from simclr_dist.data.beton.reader import read_kept
+from simclr_dist.data.beton.shard_files import beton_files, names_beton
+from simclr_dist.data.beton.shard_set import open_data
 from simclr_dist.errors import DataError
 from simclr_dist.pixel_format import RGB, PixelFormat
 
@@ -53,10 +56,8 @@ class DatasetInfo:
 
 def describe(source: str) -> DatasetInfo:
     """Size, classes and labels of a dataset, without decoding an image. Raises DataError."""
-    if str(source).endswith(".beton"):
-        from simclr_dist.data.beton.reader import open_beton
-
-        with open_beton(source) as beton:
+    if names_beton(source):
+        with open_data(source) as beton:
             return DatasetInfo(
                 beton.num_samples,
                 beton.class_names,
@@ -77,29 +78,30 @@ def describe(source: str) -> DatasetInfo:
     )
 
 
-def _fingerprint_of_beton(path: str) -> str:
-    from simclr_dist.data.beton.reader import open_beton
-
-    with open_beton(path) as beton:
+def _fingerprint_of_beton(source: str) -> str:
+    with open_data(source) as beton:
         return beton.content_fingerprint
 
 
 def kept_pixel_format(source: str) -> PixelFormat | None:
-    """What `prepare --channels keep` has kept in a .beton file; None: images are RGB of 8 bits. Raises DataError."""
-    if not source.endswith(".beton"):
+    """What `prepare --channels keep` has kept in .beton files; None: images are RGB of 8 bits. Raises DataError."""
+    files = beton_files(source)
+    if files is None or (first := read_kept(files.paths[0])) is None:
         return None
-    from simclr_dist.data.beton.reader import read_kept
-
-    return read_kept(source)
+    if len(files.paths) == 1:
+        return first
+    with open_data(source) as data:
+        return data.kept
 
 
 def open_images(source: str, loader: LoaderName) -> Images:
     """The dataset at `source`, able to decode and crop; close it. Raises DataError."""
-    if source.endswith(".beton") and loader != "synthetic" and kept_pixel_format(source) is not None:
+    is_beton = names_beton(source)
+    if is_beton and loader != "synthetic" and kept_pixel_format(source) is not None:
         from simclr_dist.data.loading.channel_images import ChannelImages
 
         return ChannelImages(source)
-    if source.endswith(".beton") and loader in ("auto", "ffcv"):
+    if is_beton and loader in ("auto", "ffcv"):
         from simclr_dist.data.decode.ffcv_import import unavailable
 
         reason = unavailable()
@@ -121,7 +123,7 @@ def open_images(source: str, loader: LoaderName) -> Images:
     # Imported only here: torchvision takes long to import.
     from simclr_dist.data.loading.pillow_images import BetonSource, SourceImages
 
-    if source.endswith(".beton") and loader != "synthetic":
+    if is_beton and loader != "synthetic":
         return SourceImages(BetonSource(source))
     return SourceImages(_open_source("synthetic" if loader == "synthetic" else source))
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
 
-from simclr_dist.data.beton.reader import RAW, open_beton
+from simclr_dist.data.beton.reader import RAW
+from simclr_dist.data.beton.shard_set import open_data
 from simclr_dist.data.loading.decode_pool import CropRule
 from simclr_dist.data.sources.decoding import Pixels, decode_jpeg
 from simclr_dist.data.sources.images import LabelledImages
@@ -68,10 +69,10 @@ def _cropped(image: Pixels, crop: list[int], size: int) -> Pixels:
 
 
 class BetonSource:
-    """A .beton file read without ffcv: records are raw pixels or JPEG, which Pillow can decode."""
+    """A .beton file, or several, read without ffcv: records are raw pixels or JPEG, which Pillow can decode."""
 
     def __init__(self, path: str | Path) -> None:
-        self._beton = open_beton(path)
+        self._beton = open_data(path)
         self.class_names = self._beton.class_names
         self.labels = self._beton.labels
         self.fingerprint = self._beton.fingerprint
@@ -82,11 +83,13 @@ class BetonSource:
         return self._beton.content_fingerprint
 
     def read(self, index: int) -> Pixels:
-        offset, size, mode, height, width = self._beton.records(np.array([index]))[0].tolist()
-        content = os.pread(self._beton.fd, size, offset)
+        sample = np.array([index])
+        offset, size, mode, height, width = self._beton.records(sample)[0].tolist()
+        [content] = [os.pread(fd, size, offset) for _, fd in self._beton.reading(sample)]
         if mode == RAW:
             return np.frombuffer(content, np.uint8).reshape(height, width, 3)
         try:
             return decode_jpeg(content, height, width)
         except DataError as error:
-            raise DataError(f"{self._beton.path}: sample {index}: {error}") from None
+            path, number = self._beton.place(index)
+            raise DataError(f"{path}: sample {number}: {error}") from None

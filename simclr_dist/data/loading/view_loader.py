@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 
 from simclr_dist.config import AugmentConfig, DataConfig
 from simclr_dist.data.batch import Batch, Loader
+from simclr_dist.data.beton.shard_set import sizes_of_places
 from simclr_dist.data.decode.crops import keyed_crops
 from simclr_dist.data.loading.decode_pool import CropRuleOf, DecodePool, Images
 from simclr_dist.data.loading.open_images import open_images
 from simclr_dist.data.loading.pinned_memory import PinnedSlots
+from simclr_dist.data.mix import MixedOrder
 from simclr_dist.data.order import Order
 from simclr_dist.errors import DataError
 from simclr_dist.parallel.distributed import World
@@ -41,36 +43,36 @@ def build_loader(
     """The loader of a pretraining run; close it, or use it with `with`. Raises DataError."""
     images = open_images(data.train, data.loader)
     try:
-        pages = images.pages() if data.order == "page_local" else None
-        if data.order == "page_local" and pages is None:
-            raise DataError(
-                f"data.order=page_local: {data.train} has no pages; use a .beton file, or data.order=random"
-            )
         return ViewLoader(
             images,
             resolve_augmentation(augment),
             image_size=data.image_size,
             num_views=data.num_views,
-            seed=seed,
-            global_batch_size=global_batch_size,
+            order=_order(data, images, global_batch_size, seed),
             world=world,
             device=device,
             num_threads=data.num_threads,
             batches_ahead=data.batches_ahead,
-            pages=pages,
         )
     except BaseException:
         images.close()
         raise
 
 
+def _order(data: DataConfig, images: Images, global_batch_size: int, seed: int) -> Order:
+    if data.mix is not None:
+        return MixedOrder(sizes_of_places(data.train), data.mix, global_batch_size, seed)
+    pages = images.pages() if data.order == "page_local" else None
+    if data.order == "page_local" and pages is None:
+        raise DataError(f"data.order=page_local: {data.train} has no pages; use a .beton file, or data.order=random")
+    return Order(len(images.labels), global_batch_size, seed, pages=pages)
+
+
 class ViewLoader:
     """Random crops of every image, in an order that can be entered at any step. See `Loader`.
 
     num_views: V, the crops of an image. It is decoded once, and a view's pixels do not depend on how many there are.
-
-    global_batch_size: G; each of world.size processes reads G / world.size images a step.
-    pages: the page of each sample, to visit a file page by page when it is larger than memory (see `Order`).
+    order: of the samples; each of world.size processes reads G / world.size images a step.
     """
 
     def __init__(
@@ -80,20 +82,18 @@ class ViewLoader:
         *,
         image_size: int,
         num_views: int = 2,
-        seed: int,
-        global_batch_size: int,
+        order: Order,
         world: World,
         device: torch.device | str = "cpu",
         num_threads: int | None = None,
         batches_ahead: int = 2,
-        pages: NDArray[np.int64] | None = None,
     ) -> None:
         self.num_samples = len(images.labels)
         self.class_names = images.class_names
         self.fingerprint = images.fingerprint
         self.content_fingerprint = images.content_fingerprint
         self.account = images.account
-        self.order = Order(self.num_samples, global_batch_size, seed, pages=pages)
+        self.order = order
         self.wait_s = 0.0
         self._labels = images.labels
         self._augmentation = augmentation
@@ -121,7 +121,7 @@ class ViewLoader:
         for current in count(step):
             begin = time.perf_counter()
             host_ids, views = next(decoded)
-            epoch = current // self.order.steps_per_epoch
+            epoch = self.order.epoch_of_draws(current)
             ids, labels = torch.from_numpy(host_ids.copy()), torch.from_numpy(self._labels[host_ids])
             if slots is not None:
                 # From page-locked memory: an ordinary copy would wait until the device has done all its work.
@@ -139,7 +139,7 @@ class ViewLoader:
                 ids,
                 keyed_crops(
                     self.order.seed,
-                    epoch,
+                    self.order.epoch_of_draws(step),
                     num_views=self._num_views,
                     scale_min=self._augmentation.crop_scale_min,
                     flip_p=self._augmentation.flip_p,

@@ -14,7 +14,14 @@ from PIL import Image, ImageFile
 
 from simclr_dist.data.image_size import check_num_pixels
 from simclr_dist.data.sources import tiff
-from simclr_dist.data.sources.decoding import both_bytes, orientation_of, reason_of, upright, without_pillows_limit
+from simclr_dist.data.sources.decoding import (
+    both_bytes,
+    decode,
+    orientation_of,
+    reason_of,
+    upright,
+    without_pillows_limit,
+)
 from simclr_dist.data.sources.listing import image_formats
 from simclr_dist.data.sources.sample_values import Decoding, kept_samples
 from simclr_dist.errors import DataError
@@ -27,10 +34,14 @@ _AS_RGB = ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV")
 
 @dataclass(frozen=True)
 class Kept:
-    """samples: uint8 or uint16 [H, W, C], upright. rgb: whether the file says that they are red, green and blue."""
+    """samples: uint8 or uint16 [H, W, C], upright. rgb: whether the file says that they are red, green and blue.
+
+    damage: what the JPEG decoder found wrong, though it gave pixels.
+    """
 
     samples: NDArray
     rgb: bool
+    damage: str | None = None
 
 
 def read_kept(file: IO[bytes], decoding: Decoding, page: int | None = None) -> Kept:
@@ -40,8 +51,9 @@ def read_kept(file: IO[bytes], decoding: Decoding, page: int | None = None) -> K
     """
     try:
         with without_pillows_limit():
-            samples, rgb = _samples(file, decoding, page)
-            return Kept(np.ascontiguousarray(kept_samples(samples, decoding)), rgb and decoding.channels == "keep")
+            found = _samples(file, decoding, page)
+            kept = np.ascontiguousarray(kept_samples(found.samples, decoding))
+            return Kept(kept, found.rgb and decoding.channels == "keep", found.damage)
     except DataError:
         raise
     except Exception as error:  # Pillow raises nearly everything on damaged data
@@ -57,12 +69,13 @@ def num_pages(path: str, offset: int, size: int) -> int:
         return max(1, len(tiff.pages(io.BytesIO(whole.read(size)))))
 
 
-def _samples(file: IO[bytes], decoding: Decoding, page: int | None) -> tuple[NDArray, bool]:
+def _samples(file: IO[bytes], decoding: Decoding, page: int | None) -> Kept:
+    """Of any type and number of channels."""
     file.seek(0)
     head = file.read(len(ARRAY))
     file.seek(0)
     if head == ARRAY:
-        return _of_array(file, decoding), False
+        return Kept(_of_array(file, decoding), rgb=False)
     pages = _chosen(tiff.pages(file), decoding, page)
     if pages and all(_has_plain_samples(one) for one in pages):
         return _of_tiff(file, pages, decoding)
@@ -71,8 +84,12 @@ def _samples(file: IO[bytes], decoding: Decoding, page: int | None) -> tuple[NDA
     file.seek(0)
     with Image.open(file, formats=image_formats()) as image:
         check_num_pixels(image.width, image.height, decoding.max_pixels)
+        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
+            file.seek(0)
+            found = decode(file, Decoding(max_pixels=decoding.max_pixels))  # which notices damage
+            return Kept(found.pixels[..., : len(image.getbands())], image.mode == "RGB", found.damage)
         samples = _by_pillow(file, image)
-        return upright(samples, orientation_of(image)), samples.shape[2] == 3
+        return Kept(upright(samples, orientation_of(image)), samples.shape[2] == 3)
 
 
 def _chosen(pages: list[tiff.Page], decoding: Decoding, page: int | None) -> list[tiff.Page]:
@@ -93,7 +110,7 @@ def _has_plain_samples(page: tiff.Page) -> bool:
     return plain and page.dtype is not None and page.get(tiff.COMPRESSION, 1) in tiff.BYTES_ONLY
 
 
-def _of_tiff(file: IO[bytes], pages: list[tiff.Page], decoding: Decoding) -> tuple[NDArray, bool]:
+def _of_tiff(file: IO[bytes], pages: list[tiff.Page], decoding: Decoding) -> Kept:
     page = pages[0]
     check_num_pixels(page.shape[1], page.shape[0], decoding.max_pixels, num_bands=sum(p.num_samples for p in pages))
     file.seek(0)
@@ -103,7 +120,7 @@ def _of_tiff(file: IO[bytes], pages: list[tiff.Page], decoding: Decoding) -> tup
     if photometric == tiff.WHITE_IS_ZERO and samples.dtype.kind == "u":
         samples = np.iinfo(samples.dtype).max - samples
     rgb = photometric == tiff.RGB and len(pages) == 1 and page.num_samples == 3
-    return upright(samples, page.get(tiff.ORIENTATION, 1)), rgb
+    return Kept(upright(samples, page.get(tiff.ORIENTATION, 1)), rgb)
 
 
 def _by_pillow(file: IO[bytes], image: ImageFile.ImageFile) -> NDArray:

@@ -1,4 +1,4 @@
-"""Proteins need no tokenizer: a token for each amino acid, one for an unknown residue, and one that hides another."""
+"""Proteins need no tokenizer: their letters are their tokens (data/proteins.py)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import string
 import numpy as np
 from numpy.typing import NDArray
 
+from simclr_dist.data.proteins import AMINO_ACIDS, LETTERS, MASK, UNKNOWN
 from simclr_dist.data.tokens.folder import Vocabulary
 
-AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
-UNKNOWN, MASK = len(AMINO_ACIDS), len(AMINO_ACIDS) + 1
-LETTERS = f"{AMINO_ACIDS}X#"
-"""The letter of each id."""
 _GAPS = b"-."
 
 PROTEINS = Vocabulary("proteins", len(LETTERS), hashlib.sha256(LETTERS.encode()).hexdigest(), mask=MASK)
