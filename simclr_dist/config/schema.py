@@ -290,6 +290,11 @@ class ModelConfig(Section):
     def _text_is_one_tower(self) -> ModelConfig:
         if self.text is None:
             return self
+        if self.text.encoder.startswith(HUGGING_FACE):
+            raise ValueError(
+                f"text.encoder: {HUGGING_FACE}FOLDER is for model.encoder alone: the weights of the folder would not be "
+                "read here; take transformer_small or one of your own"
+            )
         settings = ("text", "weights", "weights_partial", "freeze", "image_size", "batch_norm", "first_layer", "stem")
         if found := [key for key in settings if getattr(self.text, key) != ModelConfig.model_fields[key].default]:
             raise ValueError(f"text.{found[0]}: is not of the encoder of texts: leave it out, or set model.{found[0]}")
