@@ -292,8 +292,8 @@ class ModelConfig(Section):
             return self
         if self.text.encoder.startswith(HUGGING_FACE):
             raise ValueError(
-                f"text.encoder: {HUGGING_FACE}FOLDER is for model.encoder alone: the weights of the folder would not be "
-                "read here; take transformer_small or one of your own"
+                f"text.encoder: {HUGGING_FACE}FOLDER is for model.encoder alone: its weights would not be read here; "
+                "take transformer_small or one of your own"
             )
         settings = ("text", "weights", "weights_partial", "freeze", "image_size", "batch_norm", "first_layer", "stem")
         if found := [key for key in settings if getattr(self.text, key) != ModelConfig.model_fields[key].default]:

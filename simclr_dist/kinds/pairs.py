@@ -90,7 +90,7 @@ class PairsOfTexts(Texts):
             labels, group_ids = (torch.from_numpy(x[ids]) for x in (pairs.texts.labels[0::2], groups))
             return Batch(torch.from_numpy(views), torch.from_numpy(ids.copy()), labels, epoch, ids, group_ids)
 
-        return KeyedLoader(self.describe(self.data.train), order, draw, device)
+        return KeyedLoader(self.describe(self.data.train), order, draw, device, self.data.batches_ahead)
 
     def evaluation_batches(
         self, source: str, ids: NDArray[np.int64], batch_size: int, unreadable: dict[int, str] | None = None
@@ -223,8 +223,12 @@ class ImagesWithTexts(Images):
 
         return packed, implementations
 
-    def show_views(self, views: Tensor) -> None:
-        """Rows of `pack_pairs` are no pictures."""
+    def show_views(self, views: Tensor) -> Tensor:
+        """The crops of the images alone: [1, n, 3, H, W]."""
+        from simclr_dist.network.simclr import unpack_pairs
+
+        side = self.data.image_size
+        return super().show_views(unpack_pairs(views.flatten(0, 1), (side, side, self.pixels.channels))[0][None])
 
     def check_encoder(self, encoder: nn.Module, model: ModelConfig, section: str = "model") -> None:
         from simclr_dist.network.shape import shape_of_model
