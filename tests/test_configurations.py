@@ -11,9 +11,10 @@ import torchvision
 
 import simclr_dist
 from simclr_dist.cli import main
-from simclr_dist.config import IMAGES, OF_TOKENS, Config, load_config
+from simclr_dist.config import IMAGE_TEXT, OF_TOKENS, WITH_IMAGES, Config, load_config
 from simclr_dist.data.tokens.folder import open_tokens
 from tests.conftest import REPOSITORY
+from tests.pair_files import image_text
 from tests.test_evaluate import save_images
 from tests.token_data import write_protein_folder, write_text_folder
 
@@ -37,7 +38,7 @@ def small(path: Path, folder: Path) -> Config:
     config = load_config(path, check_data=False)
     settings = {
         "runs_dir": str(folder / "runs"),
-        **({"data.image_size": 32} if config.data.kind == IMAGES else {}),
+        **({"data.image_size": 32} if config.data.kind in WITH_IMAGES else {}),
         "model.encoder": SMALLER.get(config.model.encoder, config.model.encoder),
         "model.width": 8,
         "train.global_batch_size": 8,
@@ -49,6 +50,9 @@ def small(path: Path, folder: Path) -> Config:
         train, test = folder / f"{config.data.kind}.tokens", folder / f"{config.data.kind}_test.tokens"
         settings |= {"data.train": str(train), "data.test": str(test)}
         settings["model.vocabulary"] = open_tokens(train).vocabulary.size
+    elif config.data.kind == IMAGE_TEXT:
+        settings |= {f"data.{split}": str(folder / "pairs") for split in ("train", "test")}
+        settings |= {"model.text.vocabulary": open_tokens(folder / "pairs" / "texts").vocabulary.size}
     elif config.data.train != "synthetic":
         settings |= {"data.train": str(folder / "train")} | (
             {"data.test": str(folder / "test")} if config.data.test else {}
@@ -65,6 +69,9 @@ def small(path: Path, folder: Path) -> Config:
 def tokens_of(path: Path, folder: Path) -> list[str]:
     """For a plan: what an encoder of tokens eats is in their folder."""
     kind = load_config(path, check_data=False).data.kind
+    if kind == IMAGE_TEXT:
+        size = open_tokens(folder / "pairs" / "texts").vocabulary.size
+        return [f"data.train={folder / 'pairs'}", f"model.text.vocabulary={size}"]
     if kind not in OF_TOKENS:
         return []
     train = folder / f"{kind}.tokens"
@@ -80,6 +87,7 @@ def test_every_configuration_is_planned_and_trains(tmp_path: Path, capsys: pytes
     write_text_folder(tmp_path / "text_test.tokens", 6, 1, tokenizer=tmp_path / "text.tokens")
     write_protein_folder(tmp_path / "proteins.tokens", 18, 0)
     write_protein_folder(tmp_path / "proteins_test.tokens", 6, 1)
+    image_text(tmp_path, 18)
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
     for path in TRAININGS:
         capsys.readouterr()

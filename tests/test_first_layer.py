@@ -12,7 +12,7 @@ from torch import nn
 
 from simclr_dist.config import DataConfig, ModelConfig
 from simclr_dist.errors import ConfigError
-from simclr_dist.evaluation.untrained import untrained_encoder
+from simclr_dist.evaluation.untrained import before_training
 from simclr_dist.network import encoders
 from simclr_dist.network.encoders import build_encoder
 from simclr_dist.network.first_layer import NOISE, first_convolution, whiten
@@ -98,8 +98,9 @@ def test_a_run_begins_with_it_on_any_number_of_processes_and_a_resume_goes_on(im
         ModelConfig(encoder="resnet_small", stem="cifar", width=16),
         DataConfig(train=str(images), image_size=32),
     )
-    expected = untrained_encoder(model.model_copy(update={"first_layer": "whitened"}), data, 0).conv1.weight
-    assert not torch.allclose(expected, untrained_encoder(model, data, 0).conv1.weight)
+    _, whitened = before_training(model.model_copy(update={"first_layer": "whitened"}), data, 0, print)
+    expected = whitened.conv1.weight
+    assert not torch.allclose(expected, before_training(model, data, 0, print)[1].conv1.weight)
     for world_size in (1, 2):
         run = Training(images, tmp_path, f"still{world_size}", *still, world_size=world_size)
         assert run.wait() == [0] * world_size, run.output

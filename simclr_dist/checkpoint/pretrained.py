@@ -12,10 +12,11 @@ from simclr_dist.checkpoint.files import Checkpoint, check_names
 from simclr_dist.checkpoint.lineage import find_checkpoint
 from simclr_dist.checkpoint.weights import fit, is_ours, open_weights
 from simclr_dist.config import HUGGING_FACE, IMAGES, LARGEST_SIDE, SMALLEST_SIDE, Config, ModelConfig, parse_config
+from simclr_dist.config.schema import IMAGES_OF_PAIRS, TokensConfig
 from simclr_dist.errors import ConfigError
 from simclr_dist.network import guess
 from simclr_dist.network.library_weights import PRETRAINED
-from simclr_dist.network.simclr import SimCLR, build_model
+from simclr_dist.network.simclr import SimCLR, TwoTowers, build_model
 from simclr_dist.network.trial import check_evaluation_size
 from simclr_dist.network.weight_files import Weights
 from simclr_dist.pixel_format import RGB
@@ -90,10 +91,20 @@ def checkpoint_of(source: Source, warn: Callable[[str], None]) -> Checkpoint | N
     return find_checkpoint(source, warn)
 
 
-def require_images(checkpoint: Checkpoint, what: str) -> None:
-    """Raises ConfigError where the encoder was trained on something else. what: knows images only."""
-    if (kind := checkpoint.config.data.kind) != IMAGES:
-        raise ConfigError([f"{what} is for encoders of images; {checkpoint.path} was trained on data.kind={kind}"])
+def images_alone(model: SimCLR, checkpoint: Checkpoint, what: str) -> tuple[SimCLR, Checkpoint]:
+    """The encoder of images, as if there had been no texts beside them in training.
+
+    Raises ConfigError where it was trained on something else. what: knows images only.
+    """
+    data = checkpoint.config.data
+    if isinstance(model, TwoTowers):
+        images = {"kind": IMAGES, "train": str(Path(data.train) / IMAGES_OF_PAIRS), "tokens": TokensConfig()}
+        network = checkpoint.config.model.model_copy(update={"text": None})
+        update = {"data": data.model_copy(update=images), "model": network}
+        return model.of_images(), replace(checkpoint, config=checkpoint.config.model_copy(update=update))
+    if data.kind != IMAGES:
+        raise ConfigError([f"{what} is for encoders of images; {checkpoint.path} was trained on data.kind={data.kind}"])
+    return model, checkpoint
 
 
 def _is_of_run(path: Path) -> bool:

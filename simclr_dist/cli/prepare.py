@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from simclr_dist.argument_types import add_source_arguments, percentage, positive_int
 from simclr_dist.cli.arguments import Commands, add_command
-from simclr_dist.config import OF_TOKENS
+from simclr_dist.config.schema import OF_TOKENS, PAIRS, WITH_IMAGES
 from simclr_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,19 +25,19 @@ def register(commands: Commands) -> None:
         commands,
         "prepare",
         _run_prepare,
-        help="write images to a .beton file, or texts or proteins to a token folder",
+        help="write images to a .beton file; texts, proteins and pairs to a folder",
         description="Writes images to a .beton file, or texts or proteins to a token folder. It appears under its name "
         "only when it is complete.",
     )
-    prepare.add_argument("--kind", choices=("images", *OF_TOKENS), default="images", help="what SOURCE holds")
+    prepare.add_argument("--kind", choices=("images", *OF_TOKENS, *PAIRS), default="images", help="what SOURCE holds")
     prepare.add_argument(
         "source",
         metavar="SOURCE",
         help="folder of class folders; tar or zip of one; WebDataset, parquet or CSV; several as 'x-{000..012}.tar' or "
         "'x/*.tar'; a URL; torchvision's files; or cifar10, cifar100, stl10, fashion-mnist (docs/data.md); "
-        "texts: .txt, .tsv, .csv, .jsonl or .parquet; proteins: FASTA",
+        "texts and pairs: .txt, .tsv, .csv, .jsonl or .parquet; proteins: FASTA",
     )
-    prepare.add_argument("out", metavar="OUT", type=Path, help="OUT.beton; of texts and proteins, a folder")
+    prepare.add_argument("out", metavar="OUT", type=Path, help="OUT.beton; of others than images, a folder")
     prepare.add_argument(
         "--mode", choices=("auto", "jpg", "raw", "smart"), help="auto (default): raw for small images, else jpg"
     )
@@ -71,7 +71,7 @@ def register(commands: Commands) -> None:
 
 
 def _add_token_arguments(prepare: argparse.ArgumentParser) -> None:
-    tokens = prepare.add_argument_group("texts and proteins")
+    tokens = prepare.add_argument_group("texts, proteins and pairs")
     tokens.add_argument(
         "--max-tokens", type=positive_int, metavar="N", help="cut what is longer (default: 1024); data.tokens cuts more"
     )
@@ -85,7 +85,14 @@ def _add_token_arguments(prepare: argparse.ArgumentParser) -> None:
         "--vocabulary", type=positive_int, metavar="N", help="tokens of the tokenizer that is trained (default: 8192)"
     )
     tokens.add_argument(
-        "--column", action="append", metavar="NAME", help="of a table: the texts'; several: each is a text of its own"
+        "--column",
+        action="append",
+        metavar="NAME",
+        help="of a table: the texts'; several: each is a text of its own. text_pairs: both sides'. image_text: that of "
+        "the images' names, and the texts'; the texts' alone where row i is of image i",
+    )
+    tokens.add_argument(
+        "--images", type=Path, metavar="PATH", help="of image_text: a folder, a tar archive or a .beton file"
     )
     tokens.add_argument("--label-column", metavar="NAME", help="of a table: the classes'")
     tokens.add_argument("--no-header", action="store_true", help="of .tsv and .csv: columns are called 1, 2, 3, …")
@@ -98,17 +105,27 @@ def _add_token_arguments(prepare: argparse.ArgumentParser) -> None:
 _OF_IMAGES = "mode", "for_views", "quality", "max_side", "on_error", "workers"
 _OF_TEXT = "tokenizer", "vocabulary", "column", "label_column", "no_header", "encoding", "max_tokens"
 _OF_PROTEINS = "label_pattern", "max_tokens"
+_OF_IMAGE_TEXT = "images", *(name for name in (*_OF_IMAGES, *_OF_TEXT) if name != "label_column")
+_OWN = {
+    "images": _OF_IMAGES,
+    "text": _OF_TEXT,
+    "proteins": _OF_PROTEINS,
+    "text_pairs": _OF_TEXT,
+    "image_text": _OF_IMAGE_TEXT,
+}
 
 
 def _refuse_options_of_other_kinds(args: argparse.Namespace) -> None:
     """Raises ConfigError."""
     from simclr_dist.data.account import SourceOptions
 
-    own = {"images": _OF_IMAGES, "text": _OF_TEXT, "proteins": _OF_PROTEINS}[args.kind]
-    given = [name for name in dict.fromkeys((*_OF_IMAGES, *_OF_TEXT, *_OF_PROTEINS)) if getattr(args, name)]
-    if args.kind != "images":
+    own = _OWN[args.kind]
+    given = [name for name in dict.fromkeys(name for names in _OWN.values() for name in names) if getattr(args, name)]
+    if args.kind not in WITH_IMAGES:
         read, usual = asdict(SourceOptions.from_arguments(args)), asdict(SourceOptions())
         given += [name.replace("value_range", "range") for name in read if read[name] != usual[name]]
+    if args.kind == "image_text" and args.limit:
+        given.append("limit")
     if others := [f"--{name.replace('_', '-')}" for name in given if name not in own]:
         raise ConfigError([f"{', '.join(others)}: not for --kind {args.kind}; leave it out"])
 
@@ -124,6 +141,8 @@ def _prepare_tokens(args: argparse.Namespace) -> int:
         "strict": args.strict,
         "overwrite": args.overwrite,
     }
+    if args.kind in PAIRS:
+        return _prepare_pairs(args, common)
     if args.kind == "proteins":
         info = prepare_proteins(Path(args.source), args.out, label_pattern=args.label_pattern, **common)
     else:
@@ -145,6 +164,56 @@ def _prepare_tokens(args: argparse.Namespace) -> int:
         )
     )
     print(f"  for your configuration: data.kind: {args.kind}, model.vocabulary: {info.vocabulary.size}")
+    return 0
+
+
+def _prepare_pairs(args: argparse.Namespace, common: dict[str, Any]) -> int:
+    from simclr_dist.data.account import SourceOptions
+    from simclr_dist.data.pairs.prepare import prepare_image_text, prepare_text_pairs
+    from simclr_dist.data.tokens.texts import Columns
+    from simclr_dist.safe_text import printable
+
+    common |= {
+        "columns": Columns(tuple(args.column or ()), args.label_column, not args.no_header),
+        "tokenizer_at": args.tokenizer,
+        "vocabulary_size": args.vocabulary or 8192,
+        "encoding": args.encoding or "utf-8",
+    }
+    if args.kind == "text_pairs":
+        info, vocabulary = prepare_text_pairs(Path(args.source), args.out, **common), "model.vocabulary"
+    else:
+        if args.images is None:
+            raise ConfigError(["--images: is missing: where are the images whose texts these are?"])
+        del common["limit"]
+        images = {name: getattr(args, name) for name in ("for_views", "quality", "max_side")}
+        info, vocabulary = (
+            prepare_image_text(
+                Path(args.source),
+                args.out,
+                images=args.images,
+                options=SourceOptions.from_arguments(args),
+                mode=args.mode or "auto",
+                num_workers=args.workers,
+                on_error=args.on_error or "refuse",
+                **images,
+                **common,
+            ),
+            "model.text.vocabulary",
+        )
+    for line in info.account.lines():
+        print(printable(line))
+    print(
+        printable(
+            f"{info.path}: {info.num_pairs:,} {info.account.noun}s, {info.num_texts:,} texts of {info.num_tokens:,} "
+            f"tokens; {info.seconds:.1f} s"
+        )
+    )
+    if info.num_groups < info.num_pairs:
+        print(
+            f"  some share a content: {info.num_groups:,} groups, the largest of {info.largest_group:,}; within "
+            "one, none is a negative"
+        )
+    print(f"  for your configuration: data.kind: {args.kind}, {vocabulary}: {info.vocabulary_size}")
     return 0
 
 

@@ -2,12 +2,14 @@
 
 from simclr_dist.config.schema import (
     HUGGING_FACE,
+    IMAGE_TEXT,
     IMAGES,
     LARGEST_SIDE,
     NAME_PATTERN,
     OF_TOKENS,
     PIXELS,
     SMALLEST_SIDE,
+    WITH_IMAGES,
     AugmentConfig,
     CheckpointConfig,
     Config,
@@ -36,11 +38,13 @@ from simclr_dist.errors import ConfigError
 __all__ = [
     "HUGGING_FACE",
     "IMAGES",
+    "IMAGE_TEXT",
     "LARGEST_SIDE",
     "NAME_PATTERN",
     "OF_TOKENS",
     "PIXELS",
     "SMALLEST_SIDE",
+    "WITH_IMAGES",
     "AugmentConfig",
     "CheckpointConfig",
     "Config",

@@ -34,10 +34,19 @@ BASE = "_base_"
 """The key under which a file names those that it begins from (yaml_source.py)."""
 IMAGES = "images"
 """The kind of data that a file without `data.kind` means."""
+IMAGE_TEXT = "image_text"
+"""Images, each with texts: two encoders."""
+WITH_IMAGES = IMAGES, IMAGE_TEXT
 OF_TOKENS = "text", "proteins"
 """The kinds whose samples are token folders."""
+TEXT_PAIRS = "text_pairs"
+"""Pairs of texts: one encoder."""
+PAIRS = IMAGE_TEXT, TEXT_PAIRS
+"""The kinds whose samples are folders of pairs."""
 PIXELS = ("channels", "bits", "rgb", "mean", "std")
 """The settings of `data` that say what pixels are."""
+IMAGES_OF_PAIRS = "images.beton"
+"""In a folder of images with texts."""
 HUGGING_FACE = "hf/"
 """`model.encoder: hf/FOLDER`."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -92,11 +101,12 @@ class DataConfig(Section):
 
     kind: str = Field(
         "images",
-        description="What is trained on: `images`, `text`, `proteins`, or a kind that a script of yours registers.",
+        description="What is trained on: `images`, `text`, `proteins`, `image_text`, `text_pairs`, or a kind that a "
+        "script of yours registers.",
     )
     train: Source = Field(
         description="A .beton file, several (a list, a folder of them, a pattern), an image folder, or `synthetic`; of "
-        "texts and proteins a token folder."
+        "others the folder that `prepare` wrote."
     )
     test: Source | None = Field(None, description="Held-out images for kNN during training; same kinds as `train`.")
     loader: Literal["auto", "ffcv", "folder", "synthetic"] = Field(
@@ -135,10 +145,16 @@ class DataConfig(Section):
         tokens = self.tokens
         if self.kind == IMAGES and tokens != TokensConfig():
             raise ValueError("data.tokens is of texts and proteins, not of data.kind=images: leave it out")
-        if self.kind in (IMAGES, *OF_TOKENS) and self.options:
+        if self.kind in (IMAGES, *OF_TOKENS, *PAIRS) and self.options:
             raise ValueError(
                 f"data.options ({', '.join(self.options)}) is for a kind of your own; {self.kind} "
                 f"{'have none' if self.kind == IMAGES else 'has data.tokens'}"
+            )
+        plain = TokensConfig(max_tokens=tokens.max_tokens, length_window=tokens.length_window)
+        if self.kind in PAIRS and tokens != plain:
+            raise ValueError(
+                f"data.tokens: {self.kind} compares whole texts as they are: leave all but max_tokens and "
+                "length_window out"
             )
         if tokens.span_min > tokens.span_max:
             raise ValueError(
@@ -183,7 +199,7 @@ class DataConfig(Section):
     @field_validator("image_size", mode="wrap")
     @classmethod
     def _images_have_a_size(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> int:
-        if info.data.get("kind", IMAGES) == IMAGES:
+        if info.data.get("kind", IMAGES) in WITH_IMAGES:
             if value is None:
                 raise PydanticKnownError("missing")
             return int(check(value))
@@ -246,6 +262,9 @@ class ModelConfig(Section):
     )
     weights_partial: bool = Field(False, description="Also start from weights of a part of the encoder only.")
     freeze: tuple[str, ...] = Field((), description="Patterns of parameters that are not trained: `encoder.layer1.*`.")
+    text: ModelConfig | None = Field(
+        None, description="Of data.kind=image_text: the encoder of texts and its head, with the settings of `model`."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -258,6 +277,33 @@ class ModelConfig(Section):
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _towers_meet(cls, values: Any) -> Any:
+        """z is as wide for texts as for images."""
+        if not isinstance(values, dict) or not isinstance(values.get("text"), dict) or "head_out_dim" not in values:
+            return values
+        return {**values, "text": {"head_out_dim": values["head_out_dim"], **values["text"]}}
+
+    @model_validator(mode="after")
+    def _text_is_one_tower(self) -> ModelConfig:
+        if self.text is None:
+            return self
+        if self.text.encoder.startswith(HUGGING_FACE):
+            raise ValueError(
+                f"text.encoder: {HUGGING_FACE}FOLDER is for model.encoder alone: its weights would not be read here; "
+                "take transformer_small or one of your own"
+            )
+        settings = ("text", "weights", "weights_partial", "freeze", "image_size", "batch_norm", "first_layer", "stem")
+        if found := [key for key in settings if getattr(self.text, key) != ModelConfig.model_fields[key].default]:
+            raise ValueError(f"text.{found[0]}: is not of the encoder of texts: leave it out, or set model.{found[0]}")
+        if self.text.head_out_dim != self.head_out_dim:
+            raise ValueError(
+                f"text.head_out_dim ({self.text.head_out_dim}) must be model.head_out_dim ({self.head_out_dim}): texts "
+                "are compared with images; leave it out"
+            )
+        return self
 
 
 class LossConfig(Section):
@@ -473,7 +519,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
-        if self.data.kind != IMAGES:
+        self._towers_fit()
+        if self.data.kind not in WITH_IMAGES:
             self._refuse_what_only_images_have()
         elif self.model.image_size != self.data.image_size:
             raise ValueError(
@@ -560,6 +607,28 @@ class Config(Section):
                 "model.dropout above 0 (0.1 in SimCSE), or data.tokens.views to spans"
             )
 
+    def _towers_fit(self) -> None:
+        """Images with texts have two encoders, and other data have one."""
+        if self.data.kind in PAIRS and self.data.num_views != 2:
+            raise ValueError(f"data.num_views ({self.data.num_views}): a pair has two sides; leave it out")
+        if self.data.kind != IMAGE_TEXT:
+            if self.model.text is not None:
+                raise ValueError(
+                    f"model.text: data.kind is {self.data.kind}, and only {IMAGE_TEXT} has a second encoder"
+                )
+            return
+        if self.model.text is None:
+            raise ValueError(f"data.kind={IMAGE_TEXT} needs model.text: the encoder of texts")
+        if self.loss.pairs != "across":
+            raise ValueError(f"data.kind={IMAGE_TEXT} compares images with texts: set loss.pairs=across")
+        if self.model.first_layer != "random":
+            raise ValueError(f"model.first_layer={self.model.first_layer} is for data.kind={IMAGES}: leave it out")
+        if self.evaluation.online_probe:
+            raise ValueError(
+                f"evaluation.online_probe learns from one encoder's views, and data.kind={IMAGE_TEXT} has two: leave "
+                "it out"
+            )
+
     def _refuse_what_only_images_have(self) -> None:
         settings: dict[str, tuple[Any, Any]] = {
             "augment": (self.augment, AugmentConfig()),
@@ -609,7 +678,7 @@ def json_schema() -> str:
         "description": "Files that this one begins from, relative to it; what stands here wins.",
     }
     del schema["$defs"]["DataConfig"]["properties"]["image_size"]["default"]
-    images = {"properties": {"kind": {"const": IMAGES}}}
+    images = {"properties": {"kind": {"enum": list(WITH_IMAGES)}}}
     sections["data"] |= {"if": images, "then": {"required": ["image_size"]}}
     whole = {"required": schema.pop("required"), "properties": sections}
     schema |= {"if": {"required": [BASE]}, "else": whole}

@@ -27,6 +27,7 @@ class Batch:
     labels: int64 [B], -1 where there is none; only SupCon uses them.
     group_ids: int64 [B], the same for samples of equal content, captions of one image, and the like: the loss makes
         them no negatives of one another. None: each sample is of its own kind. SupCon goes by labels.
+    texts: int64 [B, T]: a text of each image, in tokens. None: the images have none.
     epoch: with the seed and the ids it determines every random draw.
     """
 
@@ -37,6 +38,7 @@ class Batch:
     # The ids again, on the host: random parameters are drawn there, and reading ids back would wait for the device.
     host_ids: NDArray[np.int64] = field(default=None, repr=False, compare=False)  # type: ignore[arg-type]
     group_ids: Tensor | None = None
+    texts: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.host_ids is None:
@@ -46,8 +48,10 @@ class Batch:
         views, ids, labels = (
             x.to(device, non_blocking=non_blocking) for x in (self.views, self.sample_ids, self.labels)
         )
-        groups = None if self.group_ids is None else self.group_ids.to(device, non_blocking=non_blocking)
-        return Batch(views, ids, labels, self.epoch, self.host_ids, groups)
+        groups, texts = (
+            None if x is None else x.to(device, non_blocking=non_blocking) for x in (self.group_ids, self.texts)
+        )
+        return Batch(views, ids, labels, self.epoch, self.host_ids, groups, texts)
 
 
 class Loader(Protocol):

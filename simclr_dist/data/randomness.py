@@ -20,6 +20,7 @@ SOLARIZE = 128
 DROPOUT, DROPOUT_OF_BATCH = 144, 145
 SPAN_LENGTH, SPAN_START = 160, 176  # five draws, one draw
 BRIGHTNESS_OF_CHANNEL, CONTRAST_OF_CHANNEL = 192, 208  # 16 each
+TEXT = 224  # which of an image's texts
 TOKEN_CHANGED, TOKEN_INSTEAD = 1 << 20, 1 << 21  # and the token's place
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -33,7 +33,7 @@ from simclr_dist.evaluation.knn import check_k, knn_top1
 from simclr_dist.evaluation.labels import relabelled
 from simclr_dist.evaluation.linear import linear_probe
 from simclr_dist.evaluation.readable_images import ReadableImages
-from simclr_dist.evaluation.score_record import name_of, score_record
+from simclr_dist.evaluation.score_record import name_of, require_method, score_record
 from simclr_dist.evaluation.untrained import before_training
 from simclr_dist.kinds import Kind, kind_of
 from simclr_dist.kinds.labelled_images import LabelledImages, open_labelled, require_labels
@@ -251,10 +251,7 @@ def _open(
     if config.train.channels_last:  # as it was trained: the same layout rounds alike
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     kind = kind_of(config.data)
-    if method not in kind.evaluations:
-        raise ConfigError(
-            [f"{method} says nothing of {kind.noun}s; they are evaluated by {', '.join(kind.evaluations)}"]
-        )
+    require_method(kind, method)
     remedy = f"name labelled {kind.noun}s with --train, or evaluation.train in the configuration"
     images = open_labelled(config.data, train or config.evaluation.train, test, remedy=remedy)
     require_labels(images.noun, f"the training {images.noun}s", images.train, images.train_info, remedy=remedy)

@@ -6,7 +6,20 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from simclr_dist.errors import ConfigError
+from simclr_dist.kinds import Kind
 from simclr_dist.kinds.labelled_images import LabelledImages
+
+HEADLINES = {"similarity": ("spearman", "Spearman"), "retrieval": ("r1", "R@1 both ways")}
+"""By method: the key of its figure in a record, and its name; of the others top1, top-1."""
+
+
+def require_method(kind: Kind, method: str) -> None:
+    """Raises ConfigError where the method of `simclr-dist evaluate` makes no sense for the kind."""
+    if method not in kind.evaluations:
+        raise ConfigError(
+            [f"{method} says nothing of {kind.noun}s; they are evaluated by {', '.join(kind.evaluations)}"]
+        )
 
 
 def score_record(
@@ -47,16 +60,18 @@ def name_of(record: Mapping[str, Any], share: str) -> str:
     Two figures of one name and step are one measurement. Records of release 0.1 name less. share: "top-1", "top-5".
     """
     is_knn = record.get("method") == "knn"
-    setting = f"k={record.get('k')}" if is_knn else record.get("solver")
+    setting = f" (k={record.get('k')})" if is_knn else f" ({record['solver']})" if "solver" in record else ""
     more = [f"T={record['temperature']}"] if is_knn and "temperature" in record else []
     if isinstance(number := record.get("train_images"), int):
         more.append(f"{number:,} training images of {record.get('train')}")
     if isinstance(number := record.get("test_images"), int):
         more.append(f"{number:,} test images")
+    if isinstance(number := record.get("pairs"), int):
+        more.append(f"{number:,} pairs")
+    if isinstance(templates := record.get("templates"), list):
+        more.append(" | ".join(map(str, templates)))
     if "image_size" in record:
         more.append(f"{record['image_size']} px")
     if "precision" in record:
         more.append(str(record["precision"]))
-    return f"{record.get('method')} ({setting}) {share} on {record.get('test')}" + (
-        f"; {', '.join(more)}" if more else ""
-    )
+    return f"{record.get('method')}{setting} {share} on {record.get('test')}" + (f"; {', '.join(more)}" if more else "")

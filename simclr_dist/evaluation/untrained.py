@@ -15,7 +15,7 @@ from simclr_dist.data.loading.load_images import load_images
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.errors import DataError, UserError
 from simclr_dist.network.first_layer import NUM_IMAGES, first_convolution, whiten
-from simclr_dist.network.simclr import build_model
+from simclr_dist.network.simclr import SimCLR, build_model
 
 
 def before_training(
@@ -25,23 +25,26 @@ def before_training(
 
     Raises ConfigError or DataError.
     """
+    name, network = network_before_training(model, data, seed, say)
+    return f"{name} encoder" if name == "untrained" else "encoder as given", network.encoder
+
+
+def network_before_training(
+    model: ModelConfig, data: DataConfig, seed: int, say: Callable[[str], None]
+) -> tuple[str, SimCLR]:
+    """The same of the whole network: `untrained`, or `as given`."""
     if model.weights is not None:
         try:
             torch.manual_seed(seed)  # of what the weights lack
             network = build_model(model)
             plan_start(model, network, say, data.pixel_format).load_into(network)
-            return "encoder as given", network.encoder
+            return "as given", network
         except UserError as error:
             say(f"model.weights cannot be read any more, so the baseline is the untrained encoder: {error}")
-    return "untrained encoder", untrained_encoder(model, data, seed)
-
-
-def untrained_encoder(model: ModelConfig, data: DataConfig, seed: int) -> nn.Module:
-    """Raises ConfigError or DataError."""
     torch.manual_seed(seed)
-    encoder = build_model(model).encoder
-    set_first_layer(encoder, model, data, seed)
-    return encoder
+    network = build_model(model)
+    set_first_layer(network.encoder, model, data, seed)
+    return "untrained", network
 
 
 def set_first_layer(encoder: nn.Module, model: ModelConfig, data: DataConfig, seed: int) -> None:

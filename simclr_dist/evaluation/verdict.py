@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr_dist.checkpoint.files import Checkpoint
-from simclr_dist.checkpoint.pretrained import ForeignEncoder, Source, load_pretrained, require_images
+from simclr_dist.checkpoint.pretrained import ForeignEncoder, Source, images_alone, load_pretrained
 from simclr_dist.config import DataConfig, Precision
 from simclr_dist.errors import ConfigError, DataError, UserError
 from simclr_dist.evaluation.course import Course, course_of
@@ -143,8 +143,7 @@ def compare(
     for source in sources:
         name = _name_of(source)
         try:
-            model, checkpoint = load_pretrained(source, say)
-            require_images(checkpoint, "verdict")
+            model, checkpoint = images_alone(*load_pretrained(source, say), "verdict")
         except UserError as error:
             failures.append(error)
             found.append(_unknown(name, error, course_of(RunDir(Path(name)))))

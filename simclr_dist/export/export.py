@@ -12,7 +12,7 @@ from typing import Literal
 
 from simclr_dist.atomic import replace_text, replaces, replaces_folder
 from simclr_dist.checkpoint.files import Checkpoint
-from simclr_dist.checkpoint.pretrained import Source, load_pretrained, require_images
+from simclr_dist.checkpoint.pretrained import Source, images_alone, load_pretrained
 from simclr_dist.config import OF_TOKENS
 from simclr_dist.data.decode.crops import EVALUATION_SHARE
 from simclr_dist.errors import ExportError
@@ -100,7 +100,8 @@ def export(
             f"{checkpoint.path}: {config.model.encoder} is no network of transformers; of texts, those from hf/FOLDER "
             "are exported"
         )
-    require_images(checkpoint, "export")
+    model, checkpoint = images_alone(model, checkpoint, "export")
+    config = checkpoint.config
     seen = Preprocessing(config.evaluation_data.image_size, crop_share, config.data.pixel_format)
     samples = of_images(config.model, seen, config.data.image_size)
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from simclr_dist.atomic import replace_text
 from simclr_dist.checkpoint.files import Checkpoint
 from simclr_dist.checkpoint.lineage import same_on_all_ranks
-from simclr_dist.checkpoint.pretrained import Source, load_pretrained, require_images
+from simclr_dist.checkpoint.pretrained import Source, images_alone, load_pretrained
 from simclr_dist.config import DataConfig, ModelConfig, Precision, PrecisionSetting, parse_config
 from simclr_dist.data.classes import match_classes
 from simclr_dist.data.loading.load_images import load_images
@@ -112,8 +112,9 @@ def finetune_checkpoint(
     """
     device = settings.device
     found = same_on_all_ranks(source, device, say)
-    model, checkpoint = run_on_all_ranks(lambda: load_pretrained(found, say, image_size), device)
-    require_images(checkpoint, "fine-tuning")
+    model, checkpoint = images_alone(
+        *run_on_all_ranks(lambda: load_pretrained(found, say, image_size), device), "fine-tuning"
+    )
     config, data = checkpoint.config, checkpoint.config.evaluation_data
     if not checkpoint.of_run:
         if train is None:
@@ -274,8 +275,7 @@ def _student(
     image_size, pixels = data.image_size, data.pixel_format
     if student_from is None:
         return build_model(section), None
-    model, checkpoint = load_pretrained(student_from, say)
-    require_images(checkpoint, "distillation")
+    model, checkpoint = images_alone(*load_pretrained(student_from, say), "distillation")
     if not checkpoint.config.data.pixel_format.has_pixels_of(pixels):
         raise ConfigError(
             [

@@ -8,10 +8,17 @@ from simclr_dist.config import DataConfig
 from simclr_dist.errors import ConfigError
 from simclr_dist.kinds.images import Images
 from simclr_dist.kinds.kind import Kind
+from simclr_dist.kinds.pairs import ImagesWithTexts, PairsOfTexts
 from simclr_dist.kinds.tokens import Proteins, Texts
 
 Build = Callable[[DataConfig], Kind]
-_BUILT_IN: dict[str, Build] = {"images": Images, "text": Texts, "proteins": Proteins}
+_BUILT_IN: dict[str, Build] = {
+    "images": Images,
+    "text": Texts,
+    "proteins": Proteins,
+    "image_text": ImagesWithTexts,
+    "text_pairs": PairsOfTexts,
+}
 _REGISTERED: dict[str, Build] = {}
 
 

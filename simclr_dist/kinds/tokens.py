@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.config import AugmentConfig, ModelConfig
+from simclr_dist.config.schema import TokensConfig
 from simclr_dist.data.batch import Batch, Loader
 from simclr_dist.data.loading.open_images import DatasetInfo
 from simclr_dist.data.order import Order
@@ -45,6 +46,8 @@ class Tokens(Kind):
 
     what: ClassVar[str]
     """What the folder's manifest calls its content."""
+    draws_views: ClassVar[bool] = True
+    """False: views are the sides of a pair, and differ by themselves."""
 
     def folder(self, source: str) -> TokenFolder:
         """It is kept in this process until it changes. Raises DataError, also where its tokenizer is another than that
@@ -124,9 +127,7 @@ class Tokens(Kind):
         seen = self.seen
         lengths = seen if tokens.length_window else None
         order = Order(len(folder), global_batch_size, seed, lengths=lengths, length_window=tokens.length_window)
-        groups = folder.content_ids
-        if tokens.views == "whole" and (seen != folder.lengths).any():  # what differs after the cut only is the same
-            groups = same_tokens(folder.tokens, folder.offsets[:-1], seen)
+        groups = content_ids(folder, tokens) if tokens.views == "whole" else folder.content_ids
 
         def draw(epoch: int, step: int) -> Batch:
             return self._draw(order, groups, epoch, step, world)
@@ -151,34 +152,20 @@ class Tokens(Kind):
         labels, group_ids = (torch.from_numpy(x[ids]) for x in (folder.labels, groups))
         return Batch(torch.from_numpy(views), torch.from_numpy(ids.copy()), labels, epoch, ids, group_ids)
 
-    def check_encoder(self, encoder: nn.Module, model: ModelConfig) -> None:
+    def check_encoder(self, encoder: nn.Module, model: ModelConfig, section: str = "model") -> None:
         from simclr_dist.network.hugging_face import HuggingFaceEncoder
         from simclr_dist.network.trial import normalised_over_positions
 
-        vocabulary = self.train.vocabulary
         if names := normalised_over_positions(encoder, self.inputs):
             raise ConfigError(
                 [
-                    f"model.encoder: {model.encoder} has BatchNorm over tokens ({', '.join(names[:3])}), whose "
+                    f"{section}.encoder: {model.encoder} has BatchNorm over tokens ({', '.join(names[:3])}), whose "
                     "statistics would be those of the padding, too; use LayerNorm"
                 ]
             )
         if isinstance(encoder, HuggingFaceEncoder):
             self._check_folder(encoder)
-        if model.encoder == "transformer_small" and model.vocabulary != vocabulary.size:
-            raise ConfigError(
-                [
-                    f"model.vocabulary: is {model.vocabulary}, but {self.train.path} has {vocabulary.size:,} tokens; "
-                    f"set it to {vocabulary.size}"
-                ]
-            )
-        if model.pooling == "first" and not (vocabulary.prefix or getattr(encoder, "letters", None)):
-            raise ConfigError(
-                [
-                    "model.pooling=first takes the first token for h, which must be a special one: the tokenizer of "
-                    f"{self.train.path} puts none before a {self.noun}; set it to mean"
-                ]
-            )
+        check_transformer(model, encoder, self.train, self.noun, section)
 
     def _check_folder(self, encoder: HuggingFaceEncoder) -> None:
         """Whether it knows these tokens, and makes views of one sample differ."""
@@ -200,7 +187,11 @@ class Tokens(Kind):
                 raise ConfigError(
                     [f"model.encoder: {folder} has {encoder.vocabulary:,} tokens, its tokenizer {vocabulary.size:,}"]
                 )
-        if tokens.views == "whole" and not (tokens.mask_p or tokens.mutate_p or encoder.has_dropout):
+        if (
+            self.draws_views
+            and tokens.views == "whole"
+            and not (tokens.mask_p or tokens.mutate_p or encoder.has_dropout)
+        ):
             raise ConfigError(
                 [
                     f"the views of a {self.noun} would be the same: data.tokens.views is whole and the config.json of "
@@ -227,9 +218,12 @@ class Tokens(Kind):
     def evaluation_batches(
         self, source: str, ids: NDArray[np.int64], batch_size: int, unreadable: dict[int, str] | None = None
     ) -> Iterator[SampleBatch]:
+        yield from self.batches_of(self.folder(source), ids, batch_size)
+
+    def batches_of(self, folder: TokenFolder, ids: NDArray[np.int64], batch_size: int) -> Iterator[SampleBatch]:
+        """`evaluation_batches` of an open folder."""
         import torch
 
-        folder = self.folder(source)
         for start in range(0, len(ids), batch_size):
             part = ids[start : start + batch_size]
             seen = beginnings(folder, part, self.data.tokens)
@@ -245,9 +239,65 @@ class Tokens(Kind):
         return folder_size(Path(source))
 
 
+def content_ids(folder: TokenFolder, config: TokensConfig) -> NDArray[np.int64]:
+    """[n]: the same for samples of which an encoder sees the same, the number of the first of them."""
+    seen = np.minimum(folder.lengths, content_limit(config, folder.vocabulary))
+    if (seen == folder.lengths).all():
+        return np.asarray(folder.content_ids)
+    return same_tokens(folder.tokens, folder.offsets[:-1], seen)
+
+
+def check_transformer(model: ModelConfig, encoder: nn.Module, folder: TokenFolder, noun: str, section: str) -> None:
+    """Raises ConfigError where the settings of an encoder, in `section`, do not fit the tokens of `folder`."""
+    vocabulary = folder.vocabulary
+    if model.encoder == "transformer_small" and model.vocabulary != vocabulary.size:
+        raise ConfigError(
+            [
+                f"{section}.vocabulary: is {model.vocabulary}, but {folder.path} has {vocabulary.size:,} tokens; "
+                f"set it to {vocabulary.size}"
+            ]
+        )
+    if model.pooling == "first" and not (vocabulary.prefix or getattr(encoder, "letters", None)):
+        raise ConfigError(
+            [
+                f"{section}.pooling=first takes the first token for h, which must be a special one: the tokenizer of "
+                f"{folder.path} puts none before a {noun}; set it to mean"
+            ]
+        )
+
+
 class Texts(Tokens):
     noun: ClassVar[str] = "text"
     what: ClassVar[str] = "text"
+    evaluations: ClassVar[tuple[str, ...]] = ("knn", "linear", "similarity")
+
+    def read(self, folder: TokenFolder, ids: NDArray[np.int64]) -> list[str]:
+        """The texts with these numbers, as far as the tokenizer keeps them. Raises DataError."""
+        from simclr_dist.data.tokens.tokenizer import load_tokenizer
+
+        return load_tokenizer(folder.path).decode_batch([folder.sample(int(i)).tolist() for i in ids])
+
+    def tokenised(self, texts: Sequence[str]) -> TokenFolder:
+        """As a folder in memory, by the tokenizer of data.train; a text without a token is empty. Raises DataError."""
+        from simclr_dist.data.tokens.tokenizer import digest, load_tokenizer
+
+        tokenizer, vocabulary = load_tokenizer(self.train.path), self.train.vocabulary
+        if digest(tokenizer) != vocabulary.digest:
+            raise DataError(f"{self.train.path}: its tokenizer is another than it was prepared with; prepare it again")
+        encoded = tokenizer.encode_batch([text.strip() for text in texts], add_special_tokens=False)
+        every = [found.ids for found in encoded]
+        tokens = np.array([id for ids in every for id in ids] or [0], np.uint32)
+        offsets = np.cumsum([0, *map(len, every)], dtype=np.int64)
+        numbers, unlabelled = np.arange(len(every)), np.full(len(every), -1)
+        return replace(
+            self.train,
+            tokens=tokens,
+            offsets=offsets,
+            content_ids=numbers,
+            labels=unlabelled,
+            class_names=(),
+            digests={},
+        )
 
 
 class Proteins(Tokens):

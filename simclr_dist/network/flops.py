@@ -46,10 +46,10 @@ def forward_flops(model: nn.Module, inputs: Inputs) -> int | None:
     shape = copy.deepcopy(model).to("meta").eval()
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            shape((inputs.mean or inputs.draw)(1).to("meta"))
+            shape((inputs.mean or inputs.draw)(2).to("meta"))  # of images with texts, one is a text
     except Exception:  # a user's encoder that reads the values of its tensors; this figure is for people only
         return None
-    return counter.get_total_flops()
+    return counter.get_total_flops() // 2
 
 
 def train_flops(forward: int, num_views: int) -> int:

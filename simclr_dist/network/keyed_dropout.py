@@ -97,9 +97,10 @@ class Draws:
             layer.calls_again = None
 
     def streams(self, layer: KeyedLayer) -> tuple[Tensor, Tensor]:
-        """Hashes of the rows [n] and of the batch [1] for `layer`."""
+        """Hashes of the rows that `layer` sees and of the batch [1]."""
         assert self._streams is not None
-        return self._streams[0][layer.index], self._streams[1][layer.index]
+        part, parts = layer.part
+        return self._streams[0][layer.index].chunk(parts)[part], self._streams[1][layer.index]
 
 
 class KeyedLayer:
@@ -114,6 +115,8 @@ class KeyedLayer:
         """Of draws that all rows share."""
         self.recorded: list[Shape] | None = None
         """Shapes drawn, while they are being watched."""
+        self.part = 0, 1
+        """Which part of the rows it sees, of how many of equal size."""
         self.owner: Owner | None = None
         self.calls = 0
         self.calls_again: int | None = None

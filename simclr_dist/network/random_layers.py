@@ -120,16 +120,21 @@ def _examine(network: SimCLR, inputs: Inputs, passes: int) -> _Found:
                 shapes[layer.name] = shapes.get(layer.name) or layer.recorded or []
     found.left_over |= watch.drawing
     for layer in layers:
-        found.shapes_of_batch[layer.name] = _shapes_of_batch(drawn[_FEW][layer.name], drawn[_MORE][layer.name])
+        few, more = (by_layer[layer.name] for by_layer in drawn.values())
+        found.shapes_of_batch[layer.name] = _shapes_of_batch(few, more, parts=layer.part[1])
     return found
 
 
-def _shapes_of_batch(few: list[Shape], more: list[Shape]) -> frozenset[Shape] | None:
-    """Those that stay when there are more rows. None: some neither stay nor grow with the rows, or there are none."""
+def _shapes_of_batch(few: list[Shape], more: list[Shape], parts: int) -> frozenset[Shape] | None:
+    """Those that stay when there are more rows. None: some neither stay nor grow with the rows, or there are none.
+
+    parts: the layer sees one of that many parts of the rows.
+    """
     if not few or len(few) != len(more):
         return None
+    fewer_rows, rows = _FEW // parts, _MORE // parts
     for a, b in zip(few, more, strict=True):
-        if a != b and (a[0] % _FEW or b != (a[0] // _FEW * _MORE, *a[1:])):
+        if a != b and (a[0] % fewer_rows or b != (a[0] // fewer_rows * rows, *a[1:])):
             return None
     return frozenset(a for a, b in zip(few, more, strict=True) if a == b)
 

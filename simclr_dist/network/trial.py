@@ -17,6 +17,8 @@ from simclr_dist.network.inputs import Inputs
 from simclr_dist.network.shape import shape_of_model
 from simclr_dist.network.simclr import SimCLR, build_model
 
+_ROWS = 4  # two views of two samples: of images with texts two each, and BatchNorm needs two
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -38,14 +40,14 @@ class Tried:
 
 
 def try_model(config: ModelConfig, inputs: Inputs) -> Tried:
-    """One sample in two views, forward and backward. The global random state stays as it is.
+    """Two samples in two views, forward and backward. The global random state stays as it is.
 
     Raises ConfigError where the encoder is unknown, or cannot take such inputs.
     """
     with torch.random.fork_rng(devices=[]):
         network = shape_of_model(config)
         try:
-            views = inputs.example(2).to("meta")
+            views = inputs.example(_ROWS).to("meta")
             with torch.device("meta"):
                 return Tried(network, _unused(network, views))
         except Exception:  # an operation that needs values, or one that fails: with values it will be seen which
@@ -130,9 +132,9 @@ def _try_with_values(config: ModelConfig, inputs: Inputs) -> tuple[str, ...]:
     network = build_model(config)
     freeze_matching(network, config.freeze)
     try:
-        return _unused(network, inputs.example(2))
+        return _unused(network, inputs.example(_ROWS))
     except Exception as error:
-        fitting = next((setting for setting, draw in inputs.others.items() if _runs(network, draw(2))), None)
+        fitting = next((setting for setting, draw in inputs.others.items() if _runs(network, draw(_ROWS))), None)
         remedy = f"it runs with {fitting}" if fitting else "choose another encoder"
         first_line = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from simclr_dist.evaluation.score_record import name_of
+from simclr_dist.evaluation.score_record import HEADLINES, name_of
 from simclr_dist.monitor.speed import LAST_INTERVAL, SINCE_START
 from simclr_dist.report import figures
 from simclr_dist.report.html import Html, element, figure, join, table
@@ -100,7 +100,8 @@ def _results(runs: Mapping[str, RunRecord], insights: Mapping[str, Insight | str
     for name, run in runs.items():
         facts = {"state": f"{run.status.state} at step {run.status.step}" if run.status else "unknown"}
         for evaluation in run.evaluations:
-            facts[name_of(evaluation, "top-1")] = f"{_share(evaluation.get('top1'))} (step {evaluation['step']})"
+            key, words = HEADLINES.get(evaluation["method"], ("top1", "top-1"))
+            facts[name_of(evaluation, words)] = f"{_share(evaluation.get(key))} (step {evaluation['step']})"
         for folder, found in run.classifiers.items():
             kind = (
                 f"to {found.get('student')}"

@@ -13,6 +13,8 @@ from typing import Any
 
 from simclr_dist.run.layout import NUMBER, RunDir, is_a, is_share, read_records
 
+_OF_EVALUATIONS = "top1", "top5", "spearman", "r1", "r10"
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -34,7 +36,7 @@ def figures_of(run_dir: Path) -> dict[str, Figure]:
     for record in read_records(run.log):
         _take(found, record, ((name, value) for name, value in record.items() if "/" in name))
     for record in read_records(run.evaluations, method=str):
-        _take(found, record, ((f"evaluate/{record['method']}_{key}", record.get(key)) for key in ("top1", "top5")))
+        _take(found, record, ((f"evaluate/{record['method']}_{key}", record.get(key)) for key in _OF_EVALUATIONS))
     return found
 
 
@@ -53,7 +55,7 @@ def _take(found: dict[str, Figure], record: Mapping[str, Any], values: Iterable[
 
 
 def _is_accuracy(name: str) -> bool:
-    return name.endswith(("_top1", "_top5"))
+    return name.endswith(("_top1", "_top5", "_r1", "_r10"))
 
 
 def checkpoint_of(run_dir: Path, step: int) -> Path | None:

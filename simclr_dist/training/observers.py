@@ -156,7 +156,8 @@ class AugmentedPairs(Observer):
         if distributed.rank() != 0:
             return
         batch, n = finished.batch, min(self._num_images, len(finished.batch.labels))
-        few = Batch(batch.views[:, :n], batch.sample_ids[:n], batch.labels[:n], batch.epoch)
+        texts = None if batch.texts is None else batch.texts[:n]
+        few = Batch(batch.views[:, :n], batch.sample_ids[:n], batch.labels[:n], batch.epoch, texts=texts)
         global_batch_size = len(batch.labels) * distributed.world_size()
         with torch.no_grad():
             shown = self._show_views(few)

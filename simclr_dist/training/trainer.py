@@ -144,7 +144,7 @@ class Trainer:
             self.state.step,
             batch.host_ids,
             self.parts.device,
-            num_views=len(batch.views),
+            num_views=self.config.data.num_views,
         )
 
     def _seed_step(self, part: int) -> None:

@@ -92,6 +92,19 @@ def read_records_digest(beton: Beton) -> str:
     return digest.finish(beton.images, beton.record_bytes, beton.labels, beton.kept)
 
 
+def record_digests(beton: Beton) -> NDArray[np.bytes_]:
+    """[n]: equal for images that are stored alike. Reads all records of an open file. Raises DataError."""
+    found = np.empty(beton.num_samples, "S16")
+    offsets, sizes = beton.images["data_ptr"].astype(np.int64), beton.record_bytes
+    for i, (offset, size, row) in enumerate(zip(offsets.tolist(), sizes.tolist(), beton.images, strict=True)):
+        content = os.pread(beton.fd, size, offset)
+        if len(content) != size:
+            raise DataError(f"{beton.path}: ends before byte {offset + size}, which it had when it was opened")
+        shape = f"{row['mode']} {row['height']} {row['width']} ".encode()
+        found[i] = hashlib.blake2b(shape + content, digest_size=8).hexdigest().encode()
+    return found
+
+
 def _stretches(offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """Offset and size of the stretches of the file that hold the records in order, neighbours joined."""
     first = np.flatnonzero(np.r_[True, offsets[1:] != offsets[:-1] + sizes[:-1]])

@@ -44,6 +44,7 @@ class PreparedInfo:
     """What `prepare` has written.
 
     skipped, damaged: a message for each image left out, and for each damaged one that was taken.
+    skipped_names: of the images left out.
     num_kept_jpeg: JPEG data stored as they came, see `kept_jpeg`. num_shrunk: images that were larger than max_side.
     fit: what was chosen for the size of views, in a sentence.
     fingerprint: of the content. warnings: sentences about the result as a whole. kept: of `--channels keep`.
@@ -55,6 +56,7 @@ class PreparedInfo:
     class_counts: tuple[int, ...]
     account: Account
     skipped: tuple[str, ...]
+    skipped_names: tuple[str, ...]
     damaged: tuple[str, ...]
     num_kept_jpeg: int
     num_shrunk: int
@@ -193,6 +195,7 @@ def prepare(
         class_counts=tuple(counts.tolist()),
         account=account,
         skipped=tuple(image.reason for image in skipped),
+        skipped_names=tuple(image.name for image in skipped),
         damaged=tuple(done.damaged),
         num_kept_jpeg=done.num_kept,
         num_shrunk=done.num_shrunk,

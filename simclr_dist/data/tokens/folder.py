@@ -210,7 +210,7 @@ class TokenWriter:
     """Takes samples one after another; `writes_tokens` makes the folder of them."""
 
     def __init__(self, folder: Path, vocabulary: Vocabulary) -> None:
-        self.folder, self._vocabulary = folder, vocabulary
+        self.folder, self.vocabulary = folder, vocabulary
         self._dtype = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
         self._raw = (folder / "tokens.raw").open("wb")
         self._offsets, self._content_ids = [0], list[int]()
@@ -259,7 +259,7 @@ class TokenWriter:
         labels = [number[label] for label in self._labels]
         for name, values in zip(ARRAYS[1:], (self._offsets, self._content_ids, labels), strict=True):
             np.save(self.folder / f"{name}.npy", np.array(values, np.int64))
-        v = self._vocabulary
+        v = self.vocabulary
         manifest = {
             "format": _FORMAT,
             "vocabulary": {

@@ -72,7 +72,7 @@ def prepare_texts(
         chosen = tokenizer.load_tokenizer(tokenizer_at)
         how += f"; tokenizer of {tokenizer_at}"
     vocabulary = tokenizer.vocabulary_of(chosen)
-    left_out, notes, unknown = Tally(), Tally(), _Unknown(tokenizer.unknown_token(chosen))
+    left_out, notes, unknown = Tally(), Tally(), Unknown(tokenizer.unknown_token(chosen))
 
     def sequences() -> Iterator[_Sequence]:
         for part in _groups(texts, _TOGETHER):
@@ -123,7 +123,7 @@ def prepare_proteins(
         pattern = re.compile(label_pattern) if label_pattern else None
     except re.error as error:
         raise DataError(f"--label-pattern: {label_pattern!r} is no regular expression: {error}") from None
-    left_out, notes, unknown = Tally(), Tally(), _Unknown(alphabet.UNKNOWN)
+    left_out, notes, unknown = Tally(), Tally(), Unknown(alphabet.UNKNOWN)
     nucleotides: list[str] = []
     total = 0
 
@@ -161,7 +161,7 @@ def prepare_proteins(
     return _prepared(out, writer, account, alphabet.PROTEINS, longest, begin)
 
 
-class _Unknown:
+class Unknown:
     """The share of tokens with the id that stands for unknown ones."""
 
     def __init__(self, id: int | None) -> None:
