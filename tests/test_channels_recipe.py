@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -61,8 +62,10 @@ def test_every_command_runs_and_says_what_it_sees(
     assert re.search(r"pixels +2 channels of 16 bits, normalised by mean 0\.0\d+ 0\.0\d+ and std", start)
     assert "left out, because these are not RGB: saturation, hue, grayscale" in start
     assert re.search(r"pictures +channels 1 and 2 as red and green", start)
-    top1 = float(re.search(r"encoder +(\d+\.\d+) ?%", said["evaluate linear"])[1])  # type: ignore[index]
-    assert top1 > 80
+    records = [json.loads(line) for line in Path("runs/cells/evaluations.jsonl").read_text().splitlines()]
+    (linear,) = (record for record in records if record["method"] == "linear")
+    assert linear["top1"] > 0.8
+    assert linear["pixels"]["channels"] == 2
     card = Path("runs/cells/export/encoder.onnx.md").read_text()
     assert "| Input | 2 channels of 16 bits, 16 px" in card
     check_card(card, monkeypatch)
