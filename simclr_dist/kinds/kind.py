@@ -111,7 +111,7 @@ class Kind(ABC):
         return None
 
     def show_views(self, views: Tensor) -> Tensor | list[list[str]] | None:
-        """Views [V, n, ...], as the encoder eats them, for people: pictures float [V, n, 3, H, W], on whatever scale, or
+        """Views [V, n, ...], as the encoder eats them, for people: pictures float [V, n, 3, H, W], on any scale, or
         V lists of n texts.
         """
         return None
