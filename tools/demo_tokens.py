@@ -95,7 +95,7 @@ def proteins(root: Path) -> None:
 
 
 DEMOS = {
-    "text": ("wordnet-base", glosses, "text_declutr.yaml", "glosses_train.tokens"),
+    "text": ("wordnet-base", glosses, "text_simcse.yaml", "glosses_train.tokens"),
     "proteins": ("mmseqs2-examples", proteins, "proteins.yaml", "proteins_train.tokens"),
 }
 

@@ -125,7 +125,8 @@ class Tokens(Kind):
     ) -> Loader:
         info, folder, tokens = self.describe(self.data.train), self.train, self.data.tokens
         seen = self.seen
-        lengths = seen if tokens.length_window else None
+        padded = np.minimum(seen, tokens.span_max) if tokens.views == "spans" else seen  # as long as a view can be
+        lengths = padded if tokens.length_window else None
         order = Order(len(folder), global_batch_size, seed, lengths=lengths, length_window=tokens.length_window)
         groups = content_ids(folder, tokens) if tokens.views == "whole" else folder.content_ids
 
