@@ -83,8 +83,9 @@ class OpenFiles:
         return fd
 
     def _close_unused(self, most: int) -> None:
-        for number in [number for number, file in self._open.items() if not file.users]:
-            if len(self._open) <= most:
+        while len(self._open) > most:
+            number = next((number for number, file in self._open.items() if not file.users), None)
+            if number is None:
                 return
             os.close(self._open.pop(number).fd)
 
