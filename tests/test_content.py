@@ -207,7 +207,7 @@ class TestWhoUsesIt:
 
         def config(seed: int) -> SimpleNamespace:
             section = SimpleNamespace(
-                kind="images", global_batch_size=8, order="random", optimizer="lars", learn_temperature=False
+                kind="images", global_batch_size=8, order="random", mix=None, optimizer="lars", learn_temperature=False
             )
             return SimpleNamespace(seed=seed, train=section, data=section, optim=section, loss=section)
 

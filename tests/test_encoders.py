@@ -130,7 +130,10 @@ def test_global_batch_norm_keeps_timms_activations() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet19", r"unknown encoder 'resnet19'; did you mean resnet1.*Known are resnet_small, torchvision's"),
+        (
+            "resnet19",
+            r"unknown encoder 'resnet19'; did you mean resnet1.*Known are resnet_small, transformer_small, torchvision's",
+        ),
         ("ViT_B_16", r"unknown encoder 'ViT_B_16'; did you mean vit_b_16"),
         ("googlenet", "unknown encoder 'googlenet'"),
         ("squeezenet1_0", "SqueezeNet has no linear class layer whose input could be h"),
