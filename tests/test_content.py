@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from simclr_dist.cli import main
-from simclr_dist.config import DataConfig
+from simclr_dist.config import DataConfig, load_config
 from simclr_dist.data.beton import content
 from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.beton.reader import DESCRIPTOR, HEADER, metadata_type, open_beton, sidecar_path
@@ -27,6 +27,7 @@ from simclr_dist.errors import CheckpointError
 from simclr_dist.evaluation.offline import features_of
 from simclr_dist.few_labels.subsets import Subset, load_subset, save_subset
 from simclr_dist.training.resuming import restore
+from tests.conftest import REPOSITORY
 from tests.images import make_folder
 
 needs_ffcv = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -205,15 +206,10 @@ class TestWhoUsesIt:
     def restore_with(self, recorded: str) -> None:
         """Always refused, for another seed at least: the message says what else differs."""
 
-        def config(seed: int) -> SimpleNamespace:
-            section = SimpleNamespace(
-                kind="images", global_batch_size=8, order="random", mix=None, optimizer="lars", learn_temperature=False
-            )
-            return SimpleNamespace(seed=seed, train=section, data=section, optim=section, loss=section)
-
+        before, now = (load_config(REPOSITORY / "configs" / "smoke.yaml", [f"seed={seed}"]) for seed in (1, 2))
         loader = SimpleNamespace(content_fingerprint="of the content", fingerprint="of release 0.1")
-        found = SimpleNamespace(path="there", config=config(1), fingerprint=recorded)
-        restore(found, config(2), loader, nn.Linear(1, 1), None)  # type: ignore[arg-type]
+        found = SimpleNamespace(path="there", config=before, fingerprint=recorded)
+        restore(found, now, loader, nn.Linear(1, 1), None)  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("attribute", ["content_fingerprint", "fingerprint"])
     def test_a_subset_is_used_on_the_images_it_was_drawn_from(self, tmp_path: Path, attribute: str) -> None:
