@@ -18,7 +18,7 @@ def make_awkward_folder(root: Path) -> None:
     make_folder(root, 8)
     (root / "class0").rename(root / os.fsdecode(b"caf\xe9"))
     (root / "class1" / "gone.png").symlink_to("nowhere.png")
-    (root / "class1" / "0.heic").write_bytes(b"")
+    (root / "class1" / "0.cr2").write_bytes(b"")
 
 
 def test_every_door_gives_the_same_account(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_a_training_says_what_it_leaves_out_and_knows_its_images_again(tmp_path:
     first = Training(root, tmp_path / "runs", "run", *SMALL)
     assert first.wait() == [0]
     assert r"read as        3 classes, the outermost folders (caf\xe9, class1, class2)" in first.output[0]
-    assert "left out: 1 × a format that Pillow does not open (.heic): class1/0.heic" in first.output[0]
+    assert "left out: 1 × a format that Pillow does not open (.cr2): class1/0.cr2" in first.output[0]
     assert "left out: 1 × link to nothing: class1/gone.png" in first.output[0]
 
     root.rename(tmp_path / "moved")

@@ -130,7 +130,7 @@ def test_other_commands_take_tokens_or_say_that_they_do_not(data: Data) -> None:
     run("embed", str(trained.run_dir), str(data.train), str(out))
     assert load_embeddings(out).h.shape == (512, 32)
     run("evaluate", "linear", str(trained.run_dir), "--no-cache")
-    assert "export is for encoders of images" in run("export", str(trained.run_dir), "--crop", "1", code=2)
+    assert "those from hf/FOLDER are exported" in run("export", str(trained.run_dir), "--crop", "1", code=2)
     examined = run("doctor", config, f"data.train={data.train}", test)
     assert "512 proteins in 4 classes" in examined
     assert "only your script knows" not in examined

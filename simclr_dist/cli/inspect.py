@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simclr_dist.cli.arguments import Commands, add_command
-from simclr_dist.data.tokens.folder import is_token_folder
 
 if TYPE_CHECKING:
     from simclr_dist.data.loading.inspect import Inspection
@@ -33,6 +32,7 @@ def register(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from simclr_dist.data.beton.shard_files import names_beton
+    from simclr_dist.data.tokens.folder import is_token_folder
 
     if is_token_folder(args.file):
         return _run_tokens(args)

@@ -61,7 +61,7 @@ def collectives(
     width = 4 if loss.gather_dtype == loss.row_dtype == "float32" else 2
     found = [
         Collective("loss: agreement", "all_gather", HEADER_BYTES),
-        Collective("loss: labels" if loss.kind == "supcon" else "loss: sample ids", "all_gather", 4 * B),
+        Collective("loss: labels" if loss.kind == "supcon" else "loss: sample ids", "all_gather", 8 * B),
         Collective("loss: z", "all_gather", width * n * K),
         Collective("loss: sums", "all_reduce", 4 * N),
         Collective("gradients", "all_reduce", gradients),
