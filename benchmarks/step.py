@@ -277,7 +277,8 @@ def main() -> None:
         found = measure(config, args.windows, args.window)
     print(table(found))
     if args.out:
-        settings = {name: str(value) for name, value in (vars(args) | asdict(row)).items()}
+        settings = {name: str(value) for name, value in (vars(args) | asdict(row)).items() if name != "out"}
+        settings["data"] = Path(args.data).name  # where it lay on that machine is nobody's business
         args.out.write_text(json.dumps({"settings": settings, **found}, indent=1) + "\n")
 
 
