@@ -15,11 +15,13 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as reference
+from numpy.typing import NDArray
 
 from simclr_dist.config import AugmentConfig, DataConfig
 from simclr_dist.data import Batch, Loader
@@ -27,6 +29,7 @@ from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.beton.reader import open_beton
 from simclr_dist.data.decode import ffcv_import
 from simclr_dist.data.decode.crops import random_crops
+from simclr_dist.data.loading.decode_pool import DecodePool
 from simclr_dist.data.loading.ffcv_images import BetonImages
 from simclr_dist.data.loading.load_images import load_images
 from simclr_dist.data.loading.open_images import describe
@@ -34,6 +37,7 @@ from simclr_dist.data.loading.view_loader import build_loader
 from simclr_dist.data.randomness import keys
 from simclr_dist.errors import DataError
 from simclr_dist.parallel.distributed import World
+from simclr_dist.pixel_format import RGB
 from tests.images import make_folder
 
 needs_ffcv = pytest.mark.skipif(ffcv_import.unavailable() is not None, reason=str(ffcv_import.unavailable()))
@@ -665,3 +669,31 @@ def test_keys_of_a_batch_are_those_of_its_samples(folder: Path) -> None:
     for k in range(3):
         one = random_crops(alone[k], sizes[k : k + 1], sizes[k : k + 1], scale_min=0.08, flip_p=0.5)
         assert np.array_equal(one[:, 0], table[:, k])
+
+
+class Counted:
+    """Images that remember how many were asked for at a time."""
+
+    pixel_format = RGB
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def fill(self, ids: NDArray[np.int64], crops: object, out: NDArray[np.uint8]) -> None:
+        self.sizes.append(len(ids))
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(("side", "size"), [(32, 128), (224, 16)])
+def test_threads_take_parts_that_are_worth_their_while(side: int, size: int) -> None:
+    """512 images for 16 threads: small ones by 128, so that not 32 wait for a lock; large ones by 16."""
+    images = Counted()
+    pool = DecodePool(images, 16)  # type: ignore[arg-type]
+    try:
+        batch: Any = (np.arange(512), lambda ids: None)
+        next(pool.read([batch], num_views=2, image_size=side))
+    finally:
+        pool.close()
+    assert set(images.sizes) == {size}
+    assert sum(images.sizes) == 512
