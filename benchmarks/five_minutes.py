@@ -5,6 +5,7 @@
     python -m benchmarks.five_minutes                                  the demo's recipe and the controls, three seeds
     python -m benchmarks.five_minutes --row demo --row "16 channels" --seeds 1
     python -m benchmarks.five_minutes --cpu-seconds 600                on a machine that others use as well
+    python -m benchmarks.five_minutes --side-by-side 8                 eight trainings at a time, on cores of their own
     python -m benchmarks.five_minutes --list                           all rows
 
 A row is configs/cifar10_demo.yaml with other settings, and trains through the launcher on two processes. The learning
@@ -23,19 +24,17 @@ import argparse
 import json
 import math
 import os
+import queue
 import re
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.report import RESULTS, circumstances, write
 from simclr_dist.config import load_config
@@ -92,9 +91,15 @@ ROWS = {
     "crops from 0.1": Row(("augment.crop_scale_min=0.1",)),
     "crops from 0.3": Row(("augment.crop_scale_min=0.3",)),
     "4 views, batch 128": Row(("data.num_views=4", "train.global_batch_size=128")),
+    "16 px, 4 views, batch 128, tested at 24": Row(
+        ("data.image_size=16", "evaluation.image_size=24", "data.num_views=4", "train.global_batch_size=128")
+    ),
     "head of 3 layers": Row(("model.head_layers=3",)),
     "head to 128": Row(("model.head_out_dim=128",)),
     "no weight decay": Row(("optim.weight_decay=0.0",)),
+    "bf16": Row(("train.precision=bf16",)),
+    "bf16, 32 channels": Row(("train.precision=bf16", "model.width=32")),
+    "bf16, 48 channels": Row(("train.precision=bf16", "model.width=48")),
     "compiled": Row(("train.compile=true",)),
 }
 SHOWN = ("before", "demo")
@@ -124,14 +129,25 @@ def main() -> None:
     if args.list:
         print("\n".join(f"{name:24} {' '.join(row.settings)}" for name, row in ROWS.items()))
         return
-    names = args.row or SHOWN
     budget = Seconds(math.inf if args.cpu_seconds else args.seconds, args.cpu_seconds or math.inf)
     facts = circumstances(vars(args))
-    found: list[dict[str, Any]] = []
-    for name in names:
-        for one in measured(name, ROWS[name], budget, args):
-            found.append(one)
-            print(json.dumps(one), flush=True)
+    cores: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
+    for own in shares_of_cores(sorted(os.sched_getaffinity(0)), args.side_by_side, args.nproc):
+        cores.put(own)
+
+    def one(training: tuple[str, int]) -> dict[str, Any]:
+        own = cores.get()
+        os.sched_setaffinity(0, own)  # of this thread, and of what it starts
+        try:
+            found = measured(*training, budget, args)
+        finally:
+            cores.put(own)
+        print(json.dumps(found), flush=True)
+        return found
+
+    train(Row(), args, "name=compile", "train.max_steps=1")  # once, or the first training's start would be long
+    with ThreadPoolExecutor(args.side_by_side) as pool:
+        found = list(pool.map(one, [(name, seed) for name in args.row or SHOWN for seed in range(args.seeds)]))
     lines = table(found, facts, args)
     print("\n".join(lines))
     write("five_minutes", args.out, {**facts, "length": said_length(args), "trainings": found}, lines)
@@ -148,10 +164,21 @@ def _arguments() -> argparse.Namespace:
     length.add_argument("--cpu-seconds", type=float, help="of all processes of the training")
     length.add_argument("--epochs", type=int, help="of each row, whatever they take")
     parser.add_argument("--nproc", type=int, default=2, help="processes")
+    parser.add_argument("--side-by-side", type=int, default=1, metavar="N", help="trainings at a time (default: 1)")
     parser.add_argument("--list", action="store_true", help="print all rows and their settings")
     parser.add_argument("--work", type=Path, default=Path("runs/five_minutes"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
+
+
+def shares_of_cores(cores: Sequence[int], n: int, nproc: int) -> list[set[int]]:
+    """Equal ones for each of n trainings of nproc processes. Exits where they are too few."""
+    each = len(cores) // n
+    if each < nproc:
+        sys.exit(
+            f"--side-by-side {n}, {nproc} processes each, needs {n * nproc} cores; this process may use {len(cores)}"
+        )
+    return [set(cores[i * each : (i + 1) * each]) for i in range(n)]
 
 
 def said_length(args: argparse.Namespace) -> str:
@@ -165,31 +192,30 @@ def said_length(args: argparse.Namespace) -> str:
 # A training
 
 
-def measured(name: str, row: Row, budget: Seconds, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What the training of each seed took and scored."""
-    stem = f"{re.sub('[^a-z0-9]+', '_', name.lower())}_{os.getpid()}"
-    G = load_config(CONFIG, settings(row, args, f"name={stem}")).train.global_batch_size
+def measured(name: str, seed: int, budget: Seconds, args: argparse.Namespace) -> dict[str, Any]:
+    """What a training of the row took and scored. Raises CalledProcessError."""
+    row = ROWS[name]
+    run = f"{re.sub('[^a-z0-9]+', '_', name.lower())}_{os.getpid()}_seed_{seed}"
+    G = load_config(CONFIG, settings(row, args, f"name={run}")).train.global_batch_size
     steps_per_epoch = describe(args.train).num_samples // G
-    short = train(row, args, f"name={stem}_{SHORT}_steps", f"train.max_steps={SHORT}")  # starting, above all
+    short = train(row, args, f"name={run}_{SHORT}_steps", f"train.max_steps={SHORT}")  # starting, above all
     epochs = args.epochs
     if epochs is None:
-        long = train(row, args, f"name={stem}_{LONG}_steps", f"train.max_steps={LONG}")
+        long = train(row, args, f"name={run}_{LONG}_steps", f"train.max_steps={LONG}")
         epochs = epochs_within(budget, (long - short) / (LONG - SHORT), steps_per_epoch)
     steps = epochs * steps_per_epoch
-    for seed in range(args.seeds):
-        run = f"{stem}_seed_{seed}"
-        further = train(row, args, f"name={run}", f"train.epochs={epochs}", f"seed={seed}") - short
-        per_step = further / (steps - SHORT)
-        yield {
-            "row": name,
-            "settings": row.settings,
-            "seed": seed,
-            "epochs": epochs,
-            "images": steps * G,
-            "wall_s": per_step.wall * steps,
-            "cpu_s": per_step.cpu * steps,
-            **scores(args.work / run),
-        }
+    further = train(row, args, f"name={run}", f"train.epochs={epochs}", f"seed={seed}") - short
+    per_step = further / (steps - SHORT)
+    return {
+        "row": name,
+        "settings": row.settings,
+        "seed": seed,
+        "epochs": epochs,
+        "images": steps * G,
+        "wall_s": per_step.wall * steps,
+        "cpu_s": per_step.cpu * steps,
+        **scores(args.work / run),
+    }
 
 
 def settings(row: Row, args: argparse.Namespace, *more: str) -> list[str]:
@@ -205,23 +231,22 @@ def train(row: Row, args: argparse.Namespace, *more: str) -> Seconds:
         program = ["torch.distributed.run", "--standalone", f"--nproc-per-node={args.nproc}", "-m", row.module, *words]
         threads = max(1, len(os.sched_getaffinity(0)) // args.nproc)
         env |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads)}
-    begin = _clocks()
-    subprocess.run([sys.executable, "-m", *program], check=True, env=env, stdout=subprocess.DEVNULL)
-    return _clocks() - begin
-
-
-def _clocks() -> Seconds:
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Seconds(time.monotonic(), children.ru_utime + children.ru_stime)
+    begin = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", *program], env=env, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)  # its own and its children's seconds, whatever else runs
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return Seconds(time.monotonic() - begin, usage.ru_utime + usage.ru_stime)
 
 
 def scores(run: Path) -> dict[str, float]:
-    from simclr_dist.evaluation.offline import evaluate
+    def evaluate(*words: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "simclr_dist.cli", "evaluate", *words, str(run), "--json"]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # type: ignore[no-any-return]
 
-    score = partial(evaluate, run, cache=None, device=torch.device("cpu"), say=lambda _: None)
-    knn, record = score(method="knn", k=20)
-    linear, _ = score(method="linear")
-    return {"image_size": record["image_size"], "knn": knn[-1].top1, "linear": linear[-1].top1}
+    knn, linear = evaluate("knn", "--k", "20"), evaluate("linear")
+    return {"image_size": knn["image_size"], "knn": knn["top1"], "linear": linear["top1"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,10 +264,9 @@ def table(found: Sequence[dict[str, Any]], facts: dict[str, Any], args: argparse
     ]
     for name in dict.fromkeys(one["row"] for one in found):
         own = [one for one in found if one["row"] == name]
-        first = own[0]
-        wall, cpu = (statistics.mean(one[clock] for one in own) for clock in ("wall_s", "cpu_s"))
+        images, wall, cpu = (statistics.mean(one[what] for one in own) for what in ("images", "wall_s", "cpu_s"))
         lines.append(
-            f"| {name} | {len(own)} | {first['images']:,} | {wall:.0f} | {cpu:.0f} | {first['image_size']} px "
+            f"| {name} | {len(own)} | {images:,.0f} | {wall:.0f} | {cpu:.0f} | {own[0]['image_size']} px "
             f"| {_percent([one['knn'] for one in own])} | {_percent([one['linear'] for one in own])} |"
         )
     return lines
