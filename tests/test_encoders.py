@@ -132,7 +132,7 @@ def test_global_batch_norm_keeps_timms_activations() -> None:
     [
         (
             "resnet19",
-            r"'resnet19'; did you mean resnet1.*Known are resnet_small, transformer_small, torchvision's",
+            r"'resnet19'; did you mean resnet1.*Known are resnet_small, transformer_small, gated_cnn, torchvision's",
         ),
         ("ViT_B_16", r"unknown encoder 'ViT_B_16'; did you mean vit_b_16"),
         ("googlenet", "unknown encoder 'googlenet'"),

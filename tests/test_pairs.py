@@ -275,6 +275,19 @@ def test_pairs_of_texts_train_alike_on_two_processes_and_after_a_kill(tmp_path: 
         evaluate_zero_shot(alone.run_dir, "x", device=CPU, say=print)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_pairs_train_alike_on_four_processes(images_with_texts: Training, tmp_path: Path) -> None:
+    of_texts = written_config("text_pairs", text_pairs(tmp_path))
+    alone = training(of_texts, "alone")
+    assert alone.wait() == [0], alone.output
+    with_images = images_with_texts.run_dir.parent / "config.yaml"
+    for config, one in ((with_images, images_with_texts), (of_texts, alone)):
+        on_four = training(config, "on_four", world_size=4)
+        assert on_four.wait() == [0] * 4, on_four.output
+        np.testing.assert_allclose(on_four.losses(), one.losses(), rtol=1e-4)
+
+
 CPU = torch.device("cpu")
 
 

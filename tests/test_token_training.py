@@ -21,7 +21,7 @@ data:
   kind: {kind}
   train: none
   tokens: {tokens}
-model: {{encoder: transformer_small, vocabulary: {vocabulary}, width: 32, depth: 2}}
+model: {{encoder: {encoder}, vocabulary: {vocabulary}, width: 32, depth: 2}}
 loss: {{temperature: 0.2}}
 optim: {{optimizer: adamw, lr_scaling: none, warmup_epochs: 1}}
 train: {{global_batch_size: 64, epochs: 3, precision: fp32}}
@@ -31,6 +31,7 @@ VIEWS = {
     "text": "{max_tokens: 16, mutate_p: 0.1}",
     "proteins": "{views: spans, span_min: 30, span_max: 60, mask_p: 0.1, mutate_p: 0.1, spans_touch: false}",
 }
+ENCODERS = {"text": "transformer_small", "proteins": "gated_cnn"}
 TINY = "model.width=32", "model.head_hidden_dim=32", "optim.base_lr=0.003"
 
 
@@ -45,7 +46,9 @@ class Data:
             write_protein_folder(self.test, 96, seed=2)
         vocabulary = open_tokens(self.train).vocabulary.size
         self.config = folder / "tokens.yaml"
-        self.config.write_text(CONFIG.format(kind=kind, tokens=VIEWS[kind], vocabulary=vocabulary))
+        self.config.write_text(
+            CONFIG.format(kind=kind, tokens=VIEWS[kind], vocabulary=vocabulary, encoder=ENCODERS[kind])
+        )
 
     def training(self, name: str, *overrides: str, world_size: int = 1) -> Training:
         runs = self.config.parent

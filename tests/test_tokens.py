@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from simclr_dist.config import AugmentConfig, DataConfig, ModelConfig, TokensConfig, load_config
+from simclr_dist.config import OURS_OF_TOKENS, AugmentConfig, DataConfig, ModelConfig, TokensConfig, load_config
 from simclr_dist.data.order import Order
 from simclr_dist.data.randomness import keys
 from simclr_dist.data.tokens import alphabet
@@ -377,9 +377,10 @@ def test_masks_and_mutations_are_as_many_as_asked_and_do_not_see_the_padding(pro
 # The encoder
 
 
+@pytest.mark.parametrize("encoder_name", OURS_OF_TOKENS)
 @pytest.mark.parametrize("pooling", ["mean", "first"])
-def test_padding_changes_nothing(texts: Path, pooling: str) -> None:
-    config = ModelConfig(encoder="transformer_small", vocabulary=400, width=32, depth=2, pooling=pooling)
+def test_padding_changes_nothing(texts: Path, pooling: str, encoder_name: str) -> None:
+    config = ModelConfig(encoder=encoder_name, vocabulary=400, width=32, depth=2, pooling=pooling)
     encoder, width = build_encoder(config)
     encoder.eval()
     kind = of(texts)
@@ -419,9 +420,31 @@ def test_encoders_that_do_not_fit_tokens_are_refused(texts: Path) -> None:
     first = ours.model_copy(update={"vocabulary": size, "pooling": "first"})
     with pytest.raises(ConfigError, match="puts none before a text; set it to mean"):
         kind.check_encoder(build_encoder(first)[0], first)
-    for wrong, message in (({"vocabulary": None}, "is missing"), ({"width": 30}, "no multiple of 2 x model.heads")):
+    for name, wrong, message in (
+        ("transformer_small", {"vocabulary": None}, "is missing; transformer_small"),
+        ("transformer_small", {"width": 30}, "no multiple of 2 x model.heads"),
+        ("gated_cnn", {"vocabulary": None}, "is missing; gated_cnn"),
+        ("gated_cnn", {"kernel_size": 4}, "4 has no middle: take an odd number"),
+    ):
         with pytest.raises(ConfigError, match=message):
-            build_encoder(ours.model_copy(update=wrong))
+            build_encoder(ours.model_copy(update={"encoder": name, **wrong}))
+    cnn = ours.model_copy(update={"encoder": "gated_cnn"})
+    with pytest.raises(ConfigError, match=r"model\.vocabulary: is 500"):
+        kind.check_encoder(build_encoder(cnn)[0], cnn)
+
+
+def test_a_gated_cnn_of_one_layer_is_a_mean_over_k_mers() -> None:
+    """Of what torch's own layers make of each window by itself."""
+    encoder, width = build_encoder(ModelConfig(encoder="gated_cnn", vocabulary=22, width=16, depth=1, kernel_size=3))
+    encoder.eval()
+    tokens = torch.randint(1, 23, (2, 11))
+    layer = encoder.layers[0].convolution
+    beyond = torch.zeros(2, 1, encoder.embedding.embedding_dim)
+    x = torch.cat([beyond, encoder.embedding(tokens), beyond], dim=1)
+    rows = [x[:, t : t + 3].transpose(1, 2).flatten(1) @ layer.weight.flatten(1).T + layer.bias for t in range(11)]
+    wanted = torch.stack([a * torch.sigmoid(b) for a, b in (row.chunk(2, dim=1) for row in rows)]).mean(0)
+    assert width == 16
+    torch.testing.assert_close(encoder(tokens), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_settings_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
@@ -435,7 +458,8 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
             load_config(path, list(overrides))
         return str(error.value)
 
-    assert "the views of a sample would be the same" in refused("model.dropout=0.0")
+    for encoder in OURS_OF_TOKENS:
+        assert "views of a sample would be the same" in refused("model.dropout=0.0", f"model.encoder={encoder}")
     assert "span_min (99) must not exceed data.tokens.span_max (96)" in refused("data.tokens.span_min=99")
     assert "must not exceed data.tokens.max_tokens" in refused("data.tokens.views=spans", "data.tokens.max_tokens=50")
     assert "lower them" in refused("data.tokens.mask_p=0.6", "data.tokens.mutate_p=0.6")

@@ -59,10 +59,11 @@ def glosses(root: Path) -> None:
                 head, _, gloss = line.partition("|")
                 rows.append((" ".join(gloss.split()), f"{part}.{head.split()[1]}"))
     order = permutation(0, 0, 0, len(rows))
-    for name, chosen in (("test", order[:2000]), ("train", order[2000:])):
+    parts = {"test": order[:2000], "train": order[2000:], "known": order[2000:22000]}  # among the last kNN looks
+    for name, chosen in parts.items():
         table = DATA / f"glosses_{name}.tsv"
         table.write_text("text\tclass\n" + "".join("\t".join(rows[i]) + "\n" for i in chosen), encoding="utf-8")
-    for name in ("train", "test"):
+    for name in ("train", "test", "known"):
         own = ["--vocabulary", 8192] if name == "train" else ["--tokenizer", DATA / "glosses_train.tokens"]
         table, out = DATA / f"glosses_{name}.tsv", DATA / f"glosses_{name}.tokens"
         prepare("--kind", "text", table, out, "--overwrite", "--label-column", "class", *own)
@@ -95,7 +96,7 @@ def proteins(root: Path) -> None:
 
 
 DEMOS = {
-    "text": ("wordnet-base", glosses, "text_simcse.yaml", "glosses_train.tokens"),
+    "text": ("wordnet-base", glosses, "text_simcse.yaml", "glosses_known.tokens"),
     "proteins": ("mmseqs2-examples", proteins, "proteins.yaml", "proteins_train.tokens"),
 }
 

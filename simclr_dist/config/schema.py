@@ -48,6 +48,7 @@ PIXELS = ("channels", "bits", "rgb", "mean", "std")
 IMAGES_OF_PAIRS = "images.beton"
 """In a folder of images with texts."""
 HUGGING_FACE = "hf/"
+OURS_OF_TOKENS = "transformer_small", "gated_cnn"
 """`model.encoder: hf/FOLDER`."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -229,18 +230,25 @@ class ModelConfig(Section):
 
     encoder: str = Field(
         description="torchvision's networks by name, timm's as `timm/NAME`, `resnet_small`; of tokens, "
-        "`transformer_small`, or a local folder of transformers as `hf/FOLDER`."
+        "`transformer_small`, `gated_cnn`, or a local folder of transformers as `hf/FOLDER`."
     )
     image_size: Count | None = Field(None, description="Side that a ViT is built for; null: data.image_size.")
     channels: Channels = Field(3, description="What the first layer takes; from data.channels: leave it out.")
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="`cifar`: 3x3 convolution, no pooling (B.9).")
     width: Count = Field(
-        32, description="Channels of `resnet_small`'s first stage; D of `transformer_small`, a multiple of 2 x heads."
+        32,
+        description="Channels of `resnet_small`'s first stage; D of `gated_cnn` and of `transformer_small`, there a "
+        "multiple of 2 x heads.",
     )
-    vocabulary: Count | None = Field(None, description="Of `transformer_small`: how many tokens there are.")
-    depth: Count = Field(4, description="Blocks of `transformer_small`.")
+    vocabulary: Count | None = Field(
+        None, description="Of `transformer_small` and `gated_cnn`: how many tokens there are."
+    )
+    depth: Count = Field(4, description="Blocks of `transformer_small`, layers of `gated_cnn`.")
     heads: Count = Field(4, description="Attention heads of `transformer_small`.")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Of `transformer_small`.")
+    kernel_size: Annotated[int, Field(ge=1, le=255)] = Field(
+        5, description="Tokens that a layer of `gated_cnn` sees in a row; odd."
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Of `transformer_small` and `gated_cnn`.")
     pooling: Literal["mean", "first"] = Field(
         "mean", description="How an encoder of tokens makes h: the mean over all tokens, or the first ([CLS])."
     )
@@ -293,7 +301,7 @@ class ModelConfig(Section):
         if self.text.encoder.startswith(HUGGING_FACE):
             raise ValueError(
                 f"text.encoder: {HUGGING_FACE}FOLDER is for model.encoder alone: its weights would not be read here; "
-                "take transformer_small or one of your own"
+                "take transformer_small, gated_cnn or one of your own"
             )
         settings = ("text", "weights", "weights_partial", "freeze", "image_size", "batch_norm", "first_layer", "stem")
         if found := [key for key in settings if getattr(self.text, key) != ModelConfig.model_fields[key].default]:
@@ -601,7 +609,7 @@ class Config(Section):
     def _views_differ(self) -> None:
         tokens = self.data.tokens
         same = self.data.kind in OF_TOKENS and tokens.views == "whole" and not (tokens.mask_p or tokens.mutate_p)
-        if same and self.model.encoder == "transformer_small" and not self.model.dropout:
+        if same and self.model.encoder in OURS_OF_TOKENS and not self.model.dropout:
             raise ValueError(
                 "the views of a sample would be the same: data.tokens.views is whole and model.dropout 0; set "
                 "model.dropout above 0 (0.1 in SimCSE), or data.tokens.views to spans"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.config import AugmentConfig, ModelConfig
+from simclr_dist.config import OURS_OF_TOKENS, AugmentConfig, ModelConfig
 from simclr_dist.config.schema import TokensConfig
 from simclr_dist.data.batch import Batch, Loader
 from simclr_dist.data.loading.open_images import DatasetInfo
@@ -251,7 +251,7 @@ def content_ids(folder: TokenFolder, config: TokensConfig) -> NDArray[np.int64]:
 def check_transformer(model: ModelConfig, encoder: nn.Module, folder: TokenFolder, noun: str, section: str) -> None:
     """Raises ConfigError where the settings of an encoder, in `section`, do not fit the tokens of `folder`."""
     vocabulary = folder.vocabulary
-    if model.encoder == "transformer_small" and model.vocabulary != vocabulary.size:
+    if model.encoder in OURS_OF_TOKENS and model.vocabulary != vocabulary.size:
         raise ConfigError(
             [
                 f"{section}.vocabulary: is {model.vocabulary}, but {folder.path} has {vocabulary.size:,} tokens; "

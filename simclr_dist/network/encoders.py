@@ -1,5 +1,5 @@
-"""Encoders by name: torchvision's networks, timm's as `timm/NAME`, our own two, and yours. Images in, h out; of
-`transformer_small` and `hf/FOLDER` (hugging_face.py), tokens in.
+"""Encoders by name: torchvision's networks, timm's as `timm/NAME`, our own, and yours. Images in, h out; of
+`transformer_small`, `gated_cnn` and `hf/FOLDER` (hugging_face.py), tokens in.
 
 h is the input of the network's own class layer: pooled features of a ResNet, the normalised pooled features of a
 ConvNeXt, the class token of a ViT. Parameters keep their library's names, so that an export only copies them. Weights
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from simclr_dist.config import HUGGING_FACE, ModelConfig
+from simclr_dist.config import HUGGING_FACE, OURS_OF_TOKENS, ModelConfig
 from simclr_dist.errors import ConfigError
+from simclr_dist.network.gated_cnn import gated_cnn
 from simclr_dist.network.transformer import transformer_small
 
 TIMM = "timm/"
-OURS = "resnet_small", "transformer_small"
+OURS = "resnet_small", *OURS_OF_TOKENS
 RESNETS: dict[str, Callable[..., ResNet]] = {
     name: partial(getattr(torchvision.models, name), zero_init_residual=True)
     for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
@@ -46,6 +47,8 @@ def build_encoder(config: ModelConfig) -> tuple[nn.Module, int]:
         return small, small.feature_dim
     if config.encoder == "transformer_small":
         return transformer_small(config)
+    if config.encoder == "gated_cnn":
+        return gated_cnn(config)
     if config.stem == "cifar" and config.encoder not in RESNETS:
         raise ConfigError([f"model.stem: cifar is for ResNets only; {config.encoder} takes `stem: imagenet`"])
     if config.encoder.startswith(TIMM):

@@ -89,10 +89,7 @@ def turn(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
 
 def transformer_small(config: ModelConfig) -> tuple[nn.Module, int]:
     """The encoder and D, its width. Raises ConfigError."""
-    if config.vocabulary is None:
-        raise ConfigError(
-            ["model.vocabulary: is missing; transformer_small needs the number of tokens that `prepare` has printed"]
-        )
+    vocabulary = vocabulary_of(config)
     if config.width % (2 * config.heads):
         raise ConfigError(
             [
@@ -100,7 +97,14 @@ def transformer_small(config: ModelConfig) -> tuple[nn.Module, int]:
                 "need that"
             ]
         )
-    network = TransformerSmall(
-        config.vocabulary, config.width, config.depth, config.heads, config.dropout, config.pooling
-    )
+    network = TransformerSmall(vocabulary, config.width, config.depth, config.heads, config.dropout, config.pooling)
     return network, config.width
+
+
+def vocabulary_of(config: ModelConfig) -> int:
+    """How many tokens an encoder of ours knows. Raises ConfigError."""
+    if config.vocabulary is None:
+        raise ConfigError(
+            [f"model.vocabulary: is missing; {config.encoder} needs the number of tokens that `prepare` has printed"]
+        )
+    return config.vocabulary
