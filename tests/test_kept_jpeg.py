@@ -243,9 +243,9 @@ def test_the_number_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 def test_statistics_count_kept_files(tmp_path: Path) -> None:
     prepared(tmp_path, [KEPT["plain"]])
     sidecar = json.loads(sidecar_path(tmp_path / "out.beton").read_text())
-    rows = pixels_of(KEPT["plain"])[::16].reshape(-1, 3) / 255
-    np.testing.assert_allclose(sidecar["mean"], rows.mean(0), atol=1e-6)
-    np.testing.assert_allclose(sidecar["std"], rows.std(0), atol=1e-6)
+    counted = pixels_of(KEPT["plain"])[::16, ::16].reshape(-1, 3) / 255
+    np.testing.assert_allclose(sidecar["mean"], counted.mean(0), atol=0.004)  # where colours are halved, but for a blur
+    np.testing.assert_allclose(sidecar["std"], counted.std(0), atol=0.004)
 
 
 def test_unusual_headers_are_not_kept() -> None:

@@ -276,8 +276,8 @@ def test_statistics_of_photographs_are_close(tmp_path: Path) -> None:
     prepare(tmp_path / "in", tmp_path / "out.beton", mode="jpg", num_workers=1)
     sidecar = json.loads(sidecar_path(tmp_path / "out.beton").read_text())
     every = np.concatenate([p.reshape(-1, 3) for p in pixels]) / 255
-    np.testing.assert_allclose(sidecar["mean"], every.mean(0), atol=0.01)
-    np.testing.assert_allclose(sidecar["std"], every.std(0), atol=0.01)
+    np.testing.assert_allclose(sidecar["mean"], every.mean(0), atol=0.02)
+    np.testing.assert_allclose(sidecar["std"], every.std(0), atol=0.02)
 
 
 def test_progress_counts_every_image(tmp_path: Path) -> None:
@@ -709,7 +709,7 @@ class TestAccount:
         images = SimpleNamespace(
             labels=np.array([0, 0]),
             name=lambda index: f"image {index}",
-            decoded=lambda index: Decoded(make_image(index, 9, 9), "corrupt data" if index else None),
+            recoded=lambda index, _: Decoded(make_image(index, 9, 9), "corrupt data" if index else None),
         )
         encoded = Encoder("raw", 90, None, on_damage)(images)  # type: ignore[arg-type]
         assert isinstance(encoded.results[0], Record)

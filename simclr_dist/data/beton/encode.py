@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +28,11 @@ from simclr_dist.data.beton.writer import PAGE_BYTES, Record
 from simclr_dist.data.sources import turbojpeg
 from simclr_dist.data.sources.decoding import Decoded, Pixels
 from simclr_dist.data.sources.images import ImageSource
-from simclr_dist.data.sources.jpeg_file import read_jpeg_file
+from simclr_dist.data.sources.jpeg_file import JpegFile, read_jpeg_file
 from simclr_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from simclr_dist.data.beton.recode import Recoder
 
 Mode = Literal["auto", "jpg", "raw", "smart"]
 
@@ -68,7 +71,7 @@ class Encoded:
     damaged, noted: for each record of a damaged image, and of one with something else to be known, a sentence with its
         name. num_kept: records that are the image's own JPEG data. num_shrunk: of images that were larger.
     sums: per channel the number of pixels, their sum, and that of their squares, [3, 3]; of raw records all pixels
-        count, of the others every 16th row.
+        count, of the others one of each 16 x 16.
     pixels: of each record whose channels are kept, in place of `sums`.
     """
 
@@ -79,6 +82,21 @@ class Encoded:
     num_shrunk: int = 0
     sums: NDArray[np.int64] = field(default_factory=lambda: np.zeros((3, 3), np.int64))
     pixels: list[PixelsOf] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What becomes of an image. counted: its pixels that count for the statistics, RGB."""
+
+    content: bytes
+    mode: int
+    height: int
+    width: int
+    counted: Pixels
+    kept: bool = False
+    shrunk: bool = False
+    damage: str | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,40 +115,47 @@ class Encoder:
         for index in range(len(images.labels)):
             name = images.name(index)
             try:
-                image = images.decoded(index)
+                image = images.recoded(index, self._by_coefficients)
+                found = image if isinstance(image, _Stored) else self._by_pixels(image, name)
             except DataError as error:
-                done.results.append(Unusable(name, str(error)))
+                found = Unusable(name, str(error))
+            if isinstance(found, Unusable):
+                done.results.append(found)
                 continue
-            if image.damage is not None and self.on_damage != "warn":
-                done.results.append(Unusable(name, f"{name}: is damaged: {image.damage}", damaged=True))
-                continue
-            pixels = _shrunk(image.pixels, self.max_side)
-            kept = self._kept(image, pixels)
-            quality = self.quality if pixels is image.pixels else self.quality_of_shrunk or self.quality
-            result = self._record(pixels, kept, quality, name, int(images.labels[index]))
-            done.results.append(result)
-            if isinstance(result, Record):
-                sums.add(pixels if result.mode == RAW else pixels[::16])  # JPEG changes the pixels anyway
-                done.num_kept += result.content is kept
-                done.num_shrunk += pixels is not image.pixels
-                done.damaged += [] if image.damage is None else [f"{name}: {image.damage}"]
-                done.noted += [] if image.note is None else [f"{name}: {image.note}"]
+            label = int(images.labels[index])
+            done.results.append(Record(found.content, found.mode, found.height, found.width, label))
+            sums.add(found.counted)
+            done.num_kept += found.kept
+            done.num_shrunk += found.shrunk
+            done.damaged += [] if found.damage is None else [f"{name}: {found.damage}"]
+            done.noted += [] if found.note is None else [f"{name}: {found.note}"]
         done.sums = sums.result()
         return done
 
-    def _kept(self, image: Decoded, pixels: Pixels) -> bytes | None:
-        """The image's own JPEG data, if they may be stored in place of `pixels`."""
-        if image.jpeg is None or pixels is not image.pixels:
+    def _by_coefficients(self, file: JpegFile) -> _Stored | None:
+        """Of an undamaged file of the usual kinds that is stored as JPEG at its own size; else None."""
+        if self._mode(file.height, file.width) == RAW:
             return None
-        content = keep(image.jpeg, _steps(self.quality))
-        return content if content is None or len(content) <= PAGE_BYTES else None
+        largest = max(file.height, file.width)
+        if largest > min(self.max_side or largest, LARGEST_SIDE[JPEG]):
+            return None
+        recoder = _recoder(self.quality)
+        recoded = None if recoder is None else recoder(file)
+        if recoded is None or len(recoded.content) > PAGE_BYTES:
+            return None
+        return _Stored(recoded.content, JPEG, file.height, file.width, recoded.sample, recoded.kept)
 
-    def _record(self, pixels: Pixels, kept: bytes | None, quality: int, name: str, label: int) -> Record | Unusable:
+    def _by_pixels(self, image: Decoded, name: str) -> _Stored | Unusable:
+        if image.damage is not None and self.on_damage != "warn":
+            return Unusable(name, f"{name}: is damaged: {image.damage}", damaged=True)
+        pixels = _shrunk(image.pixels, self.max_side)
+        shrunk = pixels is not image.pixels
         height, width, _ = pixels.shape
-        small = height * width <= RAW_UP_TO_PIXELS
-        mode = RAW if self.mode == "raw" or (self.mode in ("smart", "auto") and small) else JPEG
+        mode = self._mode(height, width)
         if max(height, width) > LARGEST_SIDE[mode]:
             return Unusable(name, f"{name}: {width} x {height} pixels are too many; set --max-side")
+        kept = None if shrunk or mode == RAW else self._kept(image)
+        quality = self.quality_of_shrunk or self.quality if shrunk else self.quality
         content = pixels.tobytes() if mode == RAW else kept or _jpeg(pixels, quality)
         if len(content) > PAGE_BYTES:
             return Unusable(
@@ -138,7 +163,17 @@ class Encoder:
                 f"{name}: {width} x {height} pixels take {len(content)} bytes, "
                 f"more than a page of {PAGE_BYTES}; set --max-side{' or --mode jpg' if mode == RAW else ''}",
             )
-        return Record(content, mode, height, width, label)
+        counted = pixels if mode == RAW else np.ascontiguousarray(pixels[::16, ::16])
+        return _Stored(content, mode, height, width, counted, kept is not None, shrunk, image.damage, image.note)
+
+    def _mode(self, height: int, width: int) -> int:
+        small = height * width <= RAW_UP_TO_PIXELS
+        return RAW if self.mode == "raw" or (self.mode in ("smart", "auto") and small) else JPEG
+
+    def _kept(self, image: Decoded) -> bytes | None:
+        """The image's own JPEG data, if they may be stored in place of its pixels."""
+        content = None if image.jpeg is None else keep(image.jpeg, _steps(self.quality))
+        return content if content is None or len(content) <= PAGE_BYTES else None
 
 
 class _Sums:
@@ -198,11 +233,27 @@ def _jpeg(pixels: Pixels, quality: int) -> bytes:
 
 
 @cache
+def _recoder(quality: int) -> Recoder | None:
+    """None without numba."""
+    try:
+        from simclr_dist.data.beton.recode import Recoder
+    except ImportError:
+        return None
+    return Recoder(_grey_picture(quality))
+
+
+@cache
 def _steps(quality: int) -> Steps:
-    file = read_jpeg_file(_jpeg(np.zeros((16, 16, 3), np.uint8), quality))
-    steps = None if file is None else plain_steps(file)
+    steps = plain_steps(_grey_picture(quality))
     assert steps is not None
     return steps
+
+
+def _grey_picture(quality: int) -> JpegFile:
+    """Of 16 x 16 pixels, as images of this quality are encoded; its coefficients are all 0."""
+    file = read_jpeg_file(_jpeg(np.full((16, 16, 3), 128, np.uint8), quality))
+    assert file is not None
+    return file
 
 
 def encode_in_order(
@@ -214,10 +265,11 @@ def encode_in_order(
     waits for the others to start.
     Raises DataError.
     """
-    chunks = (images.take(chunk) for chunk in _chunks(ids, num_workers))
     if num_workers == 1 or len(ids) <= _LARGEST_CHUNK:
-        yield from map(encoder, chunks)
+        yield from (encoder(images.take(chunk)) for chunk in _chunks(ids, num_workers))
         return
+    yield encoder(images.take(ids[:1]))  # what is imported for it, forked workers need not import
+    chunks = (images.take(chunk) for chunk in _chunks(ids[1:], num_workers))
     pool, started = _start_workers(num_workers - 1)
     with pool:
         try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from simclr_dist.data.sources.sample_values import ASK, DARK_16_BIT, Decoding, o
 from simclr_dist.errors import DataError
 
 Pixels = NDArray[np.uint8]  # RGB [H, W, 3]
+_Recoded = TypeVar("_Recoded")
 
 _UNKNOWN_FORMATS = (  # first bytes, where, what they are
     (b"DICM", 128, "DICOM, which pydicom reads;"),
@@ -53,10 +54,24 @@ class Decoded:
 
 def decode(file: IO[bytes], decoding: Decoding = ASK) -> Decoded:
     """Raises DataError, without the image's name, for whatever goes wrong with this image."""
+    return recode_or_decode(file, None, decoding)
+
+
+def recode_or_decode(
+    file: IO[bytes], recode: Callable[[JpegFile], _Recoded | None] | None, decoding: Decoding = ASK
+) -> _Recoded | Decoded:
+    """As `decode`, unless `recode` makes something of the file.
+
+    recode: is asked for a usual JPEG file that `decode` would neither turn nor take bands of. Its compressed data may
+    be damaged.
+    """
     try:
-        found = _decode_usual_jpeg(file, decoding)
-        if found is not None:
-            return found
+        jpeg = _usual_jpeg(file, decoding)
+        if jpeg is not None:
+            recoded = recode(jpeg) if recode is not None and _is_upright(jpeg) else None
+            found = recoded or _decode_usual_jpeg(jpeg)
+            if found is not None:
+                return found
         with without_pillows_limit():
             pages = tiff.pages(file)
             if pages and not (pages[0].is_plain and len(_pages_as_bands(pages, decoding)) == 1):
@@ -91,14 +106,30 @@ def decode_jpeg(content: bytes, height: int, width: int) -> Pixels:
     return decode(file).pixels
 
 
-def _decode_usual_jpeg(file: IO[bytes], decoding: Decoding) -> Decoded | None:
-    """None for a file that Pillow has to look at: of another kind, with EXIF, unusual, or damaged."""
+def _usual_jpeg(file: IO[bytes], decoding: Decoding) -> JpegFile | None:
     is_jpeg = file.read(3) == b"\xff\xd8\xff"
     file.seek(0)
     jpeg = read_jpeg_file(file.read()) if is_jpeg and decoding.bands is None else None
-    if jpeg is None or jpeg.has_metadata:
+    if jpeg is not None:
+        check_num_pixels(jpeg.width, jpeg.height, decoding.max_pixels)
+    return jpeg
+
+
+def _is_upright(jpeg: JpegFile) -> bool:
+    """Whether it is known that neither EXIF nor XMP turns it."""
+    if not jpeg.has_metadata:
+        return True
+    try:
+        with without_pillows_limit(), Image.open(BytesIO(jpeg.content), formats=["JPEG"]) as image:
+            return image.mode in ("L", "RGB") and orientation_of(image) not in _TURNED
+    except Exception:  # as many kinds as there are ways to damage a file
+        return False
+
+
+def _decode_usual_jpeg(jpeg: JpegFile) -> Decoded | None:
+    """None for a file that Pillow has to look at: with EXIF, unusual, or damaged."""
+    if jpeg.has_metadata:
         return None
-    check_num_pixels(jpeg.width, jpeg.height, decoding.max_pixels)
     pixels = turbojpeg.decode_jpeg(jpeg.content, jpeg.width, jpeg.height)
     return Decoded(pixels, jpeg=jpeg) if isinstance(pixels, np.ndarray) else None
 

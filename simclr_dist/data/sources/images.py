@@ -18,7 +18,8 @@ from simclr_dist.data.account import Account, LeftOut
 from simclr_dist.data.digest_cache import digest_once
 from simclr_dist.data.sources.channel_files import Kept, read_kept
 from simclr_dist.data.sources.content import Content, open_content
-from simclr_dist.data.sources.decoding import Decoded, Pixels, decode
+from simclr_dist.data.sources.decoding import Decoded, Pixels, decode, recode_or_decode
+from simclr_dist.data.sources.jpeg_file import JpegFile
 from simclr_dist.data.sources.sample_values import ASK, Decoding
 from simclr_dist.errors import DataError
 
@@ -69,6 +70,10 @@ class ImageSource(LabelledImages, Protocol):
 
     def decoded(self, index: int) -> Decoded:
         """As `read`, with what is known of the image."""
+        ...
+
+    def recoded(self, index: int, recode: Callable[[JpegFile], _Read | None]) -> _Read | Decoded:
+        """As `decoded`, unless `recode` makes something of the image's file: see `recode_or_decode`."""
         ...
 
     def kept(self, index: int) -> Kept:
@@ -158,6 +163,9 @@ class FileImages:
     def decoded(self, index: int) -> Decoded:
         return self._opened(index, lambda file: decode(file, self.decoding))
 
+    def recoded(self, index: int, recode: Callable[[JpegFile], _Read | None]) -> _Read | Decoded:
+        return self._opened(index, lambda file: recode_or_decode(file, recode, self.decoding))
+
     def kept(self, index: int) -> Kept:
         page = -1 if self.page_of is None else int(self.page_of[index])
         return self._opened(index, lambda file: read_kept(file, self.decoding, None if page < 0 else page))
@@ -208,6 +216,9 @@ class ArrayImages:
 
     def decoded(self, index: int) -> Decoded:
         return Decoded(self.read(index))
+
+    def recoded(self, index: int, recode: Callable[[JpegFile], _Read | None]) -> Decoded:
+        return self.decoded(index)
 
     def kept(self, index: int) -> Kept:
         image = np.asarray(self.images[index])

@@ -15,7 +15,18 @@ from PIL import features
 _NAMES = ("libturbojpeg.so.0", "libturbojpeg.so", "libturbojpeg.dylib")  # what ffcv's library is linked with
 _RGB = 0  # TJPF_RGB
 _SAMP_420, _ACCURATE_DCT = 2, 4096  # as Pillow encodes
+NO_OUTPUT, NO_EXTRA_MARKERS = 16, 64  # TJXOPT_NOOUTPUT, TJXOPT_COPYNONE
 _WARNING = 0  # TJERR_WARNING: the data are damaged, and have been decoded all the same
+
+
+class _Transform(ctypes.Structure):  # tjtransform
+    _fields_ = (
+        ("region", ctypes.c_int * 4),
+        ("operation", ctypes.c_int),
+        ("options", ctypes.c_int),
+        ("data", ctypes.c_void_p),
+        ("filter", ctypes.c_void_p),
+    )
 
 
 @cache
@@ -25,7 +36,8 @@ def _library() -> ctypes.CDLL | None:
     for name in _NAMES:
         try:
             library = ctypes.CDLL(name)
-            library.tjInitDecompress.restype = library.tjInitCompress.restype = ctypes.c_void_p
+            for initialise in (library.tjInitDecompress, library.tjInitCompress, library.tjInitTransform):
+                initialise.restype = ctypes.c_void_p
             library.tjGetErrorStr2.restype = ctypes.c_char_p
             library.tjGetErrorCode.restype = ctypes.c_int
             return library
@@ -83,6 +95,29 @@ def encode_jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes | None:
         return None if failed else ctypes.string_at(content, size.value)
     finally:
         library.tjFree(content)
+        library.tjDestroy(ctypes.c_void_p(handle))
+
+
+def transform_jpeg(content: bytes, options: int, data: int, filter_: int) -> bytes | None:
+    """A JPEG file with its coefficients as a filter leaves them; empty with NO_OUTPUT.
+
+    options: NO_OUTPUT, NO_EXTRA_MARKERS. filter_, data: the address of a C function, and of what it may use: see
+    tjtransform in turbojpeg.h.
+    None when the compressed data are damaged, or libturbojpeg cannot or is not there.
+    """
+    transform = _Transform(options=options, data=data, filter=filter_)
+    library = _library()
+    handle = library.tjInitTransform() if library is not None else None
+    if library is None or handle is None:
+        return None
+    source = (ctypes.c_void_p(handle), content, ctypes.c_ulong(len(content)))
+    out, size = ctypes.c_void_p(), ctypes.c_ulong()
+    try:
+        target = (ctypes.byref(out), ctypes.byref(size), ctypes.byref(transform), 0)
+        failed = library.tjTransform(*source, 1, *target) < 0
+        return None if failed else ctypes.string_at(out, size.value)
+    finally:
+        library.tjFree(out)
         library.tjDestroy(ctypes.c_void_p(handle))
 
 
