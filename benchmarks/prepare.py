@@ -4,12 +4,11 @@
 
 Every contestant runs in a fresh process on one CPU with one worker and on two CPUs with two, in turns, several rounds;
 the best round counts, from the call to the file flushed to disk, start of the workers included. Beside the speed stands
-what a second of CPU time yields, which a busy machine disturbs less. Both write JPEG of quality 90 for photographs (those
-given, as often as --times says; ours stores those that are as coarse already as they came) and raw pixels for CIFAR-10.
-What a process loads once, some 0.9 s of ours for photographs, counts for little in a large data set: compare --times 6 and
-24. DatasetWriter
-gets a dataset that opens the files with Pillow, as in its examples. The last row is the digest that identifies a file's
-content, in GB per second of CPU time, for a file in memory. Writes a JSON file and a table to --out.
+what a second of CPU time yields, which a busy machine disturbs less. Both write JPEG of quality 90 for photographs (the
+given ones --times times; ours stores those that are as coarse already as they came) and raw pixels for CIFAR-10. What
+our process loads once for photographs, some 0.9 s, counts for little in a large data set, and for much with --times 6.
+DatasetWriter gets a dataset that opens the files with Pillow, as in its examples. The last row is the digest that
+identifies a file's content, in GB per second of CPU time, for a file in memory. Writes JSON and a table to --out.
 """
 
 from __future__ import annotations

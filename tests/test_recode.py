@@ -5,6 +5,7 @@ Run: pytest tests/test_recode.py
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 from PIL import Image
 
 from simclr_dist.data.beton import encode
+from simclr_dist.data.beton.prepare import PreparedInfo, prepare
+from simclr_dist.data.beton.reader import open_beton
 from simclr_dist.data.sources import turbojpeg
 from simclr_dist.data.sources.jpeg_file import JpegFile, read_jpeg_file
 from tests.images import make_image
@@ -141,40 +144,43 @@ def test_only_files_whose_coefficients_are_the_image_are_recoded() -> None:
     assert [name for name, content in others.items() if recoded(content) is not None] == []
 
 
-def stored(folder: Path, content: bytes, **options) -> tuple[np.ndarray, bytes]:
-    """Pixels and bytes of the only image that `prepare` stores."""
-    from simclr_dist.data.beton.prepare import prepare
-    from simclr_dist.data.beton.reader import open_beton
-
+def prepared(folder: Path, content: bytes, **options) -> PreparedInfo:
     (folder / "in" / "a").mkdir(parents=True)
     (folder / "in" / "a" / "0.jpg").write_bytes(content)
-    prepare(folder / "in", folder / "out.beton", num_workers=1, **options)
-    with open_beton(folder / "out.beton") as beton:
-        data = (folder / "out.beton").read_bytes()[int(beton.images["data_ptr"][0]) :][: int(beton.record_bytes[0])]
-    return pixels_of(data), data
+    return prepare(folder / "in", folder / "out.beton", num_workers=1, **options)
+
+
+def stored(info: PreparedInfo) -> bytes:
+    """The record of its only image."""
+    with open_beton(info.path) as beton:
+        return info.path.read_bytes()[int(beton.images["data_ptr"][0]) :][: int(beton.record_bytes[0])]
 
 
 def test_images_that_must_be_turned_or_shrunk_are_decoded(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = jpeg(make_image(0, 123, 167), exif=exif)
-    assert stored(tmp_path / "turned", turned)[0].shape == (167, 123, 3)
-    assert stored(tmp_path / "shrunk", jpeg(make_image(0, 123, 167)), max_side=140)[0].shape == (103, 140, 3)
+    assert pixels_of(stored(prepared(tmp_path / "turned", turned))).shape == (167, 123, 3)
+    shrunk = prepared(tmp_path / "shrunk", jpeg(make_image(0, 123, 167)), max_side=140)
+    assert pixels_of(stored(shrunk)).shape == (103, 140, 3)
     exif[0x0112] = 1
     upright = jpeg(make_image(0, 123, 167), exif=exif)
     found = recoded(upright)
     assert found is not None
-    assert stored(tmp_path / "upright", upright)[1] == found.content
+    assert stored(prepared(tmp_path / "upright", upright)) == found.content
 
 
-def test_without_numba_the_pixels_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_the_pixels_are_encoded_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = jpeg(make_image(0, 123, 167))
+    assert prepared(tmp_path / "with", content).warnings == ()
     encode._recoder.cache_clear()
-    monkeypatch.setitem(sys.modules, "simclr_dist.data.beton.recode", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     try:
-        assert stored(tmp_path, content)[1] == encode._jpeg(pixels_of(content).astype(np.uint8), QUALITY)
+        info = prepared(tmp_path / "without", content)
     finally:
         encode._recoder.cache_clear()
+    assert stored(info) == encode._jpeg(pixels_of(content).astype(np.uint8), QUALITY)
+    assert ["numba is not installed" in text for text in info.warnings] == [True]
 
 
 def test_what_is_stored_as_pixels_needs_no_numba(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import io
 import multiprocessing
 import os
@@ -39,6 +40,7 @@ Mode = Literal["auto", "jpg", "raw", "smart"]
 LARGEST_SIDE = {RAW: LARGEST_RAW_SIDE, JPEG: 65500}  # libjpeg's limit is a little lower
 # Up to this size decoding a JPEG costs more than reading three bytes per pixel.
 RAW_UP_TO_PIXELS = 96 * 96
+_MOST_RECODED = 1 << 25  # pixels: their coefficients take up to 12 bytes each, and of more a page is too small anyway
 _LARGEST_CHUNK = 64  # images that a process works on at a time
 _QUEUED = 3  # chunks for each worker: one to work on, and enough for while this process is busy with its own
 _ROWS = 256
@@ -137,7 +139,7 @@ class Encoder:
         if self._mode(file.height, file.width) == RAW:
             return None
         largest = max(file.height, file.width)
-        if largest > min(self.max_side or largest, LARGEST_SIDE[JPEG]):
+        if largest > min(self.max_side or largest, LARGEST_SIDE[JPEG]) or file.height * file.width > _MOST_RECODED:
             return None
         recoder = _recoder(self.quality)
         recoded = None if recoder is None else recoder(file)
@@ -232,13 +234,17 @@ def _jpeg(pixels: Pixels, quality: int) -> bytes:
     return buffer.getvalue()
 
 
+def recodes() -> bool:
+    """Whether JPEG files are recoded by way of their coefficients here; otherwise they are decoded and encoded."""
+    return importlib.util.find_spec("numba") is not None and turbojpeg.unavailable() is None
+
+
 @cache
 def _recoder(quality: int) -> Recoder | None:
-    """None without numba."""
-    try:
-        from simclr_dist.data.beton.recode import Recoder
-    except ImportError:
+    if not recodes():
         return None
+    from simclr_dist.data.beton.recode import Recoder
+
     return Recoder(_grey_picture(quality))
 
 

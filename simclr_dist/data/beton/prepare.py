@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from simclr_dist.data.account import Account, LeftOut, SourceOptions
 from simclr_dist.data.beton.classes_from import with_class_names
 from simclr_dist.data.beton.content import content_fingerprint
-from simclr_dist.data.beton.encode import Encoded, Encoder, Mode, Unusable, encode_in_order, mean_and_std
+from simclr_dist.data.beton.encode import Encoded, Encoder, Mode, Unusable, encode_in_order, mean_and_std, recodes
 from simclr_dist.data.beton.fit import choose_fit
 from simclr_dist.data.beton.keep_channels import ChannelEncoder, KeptPixels
 from simclr_dist.data.beton.out_file import choose_target, commit, unfinished
@@ -200,7 +200,7 @@ def prepare(
         num_kept_jpeg=done.num_kept,
         num_shrunk=done.num_shrunk,
         fit=None if for_views is None else fit.sentence(for_views),
-        warnings=tuple(_warnings(images, None if keeps else statistics)) + tuple(remarks),
+        warnings=tuple(_warnings(images, None if keeps else statistics, sidecar["num_jpeg"])) + tuple(remarks),
         kept=kept,
         num_bytes=target.stat().st_size,
         fingerprint=fingerprint,
@@ -241,10 +241,12 @@ def _refuse(image: Unusable, options: SourceOptions, on_error: OnError, strict: 
         raise DataError(f"--strict: {image.reason}")
 
 
-def _warnings(images: ImageSource, statistics: dict[str, list[float]] | None) -> Iterator[str]:
+def _warnings(images: ImageSource, statistics: dict[str, list[float]] | None, num_jpeg: int) -> Iterator[str]:
     unnoticed = turbojpeg.unavailable() if isinstance(images, FileImages) else None
     if unnoticed is not None:
         yield f"damage within JPEG files is not noticed: {unnoticed}"
+    elif isinstance(images, FileImages) and num_jpeg and not recodes():
+        yield "JPEG files are decoded and encoded, which is slower: numba is not installed (pip install numba)"
     if statistics is not None and max(statistics["std"]) < _NEARLY_CONSTANT_STD:
         mean, std = (", ".join(f"{value:.3f}" for value in statistics[key]) for key in ("mean", "std"))
         yield (
