@@ -5,6 +5,8 @@ All arithmetic is on float32, in an order that the compiler may not change, so t
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import carray, types
 from numba.extending import intrinsic
@@ -30,12 +32,14 @@ _ODD = tuple(map(tuple, (np.sqrt(0.5) * _dct(8)[1::2, :4] @ _dct(4).T).round(6).
 _FIRST = np.outer(_dct(8)[:, 0], _dct(8)[:, 0]).ravel().round(6).astype(np.float32)  # sample of a block
 
 
-@intrinsic
-def _pointer(_, address):  # type: ignore[no-untyped-def]
+def _to_pointer(_, address):  # type: ignore[no-untyped-def]
     def code(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
 
     return types.voidptr(types.int64), code
+
+
+_pointer: Any = intrinsic(_to_pointer)
 
 
 @compiled_for_c(
