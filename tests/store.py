@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 class Store:
-    """Files by path. faults: what happens to the next answers for a path, one after the other, the last for ever:
+    """Files by path. faults: what happens to the next answers for a path, one after the other:
 
-    a status; `cut`: the connection ends half-way; `short`: half of it comes, and is said to be all; `long`: more is said
-    to come than does; `other`: bytes of that length, but not those; `silent`: no answer.
+    a status; `cut`: the connection ends half-way; `short`: half of it comes, said to be all; `long`: more is said to
+    come than does; `other`: bytes of that length, but not those; `silent`: no answer.
     ranges: parts of files are given, as nearly every store does. tells_versions: by ETag. slow_s: before each answer.
     asked: (path, range) of every GET; whole: paths of those that were for all of a file.
     """
@@ -61,7 +61,7 @@ class Store:
                 else:
                     self.send_response(200)
                 if fault == "other" and with_content:
-                    content = bytes(len(content) // 2) + content[len(content) // 2 :]
+                    content = content[: len(content) // 2] + bytes(200) + content[len(content) // 2 + 200 :]
                 sent = content[: len(content) // 2] if fault in ("cut", "short") else content
                 said = len(sent if fault == "short" and with_content else content) + 100 * (fault == "long")
                 self.send_header("Content-Length", str(said))

@@ -34,7 +34,7 @@ def run(*arguments: object) -> int:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     monkeypatch.setattr(remote, "_fetched", {})
-    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    monkeypatch.setattr(remote, "_PAUSE_S", 0.0)
     found = Store()
     yield found
     found.close()

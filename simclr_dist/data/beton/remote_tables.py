@@ -126,10 +126,9 @@ def _write_from_whole(file: RemoteFile, state: RemoteState, path: Path, cache: S
     )
     size = state.num_bytes or 0
     name = name_of([file.shown], size)
-    with cache.claimed(name) as part:
+    with cache.claimed(name, size, -1, True) as part:
         if part is None:
             raise DataError(f"{file.shown}: is being fetched already; is it named twice?")
-        cache.make_room(name, size)
         tried(lambda: file.copy(part, state.num_bytes, ADVICE))
         whole = RemoteState(part.stat().st_size, state.version)
         with open(part, "rb") as copy:

@@ -24,7 +24,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -38,6 +38,7 @@ ADVICE = "make room there, or choose another data.cache_dir"
 PART = ".part"
 _NAME = re.compile(r"[0-9a-f]{24}-(\d+)\.beton(?:\.part)?")
 _POLL_S = 0.05
+_WAIT_FOR_ROOM = 40  # looks
 _LONGEST_PAUSE_S = 15.0
 _USED_NS = 60_000_000_000  # a file that was used in the last minute need not be marked as used again
 _NO_LIMIT = 1 << 62
@@ -193,7 +194,7 @@ class ShardCache:
     def _fetch_patiently(self, shard: CachedShard, patience: _Patience) -> None:
         """One try, or a look at that of another process. Raises DataError when patience is at its end."""
         try:
-            if self.fetch(shard, each=patience.has_come):
+            if self.fetch(shard, exceed=patience.without_room > _WAIT_FOR_ROOM, each=patience.has_come):
                 return
             with suppress(OSError):
                 patience.has_come(os.stat(f"{self.path(shard)}{PART}").st_size)
@@ -202,6 +203,9 @@ class ShardCache:
             )
             if patience.is_at_its_end():
                 raise patience.last
+            time.sleep(_POLL_S)
+        except NoRoomError:  # others read, or still fetch, what could go
+            patience.without_room += 1
             time.sleep(_POLL_S)
         except UnavailableError as error:
             if error.is_final:
@@ -225,43 +229,43 @@ class ShardCache:
     # Fetching
 
     def fetch(
-        self, shard: CachedShard, *, needed: int | None = None, each: Callable[[int], object] = lambda _: None
+        self,
+        shard: CachedShard,
+        *,
+        needed: int = -1,
+        exceed: bool = False,
+        each: Callable[[int], object] = lambda _: None,
     ) -> bool:
         """One try. False: another process or thread is at it.
 
-        needed: the step that needs the shard, which may displace what is needed later only; None: one that waits.
-        each: see RemoteFile.copy. Raises UnavailableError, NoRoomError.
+        needed: the step that needs the shard, which may displace what is needed later only. exceed: rather have the
+        cache too large than not have the shard. each: see RemoteFile.copy. Raises UnavailableError, NoRoomError.
         """
-        with self.claimed(shard.name) as part:
+        with self.claimed(shard.name, shard.num_bytes, needed, exceed) as part:
             if part is None:
                 return False
             if self._is_held(shard):
                 return True
-            self.make_room(shard.name, shard.num_bytes, needed)
             shard.file.copy(part, shard.num_bytes, ADVICE, each)
             self.keep(part, shard)
             return True
 
     @contextmanager
-    def claimed(self, name: str) -> Iterator[Path | None]:
-        """The empty file `NAME.part` for this thread alone, deleted afterwards unless kept; None: another has it."""
+    def claimed(self, name: str, num_bytes: int, needed: int, exceed: bool) -> Iterator[Path | None]:
+        """The empty file `NAME.part` for this thread alone, with room for so many bytes, deleted afterwards unless it
+        was kept; None: another has it. needed, exceed: see `fetch`. Raises UnavailableError, NoRoomError.
+        """
         part = self._shards / f"{name}{PART}"
-        try:
-            fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        except OSError as error:
-            raise UnavailableError(f"{part}: cannot be written: {error.strerror}; {ADVICE}", is_final=True) from None
-        try:
-            if not _lock_at_once(fd) or not _is_at(fd, part):
-                yield None
-                return
-            try:
-                os.ftruncate(fd, 0)
-                yield part
-            finally:
-                if _is_at(fd, part):
-                    part.unlink()
-        finally:
-            os.close(fd)
+        with ExitStack() as stack:
+            with self.on_disk(), self.locked("lock"):
+                fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+                stack.callback(os.close, fd)
+                is_ours = _lock_at_once(fd) and _is_at(fd, part)
+                if is_ours:
+                    stack.callback(lambda: part.unlink() if _is_at(fd, part) else None)
+                    os.ftruncate(fd, 0)
+                    self._make_room(part.name, num_bytes, needed, exceed)
+            yield part if is_ours else None
 
     def keep(self, part: Path, shard: CachedShard) -> None:
         """Gives a fetched file its name, if it is what the tables said. Raises UnavailableError."""
@@ -289,35 +293,29 @@ class ShardCache:
     # -----------------------------------------------------------------------------------------------------------------
     # Room
 
-    def make_room(self, name: str, num_bytes: int, needed: int | None = None) -> None:
-        """For a file of that name that is about to be written. needed: see `fetch`. Raises NoRoomError."""
+    def _make_room(self, name: str, num_bytes: int, needed: int, exceed: bool) -> None:
+        """For a file of that name; the lock is held. needed, exceed: see `fetch`. Raises NoRoomError."""
         if self.place.num_bytes is None:
             return
-        with self.on_disk(), self.locked("lock"):
-            there = self.names()
-            there.pop(f"{name}{PART}", None)
-            excess = sum(there.values()) + num_bytes - self.place.num_bytes
-            if excess <= 0:
-                return
-            next_use = self._needed()
-            least = self._needed_now if needed is None else max(needed, self._needed_now)
-            uses = {other: next_use.get(other, NEVER) for other in there}
-            later = sorted(
-                (other for other in there if uses[other] > least),
-                key=lambda other: (-uses[other], self._used_ns(other)),
+        there = {other: size for other, size in self.names().items() if other != name}
+        excess = sum(there.values()) + num_bytes - self.place.num_bytes
+        if excess <= 0:
+            return
+        next_use = self._needed()
+        uses = {other: next_use.get(other, NEVER) for other in there}
+        later = [other for other in there if uses[other] > max(self._needed_now, needed)]
+        if not exceed and sum(there[other] for other in later) < excess:
+            raise NoRoomError
+        for other in sorted(later, key=lambda other: (-uses[other], self._used_ns(other))):
+            if excess > 0 and self._delete(other):
+                excess -= there[other]
+        if excess > 0 and not exceed:
+            raise NoRoomError
+        if excess > 0:
+            self._tell(
+                f"data.cache_size: {in_gb(self.place.num_bytes)} do not hold all shards that are read at once; "
+                f"{self.place.folder} is larger now"
             )
-            if needed is not None and sum(there[other] for other in later) < excess:
-                raise NoRoomError
-            for other in later:
-                if excess > 0 and self._delete(other):
-                    excess -= there[other]
-            if excess > 0 and needed is not None:
-                raise NoRoomError
-            if excess > 0:
-                self._tell(
-                    f"data.cache_size: {self.place.num_bytes:,} bytes do not hold all shards that are read at once; "
-                    f"{self.place.folder} is larger now"
-                )
 
     def _used_ns(self, name: str) -> int:
         try:
@@ -371,7 +369,8 @@ def open_part(part: Path, file: RemoteFile) -> Iterator[Beton]:
     try:
         beton = open_beton(part, mapped=False)
     except DataError as error:
-        raise UnavailableError(str(error).replace(str(part), file.shown)) from None
+        what = str(error).removeprefix(f"{part}: ").partition("; make the file again")[0]
+        raise UnavailableError(f"{file.shown}: what came is {what}") from None
     with beton:
         yield beton
 
@@ -381,7 +380,7 @@ class _Patience:
 
     def __init__(self, timeout_s: float) -> None:
         self.last: UnavailableError | None = None
-        self.tries = 0
+        self.tries = self.without_room = 0
         self._timeout_s, self._furthest, self._since_s = timeout_s, 0, time.monotonic()
 
     def has_come(self, num_bytes: int) -> None:

@@ -113,13 +113,15 @@ class FetchAhead:
     ) -> None:
         self._shards, self._uses, self._cache, self._ahead = shards, uses, cache, ahead
         self._num_threads = num_threads
-        self._step = 0
+        self._first = self._step = 0
         self._changed = threading.Condition()
         self._closed = False
         self._threads: list[threading.Thread] = []
 
     def at(self, step: int) -> None:
         """The batch of `step` is waited for: what earlier ones needed may go."""
+        if not self._threads:
+            self._first = step
         self._step = step
         self._cache.follow(self._needed, step + self._ahead)
         with self._changed:
@@ -143,7 +145,7 @@ class FetchAhead:
 
     def _soonest(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         # Another process of the machine may be one step behind.
-        return self._uses.soonest(max(0, self._step - 1), self._cache.place.limit)
+        return self._uses.soonest(max(self._first, self._step - 1), self._cache.place.limit)
 
     def _needed(self) -> dict[str, int]:
         _, uses = self._soonest()

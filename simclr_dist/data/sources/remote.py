@@ -29,6 +29,7 @@ from simclr_dist.source_text import is_url
 
 _AT_A_TIME = 4
 _TRIES = 3
+_PAUSE_S = 1.0  # after the first try, then twice as long
 _SILENCE_S = 60.0  # after which a server counts as gone
 _SMALLEST_READ = 1 << 16
 _T = TypeVar("_T")
@@ -123,7 +124,7 @@ class RemoteFile:
     def parts(self) -> Iterator[Callable[[int, int], bytes]]:
         """What reads the bytes from `begin` to before `end`. It raises NoPartsError too."""
         with _in_words(self.shown):
-            file = self.system.open(self.name, "rb", block_size=_SMALLEST_READ, cache_type="none")
+            file = self.system.open(self.name, "rb", block_size=_SMALLEST_READ, cache_type="readahead")
         try:
             yield lambda begin, end: self._part(file, begin, end)
         finally:
@@ -223,7 +224,7 @@ def tried(action: Callable[[], _T]) -> _T:
                 raise
             if not left:
                 raise UnavailableError(f"{error} ({_TRIES} tries)") from error.__cause__
-        time.sleep(_TRIES - left)
+        time.sleep(_PAUSE_S * (_TRIES - left))
     raise AssertionError
 
 
