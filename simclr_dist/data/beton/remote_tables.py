@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -85,7 +84,7 @@ def _stand_in(file: RemoteFile, cache: ShardCache) -> Path:
         now = tried(file.state)
         if before is None or not now.version or now != before:
             now = _write_tables(file, now, path, cache)
-        _write_sidecar(file, path)
+        _write_sidecar(file, path, cache)
         replace_text(record, json.dumps([now.num_bytes, list(now.version), time.time()]))
         before = now
     _remote[path] = file, before
@@ -119,10 +118,9 @@ def _write_tables(file: RemoteFile, state: RemoteState, path: Path, cache: Shard
 
 
 def _write_from_whole(file: RemoteFile, state: RemoteState, path: Path, cache: ShardCache) -> RemoteState:
-    warnings.warn(
-        f"{file.shown}: its server gives no parts of files, so shards are fetched whole to read their tables; "
-        f"these stay in {cache.tables}",
-        stacklevel=2,
+    cache.tell(
+        f"{file.shown.rpartition('/')[0]}: its server gives no parts of files, so shards are fetched whole to read "
+        f"their tables; these stay in {cache.tables}"
     )
     size = state.num_bytes or 0
     name = name_of([file.shown], size)
@@ -172,7 +170,7 @@ def _write_stand_in(read: Callable[[int, int], bytes], num_bytes: int, path: Pat
             pass
 
 
-def _write_sidecar(file: RemoteFile, path: Path) -> None:
+def _write_sidecar(file: RemoteFile, path: Path, cache: ShardCache) -> None:
     """None where the store has none, as for files of ffcv's own writer."""
     place = sidecar_path(path)
     beside = RemoteFile(file.system, f"{file.name}.json", file.scheme)
@@ -182,7 +180,7 @@ def _write_sidecar(file: RemoteFile, path: Path) -> None:
         if not error.is_refused:
             raise
         content = None  # what S3 answers for a file that is not there, to those who may not list
-        warnings.warn(f"{error}; its class names are not used", stacklevel=2)
+        cache.tell(f"{error}; its class names are not used")
     if content is None:
         place.unlink(missing_ok=True)
         return

@@ -184,7 +184,7 @@ class ShardCache:
                     os.utime(fd, ns=(time.time_ns(), shard.mark_ns))
             return fd
         if found.st_nlink:
-            self._tell(f"{path}: was changed since it was verified; {shard.file.shown} is fetched again")
+            self.tell(f"{path}: was changed since it was verified; {shard.file.shown} is fetched again")
             with suppress(OSError), self.locked("lock"):
                 if os.stat(path).st_ino == found.st_ino:
                     path.unlink()
@@ -216,11 +216,11 @@ class ShardCache:
                     f"{error} ({patience.tries} tries, nothing new for {self.place.timeout_s:g} s: "
                     "data.fetch_timeout_s)"
                 ) from None
-            self._tell(f"{error}; trying again for {self.place.timeout_s:g} s (data.fetch_timeout_s)")
+            self.tell(f"{error}; trying again for {self.place.timeout_s:g} s (data.fetch_timeout_s)")
             time.sleep(min(2.0**patience.tries / 2, _LONGEST_PAUSE_S, self.place.timeout_s / 4))
 
-    def _tell(self, text: str) -> None:
-        """Once."""
+    def tell(self, text: str) -> None:
+        """A warning, once."""
         if text not in self._told:
             self._told.add(text)
             warnings.warn(text, stacklevel=2)
@@ -312,7 +312,7 @@ class ShardCache:
         if excess > 0 and not exceed:
             raise NoRoomError
         if excess > 0:
-            self._tell(
+            self.tell(
                 f"data.cache_size: {in_gb(self.place.num_bytes)} do not hold all shards that are read at once; "
                 f"{self.place.folder} is larger now"
             )
