@@ -85,17 +85,21 @@ def _stand_in(file: RemoteFile, cache: ShardCache) -> Path:
         if before is None or not now.version or now != before:
             now = _write_tables(file, now, path, cache)
         _write_sidecar(file, path, cache)
-        replace_text(record, json.dumps([now.num_bytes, list(now.version), time.time()]))
+        said = [now.num_bytes, list(now.version), path.stat().st_mtime_ns, time.time()]
+        replace_text(record, json.dumps(said))
         before = now
     _remote[path] = file, before
     return path
 
 
 def _asked_before(record: Path, path: Path) -> tuple[RemoteState | None, float]:
-    """What the store said of the shard, and when; None: that is not known, or there are no tables."""
+    """What the store said of the shard, and when; None: that is not known, or there are no tables as they were read."""
     with suppress(OSError, ValueError, TypeError):
-        num_bytes, version, asked_s = read_json(record, most_bytes=1 << 16)
-        if path.stat().st_size == num_bytes and all(isinstance(part, str) for part in version):
+        num_bytes, version, changed_ns, asked_s = read_json(record, most_bytes=1 << 16)
+        found = path.stat()
+        if (found.st_size, found.st_mtime_ns) == (num_bytes, changed_ns) and all(
+            isinstance(part, str) for part in version
+        ):
             return RemoteState(num_bytes, tuple(version)), float(asked_s)
     return None, 0.0
 

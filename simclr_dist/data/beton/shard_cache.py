@@ -144,7 +144,8 @@ class ShardCache:
 
     def names(self) -> dict[str, int]:
         """The names of all files, also of those that are being fetched, and their bytes when they are whole."""
-        found = ((name, _NAME.fullmatch(name)) for name in os.listdir(self._shards))
+        with self.on_disk():
+            found = [(name, _NAME.fullmatch(name)) for name in os.listdir(self._shards)]
         return {name: int(match[1]) for name, match in found if match}
 
     def path(self, shard: CachedShard) -> Path:
@@ -183,12 +184,13 @@ class ShardCache:
                 with suppress(OSError):
                     os.utime(fd, ns=(time.time_ns(), shard.mark_ns))
             return fd
-        if found.st_nlink:
-            self.tell(f"{path}: was changed since it was verified; {shard.file.shown} is fetched again")
-            with suppress(OSError), self.locked("lock"):
-                if os.stat(path).st_ino == found.st_ino:
-                    path.unlink()
+        with self.on_disk(), self.locked("lock"):
+            is_damaged = _is_at(fd, path)
+            if is_damaged:
+                path.unlink()
         os.close(fd)
+        if is_damaged:  # else it was deleted when it had been opened
+            self.tell(f"{path}: was changed since it was verified; {shard.file.shown} is fetched again")
         return None
 
     def _fetch_patiently(self, shard: CachedShard, patience: _Patience) -> None:
@@ -302,7 +304,7 @@ class ShardCache:
         if excess <= 0:
             return
         next_use = self._needed()
-        uses = {other: next_use.get(other, NEVER) for other in there}
+        uses = {other: next_use.get(other.removesuffix(PART), NEVER) for other in there}
         later = [other for other in there if uses[other] > max(self._needed_now, needed)]
         if not exceed and sum(there[other] for other in later) < excess:
             raise NoRoomError

@@ -30,7 +30,7 @@ _LOOKED_AT = 200  # steps, for an estimate
 
 
 class ShardUses:
-    """When which shard is read by the processes of a machine.
+    """When which shard is read by the processes of a machine; for any number of threads.
 
     file_of_each: the shard of each sample [n]. num_bytes: of each shard.
     part: the begin and end of the machine's samples in a global batch.
@@ -42,6 +42,7 @@ class ShardUses:
         self._order = copy.copy(order)  # its memory of the last epoch is not the loader's
         self._file_of_each, self.num_bytes, self._part = file_of_each, num_bytes, part
         self._uses: dict[int, NDArray[np.int64]] = {}
+        self._computing = threading.Lock()
 
     def next_use(self, step: int) -> NDArray[np.int64]:
         """The first step from `step` on that needs each shard; NEVER: none of this epoch and the next."""
@@ -93,13 +94,15 @@ class ShardUses:
 
     def _of_epoch(self, epoch: int) -> NDArray[np.int64]:
         """shard x steps + step of each use, sorted."""
-        if epoch not in self._uses:
-            steps, (begin, end) = self._order.steps_per_epoch, self._part
-            G = self._order.global_batch_size
-            samples = self._order.permutation(epoch)[: steps * G].reshape(steps, G)[:, begin:end]
-            uses = np.unique(self._file_of_each[samples] * steps + np.arange(steps)[:, None])
-            self._uses = {known: self._uses[known] for known in self._uses if abs(known - epoch) <= 1} | {epoch: uses}
-        return self._uses[epoch]
+        with self._computing:
+            if epoch not in self._uses:
+                steps, (begin, end) = self._order.steps_per_epoch, self._part
+                G = self._order.global_batch_size
+                samples = self._order.permutation(epoch)[: steps * G].reshape(steps, G)[:, begin:end]
+                uses = np.unique(self._file_of_each[samples] * steps + np.arange(steps)[:, None])
+                near = {known: self._uses[known] for known in self._uses if abs(known - epoch) <= 1}
+                self._uses = near | {epoch: uses}
+            return self._uses[epoch]
 
 
 class FetchAhead:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from simclr_dist.config import SHARD_SUFFIX
 from simclr_dist.data.sources.listing import Listing
 from simclr_dist.data.sources.shards import braces
 from simclr_dist.errors import DataError
@@ -255,6 +256,8 @@ def fetch(url: str) -> Fetched:
 
 def _fetch(url: str) -> Fetched:
     system, names, is_folder = _find(url)
+    if any(name.endswith(SHARD_SUFFIX) for name in names):
+        raise DataError(f"{mask(url)}: holds {SHARD_SUFFIX} files; name these alone: {mask(url).rstrip('/*')}/*.beton")
     scheme = url.partition("://")[0]
     # In URLs, without what stands behind the path.
     paths = [re.split(r"[?#]", name, maxsplit=1)[0] if "://" in name else name for name in names]
@@ -300,6 +303,10 @@ def _find(url: str, silence_s: float = _SILENCE_S) -> tuple[Any, list[str], bool
         system = fsspec.filesystem(url.split(":")[0].lower(), **(_patient_http(silence_s) if is_http else {}))
         names = [name if is_http else system._strip_protocol(name) for name in braces(url)]
         if is_http:
+            if "*" in url:
+                raise DataError(
+                    f"{url}: a web server does not list its files; name them by a range, such as {{000..012}}"
+                )
             return system, names, False
         if any(re.search(r"[*?\[]", name) for name in names):
             names = sorted({found for name in names for found in system.glob(name) if not system.isdir(found)})
