@@ -31,6 +31,7 @@ from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.mix import MixedOrder
 from simclr_dist.data.order import Order
 from simclr_dist.data.sources import remote
+from simclr_dist.doctor.data import examine_data
 from simclr_dist.errors import DataError
 from simclr_dist.parallel.distributed import World
 from simclr_dist.source_text import source_text
@@ -68,6 +69,7 @@ def store(shards: Path, many: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     found.put(many, "/many")
     forget()
     monkeypatch.setattr(remote, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(shard_cache, "_LONGEST_PAUSE_S", 0.05)
     yield found
     found.close()
     keep_shards_in(None)
@@ -481,6 +483,44 @@ def test_what_a_store_does_not_have_is_told(place: str, message: str, store: Sto
         describe("http://127.0.0.1:9/x.beton")
 
 
+@needs_ffcv
+def test_a_pattern_in_a_store_that_lists_its_files(many: Path, tmp_path: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in many.iterdir():
+        memory.pipe(f"/bucket/set/{path.name}", path.read_bytes())
+    forget()
+    try:
+        ids, pixels, _ = views(many, count=3)
+        found = views("memory://bucket/set/*.beton", count=3, cache_dir=str(tmp_path / "cache"))
+        assert found[0] == ids
+        assert torch.equal(found[1], pixels)
+        for place in ("memory://bucket/set", "memory://bucket/set/"):
+            with pytest.raises(
+                DataError, match=r"holds \.beton files; name these alone: memory://bucket/set/\*\.beton$"
+            ):
+                describe(place)
+    finally:
+        memory.rm("/", recursive=True)
+        keep_shards_in(None)
+        forget()
+
+
+def test_what_cannot_be_done_with_a_url_is_told(store: Store, shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="a web server does not list its files; name them by a range, such as"):
+        describe(f"{store.url}/set/*.beton")
+    with pytest.raises(DataError, match=r"\.beton: is a \.beton file already"):
+        prepare(f"{store.url}/set/train-00001-of-00005.beton", tmp_path / "out.beton")
+    with pytest.raises(DataError, match="lies elsewhere; shards are split and joined on this machine"):
+        merge(tmp_path / "x.beton", [url_of(store)])
+    with pytest.raises(DataError, match="is named twice as a part of one data set"):
+        describe(source_text([f"{store.url}/set/train-00001-of-00005.beton"] * 2))
+    make_folder(tmp_path / "images", 9)
+    with pytest.raises(DataError, match=r"data\.order=shard_local: .*/images has no pages; use \.beton files"):
+        open_loader(tmp_path / "images", order="shard_local")
+
+
 def test_commands_take_urls(store: Store, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*arguments: str) -> str:
         forget()
@@ -504,8 +544,15 @@ def test_commands_take_urls(store: Store, shards: Path, tmp_path: Path, capsys: 
         r"store +5 shards behind URLs, 0\.27 MB, of which 0\.00 MB are in .*; each is fetched once", planned
     )
     assert fetched(store) == []
-    with pytest.raises(DataError, match="lies elsewhere; shards are split and joined on this machine"):
-        merge(tmp_path / "x.beton", [url_of(store)])
+    chosen = run("train", url_of(store), "--out", str(tmp_path / "out"), "--dry-run", "train.epochs=1")
+    assert re.search(r"data\.cache_dir .*where they are kept", chosen)
+    data = load_config(SMOKE, settings).data
+    findings = [finding for finding in examine_data(data, 8) if finding.what == "data.cache_dir"]
+    assert [finding.level for finding in findings] == ["ok"]
+    small = data.model_copy(update={"cache_size": "90KB"})
+    [finding] = [finding for finding in examine_data(small, 8) if finding.what == "data.cache_dir"]
+    assert finding.level == "problem"
+    assert "more than data.cache_size (0.09 MB)" in finding.found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

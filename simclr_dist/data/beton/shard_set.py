@@ -251,11 +251,11 @@ def _read(source: str, files: ShardFiles) -> ShardSet:
 
 
 def _refuse_twice(paths: Sequence[Path], states: Sequence[FileState]) -> None:
-    seen: dict[tuple[int, int], Path] = {}
-    for path, state in zip(paths, states, strict=True):
-        earlier = seen.setdefault((state.device, state.inode), path)
-        if earlier is not path:
-            also = shown_path(earlier)
+    seen: dict[tuple[int, int], int] = {}
+    for number, (path, state) in enumerate(zip(paths, states, strict=True)):
+        earlier = seen.setdefault((state.device, state.inode), number)
+        if earlier != number:
+            also = shown_path(paths[earlier])
             raise DataError(
                 f"{shown_path(path)}: is named twice as a part of one data set (also as {also}); name it once"
             )
