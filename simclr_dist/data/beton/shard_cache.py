@@ -60,15 +60,14 @@ class CachedShard:
     version: tuple[str, ...]
     name: str = field(init=False)
     """In the cache."""
+    mark_ns: int = field(init=False)
+    """The time of change of its verified copy; whole seconds, which every file system keeps."""
 
     def __post_init__(self) -> None:
         content = [self.written_digest] if self.written_digest else [self.file.shown, *self.version]
-        object.__setattr__(self, "name", name_of([self.fingerprint, *content], self.num_bytes))
-
-    @property
-    def mark_ns(self) -> int:
-        """The time of change of its verified copy; whole seconds, which every file system keeps."""
-        return (1_000_000_000 + 2 * int(self.name[:7], 16)) * 1_000_000_000
+        name = name_of([self.fingerprint, *content], self.num_bytes)
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "mark_ns", (1_000_000_000 + 2 * int(name[:7], 16)) * 1_000_000_000)
 
 
 def name_of(parts: list[str], num_bytes: int) -> str:
@@ -104,6 +103,7 @@ class ShardCache:
         self.place = place
         self.tables = place.folder / "tables"
         self._shards = place.folder / "shards"
+        self._shards_text = f"{self._shards}/"
         self._needed: Callable[[], Mapping[str, int]] = dict
         self._needed_now = -1
         self._told: set[str] = set()
@@ -170,7 +170,7 @@ class ShardCache:
 
     def _open(self, shard: CachedShard) -> int | None:
         """None: it is not there, or not as it was verified."""
-        path = self.path(shard)
+        path = f"{self._shards_text}{shard.name}"  # asked for each image: a Path takes as long as opening it
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
@@ -187,7 +187,7 @@ class ShardCache:
         with self.on_disk(), self.locked("lock"):
             is_damaged = _is_at(fd, path)
             if is_damaged:
-                path.unlink()
+                os.unlink(path)
         os.close(fd)
         if is_damaged:  # else it was deleted when it had been opened
             self.tell(f"{path}: was changed since it was verified; {shard.file.shown} is fetched again")
@@ -401,7 +401,7 @@ def _lock_at_once(fd: int) -> bool:
     return True
 
 
-def _is_at(fd: int, path: Path) -> bool:
+def _is_at(fd: int, path: Path | str) -> bool:
     """Whether the open file is still the one of that name."""
     try:
         there, ours = os.stat(path, follow_symlinks=False), os.fstat(fd)

@@ -127,8 +127,7 @@ class FetchAhead:
             self._first = step
         self._step = step
         self._cache.follow(self._needed, step + self._ahead)
-        with self._changed:
-            self._changed.notify_all()
+        self._wake_one()
         if not self._threads:
             self._threads = [
                 # Daemons: a copy that hangs does not keep the process.
@@ -177,12 +176,17 @@ class FetchAhead:
                 return False
             if shard is None or shard.name in there:
                 continue
+            self._wake_one()  # for the next one
             with suppress(NoRoomError):
                 if self._cache.fetch(shard, needed=int(uses[number]), each=self._go_on):
                     return True
                 continue
             return False
         return False
+
+    def _wake_one(self) -> None:
+        with self._changed:
+            self._changed.notify()
 
     def _go_on(self, _: int) -> None:
         if self._closed:
