@@ -238,11 +238,7 @@ def test_a_small_cache_stays_small_and_fetches_each_shard_once_an_epoch(
     assert seen == ids
     assert largest <= 8 * size
     counts = [fetched(store).count(f"/many/{i:02}.beton") for i in range(MANY)]
-    assert set(counts) <= {
-        2,
-        3,
-        4,
-    }  # three epochs, and what was fetched ahead of the fourth; some stay from one to the next
+    assert min(counts) >= 2  # three epochs; some stay from one to the next, some are fetched ahead of the fourth
     assert sum(counts) <= 3 * MANY + 8
 
 
@@ -259,15 +255,16 @@ def test_the_least_soon_needed_is_deleted_first_and_never_one_that_is_read_or_ne
         cache.fetch(shard)
     next_use = {found[0].name: 9, found[1].name: 30, found[2].name: 20, found[3].name: 1, found[4].name: 5}
     cache.follow(lambda: next_use, now=2)
+    soonest = {found[i].name for i in (0, 3, 4)}
     with cache.reading(found[1]):  # least soon needed, but read
-        assert cache.fetch(found[4], needed=5)
-    assert set(cache.names()) == {found[i].name for i in (0, 1, 3, 4)}
+        assert cache.fetch(found[4], keep=soonest)
+    assert set(cache.names()) == soonest | {found[1].name}
     with pytest.raises(shard_cache.NoRoomError):
-        cache.fetch(found[5], needed=40)  # all others are needed sooner
-    assert cache.fetch(found[5], needed=8)
-    assert set(cache.names()) == {found[i].name for i in (0, 3, 4, 5)}  # 5 is not in the plan: the first to go
-    assert cache.fetch(found[6], needed=8)
-    assert set(cache.names()) == {found[i].name for i in (0, 3, 4, 6)}
+        cache.fetch(found[5], keep=soonest | {found[1].name})
+    assert cache.fetch(found[5], keep=soonest)
+    assert set(cache.names()) == soonest | {found[5].name}  # 5 is not in the plan: the first to go
+    assert cache.fetch(found[6])
+    assert set(cache.names()) == soonest | {found[6].name}
     next_use |= {shard.name: 1 for shard in found}
     with pytest.warns(UserWarning, match="do not hold all shards that are read at once"):
         assert content(cache, found[7])  # waited for: rather too large than without it

@@ -128,7 +128,7 @@ def _write_from_whole(file: RemoteFile, state: RemoteState, path: Path, cache: S
     )
     size = state.num_bytes or 0
     name = name_of([file.shown], size)
-    with cache.claimed(name, size, -1, True) as part:
+    with cache.claimed(name, size, (), True) as part:
         if part is None:
             raise DataError(f"{file.shown}: is being fetched already; is it named twice?")
         tried(lambda: file.copy(part, state.num_bytes, ADVICE))

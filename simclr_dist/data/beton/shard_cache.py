@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -234,16 +234,16 @@ class ShardCache:
         self,
         shard: CachedShard,
         *,
-        needed: int = -1,
+        keep: Collection[str] = (),
         exceed: bool = False,
         each: Callable[[int], object] = lambda _: None,
     ) -> bool:
         """One try. False: another process or thread is at it.
 
-        needed: the step that needs the shard, which may displace what is needed later only. exceed: rather have the
-        cache too large than not have the shard. each: see RemoteFile.copy. Raises UnavailableError, NoRoomError.
+        keep: names that it must not displace. exceed: rather have the cache too large than not have the shard.
+        each: see RemoteFile.copy. Raises UnavailableError, NoRoomError.
         """
-        with self.claimed(shard.name, shard.num_bytes, needed, exceed) as part:
+        with self.claimed(shard.name, shard.num_bytes, keep, exceed) as part:
             if part is None:
                 return False
             if self._is_held(shard):
@@ -253,9 +253,9 @@ class ShardCache:
             return True
 
     @contextmanager
-    def claimed(self, name: str, num_bytes: int, needed: int, exceed: bool) -> Iterator[Path | None]:
+    def claimed(self, name: str, num_bytes: int, keep: Collection[str], exceed: bool) -> Iterator[Path | None]:
         """The empty file `NAME.part` for this thread alone, with room for so many bytes, deleted afterwards unless it
-        was kept; None: another has it. needed, exceed: see `fetch`. Raises UnavailableError, NoRoomError.
+        was kept; None: another has it. keep, exceed: see `fetch`. Raises UnavailableError, NoRoomError.
         """
         part = self._shards / f"{name}{PART}"
         with ExitStack() as stack:
@@ -266,7 +266,7 @@ class ShardCache:
                 if is_ours:
                     stack.callback(lambda: part.unlink() if _is_at(fd, part) else None)
                     os.ftruncate(fd, 0)
-                    self._make_room(part.name, num_bytes, needed, exceed)
+                    self._make_room(part.name, num_bytes, keep, exceed)
             yield part if is_ours else None
 
     def keep(self, part: Path, shard: CachedShard) -> None:
@@ -295,8 +295,8 @@ class ShardCache:
     # -----------------------------------------------------------------------------------------------------------------
     # Room
 
-    def _make_room(self, name: str, num_bytes: int, needed: int, exceed: bool) -> None:
-        """For a file of that name; the lock is held. needed, exceed: see `fetch`. Raises NoRoomError."""
+    def _make_room(self, name: str, num_bytes: int, keep: Collection[str], exceed: bool) -> None:
+        """For a file of that name; the lock is held. keep, exceed: see `fetch`. Raises NoRoomError."""
         if self.place.num_bytes is None:
             return
         there = {other: size for other, size in self.names().items() if other != name}
@@ -305,7 +305,7 @@ class ShardCache:
             return
         next_use = self._needed()
         uses = {other: next_use.get(other.removesuffix(PART), NEVER) for other in there}
-        later = [other for other in there if uses[other] > max(self._needed_now, needed)]
+        later = [o for o in there if uses[o] > self._needed_now and o.removesuffix(PART) not in keep]
         if not exceed and sum(there[other] for other in later) < excess:
             raise NoRoomError
         for other in sorted(later, key=lambda other: (-uses[other], self._used_ns(other))):

@@ -168,8 +168,9 @@ class FetchAhead:
 
     def _fetch_next(self) -> bool:
         """The soonest that is not there and not being fetched; False: there is none, or no room for it."""
-        sequence, uses = self._soonest()
+        sequence, _ = self._soonest()
         there = self._cache.names()
+        soonest = {shard.name for number in sequence.tolist() if (shard := self._shards[number]) is not None}
         for number in sequence.tolist():
             shard = self._shards[number]
             if self._closed:
@@ -178,7 +179,7 @@ class FetchAhead:
                 continue
             self._wake_one()  # for the next one
             with suppress(NoRoomError):
-                if self._cache.fetch(shard, needed=int(uses[number]), each=self._go_on):
+                if self._cache.fetch(shard, keep=soonest, each=self._go_on):
                     return True
                 continue
             return False
