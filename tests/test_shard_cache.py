@@ -14,13 +14,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from simclr_dist import cli
-from simclr_dist.config import ConfigError, load_config
+from simclr_dist.config import Config, ConfigError, load_config
 from simclr_dist.data.beton import remote_tables, shard_cache, shard_set
 from simclr_dist.data.beton.assemble import merge, split
 from simclr_dist.data.beton.prepare import prepare
@@ -32,9 +33,10 @@ from simclr_dist.data.mix import MixedOrder
 from simclr_dist.data.order import Order
 from simclr_dist.data.sources import remote
 from simclr_dist.doctor.data import examine_data
-from simclr_dist.errors import DataError
+from simclr_dist.errors import CheckpointError, DataError
 from simclr_dist.parallel.distributed import World
 from simclr_dist.source_text import source_text
+from simclr_dist.training.resuming import refuse_another_training
 from tests.images import make_folder
 from tests.store import Store
 from tests.test_shards import NUM_SAMPLES, NUM_SHARDS, SMOKE, G, needs_ffcv, open_loader, tiny, views
@@ -550,6 +552,17 @@ def test_commands_take_urls(store: Store, shards: Path, tmp_path: Path, capsys: 
     [finding] = [finding for finding in examine_data(small, 8) if finding.what == "data.cache_dir"]
     assert finding.level == "problem"
     assert "more than data.cache_size (0.09 MB)" in finding.found
+
+
+def test_a_run_keeps_its_window_where_the_order_has_one() -> None:
+    def config(order: str, window: int) -> Config:
+        return load_config(SMOKE, [f"data.order={order}", f"data.order_window={window}"], check_data=False)
+
+    found = SimpleNamespace(config=config("shard_local", 4), path="a checkpoint", fingerprint="")
+    with pytest.raises(CheckpointError, match=r"data\.order_window: 4 then, 8 now"):
+        refuse_another_training(found, config("shard_local", 8), None)  # type: ignore[arg-type]
+    found.config = config("random", 4)
+    refuse_another_training(found, config("random", 8), None)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
