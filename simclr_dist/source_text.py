@@ -63,5 +63,6 @@ def missing(source: str) -> str | None:
     return next((place for place in known if not places(place)), None)
 
 
-def is_url(place: str) -> bool:
-    return _URL.match(place) is not None
+def is_url(place: str, suffix: str = "") -> bool:
+    """suffix: of the path in it."""
+    return _URL.match(place) is not None and re.split(r"[?#]", place, maxsplit=1)[0].endswith(suffix)

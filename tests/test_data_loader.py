@@ -26,11 +26,10 @@ from numpy.typing import NDArray
 from simclr_dist.config import AugmentConfig, DataConfig
 from simclr_dist.data import Batch, Loader
 from simclr_dist.data.beton.prepare import prepare
-from simclr_dist.data.beton.reader import open_beton
+from simclr_dist.data.beton.reader import Beton, open_beton
 from simclr_dist.data.decode import ffcv_import
 from simclr_dist.data.decode.crops import random_crops
 from simclr_dist.data.loading.decode_pool import DecodePool
-from simclr_dist.data.loading.ffcv_images import BetonImages
 from simclr_dist.data.loading.load_images import load_images
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.data.loading.view_loader import build_loader
@@ -196,13 +195,12 @@ def test_a_sample_has_other_crops_in_the_next_epoch(kind: str, request: pytest.F
 
 @needs_ffcv
 def test_page_local_order_changes_the_order_only(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BetonImages, "pages", lambda self: np.arange(NUM_SAMPLES) // 4)
+    monkeypatch.setattr(Beton, "pages", lambda self: np.arange(NUM_SAMPLES) // 4)
     options = {"seed": SEED, "global_batch_size": 1, "world": ALONE, "device": "cpu"}
     views = {}
     for order in ("random", "page_local"):
-        settings = DataConfig(train=str(beton), image_size=SIDE, num_threads=1, order=order)
+        settings = DataConfig(train=str(beton), image_size=SIDE, num_threads=1, order=order, order_window=2)
         with build_loader(settings, AugmentConfig(), **options) as loader:
-            loader.order.window_pages = 2
             batches = take(loader, 0, NUM_SAMPLES)
             views[order] = {int(b.sample_ids[0]): b.views for b in batches}
     assert list(views["random"]) != list(views["page_local"])

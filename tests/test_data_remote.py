@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from simclr_dist.errors import DataError
 from simclr_dist.safe_text import mask
 from simclr_dist.source_text import is_url, missing
 from tests.images import make_image
+from tests.store import Store
 from tests.test_data_containers import classes, names, png, samples, write_parquet, write_tar, write_zip
 
 SECRET = "s3cr3t"
@@ -32,54 +31,13 @@ def run(*arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-class Store:
-    """Files by path. faults: what happens to the next answers for a path, one after the other."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.faults: dict[str, list[str]] = {}
-        self.asked: list[str] = []
-        store = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_: object) -> None: ...
-
-            def do_HEAD(self) -> None:
-                self._answer(with_content=False)
-
-            def do_GET(self) -> None:
-                store.asked.append(self.path.split("?")[0])
-                self._answer(with_content=True)
-
-            def _answer(self, with_content: bool) -> None:
-                path = self.path.split("?")[0]
-                content = store.files.get(path)
-                faults = store.faults.get(path, [])
-                fault = (faults.pop(0) if len(faults) > 1 or with_content else faults[0]) if faults else ""
-                if content is None or fault.isdigit():
-                    self.send_error(int(fault or 404))
-                    return
-                sent = content[: len(content) // 2] if fault in ("cut", "short") else content
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(sent if fault == "short" and with_content else content)))
-                self.end_headers()
-                if with_content:
-                    self.wfile.write(sent)
-                self.close_connection = True
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     monkeypatch.setattr(remote, "_fetched", {})
-    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    monkeypatch.setattr(remote, "_PAUSE_S", 0.0)
     found = Store()
     yield found
-    found.server.shutdown()
-    found.server.server_close()
+    found.close()
 
 
 def shard(folder: Path, first: int = 0) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simclr_dist.cli.arguments import Commands, add_command
+from simclr_dist.source_text import is_url
 
 if TYPE_CHECKING:
     from simclr_dist.data.loading.inspect import Inspection
@@ -26,7 +27,7 @@ def register(commands: Commands) -> None:
             "takes them, and under which names they lie."
         ),
     )
-    inspect.add_argument("file", metavar="FILE", type=Path)
+    inspect.add_argument("file", metavar="FILE", type=lambda text: text if is_url(text) else Path(text))
     inspect.add_argument("--verify", action="store_true", help="also read all of it and compare the content")
 
 
@@ -34,7 +35,7 @@ def _run(args: argparse.Namespace) -> int:
     from simclr_dist.data.beton.shard_files import names_beton
     from simclr_dist.data.tokens.folder import is_token_folder
 
-    if is_token_folder(args.file):
+    if isinstance(args.file, Path) and is_token_folder(args.file):
         return _run_tokens(args)
     is_beton = names_beton(args.file) or not _is_of_weights(args.file)
     return _run_beton(args) if is_beton else _run_weights(args)
@@ -62,8 +63,10 @@ def _run_tokens(args: argparse.Namespace) -> int:
     return 0
 
 
-def _is_of_weights(file: Path) -> bool:
-    return file.is_dir() or file.suffix in (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".tar", ".pth.tar")
+def _is_of_weights(file: Path | str) -> bool:
+    return isinstance(file, Path) and (
+        file.is_dir() or file.suffix in (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".tar", ".pth.tar")
+    )
 
 
 def _run_weights(args: argparse.Namespace) -> int:

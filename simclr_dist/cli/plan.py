@@ -58,7 +58,8 @@ def _run(args: argparse.Namespace) -> int:
     tell("importing torch")
     import torch
 
-    from simclr_dist.data.beton.shard_set import sizes_of_places
+    from simclr_dist.data.loading.fetch_ahead import sentence_of_store
+    from simclr_dist.data.loading.view_loader import order_of
     from simclr_dist.data.mix import MixedOrder
     from simclr_dist.kinds import kind_of
     from simclr_dist.plan.forecast import Speed, forecast
@@ -130,9 +131,12 @@ def _run(args: argparse.Namespace) -> int:
         print(json.dumps(values, indent=1))
     else:
         rows = [*render(found, bottleneck, step, kind.noun)]
-        if data.mix is not None and data_is_here:
-            order = MixedOrder(sizes_of_places(data.train), data.mix, train.global_batch_size, config.seed)
-            rows += [("mix", line) for line in order.sentences(lines(data.train), found.num_steps)]
+        if data.kind == IMAGES and data_is_here and (data.mix is not None or not args.images):
+            order = order_of(data, num_images, train.global_batch_size, config.seed)
+            if isinstance(order, MixedOrder):
+                rows += [("mix", line) for line in order.sentences(lines(data.train), found.num_steps)]
+            if store := sentence_of_store(data, order):
+                rows.append(("store", store))
         if (size := config.evaluation_data.image_size) != data.image_size:
             rows.append(("evaluations", f"see images of {size} px; views are of {data.image_size} px"))
         print("\n".join(f"{key:15} {text}".rstrip() for key, text in rows))

@@ -14,6 +14,7 @@ from simclr_dist.config import Config
 from simclr_dist.data.account import SourceOptions
 from simclr_dist.data.beton.shard_files import names_beton
 from simclr_dist.errors import DataError
+from simclr_dist.source_text import is_url
 
 if TYPE_CHECKING:
     from simclr_dist.data.sources.images import ImageSource
@@ -35,6 +36,15 @@ class Prepared:
     num_classes: int
     names: tuple[str, ...] | None = None
     """Only these of the source's images; None: what the options say."""
+
+    @property
+    def is_elsewhere(self) -> bool:
+        return self.options is None and is_url(self.source)
+
+    @property
+    def place(self) -> str:
+        """What a configuration calls it."""
+        return self.source if self.is_elsewhere else str(self.path.absolute())
 
 
 @dataclass(frozen=True)

@@ -54,10 +54,12 @@ def choose_for(args: argparse.Namespace, images: Images, out: Path) -> Chosen:
     given = {
         "name": Choice(name if re.fullmatch(NAME_PATTERN, name) else "images", "the source's"),
         "runs_dir": Choice(str((out / "runs").absolute()), ""),
-        "data.train": Choice(str(images.train.path.absolute()), f"{at.num_images:,} images"),
+        "data.train": Choice(images.train.place, f"{at.num_images:,} images"),
     }
     if images.test:
-        given["data.test"] = Choice(str(images.test.path.absolute()), images.remark)
+        given["data.test"] = Choice(images.test.place, images.remark)
+    if any(part.is_elsewhere for part in (images.train, images.test) if part):
+        given["data.cache_dir"] = Choice(str((out / "shards").absolute()), "where they are kept")
     chosen = given | chosen
     length = {"train.epochs": Choice(2 * MOST_EPOCHS, ""), "optim.warmup_epochs": Choice(0.0, "")}
     config = _load(chosen | length, args.overrides)

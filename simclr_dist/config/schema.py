@@ -8,6 +8,7 @@ launcher reads configurations on login nodes.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +29,8 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 
 from simclr_dist.pixel_format import MOST_CHANNELS, RGB, PixelFormat
-from simclr_dist.source_text import SourceText, lines, source_text
+from simclr_dist.safe_text import mask
+from simclr_dist.source_text import SourceText, is_url, lines, source_text
 
 BASE = "_base_"
 """The key under which a file names those that it begins from (yaml_source.py)."""
@@ -47,6 +49,7 @@ PIXELS = ("channels", "bits", "rgb", "mean", "std")
 """The settings of `data` that say what pixels are."""
 IMAGES_OF_PAIRS = "images.beton"
 """In a folder of images with texts."""
+SHARD_SUFFIX = ".beton"
 HUGGING_FACE = "hf/"
 OURS_OF_TOKENS = "transformer_small", "gated_cnn"
 """`model.encoder: hf/FOLDER`."""
@@ -68,8 +71,18 @@ Source = Annotated[
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
 ]
 """A text with a line for each place. Written, and read, as a list where there are several."""
+_SIZE = r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B"
+Size = Annotated[str, Field(pattern=f"^{_SIZE}$")]
+"""`200GB`, `1.5TiB`."""
 Precision = Literal["fp32", "bf16", "fp16"]
 PrecisionSetting = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def num_bytes_of(size: str) -> int:
+    """Of a `Size`."""
+    found = re.fullmatch(_SIZE, size)
+    assert found is not None
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** (1 + "KMGT".index(found[2])))
 
 
 class Section(BaseModel):
@@ -106,8 +119,8 @@ class DataConfig(Section):
         "script of yours registers.",
     )
     train: Source = Field(
-        description="A .beton file, several (a list, a folder of them, a pattern), an image folder, or `synthetic`; of "
-        "others the folder that `prepare` wrote."
+        description="A .beton file, several (a list, a folder of them, a pattern), URLs of them, an image folder, or "
+        "`synthetic`; of others the folder that `prepare` wrote."
     )
     test: Source | None = Field(None, description="Held-out images for kNN during training; same kinds as `train`.")
     loader: Literal["auto", "ffcv", "folder", "synthetic"] = Field(
@@ -119,14 +132,26 @@ class DataConfig(Section):
     num_views: Annotated[int, Field(ge=2, le=64)] = Field(
         2, description="V: random crops of an image, which is decoded once; each pair of them is a positive."
     )
-    order: Literal["random", "page_local"] = Field(
-        "random", description="`page_local`: near places of the file together, for files larger than memory."
+    order: Literal["random", "page_local", "shard_local"] = Field(
+        "random",
+        description="`page_local`: near places of the file together, for files larger than memory; `shard_local`: a "
+        "few of many files together, for more of them than data.cache_size holds.",
     )
+    order_window: Count = Field(64, description="Pages or files among which `page_local` and `shard_local` shuffle.")
     mix: tuple[Positive, ...] | None = Field(
         None, description="Weights of the places that `train` lists: shares of the images drawn; null: each image once."
     )
     num_threads: Count | None = Field(None, description="Decoding threads a process; null: its share of the CPUs.")
     batches_ahead: Annotated[int, Field(ge=1, le=16)] = Field(2, description="Batches decoded ahead of the step.")
+    cache_dir: str | None = Field(
+        None, description="Where .beton files behind URLs are kept: a folder on a disk of each machine."
+    )
+    cache_size: Size | None = Field(
+        None, description="What they may take there, such as 200GB; null: all stay. See docs/data.md."
+    )
+    fetch_timeout_s: Annotated[float, Field(ge=1)] = Field(
+        60.0, description="How long a store may fail before a training that waits for it gives up."
+    )
     channels: Channels | None = Field(
         None, description="Of a pixel; null: as data.train says (`prepare --channels keep`), else 3: red, green, blue."
     )
@@ -184,6 +209,16 @@ class DataConfig(Section):
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def cache_bytes(self) -> int | None:
+        return None if self.cache_size is None else num_bytes_of(self.cache_size)
+
+    @model_validator(mode="after")
+    def _cache_fits(self) -> DataConfig:
+        if self.cache_dir is None and self.cache_size is not None:
+            raise ValueError("data.cache_size is that of data.cache_dir: say where shards are kept, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _mix_fits(self) -> DataConfig:
@@ -543,6 +578,7 @@ class Config(Section):
             )
         if self.evaluation.knn_every_epochs and not self.data.test:
             raise ValueError("evaluation.knn_every_epochs needs data.test: set it, or set knn_every_epochs to null")
+        self._urls_have_a_cache()
         loss = self.loss
         if loss.learn_temperature and not loss.temperature_min <= loss.temperature <= loss.temperature_max:
             raise ValueError(
@@ -565,6 +601,30 @@ class Config(Section):
                 f"train.epochs ({self.train.epochs})"
             )
         return self
+
+    def _urls_have_a_cache(self) -> None:
+        """Of .beton files: their samples are read in another order than they lie in."""
+        data = self.data
+        sources = {"data.train": data.train, "data.test": data.test, "evaluation.train": self.evaluation.train}
+        urls = [
+            (key, place)
+            for key, text in sources.items()
+            if text
+            for place in lines(text)
+            if is_url(place, SHARD_SUFFIX)
+        ]
+        if urls and data.cache_dir is None:
+            key, place = urls[0]
+            raise ValueError(
+                f"{key}: {mask(place)} is a URL: set data.cache_dir to a folder on a local disk, where its shards are "
+                "kept, and data.cache_size to what they may take there"
+            )
+        if urls and 1.5 * data.fetch_timeout_s > self.timeout.step_s:
+            raise ValueError(
+                f"data.fetch_timeout_s: {data.fetch_timeout_s:g} s, but a step ends after timeout.step_s = "
+                f"{self.timeout.step_s:g} s, and would hide why: set timeout.step_s to "
+                f"{1.5 * data.fetch_timeout_s:g} or more"
+            )
 
     def _channels_fit(self) -> None:
         data = self.data
@@ -642,6 +702,7 @@ class Config(Section):
             "augment": (self.augment, AugmentConfig()),
             "data.loader": (self.data.loader, "auto"),
             "data.order": (self.data.order, "random"),
+            "data.cache_dir": (self.data.cache_dir, None),
             "data.mix": (self.data.mix, None),
             "model.image_size": (self.model.image_size, None),
             "evaluation.image_size": (self.evaluation.image_size, None),

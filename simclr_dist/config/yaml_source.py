@@ -47,7 +47,7 @@ _Yaml.add_implicit_resolver(
 )
 
 PATHS: tuple[KeyPath, ...] = (
-    *(("data", "train"), ("data", "test"), ("evaluation", "train")),
+    *(("data", "train"), ("data", "test"), ("evaluation", "train"), ("data", "cache_dir")),
     *(("runs_dir",), ("resume",)),
 )
 """Settings in which `~` and environment variables are expanded."""

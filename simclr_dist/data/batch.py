@@ -76,3 +76,10 @@ class Loader(Protocol):
     def close(self) -> None: ...
     def __enter__(self) -> Loader: ...
     def __exit__(self, *exc: object) -> None: ...
+
+
+def make_ready(loader: Loader, step: int) -> None:
+    """Waits, without a limit of its own, for what the batch of `step` needs from elsewhere; most loaders need nothing,
+    and need no method `make_ready`. Raises DataError.
+    """
+    getattr(loader, "make_ready", lambda _: None)(step)

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simclr_dist.config import IMAGES
+from simclr_dist.config import IMAGES, SHARD_SUFFIX
 from simclr_dist.data.beton.fit import remark_on_views
 from simclr_dist.data.beton.shard_files import names_beton
 from simclr_dist.data.decode.ffcv_import import codec, import_ffcv
 from simclr_dist.doctor.finding import Finding
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.kinds import kind_of
-from simclr_dist.source_text import missing
+from simclr_dist.source_text import is_url, lines, missing
 
 if TYPE_CHECKING:
     from simclr_dist.config import DataConfig, EvaluationConfig
@@ -77,6 +77,8 @@ def examine_data(data: DataConfig, global_batch_size: int, labelled: str | None 
         yield Finding("problem" if few else "ok", what, found, advice)
         if info.account is not None:
             yield from _account(what, info.account)
+        if what == "data.train" and not few:
+            yield from _store(data, info.num_samples, global_batch_size)
         if what == "data.train" and (remark := remark_on_views(source, data.image_size)):
             yield Finding("warning", what, remark)
     memory = _available_memory()
@@ -87,6 +89,20 @@ def examine_data(data: DataConfig, global_batch_size: int, labelled: str | None 
             f"{num_bytes / 2**30:.1f} GiB of {kind.noun}s, {memory / 2**30:.1f} GiB of memory",
             "every epoch reads from the disk: use a local NVMe disk, or `simclr-dist prepare … --for-views …`",
         )
+
+
+def _store(data: DataConfig, num_samples: int, global_batch_size: int) -> Iterator[Finding]:
+    """What lies behind URLs, and whether its cache is large enough."""
+    if not any(is_url(place, SHARD_SUFFIX) for place in lines(data.train)):
+        return
+    from simclr_dist.data.loading.fetch_ahead import sentence_of_store
+    from simclr_dist.data.loading.view_loader import order_of
+
+    try:
+        sentence = sentence_of_store(data, order_of(data, num_samples, global_batch_size, 0))
+        yield Finding("problem" if "more than data.cache_size" in sentence else "ok", "data.cache_dir", sentence)
+    except DataError as error:
+        yield Finding("problem", "data.cache_dir", str(error))
 
 
 def examine_source(source: str, options: SourceOptions) -> Iterator[Finding]:

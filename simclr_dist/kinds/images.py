@@ -12,7 +12,7 @@ from simclr_dist.config import PIXELS, AugmentConfig, DataConfig
 from simclr_dist.data.batch import Batch, Loader
 from simclr_dist.data.beton.shard_files import names_beton
 from simclr_dist.data.beton.shard_set import open_data, size_of_data
-from simclr_dist.data.loading.open_images import DatasetInfo, LoaderName, describe, kept_pixel_format
+from simclr_dist.data.loading.open_images import DatasetInfo, LoaderName, describe, kept_pixel_format, use_cache_of
 from simclr_dist.data.sources.open import open_source, size_on_disk
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.kinds.kind import Kind
@@ -35,6 +35,10 @@ class Images(Kind):
     """Read as [b, S, S, C] of 8 or 16 bits; the encoder eats them normalised, float [b, C, S, S]."""
 
     noun: ClassVar[str] = "image"
+
+    def __init__(self, data: DataConfig) -> None:
+        super().__init__(data)
+        use_cache_of(data)
 
     @property
     def pixels(self) -> PixelFormat:
@@ -186,8 +190,8 @@ class Images(Kind):
     def obstacle(self) -> str | None:
         from simclr_dist.data.decode.ffcv_import import unavailable
 
-        if self.data.order == "page_local" and not names_beton(self.data.train):
-            return f"data.order=page_local: {self.data.train} has no pages; use a .beton file, or data.order=random"
+        if (order := self.data.order) != "random" and not names_beton(self.data.train):
+            return f"data.order={order}: {self.data.train} has no pages; use .beton files, or data.order=random"
         return unavailable() if self.data.loader == "ffcv" else None
 
     def names(self, source: str, n: int) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from simclr_dist.run.stop_signals import stop_signals
 from simclr_dist.run.watchdog import BACKSTOP_S, Watchdog
 from simclr_dist.safe_text import message
 
+_LONGEST_FETCH_S = 7 * 24 * 3600.0  # a store that fails is given up by whoever asks it
 LimitName = Literal["evaluation_s", "save_s"]
 
 
@@ -84,6 +85,14 @@ class RunGuard:
             self.watchdog.doing(doing, self.state.step, self._timeout.first_step_s, "first_step_s")
         else:
             self.watchdog.doing(doing, self.state.step, self._timeout.step_s, "step_s", stoppable=True)
+
+    @contextmanager
+    def fetching(self) -> Iterator[None]:
+        """Around the wait for data from elsewhere before the first step: as long as they come. All ranks together."""
+        set_backstop(_LONGEST_FETCH_S)
+        self.watchdog.doing("fetching data", self.state.step, float("inf"), "")
+        yield
+        distributed.barrier()
 
     def first_step_begins(self) -> None:
         """All ranks call it together, when everything is built: until here the longest limit of all is in force."""

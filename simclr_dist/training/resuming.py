@@ -28,6 +28,7 @@ from simclr_dist.run.state import TrainState
 _NOT_TRAINED_WITH = (
     *("name", "runs_dir", "resume", "monitor.", "timeout.", "checkpoint.", "evaluation."),
     *("data.train", "data.test", "data.num_threads", "data.batches_ahead"),
+    *("data.cache_dir", "data.cache_size", "data.fetch_timeout_s"),
 )
 _HOW_LONG = ("train.epochs", "train.max_steps")
 
@@ -94,6 +95,7 @@ def refuse_another_training(found: Checkpoint, config: Config, known_as: tuple[s
             ("data.kind", then.data.kind, now.data.kind),
             ("train.global_batch_size", then.train.global_batch_size, now.train.global_batch_size),
             ("data.order", then.data.order, now.data.order),
+            ("data.order_window", *(1 if c.data.order == "random" else c.data.order_window for c in (then, now))),
             ("data.mix", *(list(c.data.mix) if c.data.mix else "null" for c in (then, now))),
             ("optim.optimizer", then.optim.optimizer, now.optim.optimizer),
             ("loss.learn_temperature", *(str(c.loss.learn_temperature).lower() for c in (then, now))),

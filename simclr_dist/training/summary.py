@@ -10,6 +10,7 @@ from torch import nn
 
 from simclr_dist.checkpoint.lineage import list_checkpoints
 from simclr_dist.config import Config, LossConfig, ModelConfig, TrainConfig
+from simclr_dist.data.loading.fetch_ahead import sentence_of_store
 from simclr_dist.data.mix import MixedOrder
 from simclr_dist.kinds import Kind, kind_of
 from simclr_dist.loss.build import choices, negatives
@@ -85,6 +86,7 @@ def start_rows(config: Config, parts: Parts) -> dict[str, str]:
         f"{kind.inputs.size}{evaluated}, {epoch:,} steps an epoch"
         + (f"; each epoch leaves out another {left_out:,}" if left_out else ""),
         **_mix_rows(config, parts),
+        **({"store": printable(store)} if (store := sentence_of_store(config.data, loader.order)) else {}),
         **({"read as": printable(loader.account.layout)} if loader.account is not None else {}),
         **kind.start_rows(config.augment),
         "global batch": split_of_batch(G, world, config.train.micro_batch_size, kind.noun),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from simclr_dist.config import Config
 from simclr_dist.data import Batch
+from simclr_dist.data.batch import make_ready
 from simclr_dist.health.check import Recording
 from simclr_dist.loss import checked_after_the_backward
 from simclr_dist.monitor.speed import Speed
@@ -201,6 +202,9 @@ class Trainer:
             stack.callback(parts.guard.closing)
             parts.guard.set_status("running")
             show_start(self.config, parts)
+            if self.config.data.cache_dir is not None:
+                with parts.guard.fetching():
+                    make_ready(parts.loader, self.state.step)
             parts.guard.first_step_begins()
             self._speed = Speed(self.state.samples_seen)
             yield requests

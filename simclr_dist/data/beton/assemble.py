@@ -7,6 +7,7 @@ complete or not at all.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,6 +132,7 @@ def split(
     out: the folder of the shards, which appears when all are complete; None: `train-shards` for `train.beton`.
     Raises DataError; there is then no folder.
     """
+    _refuse_url(file)
     file = Path(file)
     stem = file.name.removesuffix(SUFFIX)
     folder = Path(out) if out is not None else file.with_name(f"{stem}-shards")
@@ -204,10 +206,17 @@ class _Records:
 
 
 def _files_of(sources: Sequence[str | Path]) -> tuple[Path, ...]:
+    for source in sources:
+        _refuse_url(source)
     files = beton_files(source_text(map(str, sources)))
     if files is None:
         raise DataError(f"{sources[0]}: is no .beton file; make one with `simclr-dist prepare {sources[0]} OUT.beton`")
     return files.paths
+
+
+def _refuse_url(source: str | Path) -> None:
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(source), re.IGNORECASE):  # a Path has one slash
+        raise DataError(f"{source}: lies elsewhere; shards are split and joined on this machine, so fetch it first")
 
 
 def _write_together(

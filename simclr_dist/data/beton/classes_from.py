@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 from simclr_dist.data.account import SourceOptions
 from simclr_dist.data.beton.reader import sidecar_path
@@ -22,7 +23,7 @@ def with_class_names(options: SourceOptions) -> SourceOptions:
             names, files = beton.class_names, zip(beton.files(), beton.sidecars, strict=True)
             unnamed = [path for (path, _), sidecar in files if not isinstance(sidecar.get("class_names"), list)]
     if unnamed:
-        place = sidecar_path(unnamed[0])
+        place = sidecar_path(Path(unnamed[0]))
         why = "belongs to another file" if place.exists() else "is missing"
         raise DataError(f"--classes-from {options.classes_from}: its classes have no names, because {place} {why}")
     return replace(options, class_names=names)

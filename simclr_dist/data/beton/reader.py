@@ -146,6 +146,10 @@ class Beton:
     def sidecars(self) -> tuple[dict[str, Any], ...]:
         return (self.sidecar,)
 
+    @property
+    def written_digests(self) -> tuple[str | None, ...]:
+        return (self.written_digest,)
+
     def records(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The records [b, 5] of `ids`: offset, size, mode, height, width. Raises DataError for unknown ids."""
         return records_of(self.images, self.record_bytes, ids, self.path)
@@ -154,13 +158,17 @@ class Beton:
         """The parts of `ids` that lie in one file, and its descriptor, open until the next part is asked for."""
         yield slice(0, len(ids)), self.fd
 
-    def place(self, sample: int) -> tuple[Path, int]:
-        """The file in which a sample lies, and its number there."""
-        return self.path, sample
+    def place(self, sample: int) -> tuple[str, int]:
+        """The file in which a sample lies, by path or URL, and its number there."""
+        return str(self.path), sample
 
-    def files(self) -> Iterator[tuple[Path, int]]:
-        """Each file and how many samples lie in it."""
-        yield self.path, self.num_samples
+    def files(self) -> Iterator[tuple[str, int]]:
+        """Each file, by path or URL, and how many samples lie in it."""
+        yield str(self.path), self.num_samples
+
+    def file_of_each(self) -> NDArray[np.int64]:
+        """The number of the file of each sample [n]."""
+        return np.zeros(self.num_samples, np.int64)
 
     def num_bytes_of(self, sample: int) -> int:
         """The size of the file of a sample when it was opened."""

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from simclr_dist.config import SHARD_SUFFIX
+from simclr_dist.data.beton.remote_tables import stand_ins
+from simclr_dist.data.beton.shard_cache import shard_cache
 from simclr_dist.errors import DataError
-from simclr_dist.source_text import is_pattern, lines, matches
+from simclr_dist.source_text import is_pattern, is_url, lines, matches
 
-SUFFIX = ".beton"
+SUFFIX = SHARD_SUFFIX
 
 
 @dataclass(frozen=True)
@@ -22,15 +25,21 @@ class ShardFiles:
 
 
 def names_beton(source: str | Path) -> bool:
-    """Whether the source is a .beton file or several, and not images. Raises DataError where that is not clear."""
+    """Whether the source is a .beton file or several, and not images. Asks no store for that.
+
+    Raises DataError where that is not clear.
+    """
+    if all(is_url(place, SUFFIX) for place in lines(str(source))):
+        return True
     return beton_files(source) is not None
 
 
 def beton_files(source: str | Path) -> ShardFiles | None:
-    """Of a file, a folder of them, a pattern, or lines of these; None: the source is something else.
+    """Of a file, a folder of them, a pattern, a URL, or lines of these; None: the source is something else.
 
-    Lines stay in their order; the files of a folder or a pattern are sorted by name, as text. A folder is one of shards
-    if it holds .beton files and neither folders nor images. Raises DataError.
+    Of a URL they are stand-ins, which hold the tables alone: see remote_tables.py. Lines stay in their order; the files
+    of a folder or a pattern are sorted by name, as text. A folder is one of shards if it holds .beton files and neither
+    folders nor images. Raises DataError.
     """
     places = lines(str(source))
     found = [_of_place(place) for place in places]
@@ -47,6 +56,8 @@ def beton_files(source: str | Path) -> ShardFiles | None:
 
 
 def _of_place(place: str) -> ShardFiles | None:
+    if is_url(place):
+        return ShardFiles(stand_ins(place, shard_cache())) if is_url(place, SUFFIX) else None
     if is_pattern(place):
         paths = [path for path in matches(place) if path.endswith(SUFFIX)]
         if not paths:

@@ -22,15 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.data.account import NAMES_SHOWN, Account, LeftOut, together
-from simclr_dist.data.beton.content import content_fingerprint
+from simclr_dist.data.beton.content import cached_records_digest, content_fingerprint
 from simclr_dist.data.beton.open_files import FileState, OpenFiles
 from simclr_dist.data.beton.reader import Beton, open_beton, records_of
+from simclr_dist.data.beton.remote_tables import cached_shard, shown_path
+from simclr_dist.data.beton.shard_cache import CachedShard, shard_cache
 from simclr_dist.data.beton.shard_files import ShardFiles, beton_files
 from simclr_dist.data.classes import ClassMap, check_labels, union_of_classes
 from simclr_dist.errors import DataError
 from simclr_dist.pixel_format import RGB, PixelFormat
 from simclr_dist.pixel_format import together as together_format
-from simclr_dist.source_text import lines, shown
+from simclr_dist.source_text import is_url, lines, shown
 
 _S = TypeVar("_S")
 _T = TypeVar("_T")
@@ -58,6 +60,13 @@ class Shard:
     account: Account | None
     other_fields: tuple[str, ...]
     kept: PixelFormat | None
+    cached: CachedShard | None
+    """Of a store: what has to be fetched before a sample is read; `path` holds the tables only."""
+
+    @property
+    def shown(self) -> str:
+        """Its path or URL, for people."""
+        return shown_path(self.path)
 
 
 @dataclass(frozen=True)
@@ -100,10 +109,12 @@ class ShardSet:
     @cached_property
     def content_fingerprint(self) -> str:
         """Of the contents of the shards in their order, and the classes: see `fingerprint_of_shards`. DataError."""
+        if len(self.shards) == 1 and self.shards[0].written_digest is not None:
+            return content_fingerprint(self.shards[0].written_digest, self.class_names)
         unknown = [shard for shard in self.shards if shard.written_digest is None]
         read = dict(zip([shard.path for shard in unknown], _in_parallel(_read_fingerprint, unknown), strict=True))
         found = [read.get(s.path) or content_fingerprint(s.written_digest or "", s.class_names) for s in self.shards]
-        return fingerprint_of_shards(found, self.class_names)
+        return fingerprint_of_shards(found, self.class_names) if len(found) > 1 else found[0]
 
     @cached_property
     def account(self) -> Account | None:
@@ -128,19 +139,25 @@ class ShardSet:
         borders = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(ids)]
         for begin, end in pairwise(borders):
             if begin < end:
-                with self._files.reading(int(shard[begin])) as fd:
+                number = int(shard[begin])
+                cached = self.shards[number].cached
+                opened = self._files.reading(number) if cached is None else shard_cache().reading(cached)
+                with opened as fd:
                     yield slice(begin, end), fd
 
-    def place(self, sample: int) -> tuple[Path, int]:
+    def place(self, sample: int) -> tuple[str, int]:
         number = int(self._shard_of(np.array([sample]))[0])
-        return self.shards[number].path, sample - int(self.first[number])
+        return self.shards[number].shown, sample - int(self.first[number])
 
-    def files(self) -> Iterator[tuple[Path, int]]:
+    def files(self) -> Iterator[tuple[str, int]]:
         for shard in self.shards:
-            yield shard.path, len(shard.labels)
+            yield shard.shown, len(shard.labels)
 
     def num_bytes_of(self, sample: int) -> int:
         return self.shards[int(self._shard_of(np.array([sample]))[0])].state.num_bytes
+
+    def file_of_each(self) -> NDArray[np.int64]:
+        return self._shard_of(np.arange(self.num_samples))
 
     def _shard_of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.searchsorted(self.first, ids, side="right") - 1
@@ -157,6 +174,10 @@ class ShardSet:
     def sidecars(self) -> tuple[dict[str, Any], ...]:
         return tuple(shard.sidecar for shard in self.shards)
 
+    @property
+    def written_digests(self) -> tuple[str | None, ...]:
+        return tuple(shard.written_digest for shard in self.shards)
+
     def close(self) -> None:
         self._files.close()
 
@@ -172,7 +193,9 @@ def open_data(source: str | Path) -> Beton | ShardSet:
     files = beton_files(source)
     if files is None:
         raise DataError(f"{source}: is neither a .beton file nor a folder or a pattern of them")
-    return open_beton(files.paths[0]) if len(files.paths) == 1 else _open_shards(str(source), files)
+    if len(files.paths) == 1 and not is_url(str(source)):
+        return open_beton(files.paths[0])
+    return _open_shards(str(source), files)
 
 
 def size_of_data(source: str) -> int:
@@ -207,7 +230,7 @@ _MOST_OPENED = 4
 
 def _read(source: str, files: ShardFiles) -> ShardSet:
     shards = _in_parallel(_read_shard, files.paths)
-    classes = union_of_classes([(str(s.path), s.class_names, _is_named(s)) for s in shards])
+    classes = union_of_classes([(s.shown, s.class_names, _is_named(s)) for s in shards])
     fingerprints = hashlib.sha256("".join(shard.fingerprint for shard in shards).encode())
     return ShardSet(
         source=source,
@@ -220,19 +243,22 @@ def _read(source: str, files: ShardFiles) -> ShardSet:
         max_pixels=max(shard.max_pixels for shard in shards),
         class_names=classes.names,
         class_maps=classes.maps,
-        fingerprint=fingerprints.hexdigest()[:32],
-        kept=kept_together([(str(shard.path), shard.kept, _num_pixels(shard)) for shard in shards]),
+        fingerprint=fingerprints.hexdigest()[:32] if len(shards) > 1 else shards[0].fingerprint,
+        kept=kept_together([(shard.shown, shard.kept, _num_pixels(shard)) for shard in shards]),
         sentence=classes.sentence,
         _files=OpenFiles((), ()),
     )
 
 
 def _refuse_twice(paths: Sequence[Path], states: Sequence[FileState]) -> None:
-    seen: dict[tuple[int, int], Path] = {}
-    for path, state in zip(paths, states, strict=True):
-        earlier = seen.setdefault((state.device, state.inode), path)
-        if earlier is not path:
-            raise DataError(f"{path}: is named twice as a part of one data set (also as {earlier}); name it once")
+    seen: dict[tuple[int, int], int] = {}
+    for number, (path, state) in enumerate(zip(paths, states, strict=True)):
+        earlier = seen.setdefault((state.device, state.inode), number)
+        if earlier != number:
+            also = shown_path(paths[earlier])
+            raise DataError(
+                f"{shown_path(path)}: is named twice as a part of one data set (also as {also}); name it once"
+            )
 
 
 def _state(path: Path) -> FileState:
@@ -244,7 +270,7 @@ def _state(path: Path) -> FileState:
 
 def _read_shard(path: Path) -> Shard:
     with open_beton(path, mapped=False) as beton:
-        check_labels(str(path), beton.class_names, beton.labels)
+        check_labels(shown_path(path), beton.class_names, beton.labels)
         return Shard(
             path=path,
             state=FileState.of(os.fstat(beton.fd)),
@@ -260,6 +286,7 @@ def _read_shard(path: Path) -> Shard:
             account=beton.account,
             other_fields=beton.other_fields,
             kept=beton.kept,
+            cached=cached_shard(path, beton.fingerprint, beton.written_digest),
         )
 
 
@@ -288,8 +315,12 @@ def _is_named(shard: Shard) -> bool:
 
 
 def _read_fingerprint(shard: Shard) -> str:
-    with open_beton(shard.path) as beton:
-        return beton.content_fingerprint
+    if shard.cached is None:
+        with open_beton(shard.path) as beton:
+            return beton.content_fingerprint
+    cache = shard_cache()
+    with cache.reading(shard.cached), open_beton(cache.path(shard.cached), mapped=False) as whole:
+        return content_fingerprint(cached_records_digest(whole), shard.class_names)
 
 
 def fingerprint_of_shards(fingerprints: Sequence[str], class_names: Sequence[str]) -> str:

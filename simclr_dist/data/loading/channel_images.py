@@ -77,9 +77,6 @@ class ChannelImages:
         samples = room.view(np.uint8 if kept.bits == 8 else np.dtype("<u2"))
         return samples.reshape(record[_HEIGHT], record[_WIDTH], kept.channels)
 
-    def pages(self) -> NDArray[np.int64]:
-        return self.beton.pages()
-
     def close(self) -> None:
         self.beton.close()
 

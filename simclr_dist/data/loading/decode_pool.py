@@ -50,10 +50,6 @@ class Images(Protocol):
         """Writes the V crops of each image to out [V, b, S, S, C], of C channels. Raises DataError."""
         ...
 
-    def pages(self) -> NDArray[np.int64] | None:
-        """The page of each sample on disk [n]; None where there are no pages."""
-        ...
-
     def close(self) -> None: ...
 
 

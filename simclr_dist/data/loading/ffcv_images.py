@@ -80,8 +80,5 @@ class BetonImages:
             f"{path}: sample {number}: {what}; `simclr-dist inspect {path} --verify` lists all damaged samples"
         )
 
-    def pages(self) -> NDArray[np.int64]:
-        return self.beton.pages()
-
     def close(self) -> None:
         self.beton.close()

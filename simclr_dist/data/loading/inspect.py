@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Inspection:
     account: Account | None
     damaged: dict[int, str] | None
     changed: bool | None
-    changed_file: Path | None = None
+    changed_file: str | None = None
     kept: PixelFormat | None = None
 
 
@@ -53,13 +53,12 @@ def inspect_beton(
     progress: called with (samples decoded, samples in all). Raises DataError when the file cannot be opened.
     """
     with open_data(path) as beton:
-        files = [place for place, _ in beton.files()]
-        changed, changed_file = _changed(files) if verify else (None, None)
+        changed, changed_file = _changed(beton) if verify else (None, None)
         longer = np.sort(np.maximum(beton.images["width"], beton.images["height"]))
         counts = np.bincount(beton.labels[beton.labels >= 0], minlength=len(beton.class_names))
         return Inspection(
             path=shown(str(path)),
-            num_files=len(files),
+            num_files=sum(1 for _ in beton.files()),
             num_bytes=beton.num_bytes,
             num_samples=beton.num_samples,
             num_jpeg=int((beton.images["mode"] == JPEG).sum()),
@@ -76,15 +75,20 @@ def inspect_beton(
         )
 
 
-def _changed(files: Iterable[Path]) -> tuple[bool | None, Path | None]:
-    """Whether any of them has, and which; None: none has, but not all tell what was written."""
+def _changed(data: Beton | ShardSet) -> tuple[bool | None, str | None]:
+    """Whether any of its files has, and which; None: none has, but not all tell what was written.
+
+    Of a store's shards, none has: they are compared when they come.
+    """
     unknown = False
-    for path in files:
-        with open_beton(path) as beton:
-            if beton.written_digest is None:
-                unknown = True
-            elif read_records_digest(beton) != beton.written_digest:
-                return True, path
+    remote = {shard.shown for shard in data.shards if shard.cached} if isinstance(data, ShardSet) else set()
+    for (path, _), digest in zip(data.files(), data.written_digests, strict=True):
+        if digest is None:
+            unknown = True
+        elif path not in remote:
+            with open_beton(path) as beton:
+                if read_records_digest(beton) != digest:
+                    return True, path
     return (None if unknown else False), None
 
 

@@ -9,23 +9,32 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.data.beton.reader import read_kept
+from simclr_dist.data.beton.shard_cache import CachePlace, keep_shards_in
 from simclr_dist.data.beton.shard_files import beton_files, names_beton
 from simclr_dist.data.beton.shard_set import open_data
 from simclr_dist.errors import DataError
 from simclr_dist.pixel_format import RGB, PixelFormat
 
 if TYPE_CHECKING:
+    from simclr_dist.config import DataConfig
     from simclr_dist.data.account import Account
     from simclr_dist.data.loading.decode_pool import Images
     from simclr_dist.data.sources.images import ImageSource
 
 LoaderName = Literal["auto", "ffcv", "folder", "synthetic"]
+
+
+def use_cache_of(data: DataConfig) -> None:
+    """From here on this process keeps shards of stores where the section says. Opens nothing."""
+    folder = None if data.cache_dir is None else Path(data.cache_dir)
+    keep_shards_in(None if folder is None else CachePlace(folder, data.cache_bytes, data.fetch_timeout_s))
 
 
 @dataclass(frozen=True)

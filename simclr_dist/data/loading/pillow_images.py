@@ -48,9 +48,6 @@ class SourceImages:
             for v in range(len(out)):
                 out[v, k] = _cropped(image, crops[v, k].tolist(), out.shape[2])
 
-    def pages(self) -> None:
-        return None
-
     def close(self) -> None:
         pass
 

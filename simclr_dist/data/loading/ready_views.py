@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simclr_dist.config import AugmentConfig, DataConfig
 from simclr_dist.data.batch import Loader
-from simclr_dist.data.loading.open_images import kept_pixel_format
+from simclr_dist.data.loading.open_images import kept_pixel_format, use_cache_of
 from simclr_dist.data.loading.view_loader import build_loader
 from simclr_dist.parallel.distributed import world
 from simclr_dist.pixel_format import RGB
@@ -39,6 +39,7 @@ def load_views(
     Close it, or use it with `with`. Raises DataError; pydantic's ValidationError (a ValueError) for a wrong setting.
     """
     section = DataConfig(train=str(source), image_size=image_size, **(data or {}))
+    use_cache_of(section)
     pixels = section.pixel_format if section.channels else kept_pixel_format(str(source)) or RGB
     views_of = AugmentConfig(**augment)
     device = torch.device(device)

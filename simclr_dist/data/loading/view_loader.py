@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 
 from simclr_dist.config import AugmentConfig, DataConfig
 from simclr_dist.data.batch import Batch, Loader
-from simclr_dist.data.beton.shard_set import sizes_of_places
+from simclr_dist.data.beton.shard_files import names_beton
+from simclr_dist.data.beton.shard_set import open_data, sizes_of_places
 from simclr_dist.data.decode.crops import keyed_crops
 from simclr_dist.data.loading.decode_pool import CropRuleOf, DecodePool, Images
-from simclr_dist.data.loading.open_images import open_images
+from simclr_dist.data.loading.fetch_ahead import FetchAhead, fetch_ahead
+from simclr_dist.data.loading.open_images import open_images, use_cache_of
 from simclr_dist.data.loading.pinned_memory import PinnedSlots
 from simclr_dist.data.mix import MixedOrder
 from simclr_dist.data.order import Order
@@ -41,31 +43,38 @@ def build_loader(
     device: torch.device | str,
 ) -> Loader:
     """The loader of a pretraining run; close it, or use it with `with`. Raises DataError."""
+    use_cache_of(data)
     images = open_images(data.train, data.loader)
     try:
+        order = order_of(data, len(images.labels), global_batch_size, seed)
         return ViewLoader(
             images,
             resolve_augmentation(augment),
             image_size=data.image_size,
             num_views=data.num_views,
-            order=_order(data, images, global_batch_size, seed),
+            order=order,
             world=world,
             device=device,
             num_threads=data.num_threads,
             batches_ahead=data.batches_ahead,
+            ahead=fetch_ahead(data, order, world),
         )
     except BaseException:
         images.close()
         raise
 
 
-def _order(data: DataConfig, images: Images, global_batch_size: int, seed: int) -> Order:
+def order_of(data: DataConfig, num_samples: int, global_batch_size: int, seed: int) -> Order:
+    """In which a training goes through data.train. Raises DataError."""
     if data.mix is not None:
         return MixedOrder(sizes_of_places(data.train), data.mix, global_batch_size, seed)
-    pages = images.pages() if data.order == "page_local" else None
-    if data.order == "page_local" and pages is None:
-        raise DataError(f"data.order=page_local: {data.train} has no pages; use a .beton file, or data.order=random")
-    return Order(len(images.labels), global_batch_size, seed, pages=pages)
+    if data.order == "random":
+        return Order(num_samples, global_batch_size, seed)
+    if not names_beton(data.train):
+        raise DataError(f"data.order={data.order}: {data.train} has no pages; use .beton files, or data.order=random")
+    with open_data(data.train) as beton:
+        pages = beton.pages() if data.order == "page_local" else beton.file_of_each()
+    return Order(num_samples, global_batch_size, seed, pages=pages, window_pages=data.order_window)
 
 
 class ViewLoader:
@@ -73,6 +82,7 @@ class ViewLoader:
 
     num_views: V, the crops of an image. It is decoded once, and a view's pixels do not depend on how many there are.
     order: of the samples; each of world.size processes reads G / world.size images a step.
+    ahead: fetches what lies elsewhere; closed with the loader.
     """
 
     def __init__(
@@ -87,6 +97,7 @@ class ViewLoader:
         device: torch.device | str = "cpu",
         num_threads: int | None = None,
         batches_ahead: int = 2,
+        ahead: FetchAhead | None = None,
     ) -> None:
         self.num_samples = len(images.labels)
         self.class_names = images.class_names
@@ -102,6 +113,7 @@ class ViewLoader:
         self._world = world
         self._device = torch.device(device)
         self._batches_ahead = batches_ahead
+        self._ahead = ahead
         self._pool = DecodePool(images, default_num_threads(num_threads, world.local_size))
 
     def batches(self, step: int) -> Iterator[Batch]:
@@ -120,6 +132,8 @@ class ViewLoader:
         )
         for current in count(step):
             begin = time.perf_counter()
+            if self._ahead is not None:
+                self._ahead.at(current)
             host_ids, views = next(decoded)
             epoch = self.order.epoch_of_draws(current)
             ids, labels = torch.from_numpy(host_ids.copy()), torch.from_numpy(self._labels[host_ids])
@@ -146,8 +160,15 @@ class ViewLoader:
                 ),
             )
 
+    def make_ready(self, step: int) -> None:
+        """Waits until what lies elsewhere and the batch of `step` needs is here. Raises DataError."""
+        if self._ahead is not None:
+            self._ahead.wait(step)
+
     def close(self) -> None:
         """Ends the threads. May be called twice; iterators of a closed loader raise DataError."""
+        if self._ahead is not None:
+            self._ahead.close()
         self._pool.close()
 
     def __enter__(self) -> ViewLoader:

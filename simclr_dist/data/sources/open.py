@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from simclr_dist.config import SHARD_SUFFIX
 from simclr_dist.data.account import SourceOptions
 from simclr_dist.data.sources.dataset_files import CIFARS, torchvision_archive, torchvision_files
 from simclr_dist.data.sources.folders import list_folder
@@ -23,6 +24,7 @@ from simclr_dist.data.sources.lists import number_classes
 from simclr_dist.data.sources.remote import fetch
 from simclr_dist.data.sources.shards import expand, is_pattern, list_file, list_files, list_shards_of_folder
 from simclr_dist.errors import DataError
+from simclr_dist.safe_text import mask
 from simclr_dist.source_text import is_url
 
 DATASETS = ("cifar10", "cifar100", "stl10", "fashion-mnist")
@@ -87,6 +89,8 @@ def _remember(key: tuple[str, str, SourceOptions], opened: _Opened) -> None:
 
 def _open_remote(url: str, options: SourceOptions) -> ImageSource:
     """From copies of the files, which are fetched once a process."""
+    if is_url(url, SHARD_SUFFIX):
+        raise DataError(f"{mask(url)}: is a {SHARD_SUFFIX} file already")
     fetched = fetch(url)
     key = (url, url, options)
     if key not in _opened:
