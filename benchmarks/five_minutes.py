@@ -53,7 +53,7 @@ ALONE = (
 )
 """Nothing but steps."""
 ADAMW = ("optim.optimizer=adamw", "optim.base_lr=2.0e-3", "optim.muon_momentum=0.95", "optim.muon_ns_steps=5")
-BEFORE = ("model.width=32", "model.first_layer=random", *ADAMW, "data.image_size=24", "evaluation.image_size=null")
+BEFORE = ("model.width=32", "model.first_layer=random", *ADAMW, "evaluation.image_size=null")
 """The demo's recipe of release 0.1."""
 
 
@@ -72,10 +72,10 @@ ROWS = {
     # What was tried besides, each against "demo":
     "AdamW": Row(ADAMW),
     "random first layer": Row(("model.first_layer=random",)),
-    "tested at 20 px": Row(("evaluation.image_size=20",)),
+    "tested at 24 px": Row(("evaluation.image_size=24",)),
     "16 px, tested at 24": Row(("data.image_size=16", "evaluation.image_size=24")),
-    "24 px, tested at 32": Row(("data.image_size=24", "evaluation.image_size=32")),
-    "32 px": Row(("data.image_size=32", "evaluation.image_size=32")),
+    "20 px": Row(("data.image_size=20",)),
+    "32 px": Row(("data.image_size=32",)),
     "16 channels": Row(("model.width=16",)),
     "32 channels": Row(("model.width=32",)),
     "48 channels": Row(("model.width=48",)),
