@@ -107,6 +107,7 @@ class ShardCache:
         self._needed: Callable[[], Mapping[str, int]] = dict
         self._needed_now = -1
         self._told: set[str] = set()
+        self._failures: dict[str, UnavailableError] = {}  # of the last try of each shard, by any thread
         with self.on_disk():
             for folder in (self._shards, self.tables):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -200,8 +201,10 @@ class ShardCache:
                 return
             with suppress(OSError):
                 patience.has_come(os.stat(f"{self.path(shard)}{PART}").st_size)
-            patience.last = patience.last or UnavailableError(
-                f"{shard.file.shown}: another process does not get on with it"
+            patience.last = (
+                self._failures.get(shard.name)
+                or patience.last
+                or UnavailableError(f"{shard.file.shown}: another process does not get on with it")
             )
             if patience.is_at_its_end():
                 raise patience.last
@@ -248,8 +251,13 @@ class ShardCache:
                 return False
             if self._is_held(shard):
                 return True
-            shard.file.copy(part, shard.num_bytes, ADVICE, each)
-            self.keep(part, shard)
+            try:
+                shard.file.copy(part, shard.num_bytes, ADVICE, each)
+                self.keep(part, shard)
+            except UnavailableError as error:
+                self._failures[shard.name] = error
+                raise
+            self._failures.pop(shard.name, None)
             return True
 
     @contextmanager
