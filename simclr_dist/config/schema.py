@@ -51,8 +51,8 @@ IMAGES_OF_PAIRS = "images.beton"
 """In a folder of images with texts."""
 SHARD_SUFFIX = ".beton"
 HUGGING_FACE = "hf/"
-OURS_OF_TOKENS = "transformer_small", "gated_cnn"
 """`model.encoder: hf/FOLDER`."""
+OURS_OF_TOKENS = "transformer_small", "gated_cnn"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Probability = Annotated[float, Field(ge=0, le=1)]
