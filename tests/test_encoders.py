@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
 import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simclr_dist.config import Config, ModelConfig
 from simclr_dist.errors import ConfigError
@@ -29,6 +31,23 @@ def test_cifar_stem_keeps_the_resolution() -> None:
     encoder = build_model(ModelConfig(encoder="resnet18", stem="cifar")).encoder
     x = encoder.maxpool(encoder.conv1(torch.randn(1, 3, 32, 32)))
     assert x.shape == (1, 64, 32, 32)
+
+
+def test_the_small_resnets_gradients_stay_channels_last() -> None:
+    """A tensor in another layout makes each operation with it ten times as slow on a CPU."""
+    encoder = build_encoder(ModelConfig(encoder="resnet_small", width=8))[0].to(memory_format=torch.channels_last)
+    images = torch.randn(4, 3, 24, 24).to(memory_format=torch.channels_last)
+    met: list[torch.Tensor] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+            met.extend(x for x in args if isinstance(x, torch.Tensor) and x.dim() == 4 and min(x.shape) > 1)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        encoder(images).square().sum().backward()
+    assert len(met) > 50
+    assert all(x.stride(1) == 1 for x in met)
 
 
 @pytest.mark.parametrize(

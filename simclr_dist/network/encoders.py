@@ -234,7 +234,6 @@ class SmallResNet(nn.Module):
         self.layer1 = BasicBlock(width, width)
         self.layer2 = BasicBlock(width, 2 * width, stride=2, downsample=_shortcut(width, 2 * width))
         self.layer3 = BasicBlock(2 * width, 4 * width, stride=2, downsample=_shortcut(2 * width, 4 * width))
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -242,7 +241,7 @@ class SmallResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(images)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.avgpool(x).flatten(1)
+        return F.avg_pool2d(x, x.shape[2:]).flatten(1)  # AdaptiveAvgPool2d's gradient would lose channels_last
 
 
 class _PointwiseStride2(nn.Conv2d):
@@ -256,7 +255,8 @@ class _PointwiseStride2(nn.Conv2d):
         super().__init__(channels, out_channels, 1, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return F.conv2d(images[:, :, ::2, ::2], self.weight)
+        every_other = F.avg_pool2d(images, kernel_size=1, stride=2)  # a slice's gradient would lose channels_last
+        return F.conv2d(every_other, self.weight)
 
 
 def _shortcut(channels: int, out_channels: int) -> nn.Sequential:

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from simclr_dist.errors import ConfigError
 from simclr_dist.parallel import distributed
 from simclr_dist.parallel.environment import check_environment, wants_cpu, without_ignored
+from simclr_dist.parallel.host_memory import free_as_usual, keep_freed_memory
 
 
 def join_training(timeout_s: float) -> torch.device:
@@ -25,9 +26,13 @@ def join_training(timeout_s: float) -> torch.device:
     """
     check_environment(os.environ)
     with without_ignored():
-        return PartialState(
+        state = PartialState(
             cpu=_uses_cpu(), **InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)).to_kwargs()
-        ).device
+        )
+    distributed.meet_neighbours(timeout_s)
+    if state.device.type == "cpu":
+        keep_freed_memory()
+    return state.device
 
 
 def build_accelerator(mixed_precision: str, *, broadcast_buffers: bool) -> Accelerator:
@@ -48,7 +53,7 @@ def build_accelerator(mixed_precision: str, *, broadcast_buffers: bool) -> Accel
 @contextmanager
 def state_of_one_training() -> Iterator[None]:
     """Around a training in a process that does other things too: accelerate keeps one precision for each process, and
-    a training may set torch's threads.
+    a training may set torch's threads and what malloc does.
 
     Afterwards all is as it was before, so that Accelerators of the caller go on. A process group of several processes
     stays: the next training uses it.
@@ -66,6 +71,7 @@ def state_of_one_training() -> Iterator[None]:
             kind._shared_state.clear()
             kind._shared_state.update(state)
         torch.set_num_threads(num_threads)
+        free_as_usual()
 
 
 def choose_device(name: str | None) -> torch.device:

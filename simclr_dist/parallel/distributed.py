@@ -6,23 +6,31 @@ Letters: W the world size, n rows of this rank, N = W*n rows of all.
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from simclr_dist.parallel.host_copy import copy_to_host
+from simclr_dist.parallel.neighbours import Combine, Door, Neighbours
 
+T = TypeVar("T")
 MOST_BYTES_OF_A_TEXT = 1024
 _BYTES_A_MESSAGE = 64 * 2**20
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+_met: tuple[object, Neighbours] | None = None
+"""A process group, and the connections of its processes."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,65 @@ def group() -> object | None:
     return dist.group.WORLD if is_initialized() else None
 
 
+def meet_neighbours(timeout_s: float) -> None:
+    """From now on CPU processes that share one machine exchange tensors by sockets of their own (neighbours.py).
+
+    All ranks call it together, once there is a process group. timeout_s: of every collective. Where one rank cannot
+    reach another so, all stay with gloo, whose results are the same, and the main process warns.
+    """
+    global _met
+    here = world()
+    on_one_machine = sys.platform == "linux" and 1 < here.size == here.local_size
+    if not is_initialized() or not on_one_machine or dist.get_backend() != "gloo" or _neighbours() is not None:
+        return
+    secret = broadcast_text_from_main(secrets.token_hex(16), torch.device("cpu"))
+    door, failure = _attempt(lambda: Door(here.rank, secret))
+    failed = first_text(failure, "cpu")
+    if door is not None and failed is None:
+        found, failure = _attempt(lambda: door.meet(here.size))
+        failed = first_text(failure, "cpu")
+        if found is not None and failed is None:
+            found.timeout_s = timeout_s
+            _met = group(), found
+        elif found is not None:
+            found.close()
+    if door is not None:
+        door.close()
+    if failed is not None and here.is_main:
+        warnings.warn(f"collectives go through gloo, which is slower: rank {failed[0]} {failed[1]}", stacklevel=2)
+
+
+def _attempt(build: Callable[[], T]) -> tuple[T | None, str | None]:
+    """What was built, or why not."""
+    try:
+        return build(), None
+    except OSError as error:
+        return None, f"cannot reach the others by sockets: {error}"
+
+
+def _neighbours() -> Neighbours | None:
+    """Those of the process group there is."""
+    return _met[1] if _met is not None and _met[0] is group() else None
+
+
+def _direct(x: Tensor) -> Neighbours | None:
+    """What exchanges x, if it is not torch.distributed."""
+    return _neighbours() if x.device.type == "cpu" else None
+
+
+def average_gradients_directly(model: nn.Module) -> None:
+    """Of a DistributedDataParallel, where its processes have met; the same sums as its own."""
+    if not isinstance(model, nn.parallel.DistributedDataParallel) or (neighbours := _neighbours()) is None:
+        return
+
+    def average(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(neighbours.all_reduce_(bucket.buffer().div_(world_size())))
+        return done
+
+    model.register_comm_hook(None, lambda _, bucket: average(bucket))  # torch cannot read annotations kept as strings
+
+
 def all_gather_async(x: Tensor) -> Callable[[], Tensor]:
     """Starts gathering x [n, ...] of every rank; call the result to wait for [W*n, ...], in the order of ranks.
 
@@ -82,6 +149,9 @@ def all_gather_async(x: Tensor) -> Callable[[], Tensor]:
     if world_size() == 1:
         return lambda: x
     x = x.detach().contiguous()
+    if (neighbours := _direct(x)) is not None:
+        found = neighbours.all_gather(x)
+        return lambda: found
     gathered = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
     handle = dist.all_gather_into_tensor(gathered, x, async_op=True)
     assert handle is not None
@@ -100,8 +170,15 @@ def all_gather(x: Tensor) -> Tensor:
 
 def all_reduce_sum_(x: Tensor) -> Tensor:
     """Sums x over all ranks, in place; no gradient."""
-    if world_size() > 1:
-        dist.all_reduce(x, op=dist.ReduceOp.SUM)
+    return _all_reduce_(x, torch.add, dist.ReduceOp.SUM)
+
+
+def _all_reduce_(x: Tensor, combine: Combine, op: dist.ReduceOp.RedOpType) -> Tensor:
+    if world_size() == 1:
+        return x
+    if (neighbours := _direct(x)) is not None:
+        return neighbours.all_reduce_(x.detach(), combine)
+    dist.all_reduce(x, op=op)
     return x
 
 
@@ -141,9 +218,7 @@ def all_reduce_tree(x: Tensor) -> Tensor:
 
 def all_reduce_max_(x: Tensor) -> Tensor:
     """The elementwise maximum over all ranks, in place; no gradient."""
-    if world_size() > 1:
-        dist.all_reduce(x, op=dist.ReduceOp.MAX)
-    return x
+    return _all_reduce_(x, torch.maximum, dist.ReduceOp.MAX)
 
 
 @cache
@@ -162,6 +237,9 @@ def agree_on_max(value: int, device: torch.device) -> Callable[[], int]:
         return lambda: value
     x = torch.tensor([value])
     if device.type != "cuda":
+        if _neighbours() is not None:
+            largest = int(all_reduce_max_(x))
+            return lambda: largest
         handle = dist.all_reduce(x, op=dist.ReduceOp.MAX, async_op=True)
         assert handle is not None
 
@@ -202,6 +280,8 @@ def set_timeout(seconds: float) -> None:
     """From now on a collective that takes longer fails."""
     if world_size() == 1:
         return
+    if (neighbours := _neighbours()) is not None:
+        neighbours.timeout_s = seconds
     if hasattr(dist, "set_timeout"):
         dist.set_timeout(timedelta(seconds=seconds))
     else:  # torch before 2.15 has no public name for it
@@ -238,8 +318,12 @@ def broadcast_text_from_main(text: str, device: torch.device) -> str:
 
 def shut_down() -> None:
     """Ends the process group after success. Not for use after an error: it waits for the other ranks."""
+    global _met
     if is_initialized():
         barrier()
+        if (neighbours := _neighbours()) is not None:
+            neighbours.close()
+            _met = None
         dist.destroy_process_group()
 
 

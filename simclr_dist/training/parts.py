@@ -315,6 +315,7 @@ def _wrap(network: nn.Module, accelerator: Accelerator, *, compiled: bool) -> nn
         # torch 2.15 wants another name for broadcast_buffers, which torch 2.11 does not know.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         model: nn.Module = accelerator.prepare_model(network)
+    distributed.average_gradients_directly(model)
     return model
 
 

@@ -139,6 +139,32 @@ def test_on_a_gpu_it_is_torchs_sync_batch_norm() -> None:
 _LAYOUTS = (((8, 4, 3, 5), False), ((8, 4, 3, 5), True), ((8, 5), False))
 
 
+def _in_bfloat16(rank: int, world_size: int) -> dict[str, Tensor]:
+    norm = convert_to_global_batch_norm(nn.Sequential(nn.BatchNorm2d(_OF_BFLOAT16[1])))[0]
+    n = _OF_BFLOAT16[0] // world_size
+    part = slice(rank * n, (rank + 1) * n)
+    x = (_input(_OF_BFLOAT16) - 99).bfloat16()[part].contiguous(memory_format=torch.channels_last)
+    found = _run(norm, x, _weights(_OF_BFLOAT16).bfloat16()[part])
+    assert found["y"].dtype == found["dx"].dtype == torch.bfloat16
+    assert found["dx"].is_contiguous(memory_format=torch.channels_last)
+    return found
+
+
+_OF_BFLOAT16 = (64, 4, 3, 5)
+
+
+def test_in_bfloat16_it_rounds_and_no_more() -> None:
+    """Rows rounded to 8 bits; statistics and sums are float32."""
+    ranks = run_ranks(2, _in_bfloat16)
+    x, weights = ((_input(_OF_BFLOAT16) - 99).bfloat16().double(), _weights(_OF_BFLOAT16).bfloat16().double())
+    for name, value in _run(nn.BatchNorm2d(_OF_BFLOAT16[1]).double(), x, weights).items():
+        of_ranks = [rank[name].double() for rank in ranks]
+        joined = {"y": torch.cat, "dx": torch.cat, "dweight": sum, "dbias": sum}.get(name)
+        one = joined(of_ranks) if joined else of_ranks[0]
+        error = (one - value).abs().max() / value.abs().max().clamp(min=1e-3)
+        assert error < (0.012 if joined else 1e-5), name  # three roundings of half of 2**-7
+
+
 def test_names_and_evaluation_are_torchs_own() -> None:
     plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     before = copy.deepcopy(plain.state_dict())

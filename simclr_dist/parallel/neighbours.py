@@ -1,0 +1,187 @@
+"""Collectives among CPU processes of one machine, over sockets between each two of them. Linux.
+
+gloo hands each collective to threads of its own, and they wait for a core while every core computes: on two busy cores
+1.7 ms a call, here 0.1 (benchmarks/neighbours.py). A step with global BatchNorm makes two calls for each such layer.
+Here the calling thread sends and receives by itself.
+
+Letters as in distributed.py.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+_GREETING_S = 60.0
+_YIELDS = 50
+"""How often a waiting process lets others go first before it sleeps: waking up takes longer than most waits."""
+_FEW_BYTES = 64 * 2**10
+Combine = Callable[[Tensor, Tensor], Tensor]
+
+
+class Neighbours:
+    """Open connections to the other ranks. Like all collectives, its calls come in the same order on every rank."""
+
+    def __init__(self, own_rank: int, peers: Mapping[int, socket.socket]) -> None:
+        self.timeout_s = float("inf")
+        self._rank, self._W = own_rank, len(peers) + 1
+        self._peers = dict(peers)
+        for peer in self._peers.values():
+            peer.setblocking(False)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """x [n, ...] of every rank as [W*n, ...]. Raises ConnectionError, TimeoutError."""
+        x = x.contiguous()
+        gathered = x.new_empty((self._W, *x.shape))
+        gathered[self._rank] = x
+        self._exchange(dict.fromkeys(self._peers, x), {peer: gathered[peer] for peer in self._peers})
+        return gathered.flatten(0, 1)
+
+    def all_reduce_(self, x: Tensor, combine: Combine = torch.add) -> Tensor:
+        """Combines x of all ranks in the order of ranks, in place: the same bytes on each. Raises as above.
+
+        Large tensors travel as in a ring, 2 (W-1)/W times their bytes from each rank, small ones in one round.
+        """
+        flat = x.reshape(-1)
+        if self._W == 2 or flat.nbytes <= _FEW_BYTES:
+            total = _in_order(self.all_gather(flat).view(self._W, -1), combine)
+        else:
+            parts = torch.nn.functional.pad(flat, (0, -len(flat) % self._W)).view(self._W, -1)
+            received = parts.clone()
+            self._exchange({p: parts[p] for p in self._peers}, {p: received[p] for p in self._peers})
+            total = self.all_gather(_in_order(received, combine))[: len(flat)]
+        return x.copy_(total.view_as(x))
+
+    def close(self) -> None:
+        for peer in self._peers.values():
+            peer.close()
+
+    def _exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
+        """Sends to and fills from each peer, both at once: no two ranks can wait for each other's buffers."""
+        to_send = {p: _bytes_of(x) for p, x in outgoing.items() if x.numel()}
+        to_fill = {p: _bytes_of(x) for p, x in incoming.items() if x.numel()}
+        deadline, yields = time.monotonic() + self.timeout_s, 0
+        while to_send or to_fill:
+            if self._send(to_send) + self._receive(to_fill):
+                yields = 0
+            elif yields < _YIELDS:
+                yields += 1
+                os.sched_yield()
+            else:
+                self._wait(to_send, to_fill, deadline)
+
+    def _send(self, left: dict[int, memoryview]) -> int:
+        """Bytes that went out at once."""
+        sent = 0
+        for peer, view in list(left.items()):
+            try:
+                n = self._peers[peer].send(view)
+            except BlockingIOError:
+                continue
+            except (BrokenPipeError, ConnectionResetError):
+                raise self._lost(peer) from None
+            sent += n
+            left[peer] = view[n:]
+            if n == len(view):
+                del left[peer]
+        return sent
+
+    def _receive(self, left: dict[int, memoryview]) -> int:
+        """Bytes that had come."""
+        received = 0
+        for peer, view in list(left.items()):
+            try:
+                n = self._peers[peer].recv_into(view)
+            except BlockingIOError:
+                continue
+            except ConnectionResetError:
+                n = 0
+            if n == 0:
+                raise self._lost(peer)
+            received += n
+            left[peer] = view[n:]
+            if n == len(view):
+                del left[peer]
+        return received
+
+    def _wait(self, to_send: Mapping[int, memoryview], to_fill: Mapping[int, memoryview], deadline: float) -> None:
+        """Until something can be sent or has come."""
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            slow = ", ".join(map(str, sorted({*to_send, *to_fill})))
+            raise TimeoutError(f"Timed out waiting for rank {slow} after {self.timeout_s:g} s")
+        events = select.poll()
+        for peer in {*to_send, *to_fill}:
+            events.register(self._peers[peer], (peer in to_send) * select.POLLOUT | (peer in to_fill) * select.POLLIN)
+        events.poll(min(1000 * left_s, 2**30))
+
+    def _lost(self, peer: int) -> ConnectionError:
+        return ConnectionError(f"rank {self._rank}: Connection closed by peer: rank {peer} has ended")
+
+
+def _in_order(rows: Tensor, combine: Combine) -> Tensor:
+    """rows [W, n] to [n], from rank 0 on."""
+    total = rows[0]
+    for row in rows[1:]:
+        total = combine(total, row)
+    return total
+
+
+def _bytes_of(x: Tensor) -> memoryview:
+    """The memory of a contiguous x, which has one element at least."""
+    return x.reshape(-1).view(torch.uint8).numpy().data
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meeting
+
+
+class Door:
+    """Where the other ranks knock. secret: what only they know; other users of the machine are turned away as well."""
+
+    def __init__(self, own_rank: int, secret: str) -> None:
+        self._rank, self._secret = own_rank, secret
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(_address(secret, own_rank))
+        self._listener.listen()
+
+    def meet(self, world_size: int) -> Neighbours:
+        """Connects all ranks, whose doors must be open. Raises OSError."""
+        peers: dict[int, socket.socket] = {}
+        with ExitStack() as stack:
+            for rank in range(self._rank):
+                peers[rank] = stack.enter_context(socket.socket(socket.AF_UNIX))
+                peers[rank].settimeout(_GREETING_S)
+                peers[rank].connect(_address(self._secret, rank))
+                peers[rank].sendall(self._rank.to_bytes(4, "big"))
+            self._listener.settimeout(_GREETING_S)
+            while len(peers) < world_size - 1:
+                peer = self._listener.accept()[0]
+                if _user_of(peer) != os.geteuid():
+                    peer.close()
+                    continue
+                stack.enter_context(peer).settimeout(_GREETING_S)
+                peers[int.from_bytes(peer.recv(4, socket.MSG_WAITALL), "big")] = peer
+            stack.pop_all()  # they stay open
+        return Neighbours(self._rank, peers)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def _address(secret: str, rank: int) -> bytes:
+    """In Linux's abstract namespace: no file to find, to protect or to remove."""
+    return f"\0simclr_dist-{secret}-{rank}".encode()
+
+
+def _user_of(peer: socket.socket) -> int:
+    _, user, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(user)
