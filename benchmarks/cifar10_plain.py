@@ -3,8 +3,8 @@
     python -m benchmarks.cifar10_plain --train cifar10_train.beton --test cifar10_test.beton --epochs 30
 
 The recipe of configs/cifar10_resnet18_100ep.yaml, all on one device: images, views, loss and kNN. What differs: the
-initial weights are torchvision's (ours start the last BatchNorm of a block at zero), no BatchNorm is behind the head,
-weight decay is on all parameters, hue is turned in YIQ, and a batch has its operations on colours in one order.
+first convolution starts as torch's do, no BatchNorm is behind the head, weight decay is on all parameters, hue is
+turned in YIQ, a batch has its operations on colours in one order, and a crop too wide is cut, not drawn again.
 """
 
 from __future__ import annotations

@@ -182,6 +182,26 @@ def test_the_cifar_stem_is_for_resnets() -> None:
         build_encoder(ModelConfig(encoder="convnext_tiny", stem="cifar"))
 
 
+@pytest.mark.parametrize(("name", "last"), [("resnet18", "bn2"), ("resnet50", "bn3")])
+def test_a_block_of_a_resnet_begins_at_zero_or_as_torchvision_has_it(name: str, last: str) -> None:
+    torch.manual_seed(0)
+    zero = build_encoder(ModelConfig(encoder=name))[0].state_dict()
+    torch.manual_seed(0)
+    one = build_encoder(ModelConfig(encoder=name, zero_init_residual=False))[0].state_dict()
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, name)().state_dict()
+    ends = {key for key in one if key.endswith(f"{last}.weight")}
+    assert all(not zero[key].any() for key in ends)
+    assert all(torch.equal(one[key], theirs[key]) for key in one)
+    assert {key for key in one if not torch.equal(zero[key], one[key])} == ends
+
+
+def test_blocks_that_begin_at_zero_are_torchvisions_resnets_alone() -> None:
+    for name in ("vit_b_16", "timm/resnet18"):
+        with pytest.raises(ConfigError, match=rf"zero_init_residual: false is .* not for {name}"):
+            build_encoder(ModelConfig(encoder=name, zero_init_residual=False))
+
+
 def test_a_narrow_resnet_small_has_the_gradient_of_the_strided_convolution() -> None:
     """Its shortcuts avoid oneDNN's strided 1x1 kernel, which corrupts memory below 8 channels."""
     torch.manual_seed(0)

@@ -154,6 +154,7 @@ CONFIG = {
         ("loss", {"pairs": "within"}, "set loss.pairs=across"),
         ("data", {"kind": "images"}, "only image_text has a second encoder"),
         ("model", {"text": {"encoder": "words", "weights": "x"}}, "text.weights: is not of the encoder of texts"),
+        ("model", {"text": {"encoder": "words", "zero_init_residual": False}}, "text.zero_init_residual: is not of"),
         ("model", {"text": {"encoder": "words", "text": {"encoder": "words"}}}, "text.text: is not"),
         ("model", {"text": {"encoder": "hf/FOLDER"}}, "would not be read here"),
         ("model", {"text": {"encoder": "words", "head_out_dim": 5}}, "must be model.head_out_dim"),

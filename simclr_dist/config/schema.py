@@ -270,6 +270,11 @@ class ModelConfig(Section):
     image_size: Count | None = Field(None, description="Side that a ViT is built for; null: data.image_size.")
     channels: Channels = Field(3, description="What the first layer takes; from data.channels: leave it out.")
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="`cifar`: 3x3 convolution, no pooling (B.9).")
+    zero_init_residual: bool = Field(
+        True,
+        description="Of torchvision's ResNets: every block begins as its shortcut alone; false: better for short "
+        "trainings, see docs/guides/choosing_settings.md.",
+    )
     width: Count = Field(
         32,
         description="Channels of `resnet_small`'s first stage; D of `gated_cnn` and of `transformer_small`, there a "
@@ -338,7 +343,8 @@ class ModelConfig(Section):
                 f"text.encoder: {HUGGING_FACE}FOLDER is for model.encoder alone: its weights would not be read here; "
                 "take transformer_small, gated_cnn or one of your own"
             )
-        settings = ("text", "weights", "weights_partial", "freeze", "image_size", "batch_norm", "first_layer", "stem")
+        of_images = ("image_size", "stem", "first_layer", "zero_init_residual", "batch_norm")
+        settings = ("text", "weights", "weights_partial", "freeze", *of_images)
         if found := [key for key in settings if getattr(self.text, key) != ModelConfig.model_fields[key].default]:
             raise ValueError(f"text.{found[0]}: is not of the encoder of texts: leave it out, or set model.{found[0]}")
         if self.text.head_out_dim != self.head_out_dim:

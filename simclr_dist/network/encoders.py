@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from simclr_dist.network.transformer import transformer_small
 TIMM = "timm/"
 OURS = "resnet_small", *OURS_OF_TOKENS
 RESNETS: dict[str, Callable[..., ResNet]] = {
-    name: partial(getattr(torchvision.models, name), zero_init_residual=True)
+    name: getattr(torchvision.models, name)
     for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 }
 NUM_CLASSES = 1000  # torchvision's default
@@ -51,6 +51,8 @@ def build_encoder(config: ModelConfig) -> tuple[nn.Module, int]:
         return gated_cnn(config)
     if config.stem == "cifar" and config.encoder not in RESNETS:
         raise ConfigError([f"model.stem: cifar is for ResNets only; {config.encoder} takes `stem: imagenet`"])
+    if not config.zero_init_residual and config.encoder not in RESNETS:
+        raise ConfigError([f"model.zero_init_residual: false is for torchvision's ResNets, not for {config.encoder}"])
     if config.encoder.startswith(TIMM):
         return _timm_encoder(config.encoder.removeprefix(TIMM), config.image_size, config.channels)
     if config.encoder.startswith(HUGGING_FACE):
@@ -96,7 +98,7 @@ def torchvision_network(config: ModelConfig) -> nn.Module:
         if config.encoder not in RESNETS:
             build = getattr(torchvision.models, config.encoder)
             return take_channels(build(**torchvision_options(config)), config.channels)
-    network = RESNETS[config.encoder]()
+    network = RESNETS[config.encoder](zero_init_residual=config.zero_init_residual)
     if config.stem == "cifar":  # Chen et al. 2020, appendix B.9
         network.conv1 = nn.Conv2d(config.channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
