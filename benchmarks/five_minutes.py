@@ -53,8 +53,17 @@ ALONE = (
 )
 """Nothing but steps."""
 ADAMW = ("optim.optimizer=adamw", "optim.base_lr=2.0e-3", "optim.muon_momentum=0.95", "optim.muon_ns_steps=5")
-BEFORE = ("model.width=32", "model.first_layer=random", *ADAMW, "evaluation.image_size=null")
+BEFORE = (
+    "data.image_size=24",
+    "augment.crop_scale_min=0.2",
+    "model.width=32",
+    "model.first_layer=random",
+    *ADAMW,
+    "evaluation.image_size=null",
+)
 """The demo's recipe of release 0.1."""
+BEST_WITH_BF16 = "bf16, 48 channels, 24 px, tested at 32"
+"""For processors with AVX512-BF16, which train 2.8 times the demo's network in twice its time."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +81,10 @@ ROWS = {
     # What was tried besides, each against "demo":
     "AdamW": Row(ADAMW),
     "random first layer": Row(("model.first_layer=random",)),
-    "tested at 24 px": Row(("evaluation.image_size=24",)),
+    "tested at 20 px": Row(("evaluation.image_size=20",)),
     "16 px, tested at 24": Row(("data.image_size=16", "evaluation.image_size=24")),
-    "20 px": Row(("data.image_size=20",)),
-    "32 px": Row(("data.image_size=32",)),
+    "24 px, tested at 32": Row(("data.image_size=24", "evaluation.image_size=32")),
+    "32 px, tested at 32": Row(("data.image_size=32", "evaluation.image_size=32")),
     "16 channels": Row(("model.width=16",)),
     "32 channels": Row(("model.width=32",)),
     "48 channels": Row(("model.width=48",)),
@@ -89,7 +98,8 @@ ROWS = {
     "temperature 0.2": Row(("loss.temperature=0.2",)),
     "DCL": Row(("loss.kind=dcl",)),
     "crops from 0.1": Row(("augment.crop_scale_min=0.1",)),
-    "crops from 0.3": Row(("augment.crop_scale_min=0.3",)),
+    "crops from 0.2": Row(("augment.crop_scale_min=0.2",)),
+    "crops from 0.4": Row(("augment.crop_scale_min=0.4",)),
     "4 views, batch 128": Row(("data.num_views=4", "train.global_batch_size=128")),
     "16 px, 4 views, batch 128, tested at 24": Row(
         ("data.image_size=16", "evaluation.image_size=24", "data.num_views=4", "train.global_batch_size=128")
@@ -100,9 +110,18 @@ ROWS = {
     "bf16": Row(("train.precision=bf16",)),
     "bf16, 32 channels": Row(("train.precision=bf16", "model.width=32")),
     "bf16, 48 channels": Row(("train.precision=bf16", "model.width=48")),
+    BEST_WITH_BF16: Row(
+        (
+            "train.precision=bf16",
+            "model.width=48",
+            "data.image_size=24",
+            "evaluation.image_size=32",
+            "augment.crop_scale_min=0.2",
+        )
+    ),
     "compiled": Row(("train.compile=true",)),
 }
-SHOWN = ("before", "demo")
+SHOWN = ("before", "demo", BEST_WITH_BF16)
 
 
 @dataclass(frozen=True)

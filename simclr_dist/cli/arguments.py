@@ -89,5 +89,9 @@ def choose_device(name: str | None) -> torch.device:
     Under `accelerate launch` this starts the process group and gives one device to each rank.
     """
     from simclr_dist.parallel.accelerator import choose_device as choose
+    from simclr_dist.parallel.host_memory import keep_freed_memory
 
-    return choose(name)
+    device = choose(name)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device

@@ -209,8 +209,11 @@ def all_reduce_tree(x: Tensor) -> Tensor:
     if W == 1:
         return x
     parts = torch.nn.functional.pad(x, (0, -len(x) % W)).view(W, -1)
-    sums = torch.empty_like(parts)
-    dist.all_to_all_single(sums, parts)
+    if (neighbours := _direct(x)) is not None:
+        sums = neighbours.all_to_all(parts)
+    else:
+        sums = torch.empty_like(parts)
+        dist.all_to_all_single(sums, parts)
     while len(sums) > 1:
         sums = sums[0::2] + sums[1::2]
     return all_gather(sums).flatten()[: len(x)]

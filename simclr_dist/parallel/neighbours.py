@@ -1,7 +1,7 @@
 """Collectives among CPU processes of one machine, over sockets between each two of them. Linux.
 
 gloo hands each collective to threads of its own, and they wait for a core while every core computes: on two busy cores
-1.7 ms a call, here 0.1 (benchmarks/neighbours.py). A step with global BatchNorm makes two calls for each such layer.
+1.7 ms a call, here 0.1 (benchmarks/cpu_step.py). A step with global BatchNorm makes two calls for each such layer.
 Here the calling thread sends and receives by itself.
 
 Letters as in distributed.py.
@@ -45,6 +45,12 @@ class Neighbours:
         self._exchange(dict.fromkeys(self._peers, x), {peer: gathered[peer] for peer in self._peers})
         return gathered.flatten(0, 1)
 
+    def all_to_all(self, parts: Tensor) -> Tensor:
+        """parts [W, ...], one for each rank, to what each rank had for this one, [W, ...]. Raises as above."""
+        received = parts.clone(memory_format=torch.contiguous_format)
+        self._exchange({p: parts[p].contiguous() for p in self._peers}, {p: received[p] for p in self._peers})
+        return received
+
     def all_reduce_(self, x: Tensor, combine: Combine = torch.add) -> Tensor:
         """Combines x of all ranks in the order of ranks, in place: the same bytes on each. Raises as above.
 
@@ -55,9 +61,7 @@ class Neighbours:
             total = _in_order(self.all_gather(flat).view(self._W, -1), combine)
         else:
             parts = torch.nn.functional.pad(flat, (0, -len(flat) % self._W)).view(self._W, -1)
-            received = parts.clone()
-            self._exchange({p: parts[p] for p in self._peers}, {p: received[p] for p in self._peers})
-            total = self.all_gather(_in_order(received, combine))[: len(flat)]
+            total = self.all_gather(_in_order(self.all_to_all(parts), combine))[: len(flat)]
         return x.copy_(total.view_as(x))
 
     def close(self) -> None:

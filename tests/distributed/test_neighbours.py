@@ -49,6 +49,7 @@ def _collectives(rank: int, world_size: int) -> tuple[dict[str, list[Tensor]], l
         for name, x in samples(rank).items():
             gathered = distributed.all_gather(x) if x.dim() else x
             found[name] = [gathered, distributed.all_reduce_sum_(x.clone()), distributed.all_reduce_max_(x.clone())]
+        found["by a tree"] = [distributed.all_reduce_tree(samples(rank)["rows"].flatten())] if world_size != 3 else []
         found["agreed"] = [torch.tensor(distributed.agree_on_max(rank, torch.device("cpu"))())]
     return found, list(traffic.collectives)
 
@@ -60,6 +61,9 @@ def test_gathers_and_sums_are_those_of_all_ranks_in_their_order(world_size: int)
     for found, by_torch in answers:
         assert not by_torch
         assert found["agreed"] == [world_size - 1]
+        rows = [one["rows"].flatten() for one in inputs]
+        if world_size == 4:
+            assert torch.equal(found["by a tree"][0], (rows[0] + rows[1]) + (rows[2] + rows[3]))
         for name, x in inputs[0].items():
             each = [one[name] for one in inputs]
             gathered, total, largest = found[name]
