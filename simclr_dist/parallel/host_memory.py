@@ -12,8 +12,8 @@ def keep_freed_memory() -> None:
     """From now on freed blocks stay with this process for its next ones, however large they are.
 
     A step on the CPU needs the blocks of the step before. By default glibc gives large ones back to Linux, which clears
-    each page again at its next use: 16 % of the demo's step on two cores (benchmarks/cpu_step.py). So the process keeps
-    the most that it ever held. With another libc this does nothing.
+    each page again at its next use: a fifth of the demo's step on two cores (benchmarks/cpu_step.py). So the process
+    keeps the most that it ever held. With another libc this does nothing.
     """
     _set(trim_threshold=-1, mmap_max=0)
 
