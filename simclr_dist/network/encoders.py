@@ -243,7 +243,7 @@ class SmallResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(images)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return F.avg_pool2d(x, x.shape[2:]).flatten(1)  # AdaptiveAvgPool2d's gradient would lose channels_last
+        return x.permute(0, 2, 3, 1).mean((1, 2))  # AdaptiveAvgPool2d's gradient would lose channels_last
 
 
 class _PointwiseStride2(nn.Conv2d):

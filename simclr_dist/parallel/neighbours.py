@@ -1,8 +1,8 @@
 """Collectives among CPU processes of one machine, over sockets between each two of them. Linux.
 
 gloo hands each collective to threads of its own. They wait for a core while every core computes: nearly half of the
-demo's step on two cores (benchmarks/cpu_step.py). A step with global BatchNorm makes two calls for each such layer. Here
-the calling thread sends and receives by itself.
+demo's step on two cores (benchmarks/cpu_step.py). A step with global BatchNorm makes two calls for each such layer.
+Here the calling thread sends and receives by itself.
 
 Letters as in distributed.py.
 """
