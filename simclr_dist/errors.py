@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+_MOST_LETTERS = 10_000
 Reason = Literal["config_error", "data_error", "checkpoint_error", "nan_abort", "hang", "crash"]
 
 
@@ -16,6 +17,13 @@ class UserError(Exception):
 
     reason: ClassVar[Reason | None] = None
     """What status.json says of a training that ends with it. None: it says nothing, the run is not ours to judge."""
+
+    def __str__(self) -> str:
+        """Without the middle of what nobody reads: a name in foreign data may be as long as its file."""
+        text, half = super().__str__(), _MOST_LETTERS // 2
+        if len(text) <= _MOST_LETTERS:
+            return text
+        return f"{text[:half]} … {len(text) - 2 * half:,} letters are left out … {text[-half:]}"
 
 
 class ConfigError(UserError):

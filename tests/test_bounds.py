@@ -366,3 +366,18 @@ def test_lists_and_labels_are_refused_in_words(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(open_source(tmp_path / "in").labels) == 2
+
+
+def test_a_name_without_end_is_not_shown_without_end(tmp_path: Path) -> None:
+    make_folder(tmp_path / "in", 2)
+    name = "z" * 100_000
+    (tmp_path / "labels.csv").write_text(f"{name}\nx\n")
+    with pytest.raises(DataError) as error:
+        open_source(tmp_path / "in", SourceOptions(labels=str(tmp_path / "labels.csv")))
+    said = str(error.value)
+    assert len(said) < 11_000
+    assert said.startswith(f"{tmp_path / 'labels.csv'}: begins with `zzz")
+    assert said.endswith("zzz`; expected the header `name,label`, or columns called so")
+    assert "letters are left out" in said
+    assert str(ConfigError([name])).count("z") < 11_000
+    assert str(DataError("x" * 10_000)) == "x" * 10_000
