@@ -9,8 +9,8 @@
     python -m benchmarks.five_minutes --list                           all rows
 
 A row is configs/cifar10_demo.yaml with other settings, and trains through the launcher on two processes. The learning
-rate falls to zero at the end, so the length is chosen before: two short trainings tell what a step of the row costs,
-and it gets the whole epochs that fit into the budget. The budget is for steps alone: starting, evaluating and saving
+rate falls to zero at the end, so the length is chosen before: a short training tells what a step of the row costs, and
+it gets the whole epochs that fit into the budget. The budget is for steps alone: starting, evaluating and saving
 are left out. --cpu-seconds counts the time of all the training's processes. --epochs fixes the length by hand, to
 compare recipes at equal images. Scores: kNN (k 20, all training images) and linear probe, at evaluation.image_size.
 
@@ -39,10 +39,12 @@ from typing import Any
 from benchmarks.report import RESULTS, circumstances, write
 from simclr_dist.config import load_config
 from simclr_dist.data.loading.open_images import describe
+from simclr_dist.monitor.speed import LAST_INTERVAL
+from simclr_dist.run.layout import read_records
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cifar10_demo.yaml"
-SHORT, LONG = 8, 40
-"""Steps of the two trainings that tell the cost of a step."""
+SHORT, LONG = 8, 80
+"""Steps of two trainings before: what starting costs, and what a step costs."""
 ALONE = (
     "evaluation.knn_every_epochs=null",
     "evaluation.online_probe=false",
@@ -204,7 +206,7 @@ def said_length(args: argparse.Namespace) -> str:
     if args.epochs:
         return f"{args.epochs} epochs, as asked for"
     budget = f"{args.cpu_seconds:g} CPU seconds" if args.cpu_seconds else f"{args.seconds:g} s by the clock"
-    return f"the whole epochs that fit into {budget}, by the cost of a step between {SHORT} and {LONG} steps"
+    return f"the whole epochs that fit into {budget}, by the cost of a step in {LONG} steps"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,7 +223,9 @@ def measured(name: str, seed: int, budget: Seconds, args: argparse.Namespace) ->
     epochs = args.epochs
     if epochs is None:
         long = train(row, args, f"name={run}_{LONG}_steps", f"train.max_steps={LONG}")
-        epochs = epochs_within(budget, (long - short) / (LONG - SHORT), steps_per_epoch)
+        # By the clock from within: starts differ by seconds, which are many steps.
+        step = Seconds(step_s(args.work / f"{run}_{LONG}_steps", G), ((long - short) / (LONG - SHORT)).cpu)
+        epochs = epochs_within(budget, step, steps_per_epoch)
     steps = epochs * steps_per_epoch
     further = train(row, args, f"name={run}", f"train.epochs={epochs}", f"seed={seed}") - short
     per_step = further / (steps - SHORT)
@@ -235,6 +239,12 @@ def measured(name: str, seed: int, budget: Seconds, args: argparse.Namespace) ->
         "cpu_s": per_step.cpu * steps,
         **scores(args.work / run),
     }
+
+
+def step_s(run: Path, global_batch_size: int) -> float:
+    """The median over the intervals between the log's lines, the first half left out."""
+    speeds = [record[LAST_INTERVAL] for record in read_records(run / "log.jsonl") if LAST_INTERVAL in record]
+    return global_batch_size / statistics.median(speeds[len(speeds) // 2 :])
 
 
 def settings(row: Row, args: argparse.Namespace, *more: str) -> list[str]:

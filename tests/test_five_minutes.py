@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from pathlib import Path
 
 import pytest
 
-from benchmarks.five_minutes import ADAMW, BEFORE, CONFIG, ROWS, Row, Seconds, epochs_within, settings, table
+from benchmarks.five_minutes import ADAMW, BEFORE, CONFIG, ROWS, Row, Seconds, epochs_within, settings, step_s, table
 from simclr_dist.config import Config, load_config
+from simclr_dist.monitor.speed import LAST_INTERVAL
 from simclr_dist.optim.build import unused_settings
 
 ARGUMENTS = argparse.Namespace(train="train.beton", test="test.beton", work="runs", nproc=2, epochs=None)
@@ -76,3 +78,10 @@ def test_the_table_has_a_line_for_each_recipe_with_the_mean_of_its_seeds() -> No
         "| before | 1 | 299,520 | 240 | 470 | 16 px | 50.0 % | 40.0 % |",
     ]
     assert "300 s by the clock" in " ".join(lines)
+
+
+def test_a_steps_cost_is_that_of_steps_not_of_starting(tmp_path: Path) -> None:
+    speeds = [100.0, 200.0, None, 2560.0, 2550.0, 2570.0]
+    lines = [{"step": i, LAST_INTERVAL: speed} if speed else {"step": i} for i, speed in enumerate(speeds)]
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert step_s(tmp_path, 256) == pytest.approx(0.1, rel=0.01)
