@@ -166,7 +166,8 @@ def main() -> None:
         print(json.dumps(found), flush=True)
         return found
 
-    train(Row(), args, f"name=compile_{os.getpid()}", "train.max_steps=1")  # once, or the first training's start would be long
+    # Compiles once, or the first training's start would be long.
+    train(Row(), args, f"name=compile_{os.getpid()}", "train.max_steps=1")
     with ThreadPoolExecutor(args.side_by_side) as pool:
         found = list(pool.map(one, [(name, seed) for name in args.row or SHOWN for seed in range(args.seeds)]))
     lines = table(found, facts, args)
