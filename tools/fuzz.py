@@ -541,7 +541,7 @@ def try_input(name: str, content: bytes, folder: Path) -> None:
         try:
             TARGETS[name].read(content, folder)
         except UserError as error:
-            if len(str(error)) > 100_000:
+            if len(str(error)) > 20_000:
                 raise RuntimeError(f"a message of {len(str(error)):,} characters") from None
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     if grown > MOST_BYTES:
