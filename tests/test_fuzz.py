@@ -47,14 +47,14 @@ def test_an_input_is_a_function_of_target_seed_and_number(fuzz: ModuleType) -> N
 def test_what_is_no_message_for_people_is_a_finding(
     fuzz: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class WithoutEnd(DataError):
+    class EndlessError(DataError):
         def __str__(self) -> str:
             return "x" * 200_000
 
     def read(content: bytes, folder: Path) -> None:
         if content == b"message":
             raise DataError("a message")
-        raise {b"key": KeyError("x"), b"long": WithoutEnd()}[content]
+        raise {b"key": KeyError("x"), b"long": EndlessError()}[content]
 
     monkeypatch.setitem(fuzz.TARGETS, "planted", fuzz.Target(lambda: [b"message", b"key", b"long"], read))
     fuzz.try_input("planted", b"message", tmp_path)
