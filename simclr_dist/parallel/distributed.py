@@ -93,8 +93,8 @@ def meet_neighbours(timeout_s: float) -> None:
     on_one_machine = sys.platform == "linux" and 1 < here.size == here.local_size
     if not is_initialized() or not on_one_machine or dist.get_backend() != "gloo" or _neighbours() is not None:
         return
-    secret = broadcast_text_from_main(secrets.token_hex(16), torch.device("cpu"))
-    door, failure = _attempt(lambda: Door(here.rank, secret))
+    meeting = broadcast_text_from_main(secrets.token_hex(16), torch.device("cpu"))
+    door, failure = _attempt(lambda: Door(here.rank, meeting))
     failed = first_text(failure, "cpu")
     if door is not None and failed is None:
         found, failure = _attempt(lambda: door.meet(here.size))

@@ -74,7 +74,7 @@ class Neighbours:
         to_fill = {p: _bytes_of(x) for p, x in incoming.items() if x.numel()}
         deadline, yields = time.monotonic() + self.timeout_s, 0
         while to_send or to_fill:
-            if self._send(to_send) + self._receive(to_fill):
+            if self._move(to_send, socket.socket.send) + self._move(to_fill, socket.socket.recv_into):
                 yields = 0
             elif yields < _YIELDS:
                 yields += 1
@@ -82,39 +82,23 @@ class Neighbours:
             else:
                 self._wait(to_send, to_fill, deadline)
 
-    def _send(self, left: dict[int, memoryview]) -> int:
-        """Bytes that went out at once."""
-        sent = 0
+    def _move(self, left: dict[int, memoryview], transfer: Callable[[socket.socket, memoryview], int]) -> int:
+        """Sends or receives what can be at once, and takes it from `left`; how many bytes."""
+        moved = 0
         for peer, view in list(left.items()):
             try:
-                n = self._peers[peer].send(view)
+                n = transfer(self._peers[peer], view)
             except BlockingIOError:
                 continue
             except (BrokenPipeError, ConnectionResetError):
-                raise self._lost(peer) from None
-            sent += n
-            left[peer] = view[n:]
-            if n == len(view):
-                del left[peer]
-        return sent
-
-    def _receive(self, left: dict[int, memoryview]) -> int:
-        """Bytes that had come."""
-        received = 0
-        for peer, view in list(left.items()):
-            try:
-                n = self._peers[peer].recv_into(view)
-            except BlockingIOError:
-                continue
-            except ConnectionResetError:
                 n = 0
             if n == 0:
-                raise self._lost(peer)
-            received += n
+                raise ConnectionError(f"rank {self._rank}: Connection closed by peer: rank {peer} has ended")
+            moved += n
             left[peer] = view[n:]
             if n == len(view):
                 del left[peer]
-        return received
+        return moved
 
     def _wait(self, to_send: Mapping[int, memoryview], to_fill: Mapping[int, memoryview], deadline: float) -> None:
         """Until something can be sent or has come."""
@@ -126,9 +110,6 @@ class Neighbours:
         for peer in {*to_send, *to_fill}:
             events.register(self._peers[peer], (peer in to_send) * select.POLLOUT | (peer in to_fill) * select.POLLIN)
         events.poll(min(1000 * left_s, 2**30))
-
-    def _lost(self, peer: int) -> ConnectionError:
-        return ConnectionError(f"rank {self._rank}: Connection closed by peer: rank {peer} has ended")
 
 
 def _in_order(rows: Tensor, combine: Combine) -> Tensor:
@@ -149,12 +130,12 @@ def _bytes_of(x: Tensor) -> memoryview:
 
 
 class Door:
-    """Where the other ranks knock. secret: what only they know; other users of the machine are turned away as well."""
+    """Where the other ranks knock. meeting: a name for this group alone. Other users of the machine are turned away."""
 
-    def __init__(self, own_rank: int, secret: str) -> None:
-        self._rank, self._secret = own_rank, secret
+    def __init__(self, own_rank: int, meeting: str) -> None:
+        self._rank, self._meeting = own_rank, meeting
         self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(_address(secret, own_rank))
+        self._listener.bind(_address(meeting, own_rank))
         self._listener.listen()
 
     def meet(self, world_size: int) -> Neighbours:
@@ -164,7 +145,7 @@ class Door:
             for rank in range(self._rank):
                 peers[rank] = stack.enter_context(socket.socket(socket.AF_UNIX))
                 peers[rank].settimeout(_GREETING_S)
-                peers[rank].connect(_address(self._secret, rank))
+                peers[rank].connect(_address(self._meeting, rank))
                 peers[rank].sendall(self._rank.to_bytes(4, "big"))
             self._listener.settimeout(_GREETING_S)
             while len(peers) < world_size - 1:
@@ -173,7 +154,10 @@ class Door:
                     peer.close()
                     continue
                 stack.enter_context(peer).settimeout(_GREETING_S)
-                peers[int.from_bytes(peer.recv(4, socket.MSG_WAITALL), "big")] = peer
+                rank = int.from_bytes(peer.recv(4, socket.MSG_WAITALL), "big")
+                if rank in peers or not self._rank < rank < world_size:
+                    raise OSError(f"a process that is none of the training's answers as rank {rank}")
+                peers[rank] = peer
             stack.pop_all()  # they stay open
         return Neighbours(self._rank, peers)
 
@@ -181,9 +165,9 @@ class Door:
         self._listener.close()
 
 
-def _address(secret: str, rank: int) -> bytes:
+def _address(meeting: str, rank: int) -> bytes:
     """In Linux's abstract namespace: no file to find, to protect or to remove."""
-    return f"\0simclr_dist-{secret}-{rank}".encode()
+    return f"\0simclr_dist-{meeting}-{rank}".encode()
 
 
 def _user_of(peer: socket.socket) -> int:

@@ -167,9 +167,9 @@ def test_processes_of_several_machines_do_not_try() -> None:
 def test_a_process_of_another_user_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
     users = iter([os.geteuid() + 1, os.geteuid()])
     monkeypatch.setattr(neighbours, "_user_of", lambda _: next(users))
-    doors = [Door(rank, "a test's secret") for rank in range(2)]
+    doors = [Door(rank, "a test's meeting") for rank in range(2)]
     with socket.socket(socket.AF_UNIX) as stranger, ThreadPoolExecutor() as pool:
-        stranger.connect(neighbours._address("a test's secret", 0))
+        stranger.connect(neighbours._address("a test's meeting", 0))
         stranger.sendall((1).to_bytes(4, "big"))
         met: list[Neighbours] = list(pool.map(lambda door: door.meet(2), doors))
         both = list(pool.map(lambda one, x: one.all_gather(torch.tensor([x])).tolist(), met, (5, 6)))
@@ -188,3 +188,13 @@ def _listening(rank: int, world_size: int) -> list[str]:
 def test_nobody_listens_once_all_have_met() -> None:
     """00010000 in Linux's table: a socket that listens."""
     assert run_ranks(2, _listening)[0] == []
+
+
+def test_an_answer_of_no_rank_is_refused() -> None:
+    door = Door(0, "another meeting")
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(neighbours._address("another meeting", 0))
+        stranger.sendall((7).to_bytes(4, "big"))
+        with pytest.raises(OSError, match="answers as rank 7"):
+            door.meet(2)
+    door.close()
