@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -15,8 +16,8 @@ import tarfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,9 +29,10 @@ from simclr_dist.cli import main
 from simclr_dist.cli.prepare import _in_classes
 from simclr_dist.config import DataConfig
 from simclr_dist.data.account import Account
-from simclr_dist.data.beton.encode import Encoder, Unusable, _chunks, _encode_together
+from simclr_dist.data.beton.encode import Encoded, Encoder, Unusable
 from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.beton.reader import open_beton, sidecar_path
+from simclr_dist.data.beton.workers import WorkerDiedError, Workers, chunks_of, share
 from simclr_dist.data.beton.writer import PAGE_BYTES, Record
 from simclr_dist.data.decode.ffcv_import import unavailable
 from simclr_dist.data.loading.inspect import inspect_beton
@@ -58,10 +60,11 @@ def test_same_bytes_for_any_number_of_workers(tmp_path: Path, monkeypatch: pytes
     assert len({sidecar_path(tmp_path / f"{n}.beton").read_text() for n in (1, 2, 3)}) == 1
 
 
-class Workers:
-    """Does what was submitted when the test says so, or when somebody waits for it."""
+class FakeWorkers:
+    """Do what was submitted when the test says so, or when somebody waits for it."""
 
-    def __init__(self, takes: int) -> None:
+    def __init__(self, takes: int, started: list[Future]) -> None:
+        self.started = started
         self.takes = takes  # the index of the chunk that ends next
         self.queue: list[tuple[Future, SimpleNamespace]] = []
         self.most_queued = 0
@@ -85,19 +88,22 @@ class Workers:
 class TestWorkIsShared:
     """Between this process and workers that start late and end in any order."""
 
-    def run(self, workers: Workers, started: list[Future], encode) -> Iterator[int]:
+    def run(self, workers: FakeWorkers, encode) -> Iterator[int]:
         chunks = (SimpleNamespace(number=i) for i in range(100))
-        return _encode_together(encode, chunks, workers, started)  # type: ignore[arg-type, return-value]
+        return share(encode, chunks, workers)  # type: ignore[arg-type, return-value]
 
     def test_nothing_waits_for_workers_that_have_not_started(self) -> None:
-        workers, here = Workers(0), []
-        results = self.run(workers, [Future(), Future()], lambda chunk: here.append(chunk.number) or chunk.number)
+        workers, here = FakeWorkers(0, [Future(), Future()]), []
+        results = self.run(workers, lambda chunk: here.append(chunk.number) or chunk.number)
         assert [next(results) for _ in range(100)] == here == list(range(100))
         assert workers.most_queued == 0
 
     @pytest.mark.parametrize("takes", [0, -1], ids=["in order", "last first"])
     def test_the_order_is_that_of_the_source_and_the_queue_is_bounded(self, takes: int) -> None:
-        workers, here, seen = Workers(takes), [], []
+        started = [Future(), Future()]
+        for future in started:
+            future.set_result(1)
+        workers, here, seen = FakeWorkers(takes, started), [], []
 
         def encode(chunk: SimpleNamespace) -> int:
             """Workers end two chunks while this process does one."""
@@ -106,10 +112,7 @@ class TestWorkIsShared:
                 workers.end_one()
             return chunk.number
 
-        started = [Future(), Future()]
-        for future in started:
-            future.set_result(1)
-        for number in self.run(workers, started, encode):
+        for number in self.run(workers, encode):
             seen.append(number)
         assert seen == list(range(100))
         assert 20 < len(here) < 40
@@ -118,11 +121,11 @@ class TestWorkIsShared:
 
     def test_a_worker_that_could_not_start_is_an_error_also_when_this_process_did_it_all(self) -> None:
         started = [Future()]
-        results = self.run(Workers(0), started, lambda chunk: chunk.number)
+        results = self.run(FakeWorkers(0, started), lambda chunk: chunk.number)
         for _ in range(100):
             next(results)
-        started[0].set_exception(BrokenProcessPool())
-        with pytest.raises(BrokenProcessPool):
+        started[0].set_exception(WorkerDiedError())
+        with pytest.raises(WorkerDiedError):
             next(results)
 
 
@@ -138,6 +141,38 @@ def test_a_worker_that_dies_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a worker process died, perhaps because memory ran out"):
         prepare(tmp_path / "in", tmp_path / "out.beton", num_workers=2, progress=kill_worker)
     assert everything(tmp_path) == {"in", *(f"in/{name}" for name in everything(tmp_path / "in"))}
+
+
+def dies_in_its_answer(images: object) -> Encoded:
+    def send_half(pipe: Connection, message: bytes) -> None:
+        os.write(pipe.fileno(), bytes(message)[: len(message) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Connection._send = send_half  # type: ignore[attr-defined]
+    return Encoded()
+
+
+def cannot_encode(images: object) -> Encoded:
+    raise ZeroDivisionError(f"{images}")
+
+
+class TestAnswers:
+    def test_of_a_worker_killed_in_the_middle_of_one(self) -> None:
+        """Python's own pool waits for ever then."""
+        workers = Workers(1)
+        for _ in range(2):
+            with pytest.raises(WorkerDiedError):
+                workers.submit(dies_in_its_answer, []).result(timeout=60)  # type: ignore[arg-type]
+        workers.stop()
+
+    def test_that_are_errors_say_where_they_were_raised(self) -> None:
+        workers = Workers(1)
+        for _ in range(2):  # it goes on
+            with pytest.raises(ZeroDivisionError, match="17") as caught:
+                workers.submit(cannot_encode, 17).result(timeout=60)  # type: ignore[arg-type]
+            assert "in cannot_encode" in caught.value.__notes__[0]
+        workers.stop()
+        assert multiprocessing.active_children() == []
 
 
 FORKED = """
@@ -196,7 +231,7 @@ def test_without_threads_workers_are_forked_and_nothing_else_differs(tmp_path: P
 
 @pytest.mark.parametrize(("num_images", "workers"), [(1, 2), (65, 2), (1000, 2), (1000, 7), (10**6, 64)])
 def test_chunks_get_smaller_towards_the_end(num_images: int, workers: int) -> None:
-    chunks = list(_chunks(np.arange(num_images), workers))
+    chunks = list(chunks_of(np.arange(num_images), workers))
     sizes = [len(chunk) for chunk in chunks]
     assert np.array_equal(np.concatenate(chunks), np.arange(num_images))
     assert sizes == sorted(sizes, reverse=True)
@@ -761,7 +796,7 @@ class TestWorkersThatCannotStart:
         script = (
             "import resource, sys; from simclr_dist.data.beton.prepare import prepare\n"
             "if __name__ == '__main__':\n"
-            "    resource.setrlimit(resource.RLIMIT_NOFILE, (12, 12))\n"
+            "    resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8))\n"
             "    prepare(sys.argv[1], sys.argv[2], num_workers=2)\n"
         )
         message = self.run(tmp_path, script)
@@ -769,13 +804,19 @@ class TestWorkersThatCannotStart:
         assert "ulimit -n" in message
         assert "--workers 1" in message
 
-    @pytest.mark.parametrize("error", [errno.EACCES, errno.ENOSPC, errno.ENOSYS, errno.ENOENT])
-    def test_no_semaphores(self, error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_too_many_processes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         make_folder(tmp_path / "in", 80)
-        monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", failing(error))
-        with pytest.raises(DataError, match=r"worker processes cannot be started: .*/dev/shm.*--workers 1"):
+        monkeypatch.setattr("multiprocessing.popen_spawn_posix.Popen.__init__", failing(errno.EAGAIN))
+        with pytest.raises(DataError, match=r"worker processes cannot be started: Resource .*--workers 1"):
             prepare(tmp_path / "in", tmp_path / "out.beton", num_workers=2)
         assert prepare(tmp_path / "in", tmp_path / "out.beton", num_workers=1).num_samples == 80
+
+    def test_none_needs_semaphores_which_some_containers_lack(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make_folder(tmp_path / "in", 80)
+        monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", failing(errno.ENOSYS))
+        assert prepare(tmp_path / "in", tmp_path / "out.beton", num_workers=2).num_samples == 80
 
 
 def _children(pid: int) -> list[str]:

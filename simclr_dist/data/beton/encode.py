@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import io
-import multiprocessing
-import os
-import signal
-import sys
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -41,8 +31,6 @@ LARGEST_SIDE = {RAW: LARGEST_RAW_SIDE, JPEG: 65500}  # libjpeg's limit is a litt
 # Up to this size decoding a JPEG costs more than reading three bytes per pixel.
 RAW_UP_TO_PIXELS = 96 * 96
 _MOST_RECODED = 1 << 25  # pixels: their coefficients take up to 12 bytes each, and of more a page is too small anyway
-_LARGEST_CHUNK = 64  # images that a process works on at a time
-_QUEUED = 3  # chunks for each worker: one to work on, and enough for while this process is busy with its own
 _ROWS = 256
 
 
@@ -260,110 +248,3 @@ def _grey_picture(quality: int) -> JpegFile:
     file = read_jpeg_file(_jpeg(np.full((16, 16, 3), 128, np.uint8), quality))
     assert file is not None
     return file
-
-
-def encode_in_order(
-    encoder: Callable[[ImageSource], Encoded], images: ImageSource, ids: NDArray[np.int64], num_workers: int
-) -> Iterator[Encoded]:
-    """The images `ids`, some at a time, in this order; a bounded number of them is in memory.
-
-    encoder: can be sent to another process. num_workers: processes, this one among them: it works too, so that nothing
-    waits for the others to start.
-    Raises DataError.
-    """
-    if num_workers == 1 or len(ids) <= _LARGEST_CHUNK:
-        yield from (encoder(images.take(chunk)) for chunk in _chunks(ids, num_workers))
-        return
-    yield encoder(images.take(ids[:1]))  # what is imported for it, forked workers need not import
-    chunks = (images.take(chunk) for chunk in _chunks(ids[1:], num_workers))
-    pool, started = _start_workers(num_workers - 1)
-    with pool:
-        try:
-            yield from _encode_together(encoder, chunks, pool, started)
-        except BrokenProcessPool:
-            raise DataError(_why_broken(any(map(_has_ended_well, started)))) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _start_workers(num_workers: int) -> tuple[ProcessPoolExecutor, list[Future[int]]]:
-    """A pool, and as many results as it has workers, which are there when these have started."""
-    pool = None
-    try:
-        # A fork starts at once, where a new interpreter imports for 0.4 s; but it would inherit the locks of threads.
-        forks = _has_one_thread()
-        context = multiprocessing.get_context("fork" if forks else "spawn")
-        pool = ProcessPoolExecutor(num_workers, context, _start_worker, (os.getpid(),))
-        started = [pool.submit(os.getpid) for _ in range(num_workers)]
-        wait(started, timeout=0.1 if forks else 0)  # so that they get the first chunks
-        return pool, started
-    except OSError as error:
-        if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
-        raise DataError(
-            f"worker processes cannot be started: {error.strerror or error} (they need semaphores in /dev/shm and some "
-            "20 open files in all; see `ulimit -n`); use --workers 1, which needs none"
-        ) from None
-
-
-def _has_one_thread() -> bool:
-    """But for that of pyarrow's allocator, jemalloc, which knows forks. False where it cannot be known."""
-    try:
-        names = [thread.joinpath("comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
-        return len([name for name in names if name != "jemalloc_bg_thd"]) == 1
-    except OSError:
-        return False
-
-
-def _chunks(ids: NDArray[np.int64], num_workers: int) -> Iterator[NDArray[np.int64]]:
-    """Smaller ones towards the end, so that all processes end at about the same time."""
-    while len(ids):
-        size = min(max(len(ids) // (4 * num_workers), 4), _LARGEST_CHUNK)
-        yield ids[:size]
-        ids = ids[size:]
-
-
-def _encode_together(
-    encoder: Callable[[ImageSource], Encoded],
-    chunks: Iterator[ImageSource],
-    pool: ProcessPoolExecutor,
-    started: list[Future[int]],
-) -> Iterator[Encoded]:
-    """A worker gets a chunk whenever too few are queued, otherwise this process encodes it."""
-    ahead: deque[Future[Encoded]] = deque()
-    for chunk in chunks:
-        queued = sum(not result.done() for result in ahead)
-        if queued < _QUEUED * len(started) and any(future.done() for future in started):
-            ahead.append(pool.submit(encoder, chunk))
-        else:
-            ahead.append(Future())
-            ahead[-1].set_result(encoder(chunk))
-        while ahead and (ahead[0].done() or len(ahead) > 2 * _QUEUED * len(started)):
-            yield ahead.popleft().result()
-    while ahead:
-        yield ahead.popleft().result()
-    for future in started:
-        future.result()  # raises when workers could not start: also where this process was faster than that
-
-
-def _has_ended_well(future: Future[int]) -> bool:
-    return future.done() and not future.cancelled() and future.exception() is None
-
-
-def _why_broken(have_started: bool) -> str:
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    if not have_started and script is not None and "__name__" not in Path(script).read_text("utf-8", "replace"):
-        return (
-            f"worker processes cannot be started from {script}: each imports it, so put what it does below "
-            '`if __name__ == "__main__":`; or use num_workers=1'
-        )
-    return "a worker process died, perhaps because memory ran out; use fewer --workers"
-
-
-def _start_worker(parent: int) -> None:
-    """A worker ignores Ctrl-C, which its parent handles, and dies with its parent even when that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # the parent was killed before the line above
-        os._exit(1)

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from simclr_dist.data.account import Account, LeftOut, SourceOptions
 from simclr_dist.data.beton.classes_from import with_class_names
 from simclr_dist.data.beton.content import content_fingerprint
-from simclr_dist.data.beton.encode import Encoded, Encoder, Mode, Unusable, encode_in_order, mean_and_std, recodes
+from simclr_dist.data.beton.encode import Encoded, Encoder, Mode, Unusable, mean_and_std, recodes
 from simclr_dist.data.beton.fit import choose_fit
 from simclr_dist.data.beton.keep_channels import ChannelEncoder, KeptPixels
 from simclr_dist.data.beton.out_file import choose_target, commit, unfinished
 from simclr_dist.data.beton.reader import JPEG, open_beton
+from simclr_dist.data.beton.workers import encode_in_order
 from simclr_dist.data.beton.writer import PagedWriter
 from simclr_dist.data.sources import turbojpeg
 from simclr_dist.data.sources.images import FileImages, ImageSource
