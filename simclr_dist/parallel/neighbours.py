@@ -14,7 +14,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 
 import torch
@@ -24,11 +24,15 @@ _GREETING_S = 60.0
 _YIELDS = 50
 """How often a waiting process lets others go first before it sleeps: waking up takes longer than most waits."""
 _FEW_BYTES = 64 * 2**10
+_HEAD_BYTES = 48
 Combine = Callable[[Tensor, Tensor], Tensor]
 
 
 class Neighbours:
-    """Open connections to the other ranks. Like all collectives, its calls come in the same order on every rank."""
+    """Open connections to the other ranks. As for all collectives, every rank makes the same calls in the same order.
+
+    Raises RuntimeError where they do not, ConnectionError when a rank ends, TimeoutError when one does not come.
+    """
 
     def __init__(self, own_rank: int, peers: Mapping[int, socket.socket]) -> None:
         self.timeout_s = float("inf")
@@ -38,21 +42,22 @@ class Neighbours:
             peer.setblocking(False)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """x [n, ...] of every rank as [W*n, ...]. Raises ConnectionError, TimeoutError."""
+        """x [n, ...] of every rank as [W*n, ...]."""
         x = x.contiguous()
         gathered = x.new_empty((self._W, *x.shape))
         gathered[self._rank] = x
-        self._exchange(dict.fromkeys(self._peers, x), {peer: gathered[peer] for peer in self._peers})
+        self._exchange("all_gather", dict.fromkeys(self._peers, x), {peer: gathered[peer] for peer in self._peers})
         return gathered.flatten(0, 1)
 
     def all_to_all(self, parts: Tensor) -> Tensor:
-        """parts [W, ...], one for each rank, to what each rank had for this one, [W, ...]. Raises as above."""
+        """parts [W, ...], one for each rank, to what each rank had for this one, [W, ...]."""
         received = parts.clone(memory_format=torch.contiguous_format)
-        self._exchange({p: parts[p].contiguous() for p in self._peers}, {p: received[p] for p in self._peers})
+        outgoing = {p: parts[p].contiguous() for p in self._peers}
+        self._exchange("all_to_all", outgoing, {p: received[p] for p in self._peers})
         return received
 
     def all_reduce_(self, x: Tensor, combine: Combine = torch.add) -> Tensor:
-        """Combines x of all ranks in the order of ranks, in place: the same bytes on each. Raises as above.
+        """Combines x of all ranks in the order of ranks, in place: the same bytes on each.
 
         Large tensors travel as in a ring, 2 (W-1)/W times their bytes from each rank, small ones in one round.
         """
@@ -68,10 +73,15 @@ class Neighbours:
         for peer in self._peers.values():
             peer.close()
 
-    def _exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
-        """Sends to and fills from each peer, both at once: no two ranks can wait for each other's buffers."""
-        to_send = {p: _bytes_of(x) for p, x in outgoing.items() if x.numel()}
-        to_fill = {p: _bytes_of(x) for p, x in incoming.items() if x.numel()}
+    def _exchange(self, name: str, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
+        """Sends to and fills from each peer, both at once: no two ranks can wait for each other's buffers.
+
+        A head before each tensor says what it is: where ranks call different collectives, bytes would be taken for what
+        they are not. Whoever expects the fewer then knows.
+        """
+        to_send = {p: [memoryview(_head(name, x)), *_bytes_of(x)] for p, x in outgoing.items()}
+        heads = {p: bytearray(_HEAD_BYTES) for p in incoming}
+        to_fill = {p: [memoryview(heads[p]), *_bytes_of(x)] for p, x in incoming.items()}
         deadline, yields = time.monotonic() + self.timeout_s, 0
         while to_send or to_fill:
             if self._move(to_send, socket.socket.send) + self._move(to_fill, socket.socket.recv_into):
@@ -81,13 +91,20 @@ class Neighbours:
                 os.sched_yield()
             else:
                 self._wait(to_send, to_fill, deadline)
+        for peer, head in heads.items():
+            own, others = (text.decode().strip() for text in (_head(name, incoming[peer]), head))
+            if own != others:
+                raise RuntimeError(
+                    f"rank {self._rank} calls {own}, rank {peer} {others}: all ranks must make the same calls in the "
+                    "same order"
+                )
 
-    def _move(self, left: dict[int, memoryview], transfer: Callable[[socket.socket, memoryview], int]) -> int:
+    def _move(self, left: dict[int, list[memoryview]], transfer: Callable[[socket.socket, memoryview], int]) -> int:
         """Sends or receives what can be at once, and takes it from `left`; how many bytes."""
         moved = 0
-        for peer, view in list(left.items()):
+        for peer, views in list(left.items()):
             try:
-                n = transfer(self._peers[peer], view)
+                n = transfer(self._peers[peer], views[0])
             except BlockingIOError:
                 continue
             except (BrokenPipeError, ConnectionResetError):
@@ -95,12 +112,14 @@ class Neighbours:
             if n == 0:
                 raise ConnectionError(f"rank {self._rank}: Connection closed by peer: rank {peer} has ended")
             moved += n
-            left[peer] = view[n:]
-            if n == len(view):
+            views[0] = views[0][n:]
+            if not views[0]:
+                del views[0]
+            if not views:
                 del left[peer]
         return moved
 
-    def _wait(self, to_send: Mapping[int, memoryview], to_fill: Mapping[int, memoryview], deadline: float) -> None:
+    def _wait(self, to_send: Collection[int], to_fill: Collection[int], deadline: float) -> None:
         """Until something can be sent or has come."""
         left_s = deadline - time.monotonic()
         if left_s <= 0:
@@ -120,9 +139,13 @@ def _in_order(rows: Tensor, combine: Combine) -> Tensor:
     return total
 
 
-def _bytes_of(x: Tensor) -> memoryview:
-    """The memory of a contiguous x, which has one element at least."""
-    return x.reshape(-1).view(torch.uint8).numpy().data
+def _head(name: str, x: Tensor) -> bytes:
+    return f"{name} of {x.numel()} {str(x.dtype).removeprefix('torch.')}".encode().ljust(_HEAD_BYTES)
+
+
+def _bytes_of(x: Tensor) -> list[memoryview]:
+    """The memory of a contiguous x, in one piece; none where it has no elements."""
+    return [x.reshape(-1).view(torch.uint8).numpy().data] if x.numel() else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -127,6 +127,35 @@ def test_a_rank_that_does_not_come_is_named_when_time_is_up() -> None:
     assert run_ranks(3, _one_is_late)[0] == "Timed out waiting for rank 1 after 0.5 s"
 
 
+def _another_call(rank: int, world_size: int, elsewhere: str) -> str:
+    meet(world_size)
+    numbers = torch.ones(4)
+    calls = {
+        "more": lambda: distributed.all_reduce_sum_(torch.ones(300)),
+        "of another type": lambda: distributed.all_reduce_sum_(numbers.int()),
+        "another": lambda: distributed.all_reduce_tree(numbers.repeat(2)),
+    }
+    with pytest.raises((RuntimeError, ConnectionError)) as error:
+        calls[elsewhere]() if rank else distributed.all_gather(numbers)
+    distributed._neighbours().close()  # type: ignore[union-attr]
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "found"),
+    [
+        ("more", "all_gather of 300 float32"),
+        ("of another type", "all_gather of 4 int32"),
+        ("another", "all_to_all of 4 float32"),
+    ],
+)
+def test_bytes_of_another_call_are_not_taken(elsewhere: str, found: str) -> None:
+    answers = run_ranks(2, _another_call, elsewhere)
+    assert answers[0] == (
+        f"rank 0 calls all_gather of 4 float32, rank 1 {found}: all ranks must make the same calls in the same order"
+    )
+
+
 def _cannot_meet(rank: int, world_size: int) -> tuple[Tensor, list[str], bool]:
     if rank == 1:
 
