@@ -7,6 +7,7 @@ import itertools
 import json
 import tarfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,11 +17,11 @@ from simclr_dist import cli
 from simclr_dist.cli.train import _is_begun, _out
 from simclr_dist.cli.train_images import images_to_prepare
 from simclr_dist.cli.train_settings import choose_for
-from simclr_dist.config import load_config
+from simclr_dist.config import Config, OptimConfig, load_config
 from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.errors import ConfigError, DataError
-from simclr_dist.plan.defaults import Situation, choose_settings, epochs_in
+from simclr_dist.plan.defaults import Choice, Situation, choose_by_length, choose_first, choose_rest, epochs_in
 from simclr_dist.run.layout import RunDir, read_records
 
 
@@ -45,6 +46,15 @@ def run(*words: object) -> int:
     return int(end.value.code or 0)
 
 
+def with_choices(values: dict, chosen: dict[str, Choice], num_processes: int) -> Config:
+    """Also puts them into `values`."""
+    for key, choice in chosen.items():
+        assert choice.why
+        section, leaf = key.split(".")
+        values.setdefault(section, {})[leaf] = choice.value
+    return load_config(values, world_size=num_processes, check_data=False)  # the batch divides
+
+
 @pytest.mark.parametrize("is_gpu", [False, True])
 @pytest.mark.parametrize(
     ("num_images", "processes"), [(20, (1, 2)), (100, (1, 3, 8)), (5_000, (3, 8)), (2 * 10**6, (8,))]
@@ -54,16 +64,13 @@ def test_settings_fit_any_number_of_images_on_any_machine(
 ) -> None:
     for side, num_processes in itertools.product((1, 28, 64, 100, 500, 4000), processes):
         at = Situation(num_images, num_images // 10, side, is_gpu, num_processes)
-        values: dict = {"name": "x", "data": {"train": "x", "test": "y"}}
-        for key, choice in choose_settings(at).items():
-            assert choice.why
-            section, leaf = key.split(".")
-            values.setdefault(section, {})[leaf] = choice.value
-        values["train"]["epochs"] = 20
-        config = load_config(values, world_size=num_processes, check_data=False)  # the batch divides
+        values: dict = {"name": "x", "data": {"train": "x", "test": "y"}, "train": {"epochs": 20}}
+        asked = with_choices(values, choose_first(at), num_processes)
+        rest = choose_rest(at, asked.data, asked.model, asked.optim, asked.train.global_batch_size)
+        config = with_choices(values, rest, num_processes)
         assert 2 * config.train.global_batch_size <= num_images
         assert config.evaluation.knn_k <= num_images
-        assert config.data.image_size <= max(side, 32)
+        assert config.data.image_size <= (config.evaluation.image_size or config.data.image_size) <= max(side, 32)
 
 
 def test_time_becomes_epochs() -> None:
@@ -71,9 +78,22 @@ def test_time_becomes_epochs() -> None:
     assert epochs_in(10, 10, 10**9) == 1  # all images once at least
     assert epochs_in(600, 1e6, 20) == 1000
     with pytest.raises(ValueError, match="3 images to train on"):
-        choose_settings(Situation(3, 0, 32, False, 1))
+        choose_first(Situation(3, 0, 32, False, 1))
     with pytest.raises(ValueError, match="too few for 8 processes"):
-        choose_settings(Situation(8, 0, 32, False, 8))
+        choose_first(Situation(8, 0, 32, False, 8))
+
+
+def test_few_epochs_take_muon_with_little_momentum() -> None:
+    def chosen(optimizer: Literal["adamw", "muon"], epochs: int) -> dict[str, object]:
+        at = Situation(50_000, 100, 32, False, 2)
+        return {
+            key: found.value for key, found in choose_by_length(at, OptimConfig(optimizer=optimizer), epochs).items()
+        }
+
+    every_time = {"optim.warmup_epochs": 0.25, "evaluation.knn_every_epochs": 1}
+    assert chosen("adamw", 5) == every_time
+    assert chosen("muon", 5) == every_time | {"optim.muon_momentum": 0.6, "optim.muon_ns_steps": 3}
+    assert chosen("muon", 100) == {"optim.warmup_epochs": 5.0, "evaluation.knn_every_epochs": 10}
 
 
 def test_folders_of_every_kind_are_read_and_a_tenth_of_the_labelled_is_held_out(tmp_path: Path) -> None:
@@ -155,7 +175,41 @@ def test_a_dry_run_writes_nothing_and_settings_of_ones_own_are_taken(
     assert not (tmp_path / "my_pictures_simclr").exists()
     args = parsed(str(labelled), "name=mine")
     chosen = choose_for(args, images_to_prepare(args, _out(args)), _out(args))
-    assert (chosen.config.name, chosen.config.data.image_size) == ("mine", 32)
+    assert (chosen.config.name, chosen.config.data.image_size) == ("mine", 24)
+
+
+@pytest.mark.parametrize(
+    ("said", "learns"),
+    [
+        ((), ("muon", 0.025, "none", "whitened", True)),  # 54 images: batches of 16
+        (("train.global_batch_size=8",), ("muon", 0.018, "none", "whitened", True)),
+        (("optim.optimizer=lars",), ("lars", 0.3, "linear", "whitened", True)),
+        (("optim={optimizer: adam}",), ("adam", 2.5e-4, "none", "whitened", True)),
+        (("optim.optimizer=sgd", "optim.base_lr=0.7"), ("sgd", 0.7, "linear", "whitened", True)),
+        (("model.encoder=resnet18",), ("adamw", 2.5e-4, "none", "random", False)),
+        (("model.encoder=vit_b_16", "data.image_size=224"), ("adamw", 2.5e-4, "none", "random", True)),
+        (("model.weights=old/encoder.safetensors",), ("adamw", 2.5e-4, "none", "random", True)),
+        (("model.encoder=resnet18", "model.weights=pretrained"), ("adamw", 2.5e-4, "none", "random", True)),
+    ],
+    ids=lambda words: " ".join(map(str, words)) or "nothing",
+)
+def test_what_is_said_changes_what_is_chosen_with_it(
+    said: tuple[str, ...], learns: tuple[object, ...], tmp_path: Path
+) -> None:
+    """A rate that suits AdamW is nothing to LARS, and one for 16 images is not one for 8."""
+    args = parsed(str(write(tmp_path / "pics", 60, ("a", "b"))), *said)
+    config = choose_for(args, images_to_prepare(args, _out(args)), _out(args)).config
+    optim, model = config.optim, config.model
+    size = config.data.image_size
+    assert (size, config.evaluation.image_size) == ((224, None) if "data.image_size=224" in said else (24, 32))
+    assert config.augment.preset == ("simclr_imagenet" if size == 224 else "simclr_cifar")
+    assert (
+        optim.optimizer,
+        optim.base_lr,
+        optim.lr_scaling,
+        model.first_layer,
+        model.zero_init_residual,
+    ) == learns
 
 
 def test_one_command_prepares_trains_evaluates_exports_and_continues(

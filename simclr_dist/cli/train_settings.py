@@ -7,7 +7,8 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,25 @@ from typing import TYPE_CHECKING, Any
 from simclr_dist.cli.terminal import print_table, say
 from simclr_dist.config import NAME_PATTERN, Config, flatten, load_config
 from simclr_dist.errors import DataError
-from simclr_dist.plan.defaults import MOST_EPOCHS, Choice, Situation, choose_settings, epochs_in
+from simclr_dist.parallel.threads import default_num_threads
+from simclr_dist.plan.defaults import (
+    MOST_EPOCHS,
+    Choice,
+    Situation,
+    choose_by_length,
+    choose_first,
+    choose_rest,
+    epochs_in,
+)
 from simclr_dist.safe_text import printable
 
 if TYPE_CHECKING:
     from simclr_dist.cli.train_images import Images
 
 MINUTES = 10.0
+_BESIDE_OTHERS = (
+    0.8  # of its speed alone is left to a CPU process: it waits for the others, and shares memory with them
+)
 
 
 def name_of(source: Path) -> str:
@@ -47,7 +60,7 @@ def choose_for(args: argparse.Namespace, images: Images, out: Path) -> Chosen:
     num_test = images.test.num_images if images.test else 0
     at = Situation(images.train.num_images, num_test, images.side, bool(gpus), num_processes_for(args, images))
     try:
-        chosen = choose_settings(at)
+        chosen = choose_first(at)
     except ValueError as error:
         raise DataError(f"{args.source}: {error}") from None
     name = name_of(Path(os.path.abspath(args.source)))
@@ -62,11 +75,18 @@ def choose_for(args: argparse.Namespace, images: Images, out: Path) -> Chosen:
         given["data.cache_dir"] = Choice(str((out / "shards").absolute()), "where they are kept")
     chosen = given | chosen
     length = {"train.epochs": Choice(2 * MOST_EPOCHS, ""), "optim.warmup_epochs": Choice(0.0, "")}
-    config = _load(chosen | length, args.overrides)
-    if gpus and (batch := _fitting_batch(config, at.num_processes)) < config.train.global_batch_size:
-        chosen["train.global_batch_size"] = Choice(batch, "more would not fit into a GPU's memory")
-        config = _load(chosen | length, args.overrides)
-    return Chosen(at, chosen, config)
+
+    def complete(settings: dict[str, Choice]) -> Chosen:
+        """With what depends on others, which the command line may have replaced."""
+        asked = _load(settings | length, args.overrides)
+        settings = settings | choose_rest(at, asked.data, asked.model, asked.optim, asked.train.global_batch_size)
+        return Chosen(at, settings, _load(settings | length, args.overrides))
+
+    whole = complete(chosen)
+    if gpus and (batch := _fitting_batch(whole.config, at.num_processes)) < whole.config.train.global_batch_size:
+        why = "more would not fit into a GPU's memory"
+        whole = complete({**chosen, "train.global_batch_size": Choice(batch, why)})
+    return whole
 
 
 def with_length(args: argparse.Namespace, images: Images, chosen: Chosen) -> tuple[str, Config]:
@@ -75,9 +95,7 @@ def with_length(args: argparse.Namespace, images: Images, chosen: Chosen) -> tup
     is_given = config.train.epochs != 2 * MOST_EPOCHS
     epochs = Choice(config.train.epochs, "") if is_given else _epochs(args.minutes or MINUTES, config, at)
     settings["train.epochs"] = epochs
-    settings["optim.warmup_epochs"] = Choice(float(f"{epochs.value / 20:.3g}"), "a twentieth of the epochs")
-    if images.test:
-        settings["evaluation.knn_every_epochs"] = Choice(max(1, epochs.value // 10), "about ten times")
+    settings |= choose_by_length(at, config.optim, epochs.value)
     config = _load(settings, args.overrides)
     said = {word.partition("=")[0] for word in args.overrides}
     for key, value in flatten(config.model_dump(mode="json")).items():
@@ -134,31 +152,46 @@ def _epochs(minutes: float, config: Config, at: Situation) -> Choice:
 
     from simclr_dist.kinds import kind_of
     from simclr_dist.plan.measure import measure_step
+    from simclr_dist.training.precision import decide_precision, with_precision
     from simclr_dist.training.preflight import settled
 
     config = settled(config)  # data.train is there now, unless nothing is to be written
     say("measuring how fast this machine trains that network")
-    per_process = max(1, config.train.global_batch_size // at.num_processes)
-    # Of a CPU it is not known yet whether bf16 would be faster; emulated it is far slower.
-    known = at.is_gpu or config.train.precision != "auto"
-    train = config.train if known else config.train.model_copy(update={"precision": "fp32"})
-    step = measure_step(
-        augment=config.augment,
-        model=config.model,
-        loss=config.loss,
-        optim=config.optim,
-        train=train,
-        kind=kind_of(config.data),
-        images=per_process,
-        device=torch.device("cuda" if at.is_gpu else "cpu"),
-    )
-    speed = step.images_per_s * (at.num_processes if at.is_gpu else 1)  # processes on a CPU share its cores
+    device = torch.device("cuda" if at.is_gpu else "cpu")
+    with _threads_of(1 if at.is_gpu else at.num_processes):
+        config = with_precision(config, decide_precision(config, None, device).precision)
+        step = measure_step(
+            augment=config.augment,
+            model=config.model,
+            loss=config.loss,
+            optim=config.optim,
+            train=config.train,
+            kind=kind_of(config.data),
+            images=max(1, config.train.global_batch_size // at.num_processes),
+            device=device,
+        )
+    speed = step.images_per_s * at.num_processes
+    if not at.is_gpu and at.num_processes > 1:
+        speed *= min(1, len(os.sched_getaffinity(0)) / at.num_processes) * _BESIDE_OTHERS
     epochs = epochs_in(minutes, speed, at.num_images)
     takes = epochs * at.num_images / speed / 60
     more = f", but no more than {epochs:,}; about {takes:.0f} minutes" if epochs == MOST_EPOCHS else ""
     if epochs == 1 and takes > 1.5 * minutes:
         more = f"; seeing all images only once takes about {takes:.0f} minutes"
     return Choice(epochs, f"{minutes:g} minutes at about {speed:,.0f} images/s{more}")
+
+
+@contextmanager
+def _threads_of(num_processes: int) -> Iterator[None]:
+    """As many threads as each of so many processes has on this machine's cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(default_num_threads(None, num_processes))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from simclr_dist.optim.micro_batch import backward_in_micro_batches
 from simclr_dist.parallel.distributed import World
 
 MOST_IMAGES_ON_CPU = 64
+"""Where a step of these takes longer than LONG_STEP_S; otherwise all are tried."""
+LONG_STEP_S = 1.0
 LOADER_S = 3.0
 
 
@@ -45,9 +47,13 @@ def measure_step(
     device: torch.device,
     repetitions: int = 3,
 ) -> MeasuredStep:
-    """Steps of one process on `images` random samples: augmentation, network, loss, update. The first only warms up."""
+    """Steps of one process on `images` random samples: augmentation, network, loss, update. The first only warms up.
+
+    images: on a CPU, fewer may be tried.
+    """
     if device.type == "cpu":
-        images = min(images, train.images_of_part or images, MOST_IMAGES_ON_CPU)
+        images = min(images, train.images_of_part or images)
+    few = min(images, MOST_IMAGES_ON_CPU) if device.type == "cpu" else images
     network = build_model(model).to(device)
     freeze_matching(network, model.freeze)
     if train.channels_last:
@@ -57,7 +63,7 @@ def measure_step(
         network.add_module("loss", contrast)
     optimizer = build_optimizer(network, optim)
     make_views, _ = kind.views(augment, 0, device, lambda _: None)
-    batch = kind.example_batch(images).to(device)
+    batch = kind.example_batch(few).to(device)
 
     def loss_of(z: Tensor) -> Tensor:
         return contrast(z.float(), batch.sample_ids)  # for SupCon, each image is a class: as much work
@@ -66,7 +72,7 @@ def measure_step(
         with autocast(device, assumed_precision(train.precision, device.type)):
             views = make_views(batch)
             micro = train.images_of_part
-            if micro and micro < images:
+            if micro and micro < len(batch.sample_ids):
                 backward_in_micro_batches(network, views, loss_of, micro_batch_size=micro)
             else:
                 loss_of(network(views.flatten(0, 1))[1]).backward()
@@ -75,13 +81,18 @@ def measure_step(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    step()
-    _forget_peak(device)
-    times = []
-    for _ in range(repetitions):
+    def seconds() -> float:
         start = time.perf_counter()
         step()
-        times.append(time.perf_counter() - start)
+        return time.perf_counter() - start
+
+    step()
+    if few < images and seconds() < LONG_STEP_S:
+        batch = kind.example_batch(images).to(device)
+        step()
+    images = len(batch.sample_ids)
+    _forget_peak(device)
+    times = [seconds() for _ in range(repetitions)]
     return MeasuredStep(images, images / statistics.median(times), _peak(device))
 
 
