@@ -26,6 +26,7 @@ _YIELDS = 50
 _FEW_BYTES = 64 * 2**10
 _HEAD_BYTES = 48
 Combine = Callable[[Tensor, Tensor], Tensor]
+Transfer = Callable[[socket.socket, list[memoryview]], int]
 
 
 class Neighbours:
@@ -84,7 +85,7 @@ class Neighbours:
         to_fill = {p: [memoryview(heads[p]), *_bytes_of(x)] for p, x in incoming.items()}
         deadline, yields = time.monotonic() + self.timeout_s, 0
         while to_send or to_fill:
-            if self._move(to_send, socket.socket.send) + self._move(to_fill, socket.socket.recv_into):
+            if self._move(to_send, socket.socket.sendmsg) + self._move(to_fill, _receive):
                 yields = 0
             elif yields < _YIELDS:
                 yields += 1
@@ -99,12 +100,12 @@ class Neighbours:
                     "same order"
                 )
 
-    def _move(self, left: dict[int, list[memoryview]], transfer: Callable[[socket.socket, memoryview], int]) -> int:
+    def _move(self, left: dict[int, list[memoryview]], transfer: Transfer) -> int:
         """Sends or receives what can be at once, and takes it from `left`; how many bytes."""
         moved = 0
         for peer, views in list(left.items()):
             try:
-                n = transfer(self._peers[peer], views[0])
+                n = transfer(self._peers[peer], views)
             except BlockingIOError:
                 continue
             except (BrokenPipeError, ConnectionResetError):
@@ -112,10 +113,11 @@ class Neighbours:
             if n == 0:
                 raise ConnectionError(f"rank {self._rank}: Connection closed by peer: rank {peer} has ended")
             moved += n
-            views[0] = views[0][n:]
-            if not views[0]:
-                del views[0]
-            if not views:
+            while views and n >= len(views[0]):
+                n -= len(views.pop(0))
+            if views:
+                views[0] = views[0][n:]
+            else:
                 del left[peer]
         return moved
 
@@ -137,6 +139,10 @@ def _in_order(rows: Tensor, combine: Combine) -> Tensor:
     for row in rows[1:]:
         total = combine(total, row)
     return total
+
+
+def _receive(peer: socket.socket, views: list[memoryview]) -> int:
+    return peer.recvmsg_into(views)[0]
 
 
 def _head(name: str, x: Tensor) -> bytes:
