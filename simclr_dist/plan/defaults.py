@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from simclr_dist.config import DataConfig, ModelConfig, OptimConfig
-from simclr_dist.network.encoders import RESNETS
 
 FEWEST_IMAGES = 4
 MOST_EPOCHS = 1000
@@ -66,6 +65,8 @@ def choose_rest(
 
     data, model, optim, batch: those, and whatever else was asked for, such as weights or an optimiser.
     """
+    from simclr_dist.network.encoders import RESNETS  # torch, for which `--help` does not wait
+
     is_small = data.image_size <= _SMALL
     preset, why = ("simclr_cifar", "small images: no blur") if is_small else ("simclr_imagenet", "photographs")
     chosen = {
