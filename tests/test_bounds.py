@@ -242,6 +242,7 @@ def test_a_beton_file_that_declares_more_than_it_holds_is_refused(whole: Path, t
     for change, what in (
         (lambda edit: image(edit, width=65535, height=65535), "are more than 536870912"),
         (lambda edit: edit.metadata["f1"].__setitem__(0, 1 << 40), "has label 1099511627776"),
+        (lambda edit: edit.metadata["f1"].__setitem__(0, 1 << 21), "has label 2097152"),
         (lambda edit: edit.header["num_samples"].__setitem__(0, 1 << 40), "truncated"),
         (lambda edit: edit.header["num_samples"].__setitem__(0, (1 << 64) - 1), "truncated"),
         (lambda edit: edit.header["num_fields"].__setitem__(0, 65535), "truncated"),

@@ -638,6 +638,22 @@ class TestParquet:
         assert left_out(source) == {"no image in this row": 2}
         assert np.array_equal(source.read(1), make_image(3, 24, 32))
 
+    def test_a_label_that_is_no_text_is_said(self, tmp_path: Path) -> None:
+        raw = pa.py_buffer(b"cat\xff\xfe")
+        labels = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(np.array([0, 3, 5], np.int32)), raw])
+        path = write_parquet(tmp_path / "x.parquet", {"image": [png(0), png(1)], "label": labels})
+        with pytest.raises(DataError, match=r"x\.parquet.*can't decode byte 0xff"):
+            open_source(path)
+
+    def test_a_damaged_type_does_not_end_the_process(self, tmp_path: Path) -> None:
+        """As pyarrow does when it is then asked for statistics."""
+        path = write_parquet(tmp_path / "x.parquet", {"image": [png(i) for i in range(3)], "label": [0, 1, 2]})
+        content = path.read_bytes()
+        begin = content.rindex(b"\x15\x0c\x19\x35")  # of the images' part: its type, then a list of encodings
+        path.write_bytes(content[: begin + 1] + b"\x7e" + content[begin + 2 :])
+        assert pq.ParquetFile(path).metadata.row_group(0).column(0).physical_type == "UNKNOWN"
+        assert len(open_source(path).labels) == 3
+
     @pytest.mark.parametrize(
         ("columns", "metadata", "message"),
         [

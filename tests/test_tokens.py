@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import shutil
 from pathlib import Path
@@ -91,6 +92,16 @@ def test_columns_are_named_or_asked_for(tmp_path: Path) -> None:
     assert numbered.account.taken == 3
 
 
+def _no_text_in_parquet() -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    offsets = pa.py_buffer(np.array([0, 2], np.int32))
+    texts = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xff\xfe")])
+    pq.write_table(pa.table({"text": texts}), file := io.BytesIO())
+    return file.getvalue()
+
+
 BAD_TEXTS = {
     "x.tsv": (b"text\tb\none\n", "line 2: has 1 values for 2 columns"),
     "x.csv": (b'text\n"open\n', "line 2: unexpected end"),
@@ -104,6 +115,7 @@ BAD_TEXTS = {
     "b.txt": (b"PK\x00\x01", "zero byte"),
     "x.txt.gz": (b"no gzip", "cannot be read"),
     "x.parquet": (b"PAR1 no more", "cannot be read"),
+    "a.parquet": (_no_text_in_parquet(), "cannot be read: .*can't decode byte 0xff"),
     "x.docx": (b"", "texts are read from .txt"),
 }
 

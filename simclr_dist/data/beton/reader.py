@@ -52,7 +52,7 @@ IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_pt
 FLOAT_FIELD, INT_FIELD, IMAGE_FIELD, BYTES_FIELD = 0, 1, 2, 3
 JPEG, RAW = 0, 1
 LARGEST_RAW_SIDE = 65535  # metadata has 16 bits
-MOST_CLASSES = 1 << 24
+MOST_CLASSES = 1 << 20  # of a file with fewer images; each has a name in memory
 LONGEST_SIDECAR = 256 << 20  # it has a line for each image that was left out
 
 _BLOB = np.dtype([("ptr", "<u8"), ("size", "<u8")])
@@ -322,7 +322,7 @@ def _checked(path: Path, fd: int, mapped: bool) -> Beton:
     fingerprint = digest.hexdigest()
     sidecar = _read_sidecar(path, fingerprint)
     labels = _labels(metadata, type_ids, names, n)
-    if labels.max() >= MOST_CLASSES:
+    if labels.max() >= max(MOST_CLASSES, n):
         bad = int(labels.argmax())
         raise refuse(f"damaged: sample {bad} has label {labels[bad]}; labels count the classes from 0")
     return Beton(

@@ -123,7 +123,8 @@ class _Column:
                 raise DataError("the parquet file has fewer rows than its list says")
             at, self._next = self._next, self._next + batch.num_rows
             if at == start:
-                return [_bytes(cell) for cell in batch.column(0)]
+                with _damage():
+                    return [_bytes(cell) for cell in batch.column(0)]
 
 
 def _bytes(cell: pyarrow.Scalar) -> bytes:
@@ -244,7 +245,9 @@ def _missing(file: ParquetFile, group: int, column: str) -> set[int]:
     except DataError:
         return set()  # reading says so of each of these images
     chunk = file.metadata.row_group(group).column(number)
-    if chunk.is_stats_set and chunk.statistics.has_null_count and chunk.statistics.null_count == 0:
+    # Of a part whose type is damaged, pyarrow ends the process when it is asked for statistics.
+    is_known = chunk.physical_type == file.schema.column(number).physical_type
+    if is_known and chunk.is_stats_set and chunk.statistics.has_null_count and chunk.statistics.null_count == 0:
         return set()
     found: set[int] = set()
     at = 0
@@ -259,8 +262,7 @@ def _missing(file: ParquetFile, group: int, column: str) -> set[int]:
 
 def _classes(file: ParquetFile, group: int, columns: _Columns) -> list[str | None]:
     with _damage():
-        table = file.read_row_group(group, columns=[columns.label], use_threads=False)
-    values = table.column(0).to_pylist()
+        values = file.read_row_group(group, columns=[columns.label], use_threads=False).column(0).to_pylist()
     if columns.classes is None:
         return [class_of(value) for value in values]
     named = columns.classes

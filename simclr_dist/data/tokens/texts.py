@@ -142,5 +142,5 @@ def _parquet(path: Path, columns: Columns, encoding: str) -> Iterator[_Row]:
                 for row in batch.to_pylist():
                     number += 1
                     yield names, row, f"row {number}"
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
