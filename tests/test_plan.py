@@ -28,7 +28,7 @@ from simclr_dist.optim.build import build_optimizer
 from simclr_dist.optim.micro_batch import backward_in_micro_batches
 from simclr_dist.optim.virtual_shards import VirtualShards
 from simclr_dist.plan.forecast import LINK_BYTES_PER_S, Forecast, Speed, forecast
-from simclr_dist.plan.measure import measure_step
+from simclr_dist.plan.measure import MeasuredStep, measure_step
 from simclr_dist.plan.memory import (
     DeviceMemory,
     LiveBytes,
@@ -139,6 +139,20 @@ def test_every_family_of_encoders_has_a_plan(encoder: str) -> None:
     assert one < two < 2.2 * one
 
 
+def one_step(config: Config, images: int) -> MeasuredStep:
+    return measure_step(
+        augment=config.augment,
+        model=config.model,
+        loss=config.loss,
+        optim=config.optim,
+        train=config.train,
+        kind=kind_of(config.data),
+        images=images,
+        device=torch.device("cpu"),
+        repetitions=1,
+    )
+
+
 def real_steps(encoders: Sequence[str]) -> list[float]:
     """MiB of real steps from the network's building on, as the operating system counts them."""
     torch.set_num_threads(1)
@@ -148,24 +162,21 @@ def real_steps(encoders: Sequence[str]) -> list[float]:
     for encoder in (encoders[0], *encoders):  # the first one loads what is loaded once
         config, images = step_config(encoder)
 
-        def step(config: Config = config, images: int = images) -> None:
-            measure_step(
-                augment=config.augment,
-                model=config.model,
-                loss=config.loss,
-                optim=config.optim,
-                train=config.train,
-                kind=kind_of(config.data),
-                images=images,
-                device=torch.device("cpu"),
-                repetitions=1,
-            )
-
         libc.malloc_trim(0)  # what earlier networks have left must not be there for this one
         with PeakMemory(torch.device("cpu")) as peak:
-            step()
+            one_step(config, images)
         found.append(peak.mib)
     return found[1:]
+
+
+def test_a_cpu_tries_all_images_of_a_step_unless_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an update costs, for all images alike, would count twice for half of them."""
+    config = smoke("train.global_batch_size=96")
+
+    monkeypatch.setattr("simclr_dist.plan.measure.LONG_STEP_S", 1e9)
+    assert one_step(config, 96).images == 96
+    monkeypatch.setattr("simclr_dist.plan.measure.LONG_STEP_S", 0.0)
+    assert one_step(config, 96).images == 64
 
 
 @pytest.mark.slow

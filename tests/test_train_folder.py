@@ -11,18 +11,21 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from simclr_dist import cli
 from simclr_dist.cli.train import _is_begun, _out
 from simclr_dist.cli.train_images import images_to_prepare
-from simclr_dist.cli.train_settings import choose_for
-from simclr_dist.config import Config, OptimConfig, load_config
+from simclr_dist.cli.train_settings import choose_for, with_length
+from simclr_dist.config import Config, OptimConfig, TrainConfig, load_config
 from simclr_dist.data.beton.prepare import prepare
 from simclr_dist.data.loading.open_images import describe
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.plan.defaults import Choice, Situation, choose_by_length, choose_first, choose_rest, epochs_in
+from simclr_dist.plan.measure import MeasuredStep
 from simclr_dist.run.layout import RunDir, read_records
+from simclr_dist.training.precision import Decision
 
 
 def write(folder: Path, count: int, classes: tuple[str, ...] = ("",), side: int = 24) -> Path:
@@ -94,6 +97,27 @@ def test_few_epochs_take_muon_with_little_momentum() -> None:
     assert chosen("adamw", 5) == every_time
     assert chosen("muon", 5) == every_time | {"optim.muon_momentum": 0.6, "optim.muon_ns_steps": 3}
     assert chosen("muon", 100) == {"optim.warmup_epochs": 5.0, "evaluation.knn_every_epochs": 10}
+
+
+def test_speed_is_measured_with_the_threads_the_share_and_the_precision_of_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def measured(*, train: TrainConfig, images: int, **_: object) -> MeasuredStep:
+        seen.append((images, torch.get_num_threads(), train.precision))
+        return MeasuredStep(images, 100.0, None)
+
+    monkeypatch.setattr("simclr_dist.plan.measure.measure_step", measured)
+    monkeypatch.setattr("simclr_dist.training.precision.decide_precision", lambda *_: Decision("bf16"))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
+    args = parsed(str(write(tmp_path / "pics", 600, ("a", "b"))), "--nproc=2", "--minutes=9")
+    images = images_to_prepare(args, _out(args))
+    before = torch.get_num_threads()
+    text, _ = with_length(args, images, choose_for(args, images, _out(args)))
+    assert seen == [(128, 3, "bf16")]  # 540 images: batches of 256
+    assert "9 minutes at about 160 images/s" in text  # two processes, each with four fifths of its speed alone
+    assert torch.get_num_threads() == before
 
 
 def test_folders_of_every_kind_are_read_and_a_tenth_of_the_labelled_is_held_out(tmp_path: Path) -> None:

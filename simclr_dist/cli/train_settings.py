@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from simclr_dist.cli.train_images import Images
 
 MINUTES = 10.0
-_BESIDE_OTHERS = (
-    0.8  # of its speed alone is left to a CPU process: it waits for the others, and shares memory with them
-)
+_BESIDE_OTHERS = 0.8  # of a CPU process's speed alone: it waits for the others, and shares memory with them
 
 
 def name_of(source: Path) -> str:
